@@ -1,0 +1,65 @@
+// The base direction d of a gradient g, with its state.
+//   SGD   m <- beta m + g;  d = g + beta m (Nesterov) or m
+//   Adam  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / c1) / (sqrt(v / c2) + eps)
+// with c1 = 1 - b1^k, c2 = 1 - b2^k at the k-th step. Source: docs/algorithms.md.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+#include "hyper.h"
+#include "scalar.h"
+
+namespace quantopt {
+
+struct PlainDirection {  // momentum 0: no state
+  static constexpr bool kMomentum = false;
+  static constexpr bool kSecond = false;
+  template <class F>
+  QUANTOPT_HOST_DEVICE F operator()(F g, F&, F&) const { return g; }
+};
+
+struct MomentumDirection {
+  static constexpr bool kMomentum = true;
+  static constexpr bool kSecond = false;
+
+  float beta;
+  bool nesterov;
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F operator()(F g, F& m, F&) const {
+    m = beta * m + g;
+    const F ahead = g + beta * m;
+    return nesterov ? ahead : m;
+  }
+};
+
+struct AdamDirection {
+  static constexpr bool kMomentum = true;
+  static constexpr bool kSecond = true;
+
+  float beta1, beta2, one_minus_beta1, one_minus_beta2;
+  float correction1, correction2;  // c1, c2
+  float eps;
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F operator()(F g, F& m, F& v) const {
+    m = beta1 * m + one_minus_beta1 * g;
+    v = beta2 * v + one_minus_beta2 * g * g;
+    return (m / correction1) / (square_root(v / correction2) + eps);
+  }
+};
+
+QUANTOPT_HOST_DEVICE AdamDirection make_adam_direction(const Hyper& h, double step) {
+  AdamDirection a;
+  a.beta1 = static_cast<float>(h.momentum);
+  a.beta2 = static_cast<float>(h.beta2);
+  a.one_minus_beta1 = static_cast<float>(1.0 - h.momentum);
+  a.one_minus_beta2 = static_cast<float>(1.0 - h.beta2);
+  a.correction1 = static_cast<float>(1.0 - pow(h.momentum, step));
+  a.correction2 = static_cast<float>(1.0 - pow(h.beta2, step));
+  a.eps = static_cast<float>(h.adam_eps);
+  return a;
+}
+
+}  // namespace quantopt

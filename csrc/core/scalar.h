@@ -1,0 +1,44 @@
+// The few functions that the rules are written in. F is float, or on the CPU a vector of floats (GCC's vector
+// extension), for which comparisons give masks and ?: selects lane by lane. Comparisons let a NaN through, as
+// torch.clamp does.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace quantopt {
+
+template <class F>
+QUANTOPT_HOST_DEVICE F fill(float x) {
+  return F{} + x;
+}
+template <class F>
+QUANTOPT_HOST_DEVICE F minimum(F x, F bound) {
+  return x > bound ? bound : x;
+}
+template <class F>
+QUANTOPT_HOST_DEVICE F maximum(F x, F bound) {
+  return x < bound ? bound : x;
+}
+template <class F>
+QUANTOPT_HOST_DEVICE F clamp(F x, float lo, float hi) {
+  return maximum(minimum(x, fill<F>(hi)), fill<F>(lo));
+}
+// sgn with sgn(0) = +1; -1 for NaN, whose factor carries it on.
+template <class F>
+QUANTOPT_HOST_DEVICE F sign(F x) {
+  return x >= 0.0f ? fill<F>(1.0f) : fill<F>(-1.0f);
+}
+// magnitude * sgn(x), and NaN for NaN.
+template <class F>
+QUANTOPT_HOST_DEVICE F with_sign_of(F magnitude, F x) {
+  const F negative = x < 0.0f ? -magnitude : x;
+  return x >= 0.0f ? magnitude : negative;
+}
+
+QUANTOPT_HOST_DEVICE float absolute(float x) { return fabsf(x); }
+QUANTOPT_HOST_DEVICE float round_down(float x) { return floorf(x); }
+QUANTOPT_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
+
+}  // namespace quantopt

@@ -1,0 +1,107 @@
+// STAM, two forms reconstructed from the abstract of Bian, Liu, Zhang (arXiv 2204.11065); also
+// BinaryConnect and BinaryRelax, which are the alternating form with a clipped latent.
+// kappa is the relaxation weight; kappa = infinity ("hard") is a branch, not a large number.
+// Source: docs/algorithms.md, sections 3 and 4.
+#pragma once
+
+#include "host_device.h"
+#include "hyper.h"
+#include "levels.h"
+#include "scalar.h"
+
+namespace quantopt {
+
+struct StamConstants {
+  float lr;
+  float shrink;  // splitting: 1 / (1 + lr wd); alternating: 1 - lr wd
+  float kappa;
+  float lam;    // alternating only
+  float bound;  // alternating: latent clipped at bound * sigma; infinite = not clipped
+  bool hard;
+};
+
+QUANTOPT_HOST_DEVICE StamConstants make_stam_constants(const Hyper& h, bool splitting) {
+  StamConstants c;
+  const double decay = h.lr * h.weight_decay;
+  c.lr = static_cast<float>(h.lr);
+  c.shrink = static_cast<float>(splitting ? 1.0 / (1.0 + decay) : 1.0 - decay);
+  c.kappa = static_cast<float>(h.kappa);
+  c.lam = static_cast<float>(h.lam);
+  c.bound = static_cast<float>(h.bound);
+  c.hard = h.kappa > 3.4e38;
+  return c;
+}
+
+template <class F>
+QUANTOPT_HOST_DEVICE F relax(F x, F level, const StamConstants& c) {
+  return c.hard ? level : (x + c.kappa * level) / (1.0f + c.kappa);
+}
+
+// form = "splitting": stochastic three-operator splitting, state x.
+//   y = clamp(x / (1 + lr wd), -hi, hi);  ex = x - y;  r = y - lr d - ex;  q = project(r)
+//   x <- relax(r, q) + ex;   the network runs with the y of the new x.
+// `before` is the grid that y was clamped with; it differs from `grid` only when the levels move.
+template <bool Binary>
+struct StamSplitting {
+  static constexpr bool kLatent = true;
+  static constexpr bool kReadsWeight = false;
+
+  StamConstants c;
+  Grid before;
+  Grid grid;
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F gradient(F g, F) const { return g; }
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F box(F x, const Grid& levels) const {
+    return clamp(x * c.shrink, -levels.hi, levels.hi);
+  }
+  // r, whose mean absolute value per channel is the moving level.
+  template <class F>
+  QUANTOPT_HOST_DEVICE F point(F x, F d) const {
+    const F y = box(x, before);
+    return y - c.lr * d - (x - y);
+  }
+  template <class F>
+  QUANTOPT_HOST_DEVICE F step(F x, F d) const {
+    const F y = box(x, before);
+    const F ex = x - y;
+    const F r = y - c.lr * d - ex;
+    return relax(r, project<Binary>(r, grid), c) + ex;
+  }
+  template <class F>
+  QUANTOPT_HOST_DEVICE F weight(F x, F) const { return box(x, grid); }
+};
+
+// form = "alternating", state u:
+//   u <- clamp(u (1 - lr wd) - lr d + lr lam (q - u), -bound sigma, bound sigma)
+//   p = relax(u, q), q = project(u) on the levels of the new u (binary: a sgn(u), a = mean |u|).
+template <bool Binary>
+struct StamAlternating {
+  static constexpr bool kLatent = true;
+  static constexpr bool kReadsWeight = false;
+
+  StamConstants c;
+  Grid before;
+  Grid grid;
+  float limit;  // bound * sigma
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F gradient(F g, F) const { return g; }
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F point(F u, F d) const { return step(u, d); }
+  template <class F>
+  QUANTOPT_HOST_DEVICE F step(F u, F d) const {
+    F next = u * c.shrink - c.lr * d;
+    if (c.lam != 0.0f) next += c.lr * c.lam * (project<Binary>(u, before) - u);
+    return clamp(next, -limit, limit);
+  }
+  template <class F>
+  QUANTOPT_HOST_DEVICE F weight(F u, F) const {
+    return relax(u, project<Binary>(u, grid), c);
+  }
+};
+
+}  // namespace quantopt

@@ -1,0 +1,41 @@
+#pragma once
+
+// The instruction sets for which the torch-free kernels in csrc/cpu/kernels are compiled, and the choice
+// among them at run time. setup.py defines QUANTOPT_HAVE_<ISA> for each that was built (portable always is).
+
+namespace quantopt {
+
+enum class Isa { portable, avx2, avx512, avx512vnni };  // in increasing order: each contains the ones before
+
+const char* isa_name(Isa isa);
+
+// Whether the instruction set was built and this processor (and operating system) runs it.
+bool isa_supported(Isa isa);
+
+// The best supported instruction set.
+Isa best_isa();
+
+// best_isa(), or the one that the environment variable QUANTOPT_CPU_ISA names (portable, avx2, avx512,
+// avx512vnni; empty: no choice). The variable is read at every call. Throws std::runtime_error with the
+// reason if the name is unknown or the instruction set is not supported.
+Isa active_isa();
+
+}  // namespace quantopt
+
+// Declares functions in the namespace of every instruction set, e.g.
+//     QUANTOPT_DECLARE_PER_ISA(void scale(float* x, int64_t n, float a);)
+// declares quantopt::portable::scale, quantopt::avx2::scale, ... Use at global scope. Only those that
+// setup.py's table compiles are defined.
+#define QUANTOPT_DECLARE_PER_ISA(...) \
+  namespace quantopt::portable {      \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace quantopt::avx2 {          \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace quantopt::avx512 {        \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace quantopt::avx512vnni {    \
+  __VA_ARGS__                         \
+  }
