@@ -1,0 +1,419 @@
+#include "cpu/kernels/step.h"
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kernels/vec.h"  // before the rules
+
+#include "core/askew.h"
+#include "core/base.h"
+#include "core/simple.h"
+#include "core/stam.h"
+
+namespace quantopt::QUANTOPT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 128;        // elements between two rounds of prefetches
+constexpr int64_t kAheadBytes = 2048;  // prefetch distance; 10-20 % at sizes beyond the caches
+constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
+
+// Sixteen random bits for each of kBlock elements from `first` (a multiple of 8).
+inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
+  for (int64_t b = 0; b < kBlock / 8; ++b) {
+    uint32_t words[4];
+    philox(key, static_cast<uint64_t>(first / 8 + b), words);
+    std::memcpy(out + 8 * b, words, sizeof(words));  // little endian: the low half comes first
+  }
+}
+
+// ---- one span: elements that share a scale -------------------------------------------------------------------
+
+// Pointers of a span, already advanced to its first element. P and M are float, or both BFloat16.
+template <class P, class M>
+struct Span {
+  P* param;
+  const P* grad;
+  M* momentum;
+  float* second;
+  float* latent;
+};
+
+template <class T>
+inline void prefetch_block(const T* p) {
+  const char* line = reinterpret_cast<const char*>(p) + kAheadBytes;
+  for (size_t offset = 0; offset < kBlock * sizeof(T); offset += 64) __builtin_prefetch(line + offset);
+}
+
+// The first `count` elements of a vector, the rest zero.
+template <class T>
+inline __attribute__((always_inline)) Vec load_some(const T* p, int64_t count) {
+  T part[kWidth] = {};
+  std::memcpy(part, p, static_cast<size_t>(count) * sizeof(T));
+  return load(part);
+}
+
+// One vector of elements from i: the whole of the fused step.
+template <class P, class M, class Direction, class R>
+inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int64_t i, float factor,
+                                                       const Direction& direction, const R& rule,
+                                                       const uint16_t* random) {
+  const Vec w = R::kLatent ? load(s.latent + i) : load(s.param + i);
+  Vec m{}, v{};
+  if constexpr (Direction::kMomentum) m = load(s.momentum + i);
+  if constexpr (Direction::kSecond) v = load(s.second + i);
+  const Vec g = rule.gradient(load(s.grad + i) * factor, w);
+  const Vec d = direction(g, m, v);
+  const Vec next = rule.step(w, d);
+  if constexpr (Direction::kMomentum) store(s.momentum + i, m);
+  if constexpr (Direction::kSecond) store(s.second + i, v);
+  if constexpr (R::kLatent) {
+    store(s.latent + i, next);
+    store(s.param + i, rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{}));
+  } else if constexpr (sizeof(P) == 2) {
+    const auto bits = (VecBits)next;
+    store_halves(s.param + i, random ? bfloat16_stochastic(bits, load_halves(random + i)) : bfloat16_nearest(bits));
+  } else {
+    store(s.param + i, next);
+  }
+}
+
+// The last elements of a span, in a padded copy.
+template <class P, class M, class Direction, class R>
+void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, const Direction& direction, const R& rule,
+               const uint16_t* random) {
+  P param[kWidth] = {}, grad[kWidth] = {};
+  M momentum[kWidth] = {};
+  float second[kWidth] = {}, latent[kWidth] = {};
+  uint16_t halves[kWidth] = {};
+  const auto in = [count, i](auto* to, const auto* from) {
+    if (from) std::memcpy(to, from + i, static_cast<size_t>(count) * sizeof(*to));
+  };
+  const auto out = [count, i](auto* to, const auto* from) {
+    if (to) std::memcpy(to + i, from, static_cast<size_t>(count) * sizeof(*from));
+  };
+  in(param, s.param);
+  in(grad, s.grad);
+  in(momentum, s.momentum);
+  in(second, s.second);
+  in(latent, s.latent);
+  in(halves, random);
+  const Span<P, M> padded{param, grad, momentum, second, latent};
+  step_vector(padded, 0, factor, direction, rule, random ? halves : nullptr);
+  out(s.param, param);
+  out(s.momentum, momentum);
+  out(s.second, second);
+  out(s.latent, latent);
+}
+
+// Steps the first n elements of a span; `first` is the number of its first element in its tensor.
+template <class P, class M, class Direction, class R>
+void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in, const R& rule_in,
+               const PhiloxKey* key, int64_t first) {
+  const Span<P, M> span = span_in;  // local copies, so that the compiler keeps the constants in registers
+  const Direction direction = direction_in;
+  const R rule = rule_in;
+  int64_t begin = 0;
+  if constexpr (sizeof(P) == 2) {
+    if (key != nullptr) {
+      uint16_t halves[kBlock];
+      while (begin < n) {
+        const int64_t lead = (first + begin) % 8;
+        const int64_t end = std::min(n, begin + kBlock - lead);
+        random_halves(*key, first + begin - lead, halves);
+        const uint16_t* random = halves + lead - begin;
+        for (; begin + kWidth <= end; begin += kWidth) step_vector(span, begin, factor, direction, rule, random);
+        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, random);
+        begin = end;
+      }
+      return;
+    }
+  }
+  for (; begin + kBlock <= n; begin += kBlock) {
+    if constexpr (!R::kLatent || R::kReadsWeight) prefetch_block(span.param + begin);
+    if constexpr (R::kLatent) prefetch_block(span.latent + begin);
+    prefetch_block(span.grad + begin);
+    if constexpr (Direction::kMomentum) prefetch_block(span.momentum + begin);
+    if constexpr (Direction::kSecond) prefetch_block(span.second + begin);
+    for (int64_t i = begin; i < begin + kBlock; i += kWidth) {
+      step_vector(span, i, factor, direction, rule, nullptr);
+    }
+  }
+  for (; begin + kWidth <= n; begin += kWidth) step_vector(span, begin, factor, direction, rule, nullptr);
+  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule, nullptr);
+}
+
+// Sum of |rule.point| in an order that depends on n alone: 16 lanes, carried over to double.
+template <class Direction, class R>
+double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, const Direction& direction,
+                         const R& rule) {
+  constexpr int64_t kLanes = 16, kCarry = 1024;
+  double total = 0.0;
+  for (int64_t start = 0; start < n; start += kCarry) {
+    const int64_t stop = std::min(n, start + kCarry);
+    Vec sums[kLanes / kWidth] = {};
+    for (int64_t i = start; i < stop; i += kLanes) {
+      for (int k = 0; k < kLanes / kWidth; ++k) {
+        const int64_t at = i + k * kWidth;
+        const int64_t count = std::min<int64_t>(kWidth, stop - at);
+        if (count <= 0) break;
+        const auto read = [&](const float* p) { return count == kWidth ? load(p + at) : load_some(p + at, count); };
+        Vec m{}, v{};
+        if constexpr (Direction::kMomentum) m = read(s.momentum);
+        const Vec w = read(s.latent);
+        const Vec g = rule.gradient(read(s.grad) * factor, w);
+        Vec size = absolute(rule.point(w, direction(g, m, v)));
+        for (int64_t lane = count; lane < kWidth; ++lane) size[lane] = 0.0f;
+        sums[k] += size;
+      }
+    }
+    for (const Vec& part : sums) {
+      for (int lane = 0; lane < kWidth; ++lane) total += part[lane];
+    }
+  }
+  return total;
+}
+
+// ---- 16-bit types, a stage at a time -------------------------------------------------------------------------
+
+template <class T>
+void widen(const void* from, int64_t at, float* to, int64_t n) {
+  const T* source = static_cast<const T*>(from) + at;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(source + i));
+  if (i == n) return;
+  const Vec rest = load_some(source + i, n - i);
+  std::memcpy(to + i, &rest, static_cast<size_t>(n - i) * sizeof(float));
+}
+
+template <class T>
+void narrow(const float* from, void* to, int64_t at, int64_t n) {
+  T* target = static_cast<T*>(to) + at;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(target + i, load(from + i));
+  if (i == n) return;
+  T rest[kWidth];
+  store(rest, load_some(from + i, n - i));
+  std::memcpy(target + i, rest, static_cast<size_t>(n - i) * sizeof(T));
+}
+
+void read_as_float(Dtype dtype, const void* from, int64_t at, float* to, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat32: return widen<float>(from, at, to, n);
+    case Dtype::kBFloat16: return widen<BFloat16>(from, at, to, n);
+    case Dtype::kFloat16: return widen<Float16>(from, at, to, n);
+  }
+}
+
+void write_from_float(Dtype dtype, const float* from, void* to, int64_t at, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat32: return narrow<float>(from, to, at, n);
+    case Dtype::kBFloat16: return narrow<BFloat16>(from, to, at, n);
+    case Dtype::kFloat16: return narrow<Float16>(from, to, at, n);
+  }
+}
+
+// bfloat16 momentum, or fp32 with bfloat16 parameters: everything that is not float is converted to float arrays
+// that stay in the first cache. The float kernel then does the work.
+struct Stage {
+  alignas(64) float param[kStage];
+  alignas(64) float grad[kStage];
+  alignas(64) float momentum[kStage];
+};
+
+Span<float, float> fill_stage(const StepOptions& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
+                              bool latent_rule, bool reads_weight) {
+  Span<float, float> span{};
+  read_as_float(o.param_dtype, s.grad, at, stage.grad, n);
+  span.grad = stage.grad;
+  if (s.momentum != nullptr) {
+    read_as_float(o.momentum_dtype, s.momentum, at, stage.momentum, n);
+    span.momentum = stage.momentum;
+  }
+  if (s.second != nullptr) span.second = s.second + at;
+  if (latent_rule) {
+    span.latent = s.latent + at;
+    span.param = stage.param;
+    if (reads_weight) read_as_float(o.param_dtype, s.param, at, stage.param, n);
+  } else if (s.latent != nullptr) {
+    span.param = s.latent + at;  // master weights are stepped in place
+  } else {
+    span.param = stage.param;
+    read_as_float(o.param_dtype, s.param, at, stage.param, n);
+  }
+  return span;
+}
+
+template <class Direction, class R>
+void step_staged(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Direction& direction,
+                 const R& rule) {
+  Stage stage;
+  for (int64_t at = begin; at < end; at += kStage) {
+    const int64_t n = std::min(kStage, end - at);
+    const auto span = fill_stage(o, s, stage, at, n, R::kLatent, R::kReadsWeight);
+    step_span<float, float>(span, n, o.gradient_factor, direction, rule, nullptr, 0);
+    if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
+    write_from_float(o.param_dtype, span.param, s.param, at, n);
+  }
+}
+
+// ---- choosing the instantiation ------------------------------------------------------------------------------
+
+template <class Direction, class R>
+void step_range(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Direction& direction,
+                const R& rule) {
+  const bool float_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32;
+  const int64_t n = end - begin;
+  if (o.param_dtype == Dtype::kFloat32 && float_momentum) {
+    const Span<float, float> span{static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
+                                  static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
+                                  s.second + (s.second ? begin : 0), s.latent + (s.latent ? begin : 0)};
+    return step_span(span, n, o.gradient_factor, direction, rule, nullptr, 0);
+  }
+  if constexpr (!R::kLatent) {
+    const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
+    if (o.param_dtype == Dtype::kBFloat16 && s.latent == nullptr && (bfloat_momentum || o.stochastic_rounding)) {
+      PhiloxKey key = o.key;
+      key.tensor = s.index;
+      key.step = static_cast<uint32_t>(s.step);
+      const auto run = [&](auto* momentum) {
+        using M = std::remove_pointer_t<decltype(momentum)>;
+        const Span<BFloat16, M> span{static_cast<BFloat16*>(s.param) + begin,
+                                     static_cast<const BFloat16*>(s.grad) + begin, momentum + (momentum ? begin : 0),
+                                     s.second + (s.second ? begin : 0), nullptr};
+        step_span(span, n, o.gradient_factor, direction, rule, o.stochastic_rounding ? &key : nullptr, begin);
+      };
+      return bfloat_momentum ? run(static_cast<BFloat16*>(s.momentum)) : run(static_cast<float*>(s.momentum));
+    }
+  }
+  step_staged(o, s, begin, end, direction, rule);
+}
+
+// Calls visit(begin, end, scale, next_scale) for every run of elements that share a scale.
+template <class Visit>
+void for_each_scale(const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+  while (begin < end) {
+    const int64_t row = begin / s.row;
+    const int64_t group = (begin - row * s.row) / s.group;
+    const int64_t stop = std::min({end, row * s.row + (group + 1) * s.group, (row + 1) * s.row});
+    const int64_t at = row * s.scales_per_row + group;
+    visit(begin, stop, s.scale[at], s.next_scale[at]);
+    begin = stop;
+  }
+}
+
+template <bool AllowAdam, class Visit>
+void with_direction(const StepOptions& o, double step, const Visit& visit) {
+  if constexpr (AllowAdam) {
+    if (o.adam) return visit(make_adam_direction(o.hyper, step));
+  }
+  if (o.has_momentum) return visit(MomentumDirection{static_cast<float>(o.hyper.momentum), o.nesterov});
+  visit(PlainDirection{});
+}
+
+float latent_limit(const StepOptions& o, const StepSegment& s, int64_t at) {
+  if (s.sigma == nullptr) return std::numeric_limits<float>::infinity();
+  return static_cast<float>(o.hyper.bound) * s.sigma[at / s.sigma_row];
+}
+
+// Calls visit(begin, end, rule) for every run of elements that one rule object serves.
+template <bool Binary, class Visit>
+void for_each_rule(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+  const auto grid = [&](float scale) { return make_grid(scale, o.level_factor, o.levels); };
+  const BaseStep base = make_base_step(o.hyper, o.decoupled);
+  switch (o.rule) {
+    case Rule::kBase: return visit(begin, end, base);
+    case Rule::kProx:
+      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
+        visit(a, b, ProxStep<Binary>{base, static_cast<float>(o.hyper.threshold), grid(scale)});
+      });
+    case Rule::kAskew: {
+      const AskewConstants c = make_askew_constants(o.hyper, o.decoupled);
+      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
+        visit(a, b, AskewVelocity<Binary>{c, grid(scale)});
+      });
+    }
+    case Rule::kAskewGradient: {
+      const AskewConstants c = make_askew_constants(o.hyper, o.decoupled);
+      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
+        visit(a, b, AskewGradient<Binary>{c, grid(scale)});
+      });
+    }
+    case Rule::kAskewMemory: {
+      const AskewConstants c = make_askew_constants(o.hyper, true);
+      const bool limited = c.rate <= std::numeric_limits<float>::max();
+      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
+        if (limited) return visit(a, b, AskewMemory<Binary, true>{c, grid(scale)});
+        visit(a, b, AskewMemory<Binary, false>{c, grid(scale)});
+      });
+    }
+    default: return;  // the STAM rules, below
+  }
+}
+
+template <bool Binary, class Visit>
+void for_each_stam_rule(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+  const auto grid = [&](float scale) { return make_grid(scale, o.level_factor, o.levels); };
+  const bool splitting = o.rule == Rule::kSplitting;
+  const StamConstants c = make_stam_constants(o.hyper, splitting);
+  for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float next) {
+    if (splitting) return visit(a, b, StamSplitting<Binary>{c, grid(scale), grid(next)});
+    while (a < b) {  // the latent bound may be frozen per smaller pieces than the levels
+      const int64_t stop = s.sigma ? std::min(b, (a / s.sigma_row + 1) * s.sigma_row) : b;
+      visit(a, stop, StamAlternating<Binary>{c, grid(scale), grid(next), latent_limit(o, s, a)});
+      a = stop;
+    }
+  });
+}
+
+template <bool Binary>
+void step_piece_of(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end) {
+  const auto step = [&](const auto& direction) {
+    return [&](int64_t a, int64_t b, const auto& rule) { step_range(o, s, a, b, direction, rule); };
+  };
+  if (o.rule == Rule::kSplitting || o.rule == Rule::kAlternating) {
+    return with_direction<false>(o, s.step, [&](const auto& direction) {
+      for_each_stam_rule<Binary>(o, s, begin, end, step(direction));
+    });
+  }
+  with_direction<true>(o, s.step, [&](const auto& direction) {
+    for_each_rule<Binary>(o, s, begin, end, step(direction));
+  });
+}
+
+template <bool Binary>
+double magnitude_of_piece_of(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end) {
+  double total = 0.0;
+  Stage stage;
+  with_direction<false>(o, s.step, [&](const auto& direction) {
+    for_each_stam_rule<Binary>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
+      if (o.param_dtype == Dtype::kFloat32 && (s.momentum == nullptr || o.momentum_dtype == Dtype::kFloat32)) {
+        const Span<float, float> span{nullptr, static_cast<const float*>(s.grad) + a,
+                                      static_cast<float*>(s.momentum) + (s.momentum ? a : 0), nullptr, s.latent + a};
+        total += magnitude_of_span(span, b - a, o.gradient_factor, direction, rule);
+        return;
+      }
+      for (int64_t at = a; at < b; at += kStage) {
+        const int64_t n = std::min(kStage, b - at);
+        const auto span = fill_stage(o, s, stage, at, n, true, false);
+        total += magnitude_of_span(span, n, o.gradient_factor, direction, rule);
+      }
+    });
+  });
+  return total;
+}
+
+}  // namespace
+
+void step_piece(const StepOptions& options, const StepSegment& segment, int64_t begin, int64_t end) {
+  const bool binary = options.levels == 2;
+  binary ? step_piece_of<true>(options, segment, begin, end) : step_piece_of<false>(options, segment, begin, end);
+}
+
+double magnitude_of_piece(const StepOptions& options, const StepSegment& segment, int64_t begin, int64_t end) {
+  const bool binary = options.levels == 2;
+  return binary ? magnitude_of_piece_of<true>(options, segment, begin, end)
+                : magnitude_of_piece_of<false>(options, segment, begin, end);
+}
+
+}  // namespace quantopt::QUANTOPT_ISA

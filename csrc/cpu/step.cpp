@@ -1,0 +1,141 @@
+#include "cpu/step.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/kernels/step.h"
+
+namespace quantopt {
+namespace {
+
+constexpr int64_t kChunk = 16384;  // elements; the unit of parallel work, a multiple of every block
+
+struct Kernels {
+  decltype(&portable::step_piece) step;
+  decltype(&portable::magnitude_of_piece) magnitude;
+};
+
+Kernels choose_kernels() {
+  switch (active_isa()) {
+#ifdef QUANTOPT_HAVE_AVX512
+    case Isa::avx512vnni:
+    case Isa::avx512: return {&avx512::step_piece, &avx512::magnitude_of_piece};
+#endif
+#ifdef QUANTOPT_HAVE_AVX2
+    case Isa::avx2: return {&avx2::step_piece, &avx2::magnitude_of_piece};
+#endif
+    default: return {&portable::step_piece, &portable::magnitude_of_piece};
+  }
+}
+
+int64_t chunks_in(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+// Runs work(i) for i < items, which together touch `elements` elements.
+template <class Work>
+void parallel(int64_t items, int64_t elements, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, items * 2 * kChunk / std::max<int64_t>(elements, 1));
+  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i);
+  });
+}
+
+// A piece of work: elements [begin, end) of a segment.
+struct Piece {
+  StepSegment* segment;
+  int64_t begin, end;
+};
+
+void step_with_fixed_levels(const StepOptions& options, std::vector<StepSegment>& segments, const Kernels& kernels) {
+  thread_local std::vector<Piece> pieces;  // kept between steps: no allocation once it has grown
+  pieces.clear();
+  int64_t elements = 0;
+  for (StepSegment& segment : segments) {
+    elements += segment.numel;
+    for (int64_t at = 0; at < segment.numel; at += kChunk) {
+      pieces.push_back({&segment, at, std::min(segment.numel, at + kChunk)});
+    }
+  }
+  const Piece* list = pieces.data();
+  parallel(static_cast<int64_t>(pieces.size()), elements, [&](int64_t i) {
+    kernels.step(options, *list[i].segment, list[i].begin, list[i].end);
+  });
+}
+
+// Rows up to a chunk long are reduced and stepped while they are in the cache; longer ones are reduced chunk by
+// chunk first, and read a second time.
+void step_with_moving_levels(const StepOptions& options, std::vector<StepSegment>& segments, const Kernels& kernels) {
+  thread_local std::vector<Piece> pieces, long_pieces;
+  thread_local std::vector<float> next_scales;
+  thread_local std::vector<double> sums;
+  pieces.clear();
+  long_pieces.clear();
+  int64_t elements = 0, scales = 0;
+  for (const StepSegment& segment : segments) scales += segment.numel / segment.row;
+  next_scales.resize(static_cast<size_t>(scales));
+  scales = 0;
+  for (StepSegment& segment : segments) {
+    elements += segment.numel;
+    segment.next_scale = next_scales.data() + scales;
+    scales += segment.numel / segment.row;
+    if (segment.row > kChunk) {
+      for (int64_t row = 0; row < segment.numel; row += segment.row) {
+        for (int64_t at = row; at < row + segment.row; at += kChunk) {
+          long_pieces.push_back({&segment, at, std::min(row + segment.row, at + kChunk)});
+        }
+      }
+    } else {
+      const int64_t step = kChunk / segment.row * segment.row;
+      for (int64_t at = 0; at < segment.numel; at += step) {
+        pieces.push_back({&segment, at, std::min(segment.numel, at + step)});
+      }
+    }
+  }
+  sums.resize(long_pieces.size());
+  const Piece* rows = pieces.data();
+  const Piece* parts = long_pieces.data();
+  double* part_sums = sums.data();
+  const auto count = static_cast<int64_t>(pieces.size());
+  const auto long_count = static_cast<int64_t>(long_pieces.size());
+
+  parallel(count + long_count, elements, [&](int64_t i) {
+    if (i >= count) {
+      const Piece& part = parts[i - count];
+      part_sums[i - count] = kernels.magnitude(options, *part.segment, part.begin, part.end);
+      return;
+    }
+    const StepSegment& s = *rows[i].segment;
+    for (int64_t at = rows[i].begin; at < rows[i].end; at += s.row) {
+      const double sum = kernels.magnitude(options, s, at, at + s.row);
+      s.next_scale[at / s.row] = static_cast<float>(sum / static_cast<double>(s.row));
+    }
+    kernels.step(options, s, rows[i].begin, rows[i].end);
+  });
+  for (int64_t i = 0; i < long_count;) {
+    const StepSegment& s = *parts[i].segment;
+    double sum = 0.0;
+    for (int64_t k = 0; k < chunks_in(s.row); ++k) sum += part_sums[i + k];
+    s.next_scale[parts[i].begin / s.row] = static_cast<float>(sum / static_cast<double>(s.row));
+    i += chunks_in(s.row);
+  }
+  parallel(long_count, elements, [&](int64_t i) {
+    kernels.step(options, *parts[i].segment, parts[i].begin, parts[i].end);
+  });
+  for (StepSegment& segment : segments) {
+    std::copy_n(segment.next_scale, segment.numel / segment.row, segment.scale);
+  }
+}
+
+}  // namespace
+
+void step_on_cpu(const StepOptions& options, std::vector<StepSegment>& segments, bool moving_levels) {
+  const Kernels kernels = choose_kernels();
+  if (moving_levels) {
+    step_with_moving_levels(options, segments, kernels);
+  } else {
+    step_with_fixed_levels(options, segments, kernels);
+  }
+}
+
+}  // namespace quantopt

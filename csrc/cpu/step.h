@@ -1,0 +1,14 @@
+// The fused step over a list of tensors on the CPU: chunks of all tensors in one parallel region.
+#pragma once
+
+#include <vector>
+
+#include "core/step.h"
+
+namespace quantopt {
+
+// Steps every segment. `moving_levels`: the scale of every row is first replaced by the mean of |r| (splitting) or of
+// |u| after the step (alternating). Uses at::parallel_for; the result does not depend on the number of threads.
+void step_on_cpu(const StepOptions& options, std::vector<StepSegment>& segments, bool moving_levels);
+
+}  // namespace quantopt

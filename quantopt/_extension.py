@@ -1,0 +1,38 @@
+"""Loads the compiled extension, which registers the operators of `torch.ops.quantopt`.
+
+The package also works without it (in pure PyTorch), so a failure to load is recorded, not raised: `error` is
+None when the extension is loaded, else one line that says why it is not.
+"""
+
+import importlib
+import json
+import os
+from typing import Any
+
+import torch
+
+error: str | None = None
+
+_REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
+
+if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
+    error = "the compiled extension is disabled by QUANTOPT_DISABLE_EXTENSION"
+else:
+    try:
+        importlib.import_module("quantopt._C")
+    except ModuleNotFoundError:
+        error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
+    except (ImportError, OSError) as exc:
+        error = f"quantopt._C does not load with torch {torch.__version__} ({exc}); {_REBUILD}"
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with; empty if it is not loaded.
+
+    Keys: `version` (of quantopt), `torch`, `compiler`, `isas` (instruction sets of the CPU kernels), `nvcc`
+    (version or None) and `cuda_archs` (list such as ["80", "90", "100"], empty without CUDA).
+    """
+    if error is not None:
+        return {}
+    info: dict[str, Any] = json.loads(torch.ops.quantopt.build_info())
+    return info

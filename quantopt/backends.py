@@ -1,0 +1,97 @@
+"""The one place that chooses what runs an operation.
+
+Backends: ``reference`` (pure PyTorch, any device), ``cpu`` and ``cuda`` (the compiled extension), ``triton``.
+``auto`` takes the first that works of cpu or cuda, triton, reference, and says nothing; a backend asked for by name
+raises :class:`BackendError` with the reason if it cannot run the operation.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from quantopt import _extension
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+# (operation, backend) -> what it covers there; None: everything. The reference covers everything.
+_COVERS: dict[tuple[str, str], frozenset[str] | None] = {
+    ("fused_step", "cpu"): None,
+    ("fused_step", "cuda"): frozenset({"askew"}),
+    ("fused_step", "triton"): frozenset({"askew"}),
+    ("binary_linear", "cpu"): None,
+    ("binary_conv2d", "cpu"): None,
+}
+OPERATIONS = ("fused_step", "binary_linear", "binary_conv2d")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the operation; the message says why."""
+
+
+class Choice(NamedTuple):
+    """The backend that runs an operation, and the reason."""
+
+    name: str
+    why: str
+
+
+def choose(
+    operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto", *, rule: str = ""
+) -> Choice:
+    """The backend for ``operation`` (one of :data:`OPERATIONS`) on tensors of ``dtype`` on ``device``.
+
+    ``rule`` narrows fused_step. Raises ValueError for an unknown ``requested``, BackendError if it cannot run.
+    """
+    return _choose(operation, device.type, dtype, requested, rule, os.environ.get("TRITON_INTERPRET", "0"))
+
+
+@functools.cache
+def _choose(operation: str, device: str, dtype: torch.dtype, requested: str, rule: str, interpret: str) -> Choice:
+    if requested == "auto":
+        refusals = []
+        for name in ("cpu", "cuda", "triton"):
+            if (name == "cpu") != (device == "cpu"):
+                continue  # auto does not run Triton's interpreter
+            refusal = _refusal(operation, name, device, dtype, rule, interpret)
+            if refusal is None:
+                return Choice(name, f"the best for {device} tensors")
+            refusals.append(f"{name}: {refusal}")
+        return Choice("reference", "; ".join(refusals) or f"no kernels for {device} tensors")
+    if requested not in BACKENDS:
+        raise ValueError(f"backend={requested!r}: use 'auto' or one of {BACKENDS}")
+    refusal = _refusal(operation, requested, device, dtype, rule, interpret)
+    if refusal is not None:
+        raise BackendError(f"backend={requested!r} cannot run {operation}: {refusal}")
+    return Choice(requested, "asked for by name")
+
+
+def _refusal(
+    operation: str, backend: str, device: str, dtype: torch.dtype, rule: str, interpret: str
+) -> str | None:
+    """Why ``backend`` cannot run the operation, or None if it can."""
+    if backend == "reference":
+        return None
+    if (operation, backend) not in _COVERS:
+        return f"there is no {backend} kernel for {operation}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"no kernel for {dtype}; the reference runs it"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton"
+        if device != "cuda" and interpret != "1":
+            return f"Triton runs on CUDA tensors, not {device} (or in its interpreter: TRITON_INTERPRET=1)"
+    else:
+        if _extension.error is not None:
+            return _extension.error
+        if device != backend:
+            return f"it runs on {backend} tensors, not {device}"
+        if backend == "cuda" and not _extension.build_info()["cuda_archs"]:
+            return "the extension was built without CUDA; install the CUDA toolkit and rebuild with QUANTOPT_CUDA=1"
+    covered = _COVERS[operation, backend]
+    if covered is not None and rule and rule not in covered:
+        return f"it has no kernel for the rule {rule!r}, only {sorted(covered)}"
+    return None

@@ -1,0 +1,32 @@
+"""Level sets: what `bits` means, and the quantised form of a weight that packing reads."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LEVEL_COUNT: dict[int | str, int] = {0: 0, 1: 2, 2: 4, 3: 8, 4: 16, "ternary": 3}
+SCALES = ("none", "tensor", "channel", "group")
+
+
+def level_count(bits: int | str) -> int:
+    """K, the number of levels: 2 for 1 bit, 2^bits for 2 to 4, 3 for "ternary", 0 (not quantised) for 0.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(bits, bool) or bits not in LEVEL_COUNT:
+        raise ValueError(f"bits={bits!r}: use 0 (not quantised), 1, 2, 3, 4 or 'ternary'")
+    return LEVEL_COUNT[bits]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A weight on its grid: level = outer * (2 * code / (levels - 1) - 1).
+
+    levels: K. codes: uint8, the weight's shape, in 0..K-1. outer: float32 outer levels, shape [1] (per tensor),
+    [rows], or [rows, ceil(elements per row / group_size)]; rows are dim 0. group_size: 0 unless per group.
+    """
+
+    levels: int
+    codes: Tensor
+    outer: Tensor
+    group_size: int

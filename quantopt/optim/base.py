@@ -1,0 +1,483 @@
+"""What all optimizers of the package share: groups and their checks, state, the step, and views of the weights."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from quantopt.backends import BACKENDS
+from quantopt.levels import SCALES, Quantization, level_count
+from quantopt.ops.binary import pack_signs
+from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.reference import levels as grid
+from quantopt.reference.askew import t_star
+
+CLOSED_INTERVAL = 0.995  # |t| from which a weight counts as inside the interval where a rule has no epsilon
+_LATENT_RULES = ("askew_memory", "splitting", "alternating")
+_COMPANIONS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "latent", "master")  # state in the parameter's layout
+
+# Group keys that hold a number, and the interval it must lie in (closed, but for infinity where it is open).
+_INTERVALS: dict[str, tuple[float, float]] = {
+    "lr": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "epsilon": (0.0, 1.0),
+    "rate": (0.0, math.inf),
+    "cap": (0.0, math.inf),
+    "bound": (1.0, math.inf),
+    "kappa": (0.0, math.inf),
+    "lam": (0.0, math.inf),
+    "clip": (0.0, math.inf),
+    "reg": (0.0, math.inf),
+    "reg_strength": (0.0, math.inf),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "scale": (*SCALES, "channel-mean"),
+    "rounding": ("master", "nearest", "stochastic"),
+    "momentum_dtype": ("float32", "bfloat16"),
+    "constrain": ("velocity", "gradient"),
+    "form": ("alternating", "splitting"),
+}
+_MAY_BE_INFINITE = ("rate", "bound", "kappa", "clip", "reg_strength")
+
+
+class QuantOptimizer(torch.optim.Optimizer):
+    """Base class of the optimizers.
+
+    ``p.data`` is always what the network runs with; latent variables, momentum and scales live in ``state``, which is
+    made when a parameter is first seen (first step, or first view of its weights). Groups with ``bits=0`` are trained
+    by the plain base rule. The step is one pass of a fused kernel over every dtype and device of a group.
+
+    A step that raises leaves weights and state as they were.
+    """
+
+    _step_supports_amp_scaling = True
+    _adam = False
+
+    def __init__(self, params: Any, defaults: dict[str, Any], backend: str = "auto") -> None:
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
+        self.backend = backend
+        shared = {
+            "nesterov": False,
+            "maximize": False,
+            "decoupled_weight_decay": False,
+            "bits": 1,
+            "scale": "tensor",
+            "group_size": 128,
+            "rounding": "master",
+            "momentum_dtype": "float32",
+            "seed": 0,
+        }
+        super().__init__(params, {**shared, **defaults})
+
+    # ---- what a subclass says ------------------------------------------------------------------------------------
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        """The rule of the op for a quantised group."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        """The numbers of the rule, beside lr, momentum and weight decay."""
+        return {}
+
+    def _moving_levels(self, group: dict[str, Any]) -> bool:
+        """Whether the scale follows the weights (mean magnitude) instead of being frozen."""
+        return False
+
+    def _latent_bound_scale(self, group: dict[str, Any]) -> bool:
+        """Whether the latent is bounded by a multiple of a frozen sigma, which is then kept in the state."""
+        return False
+
+    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
+        """Values of the group's annealed keys after ``step`` of ``total_steps`` steps; :class:`Anneal` sets them."""
+        return {}
+
+    # ---- groups --------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group. Raises ValueError naming the key, its value and the remedy; nothing is added then."""
+        unknown = set(param_group) - set(self.defaults) - {"params", "param_names", "initial_lr"}
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no group key {sorted(unknown)}; known: {sorted(self.defaults)}")
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for key, (low, high) in _INTERVALS.items():
+            if key not in group:
+                continue
+            value = float(group[key])
+            if not (low <= value <= high) or (math.isinf(value) and key not in _MAY_BE_INFINITE):
+                end = "" if math.isinf(high) else f" and at most {high:g}"
+                raise ValueError(f"{key}={group[key]!r}: must be a number of at least {low:g}{end}")
+        if group.get("momentum") == 1.0:
+            raise ValueError("momentum=1.0: must be below 1")
+        if "betas" in group and not (len(group["betas"]) == 2 and all(0 <= b < 1 for b in group["betas"])):
+            raise ValueError(f"betas={group['betas']!r}: must be two numbers in [0, 1)")
+        if "eps" in group and not 0 <= group["eps"] < math.inf:
+            raise ValueError(f"eps={group['eps']!r}: must be a number of at least 0")
+        for key, values in _CHOICES.items():
+            if key in group and group[key] not in values:
+                raise ValueError(f"{key}={group[key]!r}: use one of {values}")
+        level_count(group["bits"])
+        if not isinstance(group["group_size"], int) or group["group_size"] < 1:
+            raise ValueError(f"group_size={group['group_size']!r}: must be a positive int")
+        if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**62:
+            raise ValueError(f"seed={group['seed']!r}: must be an int in [0, 2**62)")
+        if group["nesterov"] and not self._adam and not group["momentum"] > 0:
+            raise ValueError("nesterov=True needs momentum > 0")
+        if group["bits"] != 0:
+            self._check_quantised(group)
+
+    def _check_quantised(self, group: dict[str, Any]) -> None:
+        if group["scale"] == "channel-mean" and not self._moving_levels(group):
+            raise ValueError("scale='channel-mean' belongs to STAM's splitting form; use 'channel' here")
+
+    def _name(self, group: dict[str, Any], index: int) -> str:
+        names = group.get("param_names")
+        return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def _init_state(self, group: dict[str, Any], p: Tensor, name: str) -> dict[str, Any]:
+        """The state of a parameter that is seen for the first time; changes nothing."""
+        if p.is_complex() or not p.is_floating_point():
+            raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters are trained")
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        momentum_dtype = dtype if dtype == torch.float64 else getattr(torch, group["momentum_dtype"])
+        quantised = group["bits"] != 0 and p.numel() > 0
+        rule = self._rule(group) if group["bits"] != 0 else "base"
+        stochastic = group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and rule not in _LATENT_RULES
+        w = p.detach()
+        state: dict[str, Any] = {}
+        if self._adam or stochastic:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        if self._adam:
+            state["exp_avg"] = torch.zeros_like(w, dtype=momentum_dtype)
+            state["exp_avg_sq"] = torch.zeros_like(w, dtype=dtype)
+        elif group["momentum"] != 0:
+            state["momentum_buffer"] = torch.zeros_like(w, dtype=momentum_dtype)
+        if rule in _LATENT_RULES:
+            state["latent"] = w.to(dtype, copy=True)
+        elif p.dtype in (torch.bfloat16, torch.float16) and group["rounding"] == "master":
+            state["master"] = w.to(dtype, copy=True)
+        if quantised:
+            exact = w.to(dtype)
+            sigma = grid.frozen_scale(exact, group["scale"].replace("channel-mean", "channel"), group["group_size"])
+            moving = self._moving_levels(group)
+            scale = sigma
+            if moving and group["scale"] != "channel-mean":
+                scale = grid.mean_magnitude(exact)
+            for value in (sigma, scale):
+                if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
+                    raise ValueError(
+                        f"{name}: a slice of its weights is all zero or not finite, so its scale (scale="
+                        f"{group['scale']!r}) is {float(value.min()):g}; initialise it, or put it in a group with bits=0"
+                    )
+            state["scale"] = scale.contiguous()
+            if self._latent_bound_scale(group):
+                per_row = "channel" if group["scale"] == "group" else group["scale"]
+                state["sigma"] = grid.frozen_scale(exact, per_row).contiguous()
+        return state
+
+    def _ensure_state(self, group: dict[str, Any], with_grad_only: bool = False) -> list[int]:
+        """Makes missing state; returns the indices of the parameters that take part. All or nothing."""
+        made: dict[nn.Parameter, dict[str, Any]] = {}
+        taking_part = []
+        for i, p in enumerate(group["params"]):
+            if with_grad_only and p.grad is None:
+                continue
+            taking_part.append(i)
+            if not self.state.get(p):
+                made[p] = self._init_state(group, p, self._name(group, i))
+        for p, state in made.items():
+            self.state[p] = state
+        return taking_part
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim, but float32 state stays float32 whatever the parameter's dtype, and the layout of a state
+        follows its parameter. Raises ValueError if the state does not fit the parameters; nothing is changed then.
+        """
+        self._check_state_dict(state_dict)
+        saved = self._flat_states(state_dict)
+        super().load_state_dict(state_dict)
+        for p, state in saved:
+            own = self.state[p]
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    own[key] = _restored(key, value, p)
+
+    def _flat_states(self, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        states = state_dict["state"]
+        return [(p, states[i]) for i, p in zip(ids, params, strict=True) if i in states]
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict.get("param_groups")
+        if not isinstance(groups, list) or "state" not in state_dict:
+            raise ValueError("state_dict has no 'param_groups' and 'state': it is not the state of an optimizer")
+        have = [len(group["params"]) for group in self.param_groups]
+        given = [len(group["params"]) for group in groups]
+        if have != given:
+            raise ValueError(f"state_dict has groups of {given} parameters, this optimizer {have}: another model?")
+        for own, group in zip(self.param_groups, groups, strict=True):
+            missing = set(self.defaults) - set(group)
+            if missing:
+                raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
+            self._check_group({**own, **group})
+            for i, index in enumerate(group["params"]):
+                self._check_state(own["params"][i], state_dict["state"].get(index, {}), self._name(own, i))
+
+    def _check_state(self, p: Tensor, state: dict[str, Any], name: str) -> None:
+        for key in _COMPANIONS:
+            value = state.get(key)
+            if value is not None and value.shape != p.shape:
+                raise ValueError(f"state_dict: {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a gradient.
+
+        Raises TypeError for sparse or complex gradients and ValueError for a parameter whose scale is zero, naming
+        the parameter, before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, self._ensure_state(group, with_grad_only=True)) for group in self.param_groups]
+        for group, indices in work:
+            self._check_grads(group, indices)
+        for group, indices in work:
+            self._step_group(group, indices)
+        return loss
+
+    def _check_grads(self, group: dict[str, Any], indices: list[int]) -> None:
+        for i in indices:
+            p = group["params"][i]
+            if p.grad.is_sparse or p.grad.layout != torch.strided:
+                raise TypeError(f"{self._name(group, i)} has a sparse gradient; only dense gradients are supported")
+            if p.grad.is_complex():
+                raise TypeError(f"{self._name(group, i)} has a complex gradient; only real gradients are supported")
+
+    def _step_group(self, group: dict[str, Any], indices: list[int]) -> None:
+        buckets: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for i in indices:
+            p = group["params"][i]
+            buckets.setdefault((p.device, p.dtype), []).append(p)
+        quantised = group["bits"] != 0
+        rule = self._rule(group) if quantised else "base"
+        hyper = hyper_tensor(
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            **self._base_hyper(group),
+            **(self._hyper(group) if quantised else {}),
+        )
+        for (device, dtype), params in buckets.items():
+            states = [self.state[p] for p in params]
+            stochastic = group["rounding"] == "stochastic" and dtype == torch.bfloat16 and rule not in _LATENT_RULES
+            moving = quantised and self._moving_levels(group)
+            with _dense(params, states, moving) as (weights, grads, companions):
+                fused_step(
+                    rule,
+                    weights,
+                    grads,
+                    companions["exp_avg"] if self._adam else companions["momentum_buffer"],
+                    companions["exp_avg_sq"],
+                    companions["latent"] or companions["master"],
+                    [s["scale"] for s in states] if quantised else [],
+                    [s["sigma"] for s in states if "sigma" in s],
+                    [s["step"] for s in states if "step" in s],
+                    hyper,
+                    backend=self.backend,
+                    levels=level_count(group["bits"]),
+                    group_size=group["group_size"],
+                    moving_levels=moving,
+                    nesterov=group["nesterov"],
+                    maximize=group["maximize"],
+                    decoupled=group["decoupled_weight_decay"],
+                    seed=group["seed"] if stochastic else -1,
+                    grad_scale=_on(getattr(self, "grad_scale", None), device),
+                    found_inf=_on(getattr(self, "found_inf", None), device),
+                )
+
+    def _base_hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        if self._adam:
+            return {"momentum": group["betas"][0], "beta2": group["betas"][1], "adam_eps": group["eps"]}
+        return {"momentum": group["momentum"]}
+
+    # ---- views of the weights ------------------------------------------------------------------------------------
+
+    def _operand(self, p: nn.Parameter) -> Tensor:
+        """The full-precision tensor behind a quantised weight: latent, master, or the weight itself."""
+        state = self.state[p]
+        value: Tensor = state.get("latent", state.get("master", p.detach()))
+        return value
+
+    def _outer(self, group: dict[str, Any], p: nn.Parameter) -> tuple[Tensor, int]:
+        """(outer levels in the shape of the scale, K)."""
+        levels = level_count(group["bits"])
+        return self.state[p]["scale"] * grid.level_factor(levels), levels
+
+    def _quantised_params(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+        for group in self.param_groups:
+            if group["bits"] != 0:
+                self._ensure_state(group)
+                yield from ((group, p) for p in group["params"] if p.numel())
+
+    def _projected(self, group: dict[str, Any], p: nn.Parameter) -> Tensor:
+        outer, levels = self._outer(group, p)
+        w = self._operand(p)
+        return grid.project(w, grid.spread_over(outer, w, group["group_size"]), levels)
+
+    @contextlib.contextmanager
+    def _swapped(self, weight_of: Callable[[dict[str, Any], nn.Parameter], Tensor]) -> Iterator[None]:
+        with torch.no_grad():
+            pairs = [(p, weight_of(group, p).to(p.dtype)) for group, p in self._quantised_params()]
+            kept = [p.detach().clone() for p, _ in pairs]
+            for p, w in pairs:
+                p.copy_(w)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), w in zip(pairs, kept, strict=True):
+                    p.copy_(w)
+
+    def quantized(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which every quantised parameter is its projection onto the levels; what the network ran with
+        before is restored on exit, also on an exception. Do not step inside."""
+        return self._swapped(self._projected)
+
+    def latent(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which every quantised parameter is its latent weight (itself where the rule has none)."""
+        return self._swapped(lambda _, p: self._operand(p))
+
+    @torch.no_grad()
+    def quantization(self, p: nn.Parameter) -> Quantization | None:
+        """Codes and outer levels of the projection of ``p``, or None if ``p`` is not quantised by this optimizer."""
+        for group, own in self._quantised_params():
+            if own is not p:
+                continue
+            outer, levels = self._outer(group, p)
+            w = self._operand(p)
+            codes = grid.codes(w, grid.spread_over(outer, w, group["group_size"]), levels)
+            return Quantization(levels, codes, outer.float(), group["group_size"] if outer.dim() == 2 else 0)
+        return None
+
+    @torch.no_grad()
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per group: "bits" and "numel", and for quantised groups
+
+        - "fraction_feasible": fraction of the weights in their interval, |t| >= t* (0.995 where there is no epsilon)
+        - "sign_flips": how many weights of the projection changed sign since the last call (0 at the first)
+        - "distance": mean distance of the weights to their nearest level, in half-steps of the grid, 0..1
+        - "scale": mean scale
+        """
+        rows: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            row: dict[str, Any] = {"bits": group["bits"], "numel": sum(p.numel() for p in group["params"])}
+            rows.append(row)
+            if group["bits"] == 0:
+                continue
+            self._ensure_state(group)
+            smallest = t_star(group["epsilon"]) if "epsilon" in group else CLOSED_INTERVAL
+            smallest -= 1e-5  # rounding of t
+            feasible = distance = scale = 0.0
+            flips = 0
+            for p in group["params"]:
+                if p.numel() == 0:
+                    continue
+                state = self.state[p]
+                outer, levels = self._outer(group, p)
+                w = state.get("master", p.detach()).to(outer.dtype)
+                _, _, t = grid.cell(w, grid.spread_over(outer, w, group["group_size"]), levels)
+                feasible += float((t.abs() >= smallest).sum())
+                distance += float((1 - t.abs()).abs().clamp(max=1).sum())
+                scale += float(state["scale"].mean()) * p.numel()
+                signs = pack_signs(self._operand(p).reshape(-1))
+                if "signs" in state:
+                    flips += _count_bits(signs ^ state["signs"])
+                state["signs"] = signs
+            count = max(row["numel"], 1)
+            row.update(
+                fraction_feasible=feasible / count, sign_flips=flips, distance=distance / count, scale=scale / count
+            )
+        return rows
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device, torch.float32)
+
+
+def _count_bits(x: Tensor) -> int:
+    ones = torch.tensor([bin(byte).count("1") for byte in range(256)], device=x.device)
+    return int(ones[x.int()].sum())
+
+
+def _restored(key: str, value: Tensor, p: Tensor) -> Tensor:
+    """A loaded state on the parameter's device, in its own dtype and, where it has the parameter's shape, its layout."""
+    if key == "step":
+        return value.detach().clone().cpu()
+    value = value.detach().to(p.device)
+    return torch.empty_like(p, dtype=value.dtype).copy_(value) if key in _COMPANIONS else value.clone()
+
+
+def _same_layout(tensors: Iterable[Tensor], p: Tensor) -> bool:
+    return all(t.stride() == p.stride() for t in tensors)
+
+
+@contextlib.contextmanager
+def _dense(
+    params: list[nn.Parameter], states: list[dict[str, Any]], per_channel: bool
+) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
+    """Parameters, gradients and companions as the kernels need them: dense, and all of one layout.
+
+    What is not (an expanded gradient, a transposed weight with per-channel scales) is copied, and copied back.
+    """
+    weights, grads = [], []
+    companions: dict[str, list[Tensor]] = {key: [] for key in _COMPANIONS}
+    copies: list[tuple[Tensor, Tensor]] = []
+    for p, state in zip(params, states, strict=True):
+        w, g = p.detach(), p.grad
+        assert g is not None
+        own = {key: state[key] for key in _COMPANIONS if key in state}
+        if not w.is_contiguous() and not _row_dense(w, state):
+            own = {key: value.contiguous() for key, value in own.items()}
+            w = w.contiguous()
+            copies.append((p.detach(), w))
+            copies += [(state[key], value) for key, value in own.items()]
+        if not _same_layout(own.values(), w):
+            fresh = {key: torch.empty_like(w, dtype=value.dtype).copy_(value) for key, value in own.items()}
+            copies += [(state[key], value) for key, value in fresh.items()]
+            own = fresh
+        if g.stride() != w.stride() or g.dtype != w.dtype:
+            g = torch.empty_like(w).copy_(g)
+        weights.append(w)
+        grads.append(g)
+        for key, value in own.items():
+            companions[key].append(value)
+    yield weights, grads, companions
+    for target, source in copies:
+        target.copy_(source)
+
+
+def _row_dense(w: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the elements that share a scale are consecutive in memory."""
+    if not torch.ops.aten.is_non_overlapping_and_dense(w):
+        return False
+    scale = state.get("scale")
+    if scale is None or scale.numel() == 1:
+        return True
+    return scale.dim() == 1 and w.stride(0) == w.numel() // w.shape[0]

@@ -1,0 +1,142 @@
+"""The optimizers that ours are compared with, tuned with the same effort (docs/algorithms.md, sections 4 and 7)."""
+
+import math
+from typing import Any
+
+
+from quantopt.optim.base import QuantOptimizer
+from quantopt.optim.stam import geometric
+from quantopt.reference.baselines import stochastic_sign
+from quantopt.reference.levels import spread_over
+
+
+class _LatentClipped(QuantOptimizer):
+    """The alternating rule with a latent clipped at ``clip`` sigma."""
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        return "alternating"
+
+    def _moving_levels(self, group: dict[str, Any]) -> bool:
+        return group["bits"] == 1 and group["scale"] != "none"
+
+    def _latent_bound_scale(self, group: dict[str, Any]) -> bool:
+        return not math.isinf(group["clip"])
+
+
+class BinaryConnect(_LatentClipped):
+    r"""BinaryConnect (Courbariaux, Bengio, David, NeurIPS 2015), with a scale per channel.
+
+    .. math::
+        u \leftarrow \mathrm{clamp}(u - \eta d, -clip\,\sigma, clip\,\sigma), \quad p = a\,\mathrm{sgn}(u),
+        \; a = \mathrm{mean}|u| \text{ per channel}
+
+    ``scale="none"`` is the original: a = 1 and sigma = 1; the other scales set the granularity of sigma. With
+    ``stochastic=True`` the sign is +1 with probability clamp((u+1)/2, 0, 1), drawn from torch's generator.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.5,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        clip: float = 1.0,
+        stochastic: bool = False,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(params, defaults | dict(clip=clip, stochastic=stochastic, **options), backend)
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"kappa": math.inf, "bound": group["clip"]}
+
+    def _check_quantised(self, group: dict[str, Any]) -> None:
+        super()._check_quantised(group)
+        if group["stochastic"] and group["bits"] != 1:
+            raise ValueError(f"stochastic=True needs bits=1, not bits={group['bits']!r}")
+
+    def _step_group(self, group: dict[str, Any], indices: list[int]) -> None:
+        super()._step_group(group, indices)
+        if group["bits"] != 0 and group["stochastic"]:
+            for p in (group["params"][i] for i in indices):
+                if p.numel():
+                    state = self.state[p]
+                    p.copy_(spread_over(state["scale"], p) * stochastic_sign(state["latent"]))
+
+
+class BinaryRelax(_LatentClipped):
+    r"""BinaryRelax (Yin, Zhang, Lyu, Osher, Qi, Xin, SIAM J. Imaging Sci. 2018), with a clipped latent.
+
+    .. math::
+        u \leftarrow \mathrm{clamp}(u - \eta d, -clip\,\sigma, clip\,\sigma), \quad
+        p = (\kappa\,a\,\mathrm{sgn}(u) + u) / (1 + \kappa)
+
+    kappa rises geometrically from 1 to 100 until 80 % of the training, then p is hard. More than two levels: the
+    projection onto the frozen grid in place of a sgn(u).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        kappa: float = 1.0,
+        clip: float = 1.0,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(params, defaults | dict(kappa=kappa, clip=clip, **options), backend)
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"kappa": float(group["kappa"]), "bound": group["clip"]}
+
+    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
+        return {"kappa": geometric(step / total_steps, 0.0, 0.8, 1.0, 100.0)}
+
+
+class ProxQuant(QuantOptimizer):
+    r"""ProxQuant (Bai, Wang, Liberty, ICLR 2019), meant for a full-precision warm start.
+
+    .. math::
+        p \leftarrow p - \eta d, \quad q = \mathrm{project}(p), \quad
+        p \leftarrow q + \mathrm{sgn}(p - q) \max(|p - q| - \eta\,reg\,k, 0)
+
+    at the k-th step; hard (p = q) from 80 % of the training. ``reg_strength`` is reg * k, which
+    :class:`quantopt.Anneal` sets.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        reg: float = 1e-4,
+        reg_strength: float = 0.0,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(params, defaults | dict(reg=reg, reg_strength=reg_strength, **options), backend)
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        return "prox"
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        strength = group["reg_strength"]
+        return {"threshold": math.inf if math.isinf(strength) else float(group["lr"]) * strength}
+
+    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
+        return {"reg_strength": math.inf if step >= 0.8 * total_steps else group["reg"] * step}
+
+
+__all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]

@@ -1,0 +1,82 @@
+"""AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023). Source: docs/algorithms.md, section 2.
+
+Constraint of each weight: h(t) = e - u^2 >= 0, u = (1-|t|)(1+|t|); feasible iff |t| >= t* = sqrt(1 - sqrt e).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantopt.reference.levels import cell, sign
+
+
+def t_star(epsilon: float) -> float:
+    """Smallest feasible |t|."""
+    return math.sqrt(1 - math.sqrt(epsilon))
+
+
+def constraint(t: Tensor) -> Tensor:
+    """u = (1-|t|)(1+|t|); feasible iff u <= sqrt(e)."""
+    return (1 - t.abs()) * (1 + t.abs())
+
+
+def restoring_speed(t: Tensor, epsilon: float, rate: float) -> Tensor:
+    """k(t) = r (u - e/u) / (4|t|), the least outward speed of an infeasible weight."""
+    u = constraint(t).clamp(min=1e-12)
+    return rate * (u - epsilon / u) / (4 * t.abs()).clamp(min=1e-12)
+
+
+def velocity_step(
+    w: Tensor, d: Tensor, hi: Tensor, levels: int, *, lr: float, decay: float, epsilon: float, rate: float, cap: float
+) -> Tensor:
+    """constrain="velocity": v = -eta (d + wd w)/half; s v >= min(k, cap) where infeasible; w <- clamp(w + half v)."""
+    half, _, t = cell(w, hi, levels)
+    v = -lr * (d + decay * w) / half
+    s = sign(t)
+    outward = s * torch.maximum(s * v, restoring_speed(t, epsilon, rate).clamp(max=cap))
+    infeasible = (t != 0) & (constraint(t) > math.sqrt(epsilon))
+    return torch.clamp(w + half * torch.where(infeasible, outward, v), -hi, hi)
+
+
+def constrained_gradient(
+    g: Tensor, w: Tensor, hi: Tensor, levels: int, *, lr: float, epsilon: float, rate: float, cap: float
+) -> Tensor:
+    """constrain="gradient" (the authors' order): -K where infeasible unless -g K > K^2, with alpha = r/eta and
+    K = half alpha h / (4 t (t^2-1)), clamped to half cap/eta before the comparison; that makes this and the
+    velocity form equal at beta = wd = 0."""
+    if lr == 0:
+        return g
+    half, _, t = cell(w, hi, levels)
+    u = constraint(t)
+    infeasible = (t != 0) & (u > math.sqrt(epsilon))
+    h = epsilon - u * u
+    denominator = torch.where(infeasible, 4 * t * -u, torch.ones_like(t))
+    denominator = sign(denominator) * denominator.abs().clamp(min=1e-24)
+    k = torch.clamp(half * (rate / lr) * h / denominator, -half * cap / lr, half * cap / lr)
+    return torch.where(infeasible & ~(-g * k > k * k), -k, g)
+
+
+def gradient_step(w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float) -> Tensor:
+    """The base step and the clamp that follow :func:`constrained_gradient`."""
+    return torch.clamp(w - lr * (d + decay * w), -hi, hi)
+
+
+def latent_step(latent: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float, bound: float) -> Tensor:
+    """memory=True: l <- clamp(l (1 - eta wd) - eta d, -ub hi, ub hi)."""
+    return torch.clamp(latent * (1 - lr * weight_decay) - lr * d, -bound * hi, bound * hi)
+
+
+def feasible_projection(
+    latent: Tensor, before: Tensor, hi: Tensor, levels: int, *, epsilon: float, rate: float, cap: float
+) -> Tensor:
+    """memory=True: p = mid + half s min(max(|t|, t*), 1) of the latent. With a finite ``rate`` the |t| of the
+    weight ``before`` grows by at most min(k, cap) until it is feasible."""
+    half, mid, t = cell(latent, hi, levels)
+    size = t.abs().clamp(min=t_star(epsilon)).clamp(max=1)
+    if not math.isinf(rate):
+        _, _, t_before = cell(before, hi, levels)
+        reach = t_before.abs() + restoring_speed(t_before, epsilon, rate).clamp(max=cap)
+        infeasible = constraint(t_before) > math.sqrt(epsilon)
+        size = torch.where(infeasible, torch.minimum(size, reach), size)
+    return mid + half * sign(t) * size

@@ -1,0 +1,26 @@
+"""Baselines. BinaryConnect (Courbariaux 2015) and BinaryRelax (Yin 2018) are the alternating form of
+:mod:`quantopt.reference.stam` with a clipped latent; ProxQuant (Bai 2019) is here.
+
+Source: docs/algorithms.md, section 4.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantopt.reference.levels import project, sign
+
+
+def prox(p: Tensor, hi: Tensor, levels: int, *, threshold: float) -> Tensor:
+    """q + sgn(p-q) max(|p-q| - lam_k, 0), q = project(p); the level itself if ``threshold`` is infinite."""
+    q = project(p, hi, levels)
+    if math.isinf(threshold):
+        return q
+    return q + sign(p - q) * ((p - q).abs() - threshold).clamp(min=0)
+
+
+def stochastic_sign(u: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """+1 with probability clamp((u+1)/2, 0, 1), else -1 (BinaryConnect, section 2.3)."""
+    probability = ((u + 1) / 2).clamp(0, 1)
+    return 2 * torch.bernoulli(probability, generator=generator) - 1

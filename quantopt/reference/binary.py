@@ -1,0 +1,122 @@
+"""Products with packed ±1 weights, as plain PyTorch of any floating type: the oracle of the binary kernels.
+
+Bits are plain row-major, least significant first: bit k % 8 of byte k // 8 is weight k, 1 = +1, 0 = -1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pack_signs(w: Tensor) -> Tensor:
+    """[..., K] -> uint8 [..., ceil(K/8)]; bit 1 where w >= 0 (so sign(±0) = +1; NaN gives 0), spare bits 0."""
+    ones = F.pad((w >= 0).to(torch.uint8), (0, -w.shape[-1] % 8))
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=w.device)
+    return (ones.unflatten(-1, (ones.shape[-1] // 8, 8)) * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [..., ceil(K/8)] -> ±1 [..., K], K = ``in_features``."""
+    ones = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return (2 * ones.flatten(-2)[..., :in_features].to(torch.int8) - 1).to(dtype)
+
+
+def expand_planes(bits: Tensor, in_features: int, plane_weights: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """[N, ceil(K/8)] or [P, N, ceil(K/8)] -> sum_i plane_weights[i] * (±1 of plane i), [N, K]."""
+    signs = unpack_signs(bits if bits.dim() == 3 else bits.unsqueeze(0), in_features, dtype)
+    return (signs * torch.tensor(list(plane_weights), dtype=dtype, device=bits.device).view(-1, 1, 1)).sum(0)
+
+
+def dense_weight(
+    bits: Tensor, scale: Tensor, in_features: int, plane_weights: Sequence[int], group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]; ``scale`` is [1], [N] or [N, ceil(K/group_size)]."""
+    scale = scale.to(dtype)
+    if group_size:
+        scale = scale.repeat_interleave(group_size, dim=1)[:, :in_features]
+    else:
+        scale = scale.unsqueeze(-1)
+    return scale * expand_planes(bits, in_features, plane_weights, dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, s): s = max|x| / 127 over the last dimension (kept, size 1), q = x / s rounded half to even, |q| <= 127.
+
+    A row of zeros has s = 0 and q = 0; one with an infinity or NaN has s = NaN and q = 0.
+    """
+    if x.shape[-1] == 0:
+        return x, x.new_zeros(*x.shape[:-1], 1)
+    s = x.abs().amax(-1, keepdim=True) / 127
+    s = torch.where(s.isfinite(), s, torch.nan)
+    q = torch.where(s > 0, (x / s).round().clamp(-127, 127), 0.0)
+    return q.to(x.dtype), s
+
+
+def binary_linear(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    plane_weights: Sequence[int],
+    group_size: int = 0,
+    compute: str = "exact",
+) -> Tensor:
+    """y = x W^T + b [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = x.to(wide)
+    if compute == "int8":
+        q, s = quantize_rows(values)
+        if not group_size and in_features:  # whole numbers: exact in float64
+            product = q.double() @ expand_planes(bits, in_features, plane_weights, torch.float64).T
+            y = product.to(wide) * (scale.to(wide) * s)
+        else:
+            y = q @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T * s
+    elif group_size:
+        y = values @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T
+    else:
+        y = values @ expand_planes(bits, in_features, plane_weights, wide).T * scale.to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def binary_conv2d(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    plane_weights: Sequence[int],
+    group_size: int = 0,
+    compute: str = "exact",
+) -> Tensor:
+    """conv2d of x [B, C, H, W] (or [C, H, W]) with W [N, C/groups, kh, kw], its rows flattened in the bits.
+
+    With ``compute="int8"`` x is quantised per image (over C, H and W) as by :func:`quantize_rows`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = x.to(wide)
+    channels = x.shape[-3] // groups
+    features = channels * kernel_size[0] * kernel_size[1]
+    s = None
+    if compute == "int8":
+        q, s = quantize_rows(values.flatten(-3))
+        values, s = q.view_as(values), s[..., None, None]
+    if group_size:
+        weight = dense_weight(bits, scale, features, plane_weights, group_size, wide)
+        factor = None
+    else:
+        weight = expand_planes(bits, features, plane_weights, wide)
+        factor = scale.to(wide).view(-1, 1, 1)
+    weight = weight.view(-1, channels, *kernel_size)
+    y = F.conv2d(values, weight, None, stride, padding, dilation, groups)
+    if factor is not None:
+        y = y * factor
+    if s is not None:
+        y = y * s
+    return (y if bias is None else y + bias.to(wide).view(-1, 1, 1)).to(x.dtype)

@@ -1,0 +1,47 @@
+"""STAM in two forms, our reconstruction from the abstract of Bian, Liu, Zhang (arXiv 2204.11065).
+
+No reproduction of the paper's algorithm is claimed, and no convergence theorem. kappa is the relaxation weight;
+an infinite one is a branch. Source: docs/algorithms.md, section 3.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantopt.reference.levels import project
+
+
+def relax(x: Tensor, q: Tensor, kappa: float) -> Tensor:
+    """(x + kappa q) / (1 + kappa), or q if kappa is infinite."""
+    return q if math.isinf(kappa) else (x + kappa * q) / (1 + kappa)
+
+
+def box(x: Tensor, hi: Tensor, *, lr: float, weight_decay: float) -> Tensor:
+    """y = clamp(x / (1 + gamma wd), lo, hi): the prox of wd/2 |.|^2 + box, where the network runs."""
+    return torch.clamp(x / (1 + lr * weight_decay), -hi, hi)
+
+
+def splitting_point(x: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+    """(r, ex): ex = x - y; r = y - gamma d - ex."""
+    y = box(x, hi, lr=lr, weight_decay=weight_decay)
+    ex = x - y
+    return y - lr * d - ex, ex
+
+
+def splitting_step(r: Tensor, ex: Tensor, hi: Tensor, levels: int, *, kappa: float) -> Tensor:
+    """x <- z + ex, z = relax(r, project(r), kappa)."""
+    return relax(r, project(r, hi, levels), kappa) + ex
+
+
+def alternating_step(
+    u: Tensor, d: Tensor, hi: Tensor, levels: int, *, lr: float, weight_decay: float, lam: float, limit: Tensor | float
+) -> Tensor:
+    """u <- clamp(u (1 - eta wd) - eta d + eta lam (q - u), -limit, limit); ``hi`` are the levels before the step."""
+    u = u * (1 - lr * weight_decay) - lr * d + (lr * lam * (project(u, hi, levels) - u) if lam else 0.0)
+    return u if isinstance(limit, float) and math.isinf(limit) else torch.clamp(u, -limit, limit)
+
+
+def alternating_weight(u: Tensor, hi: Tensor, levels: int, *, kappa: float) -> Tensor:
+    """p = (u + kappa q) / (1 + kappa), q = project(u) (binary: a sgn(u))."""
+    return relax(u, project(u, hi, levels), kappa)
