@@ -50,11 +50,11 @@ def constrained_gradient(
     half, _, t = cell(w, hi, levels)
     u = constraint(t)
     infeasible = (t != 0) & (u > math.sqrt(epsilon))
-    h = epsilon - u * u
-    denominator = torch.where(infeasible, 4 * t * -u, torch.ones_like(t))
-    denominator = sign(denominator) * denominator.abs().clamp(min=1e-24)
-    k = torch.clamp(half * (rate / lr) * h / denominator, -half * cap / lr, half * cap / lr)
-    return torch.where(infeasible & ~(-g * k > k * k), -k, g)
+    h = torch.where(infeasible, epsilon - u * u, 0.0)
+    k = half * (rate / lr) * h / torch.where(infeasible, 4 * t * -u, 1.0)
+    k = torch.clamp(k, -half * cap / lr, half * cap / lr)
+    falls_short = -g * sign(t) < k.abs()  # not -g K > K^2; also right for K = 0, and a NaN stays
+    return torch.where(infeasible & falls_short, -k, g)
 
 
 def gradient_step(w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float) -> Tensor:

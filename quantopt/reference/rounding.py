@@ -19,7 +19,7 @@ def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def philox(blocks: Tensor, step: int, tensor: int, seed: int) -> Tensor:
     """[n] block numbers (int64) -> [n, 4] random 32-bit words in int64."""
-    c0, c1 = blocks & _MASK, blocks >> 32
+    c0, c1 = blocks & _MASK, (blocks >> 32) & _MASK
     c2, c3 = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, tensor & _MASK)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
