@@ -43,51 +43,72 @@ QUANTOPT_HOST_DEVICE AskewConstants make_askew_constants(const Hyper& h, bool de
   return c;
 }
 
-template <class F>
-QUANTOPT_HOST_DEVICE F askew_u(F t) {
-  const F size = absolute(t);
-  return (1.0f - size) * (1.0f + size);  // exact to 1e-7; 1 - t*t is not near |t| = 1
-}
+// The constraint in the weight's own units, with W = |w - mid| = half |t|. This form needs one division, and its
+// u = (half - W)(half + W) / half^2 is exact to rounding at the levels, where 1 - t*t is not.
+template <bool Binary>
+struct Constraint {
+  AskewConstants c;
+  Grid grid;
+  float per_half_squared;  // 1 / half^2
+  float gain;              // r half^2 / 4
+  float longest;           // cap half
 
-// min(k(t), cap) in units of t; meaningful where u > sqrt(e). The denominators are clamped: k is
-// infinite at t = 0.
-template <class F>
-QUANTOPT_HOST_DEVICE F restoring_step(F t, F u, const AskewConstants& c) {
-  const F safe_u = maximum(u, fill<F>(1e-12f));
-  const F quarter = maximum(4.0f * absolute(t), fill<F>(1e-12f));
-  return minimum(c.rate * (safe_u - c.epsilon / safe_u) / quarter, fill<F>(c.cap));
-}
+  QUANTOPT_HOST_DEVICE Constraint(const AskewConstants& constants, const Grid& levels)
+      : c(constants),
+        grid(levels),
+        per_half_squared(1.0f / (levels.half * levels.half)),
+        gain(0.25f * constants.rate * levels.half * levels.half),
+        longest(constants.cap * levels.half) {}
 
-// The least outward speed: `speed` where the weight is infeasible and has a side, else no bound.
-template <class F>
-QUANTOPT_HOST_DEVICE F where_infeasible(F speed, F t, F u, const AskewConstants& c) {
-  const F bound = u > c.root_epsilon ? speed : fill<F>(-INFINITY);
-  return t != 0.0f ? bound : fill<F>(-INFINITY);
-}
+  template <class F>
+  QUANTOPT_HOST_DEVICE F u_of(F distance) const {
+    return (grid.half - distance) * (grid.half + distance) * per_half_squared;
+  }
+
+  // half min(k, cap) for an infeasible weight; infinite k at t = 0 becomes the cap.
+  template <class F>
+  QUANTOPT_HOST_DEVICE F restoring_step(F distance, F u) const {
+    const F k = gain * (u * u - c.epsilon) / maximum(distance * u, fill<F>(1e-30f));
+    return minimum(k, fill<F>(longest));
+  }
+
+  // The least outward step: no bound where the weight is feasible or has no side.
+  template <class F>
+  QUANTOPT_HOST_DEVICE F least_step(F offset) const {
+    const F distance = absolute(offset);
+    const F u = u_of(distance);
+    const F bound = u > c.root_epsilon ? restoring_step(distance, u) : fill<F>(-INFINITY);
+    return offset != 0.0f ? bound : fill<F>(-INFINITY);
+  }
+
+  template <class F>
+  QUANTOPT_HOST_DEVICE F offset(F w) const {
+    return w - cell_middle<Binary>(w, grid);
+  }
+};
 
 // constrain = "velocity": the constraint is imposed on the step that is taken.
 //   v = -lr (d + wd w);  v = s max(s v, half min(k, cap)) where t != 0 and u > sqrt(e)
 //   w <- clamp(w + v, -hi, hi)
 template <bool Binary>
-struct AskewVelocity {
+struct AskewVelocity : Constraint<Binary> {
   static constexpr bool kLatent = false;
   static constexpr bool kReadsWeight = false;
-
-  AskewConstants c;
-  Grid grid;
+  using Constraint<Binary>::Constraint;
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F gradient(F g, F) const { return g; }
+  QUANTOPT_HOST_DEVICE F gradient(F g, F) const {
+    return g;
+  }
 
   template <class F>
   QUANTOPT_HOST_DEVICE F step(F w, F d) const {
-    w = w * c.shrink;
-    const F t = (w - cell_middle<Binary>(w, grid)) / grid.half;
-    const F u = askew_u(t);
+    const AskewConstants& c = this->c;
+    if (c.shrink != 1.0f) w = w * c.shrink;
     const F v = -c.lr * (d + c.decay * w);
-    const F side = sign(t);
-    const F least = where_infeasible(grid.half * restoring_step(t, u, c), t, u, c);
-    return clamp(w + side * maximum(side * v, least), -grid.hi, grid.hi);
+    const F offset = this->offset(w);
+    const F outward = maximum(turned_by(offset, v), this->least_step(offset));
+    return clamp(w + turned_by(offset, outward), -this->grid.hi, this->grid.hi);
   }
 };
 
@@ -95,28 +116,23 @@ struct AskewVelocity {
 // weight becomes -K unless -g K > K^2, K = half alpha h / (4 t (t^2 - 1)) clamped to
 // half cap / lr; then the base step on it and the clamp to [-hi, hi].
 template <bool Binary>
-struct AskewGradient {
+struct AskewGradient : Constraint<Binary> {
   static constexpr bool kLatent = false;
   static constexpr bool kReadsWeight = false;
-
-  AskewConstants c;
-  Grid grid;
+  using Constraint<Binary>::Constraint;
 
   template <class F>
   QUANTOPT_HOST_DEVICE F gradient(F g, F w) const {
-    w = w * c.shrink;
-    const F t = (w - cell_middle<Binary>(w, grid)) / grid.half;
-    const F u = askew_u(t);
-    const F side = sign(t);
-    const F least = where_infeasible(grid.half * restoring_step(t, u, c) / c.lr, t, u, c);
-    const F outward = -side * maximum(-side * g, least);  // least = |K|
-    return c.constrained ? outward : g;
+    const F offset = this->offset(w * this->c.shrink);
+    const F least = this->least_step(offset) / this->c.lr;  // |K|
+    return this->c.constrained ? -turned_by(offset, maximum(-turned_by(offset, g), least)) : g;
   }
 
   template <class F>
   QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+    const AskewConstants& c = this->c;
     w = w * c.shrink;
-    return clamp(w - c.lr * (d + c.decay * w), -grid.hi, grid.hi);
+    return clamp(w - c.lr * (d + c.decay * w), -this->grid.hi, this->grid.hi);
   }
 };
 
@@ -124,34 +140,35 @@ struct AskewGradient {
 // feasible interval, p = mid + half s min(max(|t|, t_star), 1). LimitedSpeed: |t| of the weight grows
 // by at most min(k, cap) per step until it is feasible.
 template <bool Binary, bool LimitedSpeed>
-struct AskewMemory {
+struct AskewMemory : Constraint<Binary> {
   static constexpr bool kLatent = true;
   static constexpr bool kReadsWeight = LimitedSpeed;
-
-  AskewConstants c;
-  Grid grid;
+  using Constraint<Binary>::Constraint;
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F gradient(F g, F) const { return g; }
+  QUANTOPT_HOST_DEVICE F gradient(F g, F) const {
+    return g;
+  }
 
   template <class F>
   QUANTOPT_HOST_DEVICE F step(F l, F d) const {
-    return clamp(l * c.shrink - c.lr * d, -c.bound * grid.hi, c.bound * grid.hi);
+    const float limit = this->c.bound * this->grid.hi;
+    return clamp(l * this->c.shrink - this->c.lr * d, -limit, limit);
   }
 
   template <class F>
   QUANTOPT_HOST_DEVICE F weight(F l, F before) const {
+    const Grid& grid = this->grid;
     const F mid = cell_middle<Binary>(l, grid);
-    const F t = (l - mid) / grid.half;
-    F size = clamp(absolute(t), c.t_star, 1.0f);
+    const F offset = l - mid;
+    F distance = clamp(absolute(offset), this->c.t_star * grid.half, grid.half);
     if (LimitedSpeed) {
-      const F t_before = (before - cell_middle<Binary>(before, grid)) / grid.half;
-      const F u = askew_u(t_before);
-      const F reach = absolute(t_before) + restoring_step(t_before, u, c);
-      const F size_limited = minimum(size, reach);
-      size = u > c.root_epsilon ? size_limited : size;
+      const F distance_before = absolute(this->offset(before));
+      const F u = this->u_of(distance_before);
+      const F reached = minimum(distance, distance_before + this->restoring_step(distance_before, u));
+      distance = u > this->c.root_epsilon ? reached : distance;
     }
-    return mid + sign(t) * (grid.half * size);
+    return mid + sign(offset) * distance;
   }
 };
 

@@ -54,9 +54,9 @@ template <bool Binary, class F>
 QUANTOPT_HOST_DEVICE F project(F w, const Grid& grid) {
   if (Binary) return with_sign_of(fill<F>(grid.hi), w);
   const F mid = cell_middle<false>(w, grid);
-  const F t = (w - mid) / grid.half;
-  const F away = mid < 0.0f ? t - 1.0f : t + 1.0f;
-  return mid + with_sign_of(fill<F>(grid.half), t == 0.0f ? away : t);
+  const F offset = w - mid;
+  const F away = mid < 0.0f ? offset - 1.0f : offset + 1.0f;
+  return mid + with_sign_of(fill<F>(grid.half), offset == 0.0f ? away : offset);
 }
 
 }  // namespace quantopt

@@ -38,6 +38,8 @@ QUANTOPT_HOST_DEVICE F with_sign_of(F magnitude, F x) {
 }
 
 QUANTOPT_HOST_DEVICE float absolute(float x) { return fabsf(x); }
+// x, or -x where the sign bit of s is set.
+QUANTOPT_HOST_DEVICE float turned_by(float s, float x) { return copysignf(1.0f, s) * x; }
 QUANTOPT_HOST_DEVICE float round_down(float x) { return floorf(x); }
 QUANTOPT_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
 

@@ -42,6 +42,7 @@ struct StepOptions {
   bool nesterov;
   bool decoupled;
   bool stochastic_rounding;  // bfloat16 parameters without a latent or master
+  bool prefetch;             // CPU: software prefetch
   float gradient_factor;     // (maximize ? -1 : 1) / grad_scale
   PhiloxKey key;
 };

@@ -30,6 +30,17 @@ Kernels choose_kernels() {
   }
 }
 
+// Software prefetch is worth 10-20 % beyond the caches on Intel server cores (measured on one with AMX), and costs as
+// much on AMD Zen 4.
+bool prefetch_helps() {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel;
+#else
+  return false;
+#endif
+}
+
 int64_t chunks_in(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
 // Runs work(i) for i < items, which together touch `elements` elements.
@@ -129,8 +140,9 @@ void step_with_moving_levels(const StepOptions& options, std::vector<StepSegment
 
 }  // namespace
 
-void step_on_cpu(const StepOptions& options, std::vector<StepSegment>& segments, bool moving_levels) {
+void step_on_cpu(StepOptions options, std::vector<StepSegment>& segments, bool moving_levels) {
   const Kernels kernels = choose_kernels();
+  options.prefetch = prefetch_helps();
   if (moving_levels) {
     step_with_moving_levels(options, segments, kernels);
   } else {

@@ -15,7 +15,7 @@ namespace quantopt::QUANTOPT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 128;        // elements between two rounds of prefetches
-constexpr int64_t kAheadBytes = 2048;  // prefetch distance; 10-20 % at sizes beyond the caches
+constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
 
 // Sixteen random bits for each of kBlock elements from `first` (a multiple of 8).
@@ -62,7 +62,9 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
   Vec m{}, v{};
   if constexpr (Direction::kMomentum) m = load(s.momentum + i);
   if constexpr (Direction::kSecond) v = load(s.second + i);
-  const Vec g = rule.gradient(load(s.grad + i) * factor, w);
+  Vec g = load(s.grad + i);
+  if (factor != 1.0f) g *= factor;
+  g = rule.gradient(g, w);
   const Vec d = direction(g, m, v);
   const Vec next = rule.step(w, d);
   if constexpr (Direction::kMomentum) store(s.momentum + i, m);
@@ -109,7 +111,7 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
 // Steps the first n elements of a span; `first` is the number of its first element in its tensor.
 template <class P, class M, class Direction, class R>
 void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in, const R& rule_in,
-               const PhiloxKey* key, int64_t first) {
+               bool prefetch, const PhiloxKey* key, int64_t first) {
   const Span<P, M> span = span_in;  // local copies, so that the compiler keeps the constants in registers
   const Direction direction = direction_in;
   const R rule = rule_in;
@@ -130,11 +132,13 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
     }
   }
   for (; begin + kBlock <= n; begin += kBlock) {
-    if constexpr (!R::kLatent || R::kReadsWeight) prefetch_block(span.param + begin);
-    if constexpr (R::kLatent) prefetch_block(span.latent + begin);
-    prefetch_block(span.grad + begin);
-    if constexpr (Direction::kMomentum) prefetch_block(span.momentum + begin);
-    if constexpr (Direction::kSecond) prefetch_block(span.second + begin);
+    if (prefetch) {
+      if constexpr (!R::kLatent || R::kReadsWeight) prefetch_block(span.param + begin);
+      if constexpr (R::kLatent) prefetch_block(span.latent + begin);
+      prefetch_block(span.grad + begin);
+      if constexpr (Direction::kMomentum) prefetch_block(span.momentum + begin);
+      if constexpr (Direction::kSecond) prefetch_block(span.second + begin);
+    }
     for (int64_t i = begin; i < begin + kBlock; i += kWidth) {
       step_vector(span, i, factor, direction, rule, nullptr);
     }
@@ -251,7 +255,7 @@ void step_staged(const StepOptions& o, const StepSegment& s, int64_t begin, int6
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
     const auto span = fill_stage(o, s, stage, at, n, R::kLatent, R::kReadsWeight);
-    step_span<float, float>(span, n, o.gradient_factor, direction, rule, nullptr, 0);
+    step_span<float, float>(span, n, o.gradient_factor, direction, rule, false, nullptr, 0);
     if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
     write_from_float(o.param_dtype, span.param, s.param, at, n);
   }
@@ -268,7 +272,7 @@ void step_range(const StepOptions& o, const StepSegment& s, int64_t begin, int64
     const Span<float, float> span{static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
                                   static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
                                   s.second + (s.second ? begin : 0), s.latent + (s.latent ? begin : 0)};
-    return step_span(span, n, o.gradient_factor, direction, rule, nullptr, 0);
+    return step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, nullptr, 0);
   }
   if constexpr (!R::kLatent) {
     const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
@@ -281,7 +285,7 @@ void step_range(const StepOptions& o, const StepSegment& s, int64_t begin, int64
         const Span<BFloat16, M> span{static_cast<BFloat16*>(s.param) + begin,
                                      static_cast<const BFloat16*>(s.grad) + begin, momentum + (momentum ? begin : 0),
                                      s.second + (s.second ? begin : 0), nullptr};
-        step_span(span, n, o.gradient_factor, direction, rule, o.stochastic_rounding ? &key : nullptr, begin);
+        step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, o.stochastic_rounding ? &key : nullptr, begin);
       };
       return bfloat_momentum ? run(static_cast<BFloat16*>(s.momentum)) : run(static_cast<float*>(s.momentum));
     }
@@ -330,21 +334,21 @@ void for_each_rule(const StepOptions& o, const StepSegment& s, int64_t begin, in
     case Rule::kAskew: {
       const AskewConstants c = make_askew_constants(o.hyper, o.decoupled);
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, AskewVelocity<Binary>{c, grid(scale)});
+        visit(a, b, AskewVelocity<Binary>(c, grid(scale)));
       });
     }
     case Rule::kAskewGradient: {
       const AskewConstants c = make_askew_constants(o.hyper, o.decoupled);
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, AskewGradient<Binary>{c, grid(scale)});
+        visit(a, b, AskewGradient<Binary>(c, grid(scale)));
       });
     }
     case Rule::kAskewMemory: {
       const AskewConstants c = make_askew_constants(o.hyper, true);
       const bool limited = c.rate <= std::numeric_limits<float>::max();
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        if (limited) return visit(a, b, AskewMemory<Binary, true>{c, grid(scale)});
-        visit(a, b, AskewMemory<Binary, false>{c, grid(scale)});
+        if (limited) return visit(a, b, AskewMemory<Binary, true>(c, grid(scale)));
+        visit(a, b, AskewMemory<Binary, false>(c, grid(scale)));
       });
     }
     default: return;  // the STAM rules, below

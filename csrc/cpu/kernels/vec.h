@@ -81,6 +81,10 @@ inline __attribute__((always_inline)) void store(Float16* p, Vec x) {
 
 inline __attribute__((always_inline)) Vec absolute(Vec x) { return (Vec)((VecBits)x & 0x7FFFFFFFu); }
 
+inline __attribute__((always_inline)) Vec turned_by(Vec s, Vec x) {
+  return (Vec)((VecBits)x ^ ((VecBits)s & 0x80000000u));
+}
+
 inline __attribute__((always_inline)) Vec round_down(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

@@ -1,0 +1,188 @@
+"""Speed of the fused optimizer step against torch's optimizers, torch.compile of the reference, and the reference.
+
+    python bench/step.py [--threads N] [--json FILE] [--quick]
+
+One process, one device, the peers of a case interleaved, medians. `flat` cases are one buffer; `list` cases are whole
+optimizer steps over a model's parameters. `probe` is the memory limit: our base rule (p, g and m read, p and m
+written, two multiplications), which moves the same 20 bytes per parameter as AskewSGD.
+"""
+
+import argparse
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import compare, report, row
+from torch import Tensor, nn
+
+import quantopt
+from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.reference import askew, base, stam
+from quantopt.reference.step import fused_step as reference_step
+
+LR, BETA, DECAY, EPSILON, RATE, CAP = 0.1, 0.9, 1e-4, 0.5, 0.1, 0.25
+HYPER = dict(lr=LR, momentum=BETA, weight_decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP, bound=2.0, kappa=0.1)
+# Bytes moved per float32 parameter: what is read and written once each.
+BYTES = {"askew": 20, "askew_memory": 24, "splitting": 24, "base": 20}
+RESNET18 = [
+    (64, 3, 3, 3), *[(64, 64, 3, 3)] * 4, (128, 64, 3, 3), *[(128, 128, 3, 3)] * 3, (128, 64, 1, 1), (256, 128, 3, 3),
+    *[(256, 256, 3, 3)] * 3, (256, 128, 1, 1), (512, 256, 3, 3), *[(512, 512, 3, 3)] * 3, (512, 256, 1, 1),
+    *[(64,)] * 10, *[(128,)] * 10, *[(256,)] * 10, *[(512,)] * 10, (1000, 512), (1000,),
+]  # fmt: skip
+GPT2_BLOCK = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,), (768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+GPT2 = [(50257, 768), (1024, 768), *GPT2_BLOCK * 12, (768,), (768,)]
+
+
+def compiled_reference(rule: str) -> Callable[..., None]:
+    """torch.compile of the rule on flat tensors, in place: the strongest pure-PyTorch form."""
+    hi = torch.tensor(1.0)
+
+    def step_askew(p: Tensor, g: Tensor, m: Tensor, _: Tensor) -> None:
+        d, m_new = base.sgd_direction(g, m, BETA, False)
+        p.copy_(askew.velocity_step(p, d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP))
+        m.copy_(m_new)
+
+    def step_memory(p: Tensor, g: Tensor, m: Tensor, latent: Tensor) -> None:
+        d, m_new = base.sgd_direction(g, m, BETA, False)
+        new = askew.latent_step(latent, d, hi, lr=LR, weight_decay=DECAY, bound=2.0)
+        p.copy_(askew.feasible_projection(new, p, hi, 2, epsilon=EPSILON, rate=float("inf"), cap=CAP))
+        latent.copy_(new)
+        m.copy_(m_new)
+
+    def step_splitting(p: Tensor, g: Tensor, m: Tensor, x: Tensor) -> None:
+        d, m_new = base.sgd_direction(g, m, BETA, False)
+        r, ex = stam.splitting_point(x, d, hi, lr=LR, weight_decay=DECAY)
+        new = stam.splitting_step(r, ex, hi, 2, kappa=0.1)
+        p.copy_(stam.box(new, hi, lr=LR, weight_decay=DECAY))
+        x.copy_(new)
+        m.copy_(m_new)
+
+    functions = {"askew": step_askew, "askew_memory": step_memory, "splitting": step_splitting}
+    return torch.compile(functions[rule])
+
+
+def flat(rule: str, n: int, eager: bool) -> list[dict[str, Any]]:
+    p, g, m, latent = torch.randn(n) * 0.7, torch.randn(n) * 0.1, torch.zeros(n), torch.randn(n) * 0.7
+    latents = [] if rule == "askew" else [latent]
+    numbers = HYPER | ({"rate": float("inf")} if rule == "askew_memory" else {})
+    arguments = [rule, [p], [g], [m], [], latents, [torch.ones(1)], [], [], hyper_tensor(**numbers)]
+    probe = ["base", [p.clone()], [g], [m.clone()], [], [], [], [], [], hyper_tensor(lr=LR, momentum=BETA)]
+    weight = nn.Parameter(p.clone())
+    weight.grad = g.clone()
+    sgd = torch.optim.SGD([weight], lr=LR, momentum=BETA, fused=True)
+    compiled, state = compiled_reference(rule), [p.clone(), g, m.clone(), latent.clone()]
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: fused_step(*arguments),
+        "compiled": lambda: compiled(*state),
+        "sgd": sgd.step,
+        "probe": lambda: fused_step(*probe),
+    }
+    if eager:
+        copy = [[t.clone() for t in a] if isinstance(a, list) else a for a in arguments]
+        functions["eager"] = lambda: reference_step(*copy)
+    times = compare(functions, min_time=1.0)
+    case = f"{rule} flat fp32 {n >> 20}M"
+    rate = {"gb_per_s": BYTES[rule] * n / times["ours"] / 1e9}
+    targets = {
+        "askew": {1: (1.5, 1.25, 0.95, 25), 16: (1.6, 1.15, 0.95, 25), 64: (1.35, 1.05, 0.95, 25)},
+    }.get(rule, {}).get(n >> 20, (1.5, None, None, None))
+    rows = [row(case, "torch.compile of the reference", times["ours"], times["compiled"], targets[0], **rate)]
+    rows += [row(case, "torch.optim.SGD(fused=True)", times["ours"], times["sgd"], targets[1])]
+    rows += [row(case, "probe (memory limit)", times["ours"], times["probe"], targets[2])]
+    if eager:
+        rows += [row(case, "eager reference", times["ours"], times["eager"], targets[3])]
+    return rows
+
+
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Parameter]:
+    params = [nn.Parameter((torch.randn(s) * 0.05).to(dtype)) for s in shapes]
+    for p in params:
+        p.grad = (torch.randn(p.shape) * 0.01).to(dtype)
+    return params
+
+
+def whole_step(
+    case: str,
+    shapes: list[tuple[int, ...]],
+    targets: dict[str, float],
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`opt.step()` of AskewSGD, every tensor quantised, against torch.optim.SGD on the same list."""
+    ours = quantopt.AskewSGD(parameters(shapes, dtype), lr=LR, weight_decay=DECAY, epsilon=EPSILON, **options)
+    theirs = parameters(shapes, dtype)
+    sgd = torch.optim.SGD(theirs, lr=LR, momentum=BETA, fused=True)
+    functions: dict[str, Callable[[], object]] = {"ours": ours.step, "SGD(fused=True)": sgd.step}
+    foreach = torch.optim.SGD(parameters(shapes, dtype), lr=LR, momentum=BETA, foreach=True)
+    functions["SGD(foreach=True)"] = foreach.step
+    if "torch.compile of the reference" in targets:
+        functions["torch.compile of the reference"] = compiled_list(shapes, dtype)
+    times = compare(functions, min_time=1.0)
+    return [row(case, peer, times["ours"], times[peer], targets.get(peer)) for peer in times if peer != "ours"]
+
+
+def compiled_list(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Callable[[], None]:
+    params = parameters(shapes, dtype)
+    weights, grads = [p.detach() for p in params], [p.grad for p in params]
+    momentums = [torch.zeros_like(w) for w in weights]
+    his = [torch.full((), float(w.float().std()) if w.numel() > 1 else 1.0) for w in weights]
+
+    def step() -> None:
+        for w, g, m, hi in zip(weights, grads, momentums, his, strict=True):
+            d, m_new = base.sgd_direction(g.float(), m.float(), BETA, False)
+            w.copy_(
+                askew.velocity_step(w.float(), d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP)
+            )
+            m.copy_(m_new)
+
+    return torch.compile(step)
+
+
+def parq_row() -> list[dict[str, Any]]:
+    """torchao's PARQ QuantOptimizer on one 4096x4096 weight; the row is left out where torchao is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        print("torchao is not installed: its row is left out (pip install torchao)")
+        return []
+    from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
+    from torchao.prototype.parq.quant import LSBQuantizer
+
+    shape = [(4096, 4096)]
+    ours = quantopt.AskewSGD(parameters(shape, torch.float32), lr=LR, epsilon=EPSILON)
+    sgd = torch.optim.SGD(
+        [{"params": parameters(shape, torch.float32), "quant_bits": 1}], lr=LR, momentum=BETA, fused=True
+    )
+    prox = ProxPARQ(anneal_start=0, anneal_end=10**6, steepness=10)
+    parq = QuantOptimizer(sgd, LSBQuantizer(), prox, warmup_steps=0)
+    times = compare({"ours": ours.step, "parq": parq.step}, min_time=2.0, repeat=5)
+    return [row("4096x4096 fp32, 1 bit, whole step", "torchao PARQ", times["ours"], times["parq"], 40)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="the 16M row of AskewSGD alone")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", module="torch._inductor")
+
+    rows = flat("askew", 16 << 20, eager=True)
+    if not arguments.quick:
+        rows = flat("askew", 1 << 20, eager=True) + rows + flat("askew", 64 << 20, eager=True)
+        rows += flat("askew_memory", 16 << 20, eager=False) + flat("splitting", 16 << 20, eager=False)
+        fused, compiled = "SGD(fused=True)", "torch.compile of the reference"
+        rows += whole_step("ResNet-18 list, fp32", RESNET18, {fused: 1.4, compiled: 1.7})
+        low = dict(dtype=torch.bfloat16, momentum_dtype="bfloat16")
+        rows += whole_step("GPT-2 list, bf16", GPT2, {fused: 1.45, compiled: 3.3}, rounding="nearest", **low)
+        rows += whole_step("GPT-2 list, bf16, stochastic rounding", GPT2, {fused: 0.9}, rounding="stochastic", **low)
+        for count in (62, 148):
+            rows += whole_step(f"{count} tensors of 256", [(256,)] * count, {fused: 8})
+        rows += parq_row()
+    report(rows, arguments.json, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
