@@ -23,7 +23,9 @@ from quantopt.reference import askew, base, stam
 from quantopt.reference.step import fused_step as reference_step
 
 LR, BETA, DECAY, EPSILON, RATE, CAP = 0.1, 0.9, 1e-4, 0.5, 0.1, 0.25
-HYPER = dict(lr=LR, momentum=BETA, weight_decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP, bound=2.0, kappa=0.1)
+HYPER = dict(
+    lr=LR, momentum=BETA, weight_decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP, bound=2.0, kappa=0.1
+)
 # Bytes moved per float32 parameter: what is read and written once each.
 BYTES = {"askew": 20, "askew_memory": 24, "splitting": 24, "base": 20}
 RESNET18 = [
@@ -31,7 +33,20 @@ RESNET18 = [
     *[(256, 256, 3, 3)] * 3, (256, 128, 1, 1), (512, 256, 3, 3), *[(512, 512, 3, 3)] * 3, (512, 256, 1, 1),
     *[(64,)] * 10, *[(128,)] * 10, *[(256,)] * 10, *[(512,)] * 10, (1000, 512), (1000,),
 ]  # fmt: skip
-GPT2_BLOCK = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,), (768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+GPT2_BLOCK = [
+    (768,),
+    (768,),
+    (2304, 768),
+    (2304,),
+    (768, 768),
+    (768,),
+    (768,),
+    (768,),
+    (3072, 768),
+    (3072,),
+    (768, 3072),
+    (768,),
+]
 GPT2 = [(50257, 768), (1024, 768), *GPT2_BLOCK * 12, (768,), (768,)]
 
 
@@ -120,7 +135,9 @@ def whole_step(
     if "torch.compile of the reference" in targets:
         functions["torch.compile of the reference"] = compiled_list(shapes, dtype)
     times = compare(functions, min_time=1.0)
-    return [row(case, peer, times["ours"], times[peer], targets.get(peer)) for peer in times if peer != "ours"]
+    return [
+        row(case, peer, times["ours"], times[peer], targets.get(peer)) for peer in times if peer != "ours"
+    ]
 
 
 def compiled_list(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Callable[[], None]:
@@ -133,7 +150,9 @@ def compiled_list(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Callable
         for w, g, m, hi in zip(weights, grads, momentums, his, strict=True):
             d, m_new = base.sgd_direction(g.float(), m.float(), BETA, False)
             w.copy_(
-                askew.velocity_step(w.float(), d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP)
+                askew.velocity_step(
+                    w.float(), d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP
+                )
             )
             m.copy_(m_new)
 
@@ -160,7 +179,9 @@ def parq_row() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="the 16M row of AskewSGD alone")
@@ -177,7 +198,9 @@ def main() -> None:
         rows += whole_step("ResNet-18 list, fp32", RESNET18, {fused: 1.4, compiled: 1.7})
         low = dict(dtype=torch.bfloat16, momentum_dtype="bfloat16")
         rows += whole_step("GPT-2 list, bf16", GPT2, {fused: 1.45, compiled: 3.3}, rounding="nearest", **low)
-        rows += whole_step("GPT-2 list, bf16, stochastic rounding", GPT2, {fused: 0.9}, rounding="stochastic", **low)
+        rows += whole_step(
+            "GPT-2 list, bf16, stochastic rounding", GPT2, {fused: 0.9}, rounding="stochastic", **low
+        )
         for count in (62, 148):
             rows += whole_step(f"{count} tensors of 256", [(256,)] * count, {fused: 8})
         rows += parq_row()

@@ -6,9 +6,9 @@ from quantopt.backends import BackendError
 from quantopt.ops.binary import binary_conv2d, binary_linear, pack_signs, unpack_signs
 from quantopt.optim import (
     STAM,
+    Anneal,
     AskewAdam,
     AskewSGD,
-    Anneal,
     BinaryConnect,
     BinaryRelax,
     ProxQuant,

@@ -50,7 +50,9 @@ def choose(
 
 
 @functools.cache
-def _choose(operation: str, device: str, dtype: torch.dtype, requested: str, rule: str, interpret: str) -> Choice:
+def _choose(
+    operation: str, device: str, dtype: torch.dtype, requested: str, rule: str, interpret: str
+) -> Choice:
     if requested == "auto":
         refusals = []
         for name in ("cpu", "cuda", "triton"):

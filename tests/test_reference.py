@@ -153,9 +153,9 @@ def test_memory_projects_onto_the_nearest_feasible_point(t: float, epsilon: floa
     hi = one * 0.9
     latent = double(t * 0.9)
     p = askew.feasible_projection(latent, latent, hi, count, epsilon=epsilon, rate=math.inf, cap=0.25)
-    half, mid, t_p = levels.cell(p, hi, count)
+    half, _, t_p = levels.cell(p, hi, count)
     assert float(t_p.abs()) >= askew.t_star(epsilon) - 1e-9
-    _, mid_l, t_l = levels.cell(latent, hi, count)
+    _, mid_l, _ = levels.cell(latent, hi, count)
     feasible = torch.linspace(askew.t_star(epsilon), 1, 2001, dtype=torch.float64)
     candidates = torch.cat([mid_l + half * feasible, mid_l - half * feasible])
     assert float((p - latent).abs()) <= float((candidates - latent).abs().min()) + 1e-9
@@ -170,7 +170,9 @@ def test_limited_memory_grows_by_at_most_k_or_cap(
     u = (1 - abs(before)) * (1 + abs(before))
     assume(before != 0 and u > math.sqrt(epsilon) + 1e-9)
     k = rate * (u - epsilon / u) / (4 * abs(before))
-    p = askew.feasible_projection(double(latent), double(before), one, 2, epsilon=epsilon, rate=rate, cap=0.25)
+    p = askew.feasible_projection(
+        double(latent), double(before), one, 2, epsilon=epsilon, rate=rate, cap=0.25
+    )
     assert abs(float(p)) <= abs(before) + min(k, 0.25) + 1e-12
     assert (float(p) >= 0) == (latent >= 0)
 
@@ -231,9 +233,7 @@ def test_the_relaxed_weight_has_the_projection_of_its_latent(u: float, kappa: fl
 
 @given(u=st.floats(-2.0, 2.0), d=directions)
 def test_alternating_with_nothing_on_is_sgd(u: float, d: float) -> None:
-    after = stam.alternating_step(
-        double(u), double(d), one, 2, lr=0.1, weight_decay=0.0, lam=0.0, limit=math.inf
-    )
+    after = stam.alternating_step(double(u), double(d), one, 2, lr=0.1, weight_decay=0.0, lam=0.0, limit=None)
     assert float(after) == pytest.approx(u - 0.1 * d, abs=1e-15)
     assert torch.equal(stam.alternating_weight(after, one, 2, kappa=0.0), after)
 
@@ -241,7 +241,7 @@ def test_alternating_with_nothing_on_is_sgd(u: float, d: float) -> None:
 def test_lam_pulls_the_latent_towards_its_level() -> None:
     u = double(0.3, -0.3)
     after = stam.alternating_step(
-        u, torch.zeros_like(u), one, 2, lr=0.1, weight_decay=0.0, lam=0.5, limit=math.inf
+        u, torch.zeros_like(u), one, 2, lr=0.1, weight_decay=0.0, lam=0.5, limit=None
     )
     torch.testing.assert_close(after, u + 0.1 * 0.5 * (double(1, -1) - u))
 

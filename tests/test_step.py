@@ -57,7 +57,18 @@ def arguments(
     scales = [] if rule == "base" else [torch.rand(scale_shape(s), generator=generator) + 0.5 for s in shapes]
     sigmas = [torch.rand(s[0], generator=generator) + 0.5 for s in shapes] if sigma else []
     counters = [torch.full((), 3.0) for _ in shapes] if direction == "adam" or steps else []
-    return [rule, params, grads, momentums, seconds, latents, scales, sigmas, counters, hyper_tensor(**(HYPERS | hyper))]
+    return [
+        rule,
+        params,
+        grads,
+        momentums,
+        seconds,
+        latents,
+        scales,
+        sigmas,
+        counters,
+        hyper_tensor(**(HYPERS | hyper)),
+    ]
 
 
 def copied(args: list[Any], dtype: torch.dtype | None = None) -> list[Any]:
@@ -109,7 +120,9 @@ def test_every_size(rule: str, size: int) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_sizes_around_blocks_and_chunks_on_every_isa(rule: str, isa: str) -> None:
-    check(arguments(rule, [(n,) for n in (1, 7, 15, 16, 17, 31, 127, 128, 129, 511, 513, 16383, 16385, 40000)]))
+    check(
+        arguments(rule, [(n,) for n in (1, 7, 15, 16, 17, 31, 127, 128, 129, 511, 513, 16383, 16385, 40000)])
+    )
 
 
 @pytest.mark.parametrize("scale", ["channel", "group"])
@@ -128,7 +141,9 @@ def test_moving_levels(rule: str, sigma: bool, isa: str) -> None:
     check(arguments(rule, [(33,), (40001,)], scale="tensor"), moving_levels=True)
 
 
-@pytest.mark.parametrize("hyper", [dict(kappa=0.0), dict(kappa=math.inf), dict(kappa=1e4), dict(lam=0.5), dict(lr=0.0)])
+@pytest.mark.parametrize(
+    "hyper", [dict(kappa=0.0), dict(kappa=math.inf), dict(kappa=1e4), dict(lam=0.5), dict(lr=0.0)]
+)
 @pytest.mark.parametrize("rule", ["splitting", "alternating"])
 def test_relaxation_extremes(rule: str, hyper: dict[str, float]) -> None:
     check(arguments(rule, [(65,), (4, 9)], **hyper), levels=2)
@@ -138,7 +153,8 @@ def test_relaxation_extremes(rule: str, hyper: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "hyper",
     [
-        dict(epsilon=0.0), dict(epsilon=1.0), dict(rate=0.0), dict(cap=0.5), dict(lr=0.0), dict(lr=1e6), dict(epsilon=1e-8),
+        dict(epsilon=0.0), dict(epsilon=1.0), dict(rate=0.0), dict(cap=0.5), dict(lr=0.0), dict(lr=1e6),
+        dict(epsilon=1e-8),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("rule", ["askew", "askew_gradient", "askew_memory"])
@@ -164,7 +180,9 @@ def test_adversarial_values(rule: str, isa: str) -> None:
     """Levels, their neighbours, zeros of both signs, denormals, huge and non-finite gradients."""
     tiny = torch.finfo(torch.float32).smallest_normal
     t_star = math.sqrt(1 - math.sqrt(0.3))
-    w = torch.tensor([0.0, -0.0, 1.0, -1.0, t_star, -t_star, 1.0000001, 0.9999999, tiny / 8, -tiny / 8, 3.0, -3.0, 0.5])
+    w = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, t_star, -t_star, 1.0000001, 0.9999999, tiny / 8, -tiny / 8, 3.0, -3.0, 0.5]
+    )
     g = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e30, -1e30, math.inf, -math.inf, math.nan, tiny / 8])
     w, g = (x.reshape(-1).contiguous() for x in torch.meshgrid(w, g, indexing="ij"))
     for direction in ("plain", "momentum"):
@@ -255,7 +273,9 @@ def test_stochastic_rounding_keeps_the_mean_and_repeats() -> None:
     values = [torch.full((n,), 1.0, dtype=torch.bfloat16)]
     grads = [torch.full((n,), 1.0, dtype=torch.bfloat16)]
     step = [torch.zeros(())]
-    hyper = hyper_tensor(lr=0.001)  # an eighth of the distance of neighbours below 1: rounding to nearest stalls
+    hyper = hyper_tensor(
+        lr=0.001
+    )  # an eighth of the distance of neighbours below 1: rounding to nearest stalls
     stalled = [v.clone() for v in values]
     fused_step("base", stalled, grads, [], [], [], [], [], [], hyper, backend="cpu")
     assert torch.equal(stalled[0], values[0])
@@ -326,7 +346,11 @@ def test_nothing_is_changed_by_arguments_that_do_not_fit() -> None:
     attempt(ValueError, "scales.*shape", put(6, torch.ones(3)))
     attempt(ValueError, "strides", lambda a: a[2].__setitem__(0, torch.zeros(5, 6).t()))
     attempt(ValueError, "levels must be", lambda a: None, levels=5)
-    attempt(ValueError, "no Adam form", lambda a: a.__setitem__(0, "prox") or a.__setitem__(4, [torch.ones(6, 5), torch.ones(7)]))
+    attempt(
+        ValueError,
+        "no Adam form",
+        lambda a: a.__setitem__(0, "prox") or a.__setitem__(4, [torch.ones(6, 5), torch.ones(7)]),
+    )
     attempt(ValueError, "stochastic", lambda a: a.__setitem__(8, [torch.zeros(()), torch.zeros(())]), seed=3)
     attempt(ValueError, "moving levels", lambda a: None, moving_levels=True)
 

@@ -36,7 +36,9 @@ class Anneal:
 
     def __init__(self, optimizer: QuantOptimizer, total_steps: int, schedule: Schedule | None = None) -> None:
         if not isinstance(optimizer, QuantOptimizer):
-            raise TypeError(f"optimizer={type(optimizer).__name__}: Anneal drives the optimizers of quantopt only")
+            raise TypeError(
+                f"optimizer={type(optimizer).__name__}: Anneal drives the optimizers of quantopt only"
+            )
         if not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r}: must be an int of at least 1")
         self.optimizer = optimizer

@@ -26,25 +26,36 @@ class _Askew(QuantOptimizer):
         rate = group["rate"]
         if rate is None:
             rate = math.inf if group["memory"] else 0.1
-        return {"epsilon": float(group["epsilon"]), "rate": rate, "cap": group["cap"], "bound": group["bound"]}
+        return {
+            "epsilon": float(group["epsilon"]),
+            "rate": rate,
+            "cap": group["cap"],
+            "bound": group["bound"],
+        }
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group({key: v for key, v in group.items() if key != "rate" or v is not None})
         if not group["memory"] and group["rate"] is not None and math.isinf(group["rate"]):
-            raise ValueError("rate=inf: an infinite rate is the exact projection of memory=True; use a finite rate")
+            raise ValueError(
+                "rate=inf: an infinite rate is the exact projection of memory=True; use a finite rate"
+            )
         if group["memory"] and group["constrain"] == "gradient":
             raise ValueError("constrain='gradient' has no form with memory=True; use constrain='velocity'")
 
     def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        return {"epsilon": interval_epsilon(step / total_steps, *(MEMORY_ANNEAL if group["memory"] else PLAIN_ANNEAL))}
+        return {
+            "epsilon": interval_epsilon(
+                step / total_steps, *(MEMORY_ANNEAL if group["memory"] else PLAIN_ANNEAL)
+            )
+        }
 
 
 class AskewSGD(_Askew):
     r"""Interval-constrained SGD whose intervals close on the levels.
 
     With :math:`t \in [-1, 1]` the coordinate of a weight in its cell of the grid (levels at :math:`\pm 1`) and
-    :math:`u = (1-|t|)(1+|t|)`, a weight is feasible iff :math:`u^2 \le e`; :math:`e` is annealed from 1 (all of the cell)
-    to 0 (the levels), by :class:`quantopt.Anneal`. In each step
+    :math:`u = (1-|t|)(1+|t|)`, a weight is feasible iff :math:`u^2 \le e`; :math:`e` is annealed from 1
+    (all of the cell) to 0 (the levels), by :class:`quantopt.Anneal`. In each step
 
     .. math::
         m &\leftarrow \beta m + g, \quad v = -\eta (m + \lambda w) / \mathrm{half} \\
@@ -95,7 +106,9 @@ class AskewSGD(_Askew):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, epsilon=epsilon)
+        defaults: dict[str, Any] = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, epsilon=epsilon
+        )
         defaults |= dict(rate=rate, cap=cap, constrain=constrain, memory=memory, bound=bound, **options)
         super().__init__(params, defaults, backend)
 
@@ -127,5 +140,9 @@ class AskewAdam(_Askew):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, epsilon=epsilon, rate=rate, cap=cap)
-        super().__init__(params, defaults | dict(constrain=constrain, memory=memory, bound=bound, **options), backend)
+        defaults: dict[str, Any] = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, epsilon=epsilon, rate=rate, cap=cap
+        )
+        super().__init__(
+            params, defaults | dict(constrain=constrain, memory=memory, bound=bound, **options), backend
+        )

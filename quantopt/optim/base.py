@@ -17,7 +17,13 @@ from quantopt.reference.askew import t_star
 
 CLOSED_INTERVAL = 0.995  # |t| from which a weight counts as inside the interval where a rule has no epsilon
 _LATENT_RULES = ("askew_memory", "splitting", "alternating")
-_COMPANIONS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "latent", "master")  # state in the parameter's layout
+_COMPANIONS = (
+    "momentum_buffer",
+    "exp_avg",
+    "exp_avg_sq",
+    "latent",
+    "master",
+)  # state in the parameter's layout
 
 # Group keys that hold a number, and the interval it must lie in (closed, but for infinity where it is open).
 _INTERVALS: dict[str, tuple[float, float]] = {
@@ -74,6 +80,10 @@ class QuantOptimizer(torch.optim.Optimizer):
         }
         super().__init__(params, {**shared, **defaults})
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "backend": self.backend}
+
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
     def _rule(self, group: dict[str, Any]) -> str:
@@ -102,7 +112,9 @@ class QuantOptimizer(torch.optim.Optimizer):
         """Adds a group. Raises ValueError naming the key, its value and the remedy; nothing is added then."""
         unknown = set(param_group) - set(self.defaults) - {"params", "param_names", "initial_lr"}
         if unknown:
-            raise ValueError(f"{type(self).__name__} has no group key {sorted(unknown)}; known: {sorted(self.defaults)}")
+            raise ValueError(
+                f"{type(self).__name__} has no group key {sorted(unknown)}; known: {sorted(self.defaults)}"
+            )
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -149,9 +161,11 @@ class QuantOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters are trained")
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         momentum_dtype = dtype if dtype == torch.float64 else getattr(torch, group["momentum_dtype"])
-        quantised = group["bits"] != 0 and p.numel() > 0
-        rule = self._rule(group) if group["bits"] != 0 else "base"
-        stochastic = group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and rule not in _LATENT_RULES
+        quantised = group["bits"] != 0
+        rule = self._rule(group) if quantised else "base"
+        stochastic = (
+            group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and rule not in _LATENT_RULES
+        )
         w = p.detach()
         state: dict[str, Any] = {}
         if self._adam or stochastic:
@@ -167,7 +181,9 @@ class QuantOptimizer(torch.optim.Optimizer):
             state["master"] = w.to(dtype, copy=True)
         if quantised:
             exact = w.to(dtype)
-            sigma = grid.frozen_scale(exact, group["scale"].replace("channel-mean", "channel"), group["group_size"])
+            sigma = grid.frozen_scale(
+                exact, group["scale"].replace("channel-mean", "channel"), group["group_size"]
+            )
             moving = self._moving_levels(group)
             scale = sigma
             if moving and group["scale"] != "channel-mean":
@@ -176,7 +192,8 @@ class QuantOptimizer(torch.optim.Optimizer):
                 if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
                     raise ValueError(
                         f"{name}: a slice of its weights is all zero or not finite, so its scale (scale="
-                        f"{group['scale']!r}) is {float(value.min()):g}; initialise it, or put it in a group with bits=0"
+                        f"{group['scale']!r}) is {float(value.min()):g}; "
+                        "initialise it, or put it in a group with bits=0"
                     )
             state["scale"] = scale.contiguous()
             if self._latent_bound_scale(group):
@@ -189,7 +206,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         made: dict[nn.Parameter, dict[str, Any]] = {}
         taking_part = []
         for i, p in enumerate(group["params"]):
-            if with_grad_only and p.grad is None:
+            if p.numel() == 0 or (with_grad_only and p.grad is None):
                 continue
             taking_part.append(i)
             if not self.state.get(p):
@@ -220,11 +237,15 @@ class QuantOptimizer(torch.optim.Optimizer):
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or "state" not in state_dict:
-            raise ValueError("state_dict has no 'param_groups' and 'state': it is not the state of an optimizer")
+            raise ValueError(
+                "state_dict has no 'param_groups' and 'state': it is not the state of an optimizer"
+            )
         have = [len(group["params"]) for group in self.param_groups]
         given = [len(group["params"]) for group in groups]
         if have != given:
-            raise ValueError(f"state_dict has groups of {given} parameters, this optimizer {have}: another model?")
+            raise ValueError(
+                f"state_dict has groups of {given} parameters, this optimizer {have}: another model?"
+            )
         for own, group in zip(self.param_groups, groups, strict=True):
             missing = set(self.defaults) - set(group)
             if missing:
@@ -237,7 +258,9 @@ class QuantOptimizer(torch.optim.Optimizer):
         for key in _COMPANIONS:
             value = state.get(key)
             if value is not None and value.shape != p.shape:
-                raise ValueError(f"state_dict: {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+                raise ValueError(
+                    f"state_dict: {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}"
+                )
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -267,9 +290,13 @@ class QuantOptimizer(torch.optim.Optimizer):
         for i in indices:
             p = group["params"][i]
             if p.grad.is_sparse or p.grad.layout != torch.strided:
-                raise TypeError(f"{self._name(group, i)} has a sparse gradient; only dense gradients are supported")
+                raise TypeError(
+                    f"{self._name(group, i)} has a sparse gradient; only dense gradients are supported"
+                )
             if p.grad.is_complex():
-                raise TypeError(f"{self._name(group, i)} has a complex gradient; only real gradients are supported")
+                raise TypeError(
+                    f"{self._name(group, i)} has a complex gradient; only real gradients are supported"
+                )
 
     def _step_group(self, group: dict[str, Any], indices: list[int]) -> None:
         buckets: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
@@ -286,7 +313,9 @@ class QuantOptimizer(torch.optim.Optimizer):
         )
         for (device, dtype), params in buckets.items():
             states = [self.state[p] for p in params]
-            stochastic = group["rounding"] == "stochastic" and dtype == torch.bfloat16 and rule not in _LATENT_RULES
+            stochastic = (
+                group["rounding"] == "stochastic" and dtype == torch.bfloat16 and rule not in _LATENT_RULES
+            )
             moving = quantised and self._moving_levels(group)
             with _dense(params, states, moving) as (weights, grads, companions):
                 fused_step(
@@ -412,7 +441,10 @@ class QuantOptimizer(torch.optim.Optimizer):
                 state["signs"] = signs
             count = max(row["numel"], 1)
             row.update(
-                fraction_feasible=feasible / count, sign_flips=flips, distance=distance / count, scale=scale / count
+                fraction_feasible=feasible / count,
+                sign_flips=flips,
+                distance=distance / count,
+                scale=scale / count,
             )
         return rows
 
@@ -427,7 +459,7 @@ def _count_bits(x: Tensor) -> int:
 
 
 def _restored(key: str, value: Tensor, p: Tensor) -> Tensor:
-    """A loaded state on the parameter's device, in its own dtype and, where it has the parameter's shape, its layout."""
+    """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout."""
     if key == "step":
         return value.detach().clone().cpu()
     value = value.detach().to(p.device)

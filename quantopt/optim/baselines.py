@@ -1,8 +1,9 @@
-"""The optimizers that ours are compared with, tuned with the same effort (docs/algorithms.md, sections 4 and 7)."""
+"""The optimizers that ours are compared with, tuned with the same effort (docs/algorithms.md, section 4)."""
 
 import math
 from typing import Any
 
+import torch
 
 from quantopt.optim.base import QuantOptimizer
 from quantopt.optim.stam import geometric
@@ -17,7 +18,7 @@ class _LatentClipped(QuantOptimizer):
         return "alternating"
 
     def _moving_levels(self, group: dict[str, Any]) -> bool:
-        return group["bits"] == 1 and group["scale"] != "none"
+        return bool(group["bits"] == 1 and group["scale"] != "none")
 
     def _latent_bound_scale(self, group: dict[str, Any]) -> bool:
         return not math.isinf(group["clip"])
@@ -62,9 +63,10 @@ class BinaryConnect(_LatentClipped):
         super()._step_group(group, indices)
         if group["bits"] != 0 and group["stochastic"]:
             for p in (group["params"][i] for i in indices):
-                if p.numel():
-                    state = self.state[p]
-                    p.copy_(spread_over(state["scale"], p) * stochastic_sign(state["latent"]))
+                state = self.state[p]
+                drawn = spread_over(state["scale"], p) * stochastic_sign(state["latent"])
+                found_inf = getattr(self, "found_inf", None)
+                p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
 
 
 class BinaryRelax(_LatentClipped):

@@ -66,7 +66,9 @@ class STAM(QuantOptimizer):
         splitting = form == "splitting"
         lr = (0.3 if splitting else 1.0) if lr is None else lr
         weight_decay = (0.0 if splitting else 3e-3) if weight_decay is None else weight_decay
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        defaults: dict[str, Any] = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
         super().__init__(params, defaults | dict(form=form, kappa=kappa, lam=lam, **options), backend)
 
     def _rule(self, group: dict[str, Any]) -> str:
@@ -78,14 +80,18 @@ class STAM(QuantOptimizer):
     def _moving_levels(self, group: dict[str, Any]) -> bool:
         if group["form"] == "splitting":
             return bool(group["scale"] == "channel-mean")
-        return group["bits"] == 1 and group["scale"] != "none"
+        return bool(group["bits"] == 1 and group["scale"] != "none")
 
     def _check_quantised(self, group: dict[str, Any]) -> None:
         super()._check_quantised(group)
         if group["scale"] == "channel-mean" and group["bits"] != 1:
-            raise ValueError(f"scale='channel-mean' is for bits=1, not bits={group['bits']!r}; use scale='channel'")
+            raise ValueError(
+                f"scale='channel-mean' is for bits=1, not bits={group['bits']!r}; use scale='channel'"
+            )
 
     def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
         if group["form"] == "alternating":
             return {"kappa": geometric(step / total_steps, 0.0, 0.8, 0.01, 100.0)}
-        return {"kappa": 0.0 if step < 0.7 * total_steps else geometric(step / total_steps, 0.7, 0.95, 1e-3, 1.0)}
+        return {
+            "kappa": 0.0 if step < 0.7 * total_steps else geometric(step / total_steps, 0.7, 0.95, 1e-3, 1.0)
+        }

@@ -28,7 +28,16 @@ def restoring_speed(t: Tensor, epsilon: float, rate: float) -> Tensor:
 
 
 def velocity_step(
-    w: Tensor, d: Tensor, hi: Tensor, levels: int, *, lr: float, decay: float, epsilon: float, rate: float, cap: float
+    w: Tensor,
+    d: Tensor,
+    hi: Tensor,
+    levels: int,
+    *,
+    lr: float,
+    decay: float,
+    epsilon: float,
+    rate: float,
+    cap: float,
 ) -> Tensor:
     """constrain="velocity": v = -eta (d + wd w)/half; s v >= min(k, cap) where infeasible; w <- clamp(w + half v)."""
     half, _, t = cell(w, hi, levels)
@@ -62,7 +71,9 @@ def gradient_step(w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float) 
     return torch.clamp(w - lr * (d + decay * w), -hi, hi)
 
 
-def latent_step(latent: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float, bound: float) -> Tensor:
+def latent_step(
+    latent: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float, bound: float
+) -> Tensor:
     """memory=True: l <- clamp(l (1 - eta wd) - eta d, -ub hi, ub hi)."""
     return torch.clamp(latent * (1 - lr * weight_decay) - lr * d, -bound * hi, bound * hi)
 

@@ -30,7 +30,12 @@ def expand_planes(bits: Tensor, in_features: int, plane_weights: Sequence[int], 
 
 
 def dense_weight(
-    bits: Tensor, scale: Tensor, in_features: int, plane_weights: Sequence[int], group_size: int, dtype: torch.dtype
+    bits: Tensor,
+    scale: Tensor,
+    in_features: int,
+    plane_weights: Sequence[int],
+    group_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]; ``scale`` is [1], [N] or [N, ceil(K/group_size)]."""
     scale = scale.to(dtype)

@@ -22,7 +22,9 @@ def box(x: Tensor, hi: Tensor, *, lr: float, weight_decay: float) -> Tensor:
     return torch.clamp(x / (1 + lr * weight_decay), -hi, hi)
 
 
-def splitting_point(x: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+def splitting_point(
+    x: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
     """(r, ex): ex = x - y; r = y - gamma d - ex."""
     y = box(x, hi, lr=lr, weight_decay=weight_decay)
     ex = x - y
@@ -35,11 +37,21 @@ def splitting_step(r: Tensor, ex: Tensor, hi: Tensor, levels: int, *, kappa: flo
 
 
 def alternating_step(
-    u: Tensor, d: Tensor, hi: Tensor, levels: int, *, lr: float, weight_decay: float, lam: float, limit: Tensor | float
+    u: Tensor,
+    d: Tensor,
+    hi: Tensor,
+    levels: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    lam: float,
+    limit: Tensor | None,
 ) -> Tensor:
-    """u <- clamp(u (1 - eta wd) - eta d + eta lam (q - u), -limit, limit); ``hi`` are the levels before the step."""
+    """u <- clamp(u (1 - eta wd) - eta d + eta lam (q - u), -limit, limit).
+
+    Not clamped if ``limit`` is None; ``hi`` are the levels before the step."""
     u = u * (1 - lr * weight_decay) - lr * d + (lr * lam * (project(u, hi, levels) - u) if lam else 0.0)
-    return u if isinstance(limit, float) and math.isinf(limit) else torch.clamp(u, -limit, limit)
+    return u.clamp(-limit, limit) if isinstance(limit, Tensor) else u
 
 
 def alternating_weight(u: Tensor, hi: Tensor, levels: int, *, kappa: float) -> Tensor:

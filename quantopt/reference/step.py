@@ -40,7 +40,9 @@ def fused_step(
         return
     for step in steps:
         step.add_(1)
-    lr, momentum, beta2, adam_eps, weight_decay, epsilon, rate, cap, bound, kappa, lam, threshold = hyper.tolist()
+    lr, momentum, beta2, adam_eps, weight_decay, epsilon, rate, cap, bound, kappa, lam, threshold = (
+        hyper.tolist()
+    )
     decay = 0.0 if decoupled else weight_decay
     shrink = 1 - lr * weight_decay if decoupled else 1.0
 
@@ -50,7 +52,9 @@ def fused_step(
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         p = param.to(dtype)
         w = latents[i].to(dtype) if latents else p
-        g = grads[i].to(dtype) * ((-1.0 if maximize else 1.0) / (grad_scale.to(dtype) if grad_scale is not None else 1))
+        g = grads[i].to(dtype) * (
+            (-1.0 if maximize else 1.0) / (grad_scale.to(dtype) if grad_scale is not None else 1)
+        )
         if rule != "base":
             factor = level_factor(levels)
             scale = scales[i].to(dtype)
@@ -60,7 +64,9 @@ def fused_step(
         if rule in ("base", "prox"):
             g = g + decay * w
         elif rule == "askew_gradient":
-            g = askew.constrained_gradient(g, w * shrink, hi, levels, lr=lr, epsilon=epsilon, rate=rate, cap=cap)
+            g = askew.constrained_gradient(
+                g, w * shrink, hi, levels, lr=lr, epsilon=epsilon, rate=rate, cap=cap
+            )
         if seconds:
             d, m, v = base.adam_direction(
                 g, momentums[i].to(dtype), seconds[i].to(dtype), int(steps[i]), momentum, beta2, adam_eps
@@ -94,8 +100,10 @@ def fused_step(
             latent = stam.splitting_step(r, ex, hi, levels, kappa=kappa)
             p = stam.box(latent, hi, lr=lr, weight_decay=weight_decay)
         elif rule == "alternating":
-            limit = bound * spread_over(sigmas[i].to(dtype), p) if sigmas else float("inf")
-            latent = stam.alternating_step(w, d, hi, levels, lr=lr, weight_decay=weight_decay, lam=lam, limit=limit)
+            limit = bound * spread_over(sigmas[i].to(dtype), p) if sigmas else None
+            latent = stam.alternating_step(
+                w, d, hi, levels, lr=lr, weight_decay=weight_decay, lam=lam, limit=limit
+            )
             if moving_levels:
                 scales[i].copy_(_mean(latent, scale))
                 hi = factor * spread_over(scales[i].to(dtype), p, group_size)
