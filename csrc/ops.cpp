@@ -1,6 +1,5 @@
 // The operators: every schema stands here, once. The implementations register themselves per device in
 // csrc/step_ops.cpp and csrc/binary_ops.cpp (CPU) and csrc/cuda/*.cpp (CUDA).
-#include <Python.h>
 #include <torch/library.h>
 
 #include <string>
@@ -40,16 +39,10 @@ TORCH_LIBRARY(quantopt, m) {
   m.def(
       "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] plane_weights, "
       "int group_size=0, str compute=\"exact\", Tensor? tiles=None) -> Tensor");
-  // The order of bits that the CPU kernels read, int16 [P, ceil(N/32), words, 32]; empty where they read bits itself.
+  // The order of bits that the CPU kernels read, int16 [P, size]; empty where they read bits itself.
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
   // The instruction set that the CPU kernels use now; an error if QUANTOPT_CPU_ISA is unknown or unsupported.
   m.def("cpu_isa() -> str", &cpu_isa);
   m.def("cpu_isa_supported(str name) -> bool",
         [](c10::string_view name) { return cpu_isa_supported(std::string(name)); });
-}
-
-// `import quantopt._C` loads this library, which runs the registrations; the module itself is empty.
-extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&definition);
 }

@@ -19,8 +19,6 @@ struct StepArguments {
   int64_t levels, group_size;
   bool moving_levels, nesterov, maximize, decoupled;
   int64_t seed;
-  const std::optional<at::Tensor>& grad_scale;
-  const std::optional<at::Tensor>& found_inf;
 };
 
 // Options without the gradient factor and the step of the random key, which depend on tensors.

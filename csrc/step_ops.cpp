@@ -13,8 +13,7 @@ void fused_step_cpu(c10::string_view rule, at::TensorList params, at::TensorList
                     bool moving_levels, bool nesterov, bool maximize, bool decoupled, int64_t seed,
                     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
   const StepArguments arguments{{rule.data(), rule.size()}, params, grads, momentums, seconds, latents, scales, sigmas,
-                                steps, hyper, levels, group_size, moving_levels, nesterov, maximize, decoupled, seed,
-                                grad_scale, found_inf};
+                                steps, hyper, levels, group_size, moving_levels, nesterov, maximize, decoupled, seed};
   StepOptions options = step_options(arguments);
   thread_local std::vector<StepSegment> segments;  // kept between steps
   step_segments(arguments, at::Device(at::kCPU), segments);

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 error: str | None = None
+holds: Any = None  # csrc/module.cpp
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
 
@@ -19,7 +20,7 @@ if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
     error = "the compiled extension is disabled by QUANTOPT_DISABLE_EXTENSION"
 else:
     try:
-        importlib.import_module("quantopt._C")
+        holds = importlib.import_module("quantopt._C").holds
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
     except (ImportError, OSError) as exc:

@@ -19,13 +19,17 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # (operation, backend) -> what it covers there; None: everything. The reference covers everything.
 _COVERS: dict[tuple[str, str], frozenset[str] | None] = {
     ("fused_step", "cpu"): None,
-    ("fused_step", "cuda"): frozenset({"askew"}),
-    ("fused_step", "triton"): frozenset({"askew"}),
+    ("fused_step", "cuda"): frozenset({"base", "askew", "askew_gradient", "askew_memory"}),
+    ("fused_step", "triton"): frozenset({"base", "askew", "askew_gradient", "askew_memory"}),
     ("binary_linear", "cpu"): None,
     ("binary_conv2d", "cpu"): None,
 }
 OPERATIONS = ("fused_step", "binary_linear", "binary_conv2d")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {  # where not all of them; 16-bit parameters and momentum go to the reference there
+    ("fused_step", "cuda"): (torch.float32,),
+    ("fused_step", "triton"): (torch.float32,),
+}
 
 
 class BackendError(RuntimeError):
@@ -79,7 +83,7 @@ def _refusal(
         return None
     if (operation, backend) not in _COVERS:
         return f"there is no {backend} kernel for {operation}"
-    if dtype not in _KERNEL_DTYPES:
+    if dtype not in _DTYPES.get((operation, backend), _KERNEL_DTYPES):
         return f"no kernel for {dtype}; the reference runs it"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:

@@ -609,3 +609,175 @@ def test_anneal_takes_the_authors_schedule_and_refuses_nonsense() -> None:
         quantopt.Anneal(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 10)
     with pytest.raises(ValueError, match="state_dict"):
         anneal.load_state_dict({"step": 3})
+
+
+# ---- what is kept between steps ----------------------------------------------------------------------------------
+
+
+def _replace_storage(model: nn.Module, opt: Any) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def _replace_state(model: nn.Module, opt: Any) -> None:
+    for state in opt.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"] * 0.5
+
+
+def _drop_state(model: nn.Module, opt: Any) -> None:
+    opt.state.clear()
+
+
+def _change_options(model: nn.Module, opt: Any) -> None:
+    opt.param_groups[0].update(nesterov=True, constrain="gradient", decoupled_weight_decay=True)
+
+
+def _change_numbers(model: nn.Module, opt: Any) -> None:
+    opt.param_groups[0].update(lr=0.01, epsilon=0.2, weight_decay=0.1, momentum=0.5)
+
+
+def _freeze_one(model: nn.Module, opt: Any) -> None:
+    opt.param_groups[0]["params"][0].requires_grad_(False)
+
+
+def _channels_last(model: nn.Module, opt: Any) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def _another_dtype(model: nn.Module, opt: Any) -> None:
+    model.double()
+
+
+def _reload(model: nn.Module, opt: Any) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_storage, _replace_state, _drop_state, _change_options, _change_numbers, _freeze_one, _channels_last,
+        _another_dtype, _reload,
+    ],
+)  # fmt: skip
+def test_what_is_kept_between_steps_notices_changes(change: Callable[[nn.Module, Any], None]) -> None:
+    """The same run with the reference, which keeps nothing, is the measure."""
+    results = []
+    for backend in ("auto", "reference"):
+        model = network()
+        opt = quantopt.AskewSGD(
+            quantopt.param_groups(model), lr=0.05, weight_decay=0.01, epsilon=0.5, backend=backend
+        )
+        train(model, opt, 3)
+        change(model, opt)
+        train(model, opt, 3, 3)
+        for p in model.parameters():
+            p.requires_grad_(True)
+        train(model, opt, 2, 6)
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+
+
+def test_a_step_sees_gradients_that_come_and_go() -> None:
+    a, b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    opt = quantopt.AskewSGD([a, b])
+    for present in ((a,), (a,), (a, b), (b,), (a, b), ()):
+        before = {p: p.detach().clone() for p in (a, b)}
+        opt.zero_grad()
+        for p in present:
+            p.grad = torch.randn(4, 4)
+        opt.step()
+        for p in (a, b):
+            assert torch.equal(p, before[p]) != any(p is q for q in present)
+
+
+def test_in_place_changes_are_seen_by_autograd() -> None:
+    p = nn.Parameter(torch.randn(4, 4))
+    opt = quantopt.AskewSGD([p])
+    for _ in range(3):
+        p.grad = torch.randn(4, 4)
+        version = p._version
+        opt.step()
+        assert p._version > version
+
+
+def test_error_if_nonfinite_names_the_parameter_and_changes_nothing() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), error_if_nonfinite=True)
+    train(model, opt, 2)
+    before, state = weights(model), copy.deepcopy(opt.state_dict()["state"])
+    opt.param_groups[0]["params"][1].grad[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"5\.weight"):
+        opt.step()
+    assert same(weights(model), before)
+    for i, values in opt.state_dict()["state"].items():
+        assert all(torch.equal(v, state[i][k]) for k, v in values.items())
+
+
+def test_steps_inside_backward() -> None:
+    """One optimizer per parameter, stepped by a post-accumulate hook, is the same as one step at the end."""
+    a, b = network(), network()
+    opts = {}
+    for p in b.parameters():
+        bits = 1 if p.dim() > 1 else 0
+        opts[p] = quantopt.AskewSGD([{"params": [p], "bits": bits}], lr=0.05, weight_decay=0.01)
+
+        def hook(q: Tensor) -> None:
+            opts[q].step()
+            q.grad = None
+
+        p.register_post_accumulate_grad_hook(hook)
+    groups = [
+        {"params": [p for p in a.parameters() if (p.dim() > 1) == bool(bits)], "bits": bits}
+        for bits in (1, 0)
+    ]
+    opt = quantopt.AskewSGD(groups, lr=0.05, weight_decay=0.01)
+    for i in range(3):
+        x = torch.randn(4, 2, 6, 6)
+        opt.zero_grad()
+        a(x).square().mean().backward()
+        opt.step()
+        b(x).square().mean().backward()
+    assert same(weights(a), weights(b))
+
+
+def test_gradients_that_are_views_into_a_bucket() -> None:
+    a, b = network(), network()
+    bucket = torch.zeros(sum(p.numel() for p in b.parameters()) + 1)
+    at = 1  # not aligned to a vector
+    for p in b.parameters():
+        p.grad = bucket[at : at + p.numel()].view_as(p)
+        at += p.numel()
+    opt_a = quantopt.STAM(quantopt.param_groups(a), lr=0.05)
+    opt_b = quantopt.STAM(quantopt.param_groups(b), lr=0.05)
+    for i in range(3):
+        for model, opt in ((a, opt_a), (b, opt_b)):
+            opt.zero_grad(set_to_none=False)
+            model(
+                torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(i))
+            ).square().mean().backward()
+            opt.step()
+    assert same(weights(a), weights(b))
+
+
+def test_a_compiled_training_step_calls_the_optimizer() -> None:
+    a, b = network(), network()
+    results = []
+    for model, compiled in ((a, False), (b, True)):
+        opt = quantopt.AskewSGD(quantopt.param_groups(model), lr=torch.tensor(0.05))
+
+        def step(x: Tensor, model: nn.Module = model, opt: Any = opt) -> Tensor:
+            opt.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            opt.step()
+            return loss.detach()
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for i in range(4):
+            opt.param_groups[0]["epsilon"] = 1.0 - 0.2 * i
+            opt.param_groups[0]["lr"].fill_(0.05 / (i + 1))
+            run(torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(i)))
+        results.append(weights(model))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)

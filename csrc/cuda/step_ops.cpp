@@ -39,9 +39,7 @@ void fused_step_cuda(c10::string_view rule, at::TensorList params, at::TensorLis
                                 nesterov,
                                 maximize,
                                 decoupled,
-                                seed,
-                                grad_scale,
-                                found_inf};
+                                seed};
   if (params.empty()) return;
   const StepOptions options = step_options(arguments);
   const char* reason = askew_step_unsupported_on_cuda(options);

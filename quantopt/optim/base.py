@@ -8,7 +8,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from quantopt.backends import BACKENDS
+from quantopt import _extension
+from quantopt.backends import BACKENDS, choose
 from quantopt.levels import SCALES, Quantization, level_count
 from quantopt.ops.binary import pack_signs
 from quantopt.ops.step import fused_step, hyper_tensor
@@ -77,12 +78,18 @@ class QuantOptimizer(torch.optim.Optimizer):
             "rounding": "master",
             "momentum_dtype": "float32",
             "seed": 0,
+            "error_if_nonfinite": False,
         }
+        self._plans: dict[int, _GroupStep] = {}
         super().__init__(params, {**shared, **defaults})
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {**state, "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -169,7 +176,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         w = p.detach()
         state: dict[str, Any] = {}
         if self._adam or stochastic:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         if self._adam:
             state["exp_avg"] = torch.zeros_like(w, dtype=momentum_dtype)
             state["exp_avg_sq"] = torch.zeros_like(w, dtype=dtype)
@@ -272,24 +279,39 @@ class QuantOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of all parameters that have a gradient.
 
-        Raises TypeError for sparse or complex gradients and ValueError for a parameter whose scale is zero, naming
-        the parameter, before anything is changed.
+        Raises TypeError for sparse or complex gradients, ValueError for a parameter whose scale is zero and, in groups
+        with ``error_if_nonfinite``, FloatingPointError for a gradient that is not finite, naming the parameter, before
+        anything is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, self._ensure_state(group, with_grad_only=True)) for group in self.param_groups]
-        for group, indices in work:
-            self._check_grads(group, indices)
-        for group, indices in work:
-            self._step_group(group, indices)
+        if torch.compiler.is_compiling():
+            self._update_outside_of_graphs()
+        else:
+            self._update()
         return loss
+
+    def _update(self) -> None:
+        plans = [self._plans[i] for i in range(len(self.param_groups)) if i in self._plans]
+        if len(plans) < len(self.param_groups) or not all(plan.ready(self) for plan in plans):
+            work = [(group, self._ensure_state(group, with_grad_only=True)) for group in self.param_groups]
+            for group, indices in work:
+                self._check_grads(group, indices)
+            plans = [_GroupStep(self, group, indices) for group, indices in work]
+            self._plans = {i: plan for i, plan in enumerate(plans) if plan.lasting}
+        for plan in plans:
+            plan.step(self)
+
+    # A compiled training step breaks its graph here: the update is one call of a compiled kernel as it is, and numbers
+    # that change (lr, epsilon) cause no recompilation.
+    _update_outside_of_graphs = torch._disable_dynamo(_update)  # type: ignore[attr-defined]
 
     def _check_grads(self, group: dict[str, Any], indices: list[int]) -> None:
         for i in indices:
             p = group["params"][i]
-            if p.grad.is_sparse or p.grad.layout != torch.strided:
+            if p.grad.layout != torch.strided:
                 raise TypeError(
                     f"{self._name(group, i)} has a sparse gradient; only dense gradients are supported"
                 )
@@ -297,49 +319,24 @@ class QuantOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"{self._name(group, i)} has a complex gradient; only real gradients are supported"
                 )
-
-    def _step_group(self, group: dict[str, Any], indices: list[int]) -> None:
-        buckets: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-        for i in indices:
-            p = group["params"][i]
-            buckets.setdefault((p.device, p.dtype), []).append(p)
-        quantised = group["bits"] != 0
-        rule = self._rule(group) if quantised else "base"
-        hyper = hyper_tensor(
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            **self._base_hyper(group),
-            **(self._hyper(group) if quantised else {}),
-        )
-        for (device, dtype), params in buckets.items():
-            states = [self.state[p] for p in params]
-            stochastic = (
-                group["rounding"] == "stochastic" and dtype == torch.bfloat16 and rule not in _LATENT_RULES
-            )
-            moving = quantised and self._moving_levels(group)
-            with _dense(params, states, moving) as (weights, grads, companions):
-                fused_step(
-                    rule,
-                    weights,
-                    grads,
-                    companions["exp_avg"] if self._adam else companions["momentum_buffer"],
-                    companions["exp_avg_sq"],
-                    companions["latent"] or companions["master"],
-                    [s["scale"] for s in states] if quantised else [],
-                    [s["sigma"] for s in states if "sigma" in s],
-                    [s["step"] for s in states if "step" in s],
-                    hyper,
-                    backend=self.backend,
-                    levels=level_count(group["bits"]),
-                    group_size=group["group_size"],
-                    moving_levels=moving,
-                    nesterov=group["nesterov"],
-                    maximize=group["maximize"],
-                    decoupled=group["decoupled_weight_decay"],
-                    seed=group["seed"] if stochastic else -1,
-                    grad_scale=_on(getattr(self, "grad_scale", None), device),
-                    found_inf=_on(getattr(self, "found_inf", None), device),
+            if group["error_if_nonfinite"] and not bool(torch.isfinite(p.grad).all()):
+                raise FloatingPointError(
+                    f"{self._name(group, i)} has a gradient that is not finite; nothing was changed. Lower the learning "
+                    "rate, clip the gradients, or use torch.amp.GradScaler"
                 )
+
+    def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        """What a rule adds to the fused step of a quantised group."""
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        """Everything of the step that may change from step to step."""
+        rule = self._hyper(group) if group["bits"] != 0 else {}
+        return {
+            "lr": float(group["lr"]),
+            "weight_decay": group["weight_decay"],
+            **self._base_hyper(group),
+            **rule,
+        }
 
     def _base_hyper(self, group: dict[str, Any]) -> dict[str, float]:
         if self._adam:
@@ -449,8 +446,144 @@ class QuantOptimizer(torch.optim.Optimizer):
         return rows
 
 
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, torch.float32)
+class _GroupStep:
+    """The step of one group: its lists for the op, per device and dtype, made once and used again while they hold."""
+
+    # What the lists depend on, beside the tensors.
+    STATIC = (
+        "bits", "group_size", "nesterov", "maximize", "decoupled_weight_decay", "rounding", "seed", "scale",
+        "error_if_nonfinite", "memory", "constrain", "form", "clip", "stochastic",
+    )  # fmt: skip
+
+    def __init__(self, opt: QuantOptimizer, group: dict[str, Any], indices: list[int]) -> None:
+        self.group = group
+        self.static = [group.get(key) for key in self.STATIC]
+        self.quantised = group["bits"] != 0
+        self.rule = opt._rule(group) if self.quantised else "base"
+        self.params = [group["params"][i] for i in indices]
+        self.count = len(group["params"])
+        self.states = [opt.state[p] for p in self.params]
+        self.numbers = opt._numbers(group)
+        self.hyper = hyper_tensor(**self.numbers)
+        self.buckets: list[tuple[torch.dtype, torch.device, list[int]]] = []
+        for i, p in enumerate(self.params):
+            kind = (p.dtype, p.device)
+            bucket = next((b for b in self.buckets if b[:2] == kind), None)
+            if bucket is None:
+                self.buckets.append((*kind, [i]))
+            else:
+                bucket[2].append(i)
+        self.plan = self._plan(opt) if self.params else None
+        self.lasting = self.plan is not None or self.count == 0
+
+    def _options(self, opt: QuantOptimizer, dtype: torch.dtype) -> dict[str, Any]:
+        group = self.group
+        stochastic = (
+            group["rounding"] == "stochastic" and dtype == torch.bfloat16 and self.rule not in _LATENT_RULES
+        )
+        return {
+            "levels": level_count(group["bits"]),
+            "group_size": group["group_size"],
+            "moving_levels": self.quantised and opt._moving_levels(group),
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+            "decoupled": group["decoupled_weight_decay"],
+            "seed": group["seed"] if stochastic else -1,
+        }
+
+    def _lists(
+        self, opt: QuantOptimizer, companions: dict[str, list[Tensor]], chosen: list[int]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """momentums, seconds, latents, scales, sigmas, steps."""
+        states = [self.states[i] for i in chosen]
+        return (
+            companions["exp_avg"] if opt._adam else companions["momentum_buffer"],
+            companions["exp_avg_sq"],
+            companions["latent"] or companions["master"],
+            [s["scale"] for s in states if "scale" in s],
+            [s["sigma"] for s in states if "sigma" in s],
+            [s["step"] for s in states if "step" in s],
+        )
+
+    def _plan(self, opt: QuantOptimizer) -> Any:
+        """A compiled plan, if the CPU kernels step all parameters as they lie in memory."""
+        if len(self.buckets) != 1 or self.group["error_if_nonfinite"]:
+            return None
+        dtype, device, chosen = self.buckets[0]
+        if device.type != "cpu" or choose("fused_step", device, dtype, opt.backend).name != "cpu":
+            return None
+        if any(type(p) is not nn.Parameter and type(p) is not Tensor for p in self.params):
+            return None
+        with _dense(self.params, self.states) as (weights, grads, companions):
+            as_they_lie = all(
+                w.data_ptr() == p.data_ptr() and g is p.grad
+                for w, g, p in zip(weights, grads, self.params, strict=True)
+            )
+            kept = {id(value) for state in self.states for value in state.values()}
+            as_they_lie &= all(id(t) in kept for tensors in companions.values() for t in tensors)
+        if not as_they_lie:
+            return None
+        self.keys = tuple(key for key in self.states[0] if key != "signs")
+        if any(tuple(key for key in state if key != "signs") != self.keys for state in self.states):
+            return None
+        self.kept = [tuple(state[key] for key in self.keys) for state in self.states]
+        taking_part = set(map(id, self.params))
+        left_out = [p for p in self.group["params"] if id(p) not in taking_part and p.numel()]
+        lists = self._lists(opt, companions, chosen)
+        options = self._options(opt, dtype).values()
+        plan = torch.classes.quantopt.StepPlan(self.rule, self.params, left_out, *lists, self.hyper, *options)
+        return plan if plan.ready() else None
+
+    def ready(self, opt: QuantOptimizer) -> bool:
+        """Whether the plan still fits: same options, same tensors in the state, gradients where they were."""
+        group = self.group
+        if len(group["params"]) != self.count or [group.get(key) for key in self.STATIC] != self.static:
+            return False
+        if self.plan is None:
+            return self.count == 0
+        for i in (0, -1):
+            if opt.state.get(self.params[i]) is not self.states[i]:
+                return False
+        return bool(_extension.holds(self.states, self.keys, self.kept) and self.plan.ready())
+
+    def step(self, opt: QuantOptimizer) -> None:
+        """The update; nothing is checked here."""
+        if not self.params:
+            return
+        numbers = opt._numbers(self.group)
+        if numbers != self.numbers:
+            self.numbers = numbers
+            self.hyper.copy_(hyper_tensor(**numbers))
+        if self.plan is not None:
+            self.plan.step(_on(opt, "grad_scale"), _on(opt, "found_inf"))
+        else:
+            for dtype, device, chosen in self.buckets:
+                self._step_lists(opt, dtype, device, chosen)
+        if self.quantised:
+            opt._after_step(self.group, self.params)
+
+    def _step_lists(
+        self, opt: QuantOptimizer, dtype: torch.dtype, device: torch.device, chosen: list[int]
+    ) -> None:
+        params, states = [self.params[i] for i in chosen], [self.states[i] for i in chosen]
+        with _dense(params, states) as (weights, grads, companions):
+            fused_step(
+                self.rule,
+                weights,
+                grads,
+                *self._lists(opt, companions, chosen),
+                hyper=self.hyper,
+                backend=opt.backend,
+                grad_scale=_on(opt, "grad_scale", device),
+                found_inf=_on(opt, "found_inf", device),
+                **self._options(opt, dtype),
+            )
+
+
+def _on(opt: QuantOptimizer, name: str, device: torch.device | None = None) -> Tensor | None:
+    """grad_scale or found_inf of torch.amp.GradScaler, which it sets for the time of a step."""
+    value: Tensor | None = getattr(opt, name, None)
+    return None if value is None else value.to(device or torch.device("cpu"), torch.float32)
 
 
 def _count_bits(x: Tensor) -> int:
@@ -460,8 +593,6 @@ def _count_bits(x: Tensor) -> int:
 
 def _restored(key: str, value: Tensor, p: Tensor) -> Tensor:
     """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout."""
-    if key == "step":
-        return value.detach().clone().cpu()
     value = value.detach().to(p.device)
     return torch.empty_like(p, dtype=value.dtype).copy_(value) if key in _COMPANIONS else value.clone()
 
@@ -472,7 +603,7 @@ def _same_layout(tensors: Iterable[Tensor], p: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _dense(
-    params: list[nn.Parameter], states: list[dict[str, Any]], per_channel: bool
+    params: list[nn.Parameter], states: list[dict[str, Any]]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
     """Parameters, gradients and companions as the kernels need them: dense, and all of one layout.
 

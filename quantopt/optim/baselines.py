@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantopt.optim.base import QuantOptimizer
 from quantopt.optim.stam import geometric
@@ -59,10 +60,9 @@ class BinaryConnect(_LatentClipped):
         if group["stochastic"] and group["bits"] != 1:
             raise ValueError(f"stochastic=True needs bits=1, not bits={group['bits']!r}")
 
-    def _step_group(self, group: dict[str, Any], indices: list[int]) -> None:
-        super()._step_group(group, indices)
-        if group["bits"] != 0 and group["stochastic"]:
-            for p in (group["params"][i] for i in indices):
+    def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        if group["stochastic"]:
+            for p in params:
                 state = self.state[p]
                 drawn = spread_over(state["scale"], p) * stochastic_sign(state["latent"])
                 found_inf = getattr(self, "found_inf", None)

@@ -1,13 +1,13 @@
 // Products with +-1 weights.
 //
-// With AVX-512 a sum of g = 4 (fp32) or 6 (whole) activations with all 2^g sign patterns is tabulated once per row of x,
-// and one lookup inside registers (vpermps, vpermt2w) replaces g multiply-adds:
+// With AVX-512 a sum of g = 4 (fp32) or 6 (whole) activations with all 2^g sign patterns is tabulated once
+// per row of x, and one lookup inside registers (vpermps, vpermt2w) replaces g multiply-adds:
 //     table[e] = sum_j (2 e_j - 1) x[g i + j]        y[n] += table[g bits of row n]
-// A lookup and an addition take about as long as one fused multiply-add, so this passes the arithmetic peak of dense
-// kernels (Zen 4: 3 times that of fp32 FMA, 2 times that of dpbusd). The tables hold signed sums, so that infinities
-// and NaN propagate as in a dot product. Elsewhere, and for groups of scales that are no multiple of 16, rows of W are
-// expanded to floats in a panel.
-// Each output is summed in an order that depends on K alone: any split over threads or rows gives the same bits.
+// A lookup and an addition take about as long as one fused multiply-add, so this passes the arithmetic peak
+// of dense kernels (Zen 4: 3 times that of fp32 FMA, 2 times that of dpbusd). The tables hold signed sums, so
+// that infinities and NaN propagate as in a dot product. Elsewhere, and for groups of scales that are no
+// multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an order that depends
+// on K alone: any split over threads or rows gives the same bits.
 #include "cpu/kernels/binary_linear.h"
 
 #include <cmath>
@@ -28,7 +28,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
 inline const float* scale_of(const BinaryLinear& p, int64_t n) { return p.scale + n * p.scale_stride; }
 
-// ---- panels ----------------------------------------------------------------------------------------------------
+// ---- panels
+// ----------------------------------------------------------------------------------------------------
 
 typedef float Vector __attribute__((vector_size(32)));
 
@@ -49,9 +50,12 @@ constexpr SignTable make_signs() {
 constexpr SignTable kSigns = make_signs();
 
 inline void load(const float* p, Vector& v) { std::memcpy(&v, p, sizeof v); }
-inline float sum(const Vector& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+inline float sum(const Vector& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
 
-// Weights [first, first + width) of one row, without its scale unless grouped; zero up to the next multiple of 8.
+// Weights [first, first + width) of one row, without its scale unless grouped; zero up to the next multiple
+// of 8.
 void expand(const BinaryLinear& p, int64_t n, int64_t first, int64_t width, float* out) {
   const int64_t bytes = (width + 7) / 8;
   for (int64_t plane = 0; plane < p.planes; ++plane) {
@@ -73,7 +77,8 @@ void expand(const BinaryLinear& p, int64_t n, int64_t first, int64_t width, floa
 
 // total[m][r] += x[m] . panel[r] over one panel. Whole numbers stay exact: a panel's sum is below 2^24.
 template <int Rows>
-void multiply_panel(const float* const* x, const float* panel, int64_t width, int64_t outputs, double (*total)[kPanelRows]) {
+void multiply_panel(const float* const* x, const float* panel, int64_t width, int64_t outputs,
+                    double (*total)[kPanelRows]) {
   for (int64_t r = 0; r < outputs; ++r) {
     Vector acc[Rows] = {};
     for (int64_t k = 0; k < width; k += kLanes) {
@@ -137,20 +142,21 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
 
 #if defined(__AVX512BW__)
 
-// ---- lookups ---------------------------------------------------------------------------------------------------
+// ---- lookups
+// ---------------------------------------------------------------------------------------------------
 //
-// A word vector of a tile holds 16 weights of each of 32 rows. Lookups of 32-bit values take the rows 2i from the low
-// and the rows 2i + 1 from the high halves; sums are therefore kept as "even" and "odd" vectors of 16 rows.
-// The weights are read chunk by chunk (240 of each row): the tables of four rows of x and one chunk fit the first-level
-// cache, and the sums of kBlockTiles tiles the second.
+// A word vector of a tile holds 16 weights of each of 32 rows. Lookups of 32-bit values take the rows 2i from
+// the low and the rows 2i + 1 from the high halves; sums are therefore kept as "even" and "odd" vectors of 16
+// rows. The weights are read chunk by chunk (240 of each row): the tables of four rows of x and one chunk fit
+// the first-level cache, and the sums of kBlockTiles tiles the second.
 
 constexpr int kRowsTogether = 4;
 constexpr int64_t kBlockTiles = 128;
-constexpr int64_t kUnitWords = 3;                                     // hold 8 groups of 6 weights
-constexpr int64_t kMostUnits = kChunkWords / kUnitWords;              // of a chunk
-constexpr int kIntegerGroup = 6;                                      // activations per table of 64 int16
-constexpr int64_t kMostIntegerTables = kMostUnits * 8;                // 40 lookups of at most 6 * 127 stay below 2^15
-constexpr int kFloatGroup = 4;                                        // activations per table of 16 fp32
+constexpr int64_t kUnitWords = 3;                         // hold 8 groups of 6 weights
+constexpr int64_t kMostUnits = kChunkWords / kUnitWords;  // of a chunk
+constexpr int kIntegerGroup = 6;                          // activations per table of 64 int16
+constexpr int64_t kMostIntegerTables = kMostUnits * 8;    // 40 lookups of at most 6 * 127 stay below 2^15
+constexpr int kFloatGroup = 4;                            // activations per table of 16 fp32
 constexpr int64_t kMostFloatTables = kChunkWords * 16 / kFloatGroup;
 
 struct Pair {
@@ -160,8 +166,8 @@ struct IntegerPair {
   __m512i even, odd;
 };
 
-// Unrolls loops over registers, and keeps a value in its register and the order of the sums: gcc would move all lookups
-// before the additions, or make a tree of them, run out of registers and halve the speed.
+// Unrolls loops over registers, and keeps a value in its register and the order of the sums: gcc would move
+// all lookups before the additions, or make a tree of them, run out of registers and halve the speed.
 #define QUANTOPT_UNROLL _Pragma("GCC unroll 16")
 #define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
 
@@ -192,71 +198,67 @@ void make_float_tables(const float* x, int64_t width, int64_t rows, float* table
   }
 }
 
-// sum_j s_j x_j = sum_j s_j (x_j + 128) - 128 sum_j s_j, with x_j + 128 as unsigned and the signs s_j as signed bytes.
-struct SignPatterns {
-  alignas(64) int8_t pair[4][64];  // of x0 x1, x2 x3, x4 x5 with s5 = -1, x4 x5 with s5 = +1
-  alignas(64) int16_t offset[32];  // -128 sum_j s_j with s5 = -1
+// What the whole-number tables are made of: e_j of entries 0-31 as bytes, and the bytes of a pair in all
+// lanes.
+struct Patterns {
+  alignas(64) uint8_t entry[4][64];  // e0 e1, e2 e3, e4 0, e4 1
+  alignas(16) int8_t lanes[8][16];   // the bytes 2 i, 2 i + 1
 };
-constexpr SignPatterns make_patterns() {
-  SignPatterns patterns{};
+constexpr Patterns make_patterns() {
+  Patterns patterns{};
   for (int e = 0; e < 32; ++e) {
-    int total = -1;
-    for (int j = 0; j < 5; ++j) {
-      const int s = (e >> j) & 1 ? 1 : -1;
-      patterns.pair[j / 2][2 * e + j % 2] = static_cast<int8_t>(s);
-      total += s;
-    }
-    patterns.pair[2][2 * e + 1] = -1;
-    patterns.pair[3][2 * e] = patterns.pair[2][2 * e];
-    patterns.pair[3][2 * e + 1] = 1;
-    patterns.offset[e] = static_cast<int16_t>(-128 * total);
+    for (int j = 0; j < 5; ++j) patterns.entry[j / 2][2 * e + j % 2] = static_cast<uint8_t>((e >> j) & 1);
+    patterns.entry[3][2 * e] = patterns.entry[2][2 * e];
+    patterns.entry[3][2 * e + 1] = 1;
+  }
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 16; ++j) patterns.lanes[i][j] = static_cast<int8_t>(2 * i + j % 2);
   }
   return patterns;
 }
-constexpr SignPatterns kPatterns = make_patterns();
+constexpr Patterns kPatterns = make_patterns();
 
-// The same for whole numbers: tables of 64 entries at tables + 64 (rows i + r). The groups of a unit are the bits 0-5
-// and 6-11 of each of its three words a (groups 2 a, 2 a + 1); group 6 is bits 12-15 of word 0 and 12-13 of word 1, and
-// group 7 bits 12-15 of word 2 and 14-15 of word 1.
-void make_integer_tables(const float* x, int64_t width, int64_t rows, int16_t* tables) {
-  __m512i s[4];
-  for (int j = 0; j < 4; ++j) s[j] = _mm512_load_si512(kPatterns.pair[j]);
-  const __m512i minus = _mm512_load_si512(kPatterns.offset), plus = _mm512_sub_epi16(minus, _mm512_set1_epi16(256));
-  const auto pair = [](const uint8_t* v) {
-    int16_t both;
-    std::memcpy(&both, v, sizeof both);
-    return _mm512_set1_epi16(both);
-  };
-  const auto put = [&](const uint8_t* v, const uint8_t* v45, int64_t i) {
-    const __m512i last = pair(v45);
-    const __m512i sum = _mm512_add_epi16(_mm512_maddubs_epi16(pair(v), s[0]), _mm512_maddubs_epi16(pair(v + 2), s[1]));
+// The same for whole numbers: table[e] = sum_j e_j x_j, so that y = 2 * lookups - sum_k x_k (returned: that
+// sum), with 64 entries at tables + 64 (rows i + r). The groups of a unit are the bits 0-5 and 6-11 of each
+// of its three words a (groups 2 a, 2 a + 1); group 6 is bits 12-15 of word 0 and 12-13 of word 1, group 7
+// bits 12-15 of word 2 and 14-15 of word 1.
+int32_t make_integer_tables(const float* x, int64_t width, int64_t rows, int16_t* tables) {
+  __m512i entry[4], lanes[8];
+  for (int j = 0; j < 4; ++j) entry[j] = _mm512_load_si512(kPatterns.entry[j]);
+  for (int j = 0; j < 8; ++j) {
+    lanes[j] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kPatterns.lanes[j])));
+  }
+  __m512i total = _mm512_setzero_si512();
+  const auto put = [&](__m512i x01, __m512i x23, __m512i x45, int64_t i) {
+    const __m512i sum =
+        _mm512_add_epi16(_mm512_maddubs_epi16(entry[0], x01), _mm512_maddubs_epi16(entry[1], x23));
     int16_t* out = tables + 64 * rows * i;
-    _mm512_store_si512(out, _mm512_add_epi16(_mm512_add_epi16(sum, minus), _mm512_maddubs_epi16(last, s[2])));
-    _mm512_store_si512(out + 32, _mm512_add_epi16(_mm512_add_epi16(sum, plus), _mm512_maddubs_epi16(last, s[3])));
+    _mm512_store_si512(out, _mm512_add_epi16(sum, _mm512_maddubs_epi16(entry[2], x45)));
+    _mm512_store_si512(out + 32, _mm512_add_epi16(sum, _mm512_maddubs_epi16(entry[3], x45)));
   };
   for (int64_t unit = 0; 16 * kUnitWords * unit < width; ++unit) {
-    alignas(16) uint8_t v[16 * kUnitWords];
-    for (int64_t k = 0; k < 16 * kUnitWords; k += 16) {
-      const int64_t at = 16 * kUnitWords * unit + k, rest = width - at;
+    __m512i pair[kUnitWords][8];  // the two bytes of each pair of a word in all lanes
+    QUANTOPT_UNROLL for (int a = 0; a < kUnitWords; ++a) {
+      const int64_t at = 16 * (kUnitWords * unit + a), rest = width - at;
       const __mmask16 mask = static_cast<__mmask16>(rest >= 16 ? 0xFFFF : (rest <= 0 ? 0 : (1 << rest) - 1));
       const __m512i q = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(mask, x + (rest <= 0 ? 0 : at)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(v + k),
-                      _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
+      total = _mm512_add_epi32(total, q);
+      const __m512i bytes = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(q));
+      QUANTOPT_UNROLL for (int j = 0; j < 8; ++j) pair[a][j] = _mm512_shuffle_epi8(bytes, lanes[j]);
+      put(pair[a][0], pair[a][1], pair[a][2], 8 * unit + 2 * a);
+      put(pair[a][3], pair[a][4], pair[a][5], 8 * unit + 2 * a + 1);
     }
-    for (int64_t a = 0; a < kUnitWords; ++a) {
-      put(v + 16 * a, v + 16 * a + 4, 8 * unit + 2 * a);
-      put(v + 16 * a + 6, v + 16 * a + 10, 8 * unit + 2 * a + 1);
-    }
-    put(v + 12, v + 28, 8 * unit + 6);
-    put(v + 44, v + 30, 8 * unit + 7);
+    put(pair[0][6], pair[0][7], pair[1][6], 8 * unit + 6);
+    put(pair[2][6], pair[2][7], pair[1][7], 8 * unit + 7);
   }
+  return _mm512_reduce_add_epi32(total);
 }
 
 // total[r MR + i] += factor[r] * (lookups of words [0, words) of tile r in the tables of row i).
 // `stride` is the distance of two tiles. The totals are in memory: all registers go to the sums of one call.
 template <int MR, int NR>
-__attribute__((noinline)) void float_span(const uint16_t* w, int64_t stride, int64_t words, const float* tables,
-                                          const Pair* factor, Pair* total) {
+__attribute__((noinline)) void float_span(const uint16_t* w, int64_t stride, int64_t words,
+                                          const float* tables, const Pair* factor, Pair* total) {
   const __m512 one = _mm512_set1_ps(1.0f);
   __m512 even[MR][NR], odd[MR][NR];
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
@@ -314,10 +316,11 @@ inline __attribute__((always_inline)) __m512i add_products(__m512i sum, __m512i 
 #endif
 }
 
-// total[r MR + i] += weight * (lookups of units [0, units) of tile r in the tables of row i), units of one chunk
+// total[r MR + i] += weight * (lookups of units [0, units) of tile r in the tables of row i), units of one
+// chunk
 template <int MR, int NR>
-__attribute__((noinline)) void integer_span(const uint16_t* w, int64_t stride, int64_t units, const int16_t* tables,
-                                            int32_t weight, IntegerPair* total) {
+__attribute__((noinline)) void integer_span(const uint16_t* w, int64_t stride, int64_t units,
+                                            const int16_t* tables, int32_t weight, IntegerPair* total) {
   const __m512i bits45 = _mm512_set1_epi16(0x30);
   __m512i acc[MR][NR];
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
@@ -341,7 +344,8 @@ __attribute__((noinline)) void integer_span(const uint16_t* w, int64_t stride, i
           sixth[r] = _mm512_ternarylogic_epi32(sixth[r], _mm512_srli_epi16(v[r], 8), bits45, 0xF8);
           seventh[r] = _mm512_srli_epi16(v[r], 10);
         }
-        if (a == 2) seventh[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[r], 12), seventh[r], bits45, 0xF8);
+        if (a == 2)
+          seventh[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[r], 12), seventh[r], bits45, 0xF8);
       }
     }
     integer_lookup<MR, NR>(sixth, tables + 6 * 64 * MR, acc);
@@ -393,8 +397,8 @@ inline Pair group_scales(const BinaryLinear& p, int64_t tile, int64_t g, float w
 
 // One chunk of one plane: the tiles at w and their sums, NR tiles at a time.
 template <int MR, int NR>
-void integer_tiles(const BinaryLinear& p, const uint16_t* w, int64_t words, int64_t count, const int16_t* tables,
-                   int64_t plane, IntegerPair* total) {
+void integer_tiles(const BinaryLinear& p, const uint16_t* w, int64_t words, int64_t count,
+                   const int16_t* tables, int64_t plane, IntegerPair* total) {
   const int64_t stride = words * kTileRows;
   for (; count >= NR; count -= NR, w += NR * stride, total += NR * MR) {
     integer_span<MR, NR>(w, stride, words / kUnitWords, tables, p.plane_weights[plane], total);
@@ -430,19 +434,28 @@ template <int MR>
 void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
   alignas(64) int16_t tables[kMostIntegerTables * MR * 64];
   IntegerPair total[kBlockTiles * MR];
-  for (int64_t i = 0; i < (end - begin) * MR; ++i) total[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t i = 0; i < (end - begin) * MR; ++i)
+    total[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  int32_t sum[MR] = {};
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
-    for (int64_t i = 0; i < MR; ++i) make_integer_tables(p.x + (m + i) * p.inputs + first, width, MR, tables + 64 * i);
+    for (int64_t i = 0; i < MR; ++i) {
+      sum[i] += make_integer_tables(p.x + (m + i) * p.inputs + first, width, MR, tables + 64 * i);
+    }
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
       integer_tiles<MR, 4>(p, w, words, end - begin, tables, plane, total);
     }
   }
+  int32_t weight = 0;
+  for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
   for (int64_t tile = begin; tile < end; ++tile) {
     for (int i = 0; i < MR; ++i) {
       const IntegerPair& t = total[(tile - begin) * MR + i];
-      finish_tile(p, m + i, tile, {_mm512_cvtepi32_ps(t.even), _mm512_cvtepi32_ps(t.odd)});
+      const __m512i all = _mm512_set1_epi32(weight * sum[i]);
+      finish_tile(p, m + i, tile,
+                  {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(t.even, 1), all)),
+                   _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(t.odd, 1), all))});
     }
   }
 }
@@ -456,7 +469,8 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
     if (width < kChunkWidth) std::memset(tables, 0, sizeof tables);
-    for (int64_t i = 0; i < MR; ++i) make_float_tables(p.x + (m + i) * p.inputs + first, width, MR, tables + 16 * i);
+    for (int64_t i = 0; i < MR; ++i)
+      make_float_tables(p.x + (m + i) * p.inputs + first, width, MR, tables + 16 * i);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
       float_tiles<MR, MR <= 2 ? 4 : 2>(p, w, words, end - begin, tables, plane, total, begin, first);
@@ -476,22 +490,16 @@ inline void block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) 
   }
 }
 
-void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin,
+                       int64_t end) {
   for (int64_t tile = begin / kTileRows; tile < tile_count(end); tile += kBlockTiles) {
     const int64_t last = least(tile + kBlockTiles, tile_count(end));
     for (int64_t m = row_begin; m < row_end; m += kRowsTogether) {
       switch (least(kRowsTogether, row_end - m)) {
-        case 1:
-          block<1>(p, m, tile, last);
-          break;
-        case 2:
-          block<2>(p, m, tile, last);
-          break;
-        case 3:
-          block<3>(p, m, tile, last);
-          break;
-        default:
-          block<4>(p, m, tile, last);
+        case 1: block<1>(p, m, tile, last); break;
+        case 2: block<2>(p, m, tile, last); break;
+        case 3: block<3>(p, m, tile, last); break;
+        default: block<4>(p, m, tile, last);
       }
     }
   }
@@ -512,7 +520,8 @@ bool binary_uses_tiles([[maybe_unused]] const BinaryLinear& p) {
 #if defined(__AVX512BW__)
 
 // A 32 x 32 transpose of 16-bit words by five perfect shuffles.
-void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin, int64_t end) {
+void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
+                  int64_t end) {
   const int64_t words = tile_words(inputs), bytes = row_bytes(inputs);
   alignas(64) uint16_t index[2][32];
   for (int i = 0; i < 32; ++i) {
@@ -546,9 +555,11 @@ void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t
         }
       }
       for (int64_t i = 0; i < least(32, words - word); ++i) {
-        const int64_t first = 16 * (word + i) / kChunkWidth * kChunkWidth;  // weight at which the chunk begins
+        const int64_t first =
+            16 * (word + i) / kChunkWidth * kChunkWidth;  // weight at which the chunk begins
         const int64_t in_chunk = word + i - first / 16;
-        _mm512_storeu_si512(tiles + tile_offset(outputs, inputs, 0, first, tile) + in_chunk * kTileRows, rows[1][i]);
+        _mm512_storeu_si512(tiles + tile_offset(outputs, inputs, 0, first, tile) + in_chunk * kTileRows,
+                            rows[1][i]);
       }
     }
   }

@@ -1,4 +1,5 @@
-// y = x W^T + b with W = scale * sum_i 2^i * (+-1 plane i), compiled for every instruction set. No torch here.
+// y = x W^T + b with W = scale * sum_i 2^i * (+-1 plane i), compiled for every instruction set. No torch
+// here.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +13,11 @@ namespace quantopt {
 //   grouped: y[m,n] = sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n]
 // With x_scale, x holds whole numbers of at most 127 and the sum is exact, then multiplied by x_scale[m].
 struct BinaryLinear {
-  int64_t rows;     // M
-  int64_t outputs;  // N
-  int64_t inputs;   // K
-  int64_t planes;   // P
-  const uint8_t* bits;  // [P, N, ceil(K / 8)], bit k % 8 of byte k / 8 is weight k: 1 = +1, 0 = -1
+  int64_t rows;                  // M
+  int64_t outputs;               // N
+  int64_t inputs;                // K
+  int64_t planes;                // P
+  const uint8_t* bits;           // [P, N, ceil(K / 8)], bit k % 8 of byte k / 8 is weight k: 1 = +1, 0 = -1
   const uint16_t* tiles;         // the same as tiles (see below), or null
   const int32_t* plane_weights;  // [P]
   const float* scale;            // [1], [N] or [N, ceil(K / group)]
@@ -28,8 +29,8 @@ struct BinaryLinear {
   float* y;                      // [M, N]
 };
 
-// Tiles: bits in 16-bit words, [plane][chunk][tile][word][row of the tile]: 32 rows side by side, the words of a row in
-// chunks of 15 (240 weights), the last chunk shorter; zero where there is no weight.
+// Tiles: bits in 16-bit words, [plane][chunk][tile][word][row of the tile]: 32 rows side by side, the words
+// of a row in chunks of 15 (240 weights), the last chunk shorter; zero where there is no weight.
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kChunkWords = 15;
 constexpr int64_t kChunkWidth = 16 * kChunkWords;
@@ -49,7 +50,8 @@ constexpr int64_t chunk_words(int64_t inputs, int64_t first) {
 // Where the words of a tile begin, for the chunk whose first weight is `first`.
 constexpr int64_t tile_offset(int64_t outputs, int64_t inputs, int64_t plane, int64_t first, int64_t tile) {
   const int64_t tiles = tile_count(outputs);
-  return kTileRows * (plane * tiles * tile_words(inputs) + tiles * (first / 16) + tile * chunk_words(inputs, first));
+  return kTileRows *
+         (plane * tiles * tile_words(inputs) + tiles * (first / 16) + tile * chunk_words(inputs, first));
 }
 
 }  // namespace quantopt
@@ -61,7 +63,8 @@ QUANTOPT_DECLARE_PER_ISA(
     void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
                       int64_t end);
     // y for rows [row_begin, row_end) and outputs [begin, end); begin is a multiple of kTileRows.
-    void binary_linear(const BinaryLinear& product, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
-    // Symmetric quantisation of a row: s = max|x| / 127, q = x / s rounded half to even, within +-127, as floats.
-    // A row of zeros gives s = 0 and q = 0; one with an infinity or NaN gives s = NaN. Returns s.
+    void binary_linear(const BinaryLinear& product, int64_t row_begin, int64_t row_end, int64_t begin,
+                       int64_t end);
+    // Symmetric quantisation of a row: s = max|x| / 127, q = x / s rounded half to even, within +-127, as
+    // floats. A row of zeros gives s = 0 and q = 0; one with an infinity or NaN gives s = NaN. Returns s.
     float quantize_row(const float* x, int64_t inputs, float* q);)

@@ -1,0 +1,41 @@
+// The module quantopt._C. Importing it loads the library, which registers the operators; it has one function of its
+// own, which a step over many small tensors calls to see that nobody has exchanged a tensor of the state.
+#include <Python.h>
+
+namespace {
+
+// holds(states, keys, values): whether states[i][keys[k]] is values[i][k] for all i and k. states is a list of dicts,
+// keys a tuple of str, values a list of tuples; anything else gives False.
+PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyList_Check(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyList_Check(arguments[2])) {
+    PyErr_SetString(PyExc_TypeError, "holds(states: list[dict], keys: tuple[str, ...], values: list[tuple])");
+    return nullptr;
+  }
+  PyObject *states = arguments[0], *keys = arguments[1], *values = arguments[2];
+  const Py_ssize_t rows = PyList_GET_SIZE(states), columns = PyTuple_GET_SIZE(keys);
+  if (PyList_GET_SIZE(values) != rows) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < rows; ++i) {
+    PyObject* state = PyList_GET_ITEM(states, i);
+    PyObject* expected = PyList_GET_ITEM(values, i);
+    if (!PyDict_Check(state) || !PyTuple_Check(expected) || PyTuple_GET_SIZE(expected) != columns) Py_RETURN_FALSE;
+    for (Py_ssize_t k = 0; k < columns; ++k) {
+      PyObject* value = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(keys, k));  // borrowed
+      if (value == nullptr && PyErr_Occurred()) return nullptr;
+      if (value != PyTuple_GET_ITEM(expected, k)) Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef methods[] = {
+    {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(holds)), METH_FASTCALL,
+     "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+  return PyModule_Create(&definition);
+}
