@@ -479,6 +479,22 @@ def test_grad_scaler_unscales_once_and_skips_overflows(name: str) -> None:
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
 
 
+def test_step_hooks_and_the_profiler_see_the_step() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model))
+    seen: list[str] = []
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    handle = opt.register_step_post_hook(lambda *_: seen.append("after"))
+    train(model, opt, 2)
+    handle.remove()
+    train(model, opt, 1)
+    assert seen == ["before", "after", "before", "after", "before"]
+    other = quantopt.STAM(quantopt.param_groups(model))
+    with torch.profiler.profile() as profile:
+        train(model, other, 1)
+    assert any("STAM.step" in event.key for event in profile.key_averages())
+
+
 def test_closure_and_zero_grad() -> None:
     model = network()
     opt = quantopt.STAM(quantopt.param_groups(model), lr=0.1)

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from quantopt import _extension
 from quantopt.backends import BACKENDS, choose
@@ -275,7 +276,6 @@ class QuantOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of all parameters that have a gradient.
 
@@ -283,6 +283,26 @@ class QuantOptimizer(torch.optim.Optimizer):
         with ``error_if_nonfinite``, FloatingPointError for a gradient that is not finite, naming the parameter, before
         anything is changed.
         """
+        if closure is not None or self._is_watched():
+            return self._watched_step(closure)
+        self._update()
+        return None
+
+    step.hooked = True  # type: ignore[attr-defined] # torch wraps a step in its hooks and profiler, which we do if needed
+
+    def _is_watched(self) -> bool:
+        """Whether a hook, a profiler or a compiler wants to see the step: else it goes straight to the kernels."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            or torch.compiler.is_compiling()
+        )
+
+    @torch.optim.Optimizer.profile_hook_step
+    def _watched_step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -295,14 +315,19 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def _update(self) -> None:
         plans = [self._plans[i] for i in range(len(self.param_groups)) if i in self._plans]
-        if len(plans) < len(self.param_groups) or not all(plan.ready(self) for plan in plans):
-            work = [(group, self._ensure_state(group, with_grad_only=True)) for group in self.param_groups]
-            for group, indices in work:
-                self._check_grads(group, indices)
-            plans = [_GroupStep(self, group, indices) for group, indices in work]
-            self._plans = {i: plan for i, plan in enumerate(plans) if plan.lasting}
+        if len(plans) < len(self.param_groups) or not all([plan.ready(self) for plan in plans]):
+            plans = self._new_plans()
         for plan in plans:
             plan.step(self)
+
+    @torch.no_grad()
+    def _new_plans(self) -> list["_GroupStep"]:
+        work = [(group, self._ensure_state(group, with_grad_only=True)) for group in self.param_groups]
+        for group, indices in work:
+            self._check_grads(group, indices)
+        plans = [_GroupStep(self, group, indices) for group, indices in work]
+        self._plans = {i: plan for i, plan in enumerate(plans) if plan.lasting}
+        return plans
 
     # A compiled training step breaks its graph here: the update is one call of a compiled kernel as it is, and numbers
     # that change (lr, epsilon) cause no recompilation.
@@ -562,6 +587,7 @@ class _GroupStep:
         if self.quantised:
             opt._after_step(self.group, self.params)
 
+    @torch.no_grad()
     def _step_lists(
         self, opt: QuantOptimizer, dtype: torch.dtype, device: torch.device, chosen: list[int]
     ) -> None:

@@ -60,6 +60,7 @@ class BinaryConnect(_LatentClipped):
         if group["stochastic"] and group["bits"] != 1:
             raise ValueError(f"stochastic=True needs bits=1, not bits={group['bits']!r}")
 
+    @torch.no_grad()
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         if group["stochastic"]:
             for p in params:

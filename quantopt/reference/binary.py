@@ -14,7 +14,8 @@ def pack_signs(w: Tensor) -> Tensor:
     """[..., K] -> uint8 [..., ceil(K/8)]; bit 1 where w >= 0 (so sign(±0) = +1; NaN gives 0), spare bits 0."""
     ones = F.pad((w >= 0).to(torch.uint8), (0, -w.shape[-1] % 8))
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=w.device)
-    return (ones.unflatten(-1, (ones.shape[-1] // 8, 8)) * powers).sum(-1, dtype=torch.uint8)
+    grouped: Tensor = ones.unflatten(-1, (ones.shape[-1] // 8, 8))
+    return (grouped * powers).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +38,7 @@ def dense_weight(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]; ``scale`` is [1], [N] or [N, ceil(K/group_size)]."""
+    """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]; scale is [1], [N] or [N, ceil(K/group_size)]."""
     scale = scale.to(dtype)
     if group_size:
         scale = scale.repeat_interleave(group_size, dim=1)[:, :in_features]
