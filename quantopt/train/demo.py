@@ -1,0 +1,90 @@
+"""`python -m quantopt.train.demo`: trains, packs and measures one network per optimizer, and prints a table."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from quantopt.train import augment, data, report
+from quantopt.train.cli import add_common_arguments, check_out, guarded, write_run
+from quantopt.train.loop import Config, Trainer, default_batch_size, resolve_device, train, versions
+from quantopt.train.recipes import RECIPES
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains with every recipe in turn; writes report.json, curves.png and weights.png in --out, and a folder for
+    each run."""
+    started = time.perf_counter()
+    out = Path(arguments.out)
+    check_out(out)
+    device = resolve_device(arguments.device)
+    dataset = data.load(arguments.data)
+    reports: dict[str, dict[str, Any]] = {}
+    histograms: dict[str, Tensor] = {}
+    for name in RECIPES:
+        config = Config(
+            data=arguments.data,
+            model=arguments.model,
+            optimizer=name,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size or default_batch_size(len(dataset.train_labels)),
+            seed=arguments.seed,
+            device=device,
+            augment=augment.default_mode(*dataset.shape),
+        )
+        with tqdm(total=config.epochs, desc=f"{name:<14}", unit=" epochs", leave=False) as bar:
+
+            def advance(trainer: Trainer, bar: "tqdm[Any]" = bar) -> None:
+                bar.set_postfix(
+                    loss=f"{trainer.curves['loss'][-1]:.4f}",
+                    accuracy=f"{trainer.curves['accuracy'][-1]:.2f}%",
+                )
+                bar.update()
+
+            result = train(config, dataset, out=out / name, progress=False, on_epoch=advance)
+        write_run(out / name, result)
+        reports[name] = result.report
+        histograms[name] = result.histograms
+    report.plot_curves(out / report.CURVES_PNG, {name: r["curves"] for name, r in reports.items()})
+    report.plot_weights(out / report.WEIGHTS_PNG, histograms)
+    seconds = time.perf_counter() - started
+    report.write_json(
+        out / "report.json",
+        {
+            "data": dataset.name,
+            "model": arguments.model,
+            "seed": arguments.seed,
+            "versions": versions(),
+            "seconds": seconds,
+            "runs": reports,
+        },
+    )
+    first = next(iter(reports.values()))["config"]
+    print(
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
+        f"{arguments.model}, {first['epochs']} epochs, batch {first['batch_size']}, seed {arguments.seed}, "
+        f"1-bit weights except in the first and last layer\n"
+    )
+    print(report.table(reports))
+    print(f"\n{seconds:.0f} s in all; written: {out}/report.json, {report.CURVES_PNG}, {report.WEIGHTS_PNG}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m quantopt.train.demo", description=__doc__)
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="directory to write to (%(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    return guarded("quantopt demo", lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

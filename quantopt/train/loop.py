@@ -1,0 +1,446 @@
+"""Training with everything that a run needs to be stopped, continued, packed and measured."""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
+
+import quantopt
+from quantopt.backends import BackendError
+from quantopt.train import augment, models, recipes
+from quantopt.train.data import Dataset
+from quantopt.train.errors import InputError
+from quantopt.train.files import atomic_write, remove_temporaries
+
+CHECKPOINT = "checkpoint.pt"
+REPORT = "report.json"
+MODEL = "model.safetensors"
+
+CURVES = ("loss", "accuracy", "epsilon", "kappa", "reg_strength", "fraction_feasible", "sign_flips")
+"""Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity."""
+
+HISTOGRAM_LIMIT = 2.5
+HISTOGRAM_BINS = 101
+
+_EVALUATION_BATCH = 500
+_STATISTICS_BATCH = 250
+_STATISTICS_IMAGES = 20_000
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, through no fault of the arguments' form: the loss is not finite."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What determines a run. `lr` None means the recipe's; `augment` is one of augment.MODES."""
+
+    data: str = "digits"
+    model: str = "cnn"
+    optimizer: str = "askew"
+    bits: int | str = 1
+    scale: str = "tensor"
+    epochs: int = 30
+    batch_size: int = 32
+    lr: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+    augment: str = "none"
+    backend: str = "auto"
+
+    def check(self) -> None:
+        """Raises InputError, naming the option, for a value outside its range."""
+        self._require("--model", self.model in models.MODELS, f"choose from {', '.join(models.MODELS)}")
+        self._require(
+            "--optimizer", self.optimizer in recipes.RECIPES, f"choose from {', '.join(recipes.RECIPES)}"
+        )
+        self._require("--augment", self.augment in augment.MODES, f"choose from {', '.join(augment.MODES)}")
+        self._require("--epochs", self.epochs >= 1, "at least 1")
+        self._require("--batch-size", self.batch_size >= 2, "at least 2 (batch norm needs two)")
+        self._require("--seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        if self.lr is not None:
+            self._require("--lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
+
+    def _require(self, option: str, holds: bool, expected: str) -> None:
+        if not holds:
+            value = getattr(self, option.lstrip("-").replace("-", "_"))
+            raise InputError(option, f"{value!r} is not accepted: {expected}")
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" becomes "cuda" if torch can use a GPU, else "cpu". Raises InputError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        reason = (
+            "torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU was found"
+        )
+        raise InputError("--device", f"cuda is not available: {reason}")
+    return name
+
+
+def default_batch_size(images: int) -> int:
+    """32 for less than 10,000 training images, which would make too few steps otherwise, else 128."""
+    return 32 if images < 10_000 else 128
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percentage of `images` that `model`, in evaluation mode, classifies as `labels`. Leaves the mode as it was."""
+    training = model.training
+    model.eval()
+    correct = 0
+    for start in range(0, len(images), _EVALUATION_BATCH):
+        part = slice(start, start + _EVALUATION_BATCH)
+        correct += int((model(images[part]).argmax(1) == labels[part]).sum())
+    model.train(training)
+    return 100 * correct / len(images)
+
+
+def reestimate_batch_norm(model: nn.Module, images: Tensor) -> None:
+    """Replaces the batch-norm statistics by averages over `images` at the present weights (torch's `update_bn`).
+
+    Runs over at most 20,000 images, in an order that is mixed but always the same, in equal batches.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_STATISTICS_IMAGES]
+    size = min(_STATISTICS_BATCH, len(order))
+    whole = len(order) // size * size
+
+    def batches() -> Iterator[Tensor]:
+        for part in order[:whole].to(images.device).split(size):
+            yield images[part]
+
+    update_bn(batches(), model)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of what a file of `model` holds: its state_dict, tensors that share memory once."""
+    tensors = {(t.data_ptr(), t.shape): t for t in model.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@dataclass
+class Result:
+    """A finished run: its report (what report.json holds), the float and the packed network (None for sgd), and
+    weight histograms [epochs + 1, bins] of the quantised weights in units of their scale, before training and after
+    each epoch."""
+
+    report: dict[str, Any]
+    model: nn.Module
+    packed: nn.Module | None
+    histograms: Tensor
+
+
+class Trainer:
+    """A run: network, optimizer, schedules, random numbers and curves, after `epoch` whole epochs.
+
+    Everything that influences the next epoch is in `state_dict()`. The global random state of torch is seeded.
+    Raises InputError if the network does not fit the images or a value is refused.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        config.check()
+        self.config = config
+        self.dataset = dataset
+        self.device = torch.device(config.device)
+        self.train_images = dataset.train_images.to(self.device)
+        self.train_labels = dataset.train_labels.to(self.device)
+        if len(self.train_labels) < 2:
+            raise InputError("--data", "at least two training images are needed")
+        self.batch_size = min(config.batch_size, len(self.train_labels))
+        self.steps_per_epoch = len(self.train_labels) // self.batch_size
+        torch.manual_seed(config.seed)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        try:
+            self.model = models.build(
+                config.model, dataset.shape, len(dataset.classes), *dataset.statistics()
+            )
+        except ValueError as error:
+            raise InputError("--model", str(error)) from None
+        self.model.to(self.device)
+        try:
+            self.optimizer = recipes.build(
+                config.optimizer,
+                self.model,
+                config.epochs * self.steps_per_epoch,
+                lr=config.lr,
+                bits=config.bits,
+                scale=config.scale,
+                backend=config.backend,
+            )
+        except BackendError as error:
+            raise InputError("--backend", str(error)) from None
+        except ValueError as error:
+            raise InputError("--optimizer", str(error)) from None
+        self.epoch = 0
+        self.seconds = 0.0
+        self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
+        self.histograms = self._histogram()[None]
+        if self.quantised:
+            self._metrics()  # sign flips are counted from here
+
+    @property
+    def quantised(self) -> bool:
+        """False for sgd, which trains in full precision."""
+        return self.config.optimizer != "sgd"
+
+    def train_epoch(self, bar: "tqdm[Any]") -> None:
+        """One pass over the training images in random order; images beyond the last whole batch are left out."""
+        started = time.perf_counter()
+        self.model.train()
+        order = torch.randperm(len(self.train_labels), generator=self.generator, device=self.device)
+        total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        total_correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for step in range(self.steps_per_epoch):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            images = augment.apply(self.train_images[chosen], self.config.augment, self.generator)
+            labels = self.train_labels[chosen]
+            self.optimizer.optimizer.zero_grad(set_to_none=True)
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.update()
+            if step == self.steps_per_epoch - 1:
+                self._record()  # before the interval or the relaxation moves on
+            self.optimizer.advance()
+            total_loss += loss.detach()
+            total_correct += (logits.detach().argmax(1) == labels).sum()
+            if bar.update(
+                self.batch_size
+            ):  # true when the bar is due to be drawn: the sums are read only then
+                seen = (step + 1) * self.batch_size
+                self._show(bar, float(total_loss) / (step + 1), 100 * int(total_correct) / seen, None)
+        seen = self.steps_per_epoch * self.batch_size
+        loss_mean, accuracy = float(total_loss) / self.steps_per_epoch, 100 * int(total_correct) / seen
+        if not math.isfinite(loss_mean):
+            raise TrainingError(f"the loss became {loss_mean} in epoch {self.epoch + 1}: try a smaller --lr")
+        self.curves["loss"].append(loss_mean)
+        self.curves["accuracy"].append(accuracy)
+        self.seconds += time.perf_counter() - started
+        self.epoch += 1
+        self._show(bar, loss_mean, accuracy, self.curves["fraction_feasible"][-1])
+
+    def _record(self) -> None:
+        """Appends to the curves what describes the quantised weights, and their histogram."""
+        values: dict[str, Any] = {name: None for name in CURVES if name not in ("loss", "accuracy")}
+        if self.quantised:
+            metrics = self._metrics()
+            weights = sum(group["numel"] for group in metrics)
+            values["fraction_feasible"] = sum(g["fraction_feasible"] * g["numel"] for g in metrics) / weights
+            values["sign_flips"] = int(sum(group["sign_flips"] for group in metrics))
+        if self.optimizer.relaxation is not None:
+            values[self.optimizer.relaxation] = self._relaxation()
+        for name, value in values.items():
+            self.curves[name].append(value)
+        self.histograms = torch.cat([self.histograms, self._histogram()[None]])
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """The optimizer's metrics of the quantised groups."""
+        optimizer: Any = self.optimizer.optimizer
+        return [group for group in optimizer.metrics() if group["bits"] != 0]
+
+    def _relaxation(self) -> float:
+        return float(self.optimizer.optimizer.param_groups[0][self.optimizer.relaxation or ""])
+
+    def _show(self, bar: "tqdm[Any]", loss: float, accuracy: float, feasible: float | None) -> None:
+        shown = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.2f}%"}
+        if self.optimizer.relaxation is not None:
+            shown[self.optimizer.relaxation] = f"{self._relaxation():.3g}"
+        if feasible is not None:
+            shown["inside"] = f"{100 * feasible:.1f}%"
+        bar.set_postfix(shown)
+
+    @torch.no_grad()
+    def _histogram(self) -> Tensor:
+        counts = torch.zeros(HISTOGRAM_BINS)
+        for weight in self.model.parameters():
+            if weight.dim() < 2:
+                continue
+            if self.quantised:
+                grid = self.optimizer.optimizer.quantization(weight)  # type: ignore[attr-defined]
+                if grid is None:
+                    continue
+                scale = grid.outer.reshape(-1, *[1] * (weight.dim() - 1)) if grid.outer.dim() == 1 else None
+                values = weight if scale is None else weight / scale
+            else:
+                values = weight / weight.std()
+            counts += torch.histc(values.float().cpu(), HISTOGRAM_BINS, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT)
+        return counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, text, lists and dictionaries only: can be read by torch.load(weights_only=True)."""
+        return {
+            "config": self.describe(),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            **self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "curves": self.curves,
+            "histograms": self.histograms,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], argument: str = "--resume") -> None:
+        """Continues from `state`. Raises InputError, naming what differs, if it is of another configuration."""
+        self.load_weights(state, argument)
+        try:
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(argument, f"the checkpoint does not fit: {error}") from None
+
+    def load_weights(self, state: dict[str, Any], argument: str) -> None:
+        """Everything but the random state, which alone depends on the kind of device; errors as `load_state_dict`."""
+        own = self.describe()
+        theirs = state.get("config")
+        if not isinstance(theirs, dict):
+            raise InputError(argument, "this is not a checkpoint of quantopt")
+        free = ("data", "device") if argument != "--resume" else ("data",)
+        differing = [
+            f"{key} is {theirs.get(key)!r} in the checkpoint and {own.get(key)!r} now"
+            for key in sorted(own.keys() | theirs.keys())
+            if key not in free and theirs.get(key) != own.get(key)
+        ]
+        if differing:
+            raise InputError(argument, f"the checkpoint is of another run: {'; '.join(differing)}")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state)
+            self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
+            self.curves = {name: list(state["curves"][name]) for name in CURVES}
+            self.histograms = torch.as_tensor(state["histograms"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(argument, f"the checkpoint does not fit: {error}") from None
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration with everything resolved; `fingerprint` identifies the data by content."""
+        recipe = recipes.RECIPES[self.config.optimizer]
+        resolved = asdict(self.config)
+        resolved["lr"] = recipe.lr if self.config.lr is None else self.config.lr
+        resolved["fingerprint"] = self.dataset.fingerprint()
+        resolved["images"] = list(self.dataset.shape)
+        resolved["classes"] = len(self.dataset.classes)
+        return resolved
+
+    def finish(self) -> Result:
+        """Measures the latent, the projected and the packed network on the test images.
+
+        Batch-norm statistics are re-estimated for each; those of the projected network stay in the model.
+        """
+        test_images = self.dataset.test_images.to(self.device)
+        test_labels = self.dataset.test_labels.to(self.device)
+        optimizer: Any = self.optimizer.optimizer
+        quantized = packed = bytes_packed = None
+        if not self.quantised:
+            reestimate_batch_norm(self.model, self.train_images)
+            latent = evaluate(self.model, test_images, test_labels)
+        else:
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            with optimizer.latent():
+                reestimate_batch_norm(self.model, self.train_images)
+                latent = evaluate(self.model, test_images, test_labels)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+            with optimizer.quantized():
+                reestimate_batch_norm(self.model, self.train_images)
+                quantized = evaluate(self.model, test_images, test_labels)
+            packed_model = quantopt.pack(self.model, optimizer)
+            packed = packed_model.eval()
+            bytes_packed = tensor_bytes(packed)
+        report = {
+            "config": self.describe(),
+            "versions": versions(),
+            "seed": self.config.seed,
+            "curves": {
+                name: ["inf" if value == math.inf else value for value in curve]
+                for name, curve in self.curves.items()
+            },
+            "accuracy_latent": latent,
+            "accuracy_quantized": quantized,
+            "accuracy_packed": None if packed is None else evaluate(packed, test_images, test_labels),
+            "seconds": self.seconds,
+            "bytes_float": None if packed is None else tensor_bytes(self.model),
+            "bytes_packed": bytes_packed,
+        }
+        return Result(report, self.model, packed, self.histograms)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {
+        "quantopt": quantopt.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
+    """The state in a checkpoint file, tensors on the CPU. Runs no code of the file. InputError if it is bad."""
+    if not path.is_file():
+        raise InputError(argument, f"{path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged or hostile file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(argument, f"{path} is damaged or not a checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise InputError(argument, f"{path} is not a checkpoint of quantopt")
+    return state
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_epoch: Callable[[Trainer], None] | None = None,
+) -> Result:
+    """Trains, with a checkpoint in `out` after every epoch, and measures; see `Result`.
+
+    out: a directory, made once the arguments have proved good; None writes nothing. resume: continue from `out`'s
+    checkpoint, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. Raises
+    InputError on a bad value or checkpoint, TrainingError if the loss is not finite.
+    """
+    trainer = Trainer(config, dataset)
+    checkpoint = None if out is None else out / CHECKPOINT
+    if resume and checkpoint is not None and checkpoint.exists():
+        trainer.load_state_dict(read_checkpoint(checkpoint, "--resume"))
+    elif out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in (CHECKPOINT, REPORT, MODEL):
+            (out / stale).unlink(missing_ok=True)
+    if out is not None:
+        remove_temporaries(out)
+    while trainer.epoch < config.epochs:
+        with tqdm(
+            total=trainer.steps_per_epoch * trainer.batch_size,
+            desc=f"epoch {trainer.epoch + 1}/{config.epochs}",
+            unit=" images",
+            mininterval=0.5,
+            disable=not progress,
+        ) as bar:
+            trainer.train_epoch(bar)
+        if checkpoint is not None:
+            state = trainer.state_dict()
+            atomic_write(checkpoint, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
+        if on_epoch is not None:
+            on_epoch(trainer)
+    return trainer.finish()

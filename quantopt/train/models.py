@@ -1,0 +1,147 @@
+"""The networks that the command line trains, each adapted to the images or refused with the reason.
+
+Every network takes images [N, C, H, W] in 0..255 (uint8 or float) and returns logits [N, classes] (float32): its first
+module subtracts the training set's mean and divides by its deviation, so a saved network needs nothing beside.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Normalize(nn.Module):
+    """(x - mean) / deviation for each channel. x [N, C, H, W] in 0..255; mean and deviation [1, C, 1, 1]."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.deviation
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def mlp(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
+    """Three hidden layers of 512 with batch norm."""
+    features = channels * height * width
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs in (features, 512, 512):
+        layers += [nn.Linear(inputs, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(512, classes))
+
+
+def cnn(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
+    """Three 3x3 convolutions of 32, 64 and 64 channels with batch norm; each halves the image while it is
+    at least 4 pixels wide and high."""
+    _need("cnn", height, width, 4, "it halves the image at least once")
+    layers: list[nn.Module] = []
+    inputs = channels
+    for outputs in (32, 64, 64):
+        layers += [_conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU()]
+        if min(height, width) >= 4:
+            layers.append(nn.MaxPool2d(2))
+            height, width = height // 2, width // 2
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * height * width, classes))
+
+
+_VGG = {
+    "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+}
+
+
+def _vgg(name: str, channels: int, height: int, width: int, classes: int) -> nn.Sequential:
+    _need(name, height, width, 32, "it halves the image 5 times")
+    layers: list[nn.Module] = []
+    inputs = channels
+    for block in _VGG[name]:
+        for outputs in block:
+            layers += [_conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU()]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def vgg11(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
+    """VGG-11 (Simonyan, Zisserman 2015, configuration A) with batch norm and one linear layer, for small images."""
+    return _vgg("vgg11", channels, height, width, classes)
+
+
+def vgg16(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
+    """VGG-16 (configuration D) with batch norm and one linear layer, for small images."""
+    return _vgg("vgg16", channels, height, width, classes)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, stride, kernel=1), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        out: Tensor = F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return out
+
+
+def resnet18(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
+    """ResNet-18 with the 3x3 stem used for small images."""
+    _need("resnet18", height, width, 8, "it halves the image 3 times")
+    layers: list[nn.Module] = [_conv(channels, 64), nn.BatchNorm2d(64), nn.ReLU()]
+    inputs = 64
+    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def _need(name: str, height: int, width: int, least: int, reason: str) -> None:
+    if min(height, width) < least:
+        raise ValueError(
+            f"{name} needs images of at least {least}x{least}: {reason}; these are {width}x{height}"
+        )
+
+
+MODELS: dict[str, Callable[[int, int, int, int], nn.Sequential]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "vgg11": vgg11,
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+}
+
+
+def build(
+    name: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    mean: Sequence[float] | None = None,
+    deviation: Sequence[float] | None = None,
+) -> nn.Sequential:
+    """The network `name` of `MODELS` for images of `shape` (channels, height, width), with random weights.
+
+    mean and deviation: one per channel, in 0..255; 0 and 1 if left out (for a network whose weights will be
+    loaded). Raises ValueError with the reason if the network does not fit the images.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    channels = shape[0]
+    normalize = Normalize(mean or [0.0] * channels, deviation or [1.0] * channels)
+    return nn.Sequential(normalize, *MODELS[name](*shape, classes))

@@ -1,0 +1,154 @@
+"""What a run leaves behind to read: report.json, curves.png, weights.png and the table of the demo."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantopt.train.files import atomic_write
+from quantopt.train.loop import HISTOGRAM_LIMIT
+
+CURVES_PNG = "curves.png"
+WEIGHTS_PNG = "weights.png"
+
+# Okabe and Ito's colours, which remain distinct for the colour-blind, with a dash pattern each.
+_STYLES = (
+    ("#000000", (0, ())),
+    ("#E69F00", (0, (6, 1.5))),
+    ("#56B4E9", (0, (4, 1.5))),
+    ("#009E73", (0, (1.5, 1))),
+    ("#D55E00", (0, ())),
+    ("#0072B2", (0, (8, 2))),
+)
+_PANELS = (
+    ("loss", "training loss", "log"),
+    ("accuracy", "training accuracy, %", "linear"),
+    ("fraction_feasible", "weights inside their interval, %", "linear"),
+    ("sign_flips", "sign flips in the epoch", "symlog"),
+)
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Writes strict JSON (no NaN or Infinity), atomically."""
+    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
+    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """Four panels (loss, accuracy, fraction of weights inside their interval, sign flips) against the epoch.
+
+    curves: for each name of a run, lists with a value per epoch; None where there is none.
+    """
+    figure, panels = _figure(2, 2, width=11, height=7.5)
+    for panel, (key, title, scale) in zip(panels, _PANELS, strict=True):
+        for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
+            points = [(epoch, value) for epoch, value in enumerate(run[key], 1) if value is not None]
+            if points:
+                factor = 100 if key == "fraction_feasible" else 1
+                epochs, values = [p[0] for p in points], [factor * p[1] for p in points]
+                marker = "o" if len(points) == 1 else None
+                panel.plot(
+                    epochs, values, color=color, linestyle=dashes, linewidth=1.6, marker=marker, label=name
+                )
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("epoch")
+        panel.set_yscale(scale)
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _save(figure, path)
+
+
+def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
+    """One panel per run: the density of the quantised weights (of all weights for sgd) over the epochs.
+
+    histograms: for each name of a run, counts [epochs + 1, bins] over weight / scale in -2.5..2.5, before training and
+    after each epoch.
+    """
+    from matplotlib.colors import LogNorm
+
+    columns = min(3, len(histograms))
+    rows = -(-len(histograms) // columns)
+    figure, panels = _figure(rows, columns, width=4 * columns + 1, height=3.2 * rows + 0.4)
+    image = None
+    for panel, (name, counts) in zip(panels, histograms.items(), strict=False):
+        share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        image = panel.imshow(
+            share.T.numpy(),
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            cmap="viridis",
+            norm=LogNorm(vmin=0.01, vmax=100),
+            extent=(-0.5, len(counts) - 0.5, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT),
+        )
+        panel.set_facecolor("#440154")  # the colour of the lowest value: empty bins have no logarithm
+        panel.set_title(name, fontsize=11)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel("weight / scale")
+    for panel in panels[len(histograms) :]:
+        panel.set_visible(False)
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="weights in the bin, %")
+    _save(figure, path)
+
+
+def _styles(count: int) -> list[tuple[str, Any]]:
+    return [_STYLES[i % len(_STYLES)] for i in range(count)] if count > 1 else [_STYLES[-1]]
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _save(figure: Any, path: Path) -> None:
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+_COLUMNS = (
+    "optimizer",
+    "latent %",
+    "projected %",
+    "packed %",
+    "bytes float",
+    "bytes packed",
+    "ratio",
+    "seconds",
+)
+
+
+def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row per optimizer: test accuracy of the latent, the projected and the packed network, bytes of the whole
+    network before and after packing, seconds of training. "-" where there is nothing to measure."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    rows = [_COLUMNS]
+    for name, report in reports.items():
+        before, after = report["bytes_float"], report["bytes_packed"]
+        rows.append(
+            (
+                name,
+                percent(report["accuracy_latent"]),
+                percent(report["accuracy_quantized"]),
+                percent(report["accuracy_packed"]),
+                "-" if before is None else f"{before:,}",
+                "-" if after is None else f"{after:,}",
+                "-" if before is None or after is None else f"{before / after:.1f}x",
+                f"{report['seconds']:.1f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

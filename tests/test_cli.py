@@ -1,0 +1,289 @@
+"""The command line: what it prints and writes, exit status 2 and the argument's name for every bad input."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantopt.train import cli
+from training_data import write_patterns
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory) -> Path:
+    return write_patterns(tmp_path_factory.mktemp("data") / "patterns")
+
+
+@pytest.fixture(scope="module")
+def finished(patterns, tmp_path_factory) -> Path:
+    """The directory of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "askew"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        assert run("train", "--data", patterns, "--epochs", "3", "--out", out) == 0
+    return out
+
+
+def run(*arguments: object) -> int:
+    """The exit status, whether main returns it or argparse raises it."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Runs a command that must fail with status 2 and one message; returns it."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ what works
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["pack"], ["env"]])
+def test_help(capsys, command):
+    assert run(*command, "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: quantopt") and max(len(line) for line in out.splitlines()) < 200
+    if command == ["train"]:
+        options = "data model optimizer bits scale epochs batch-size lr seed device out resume".split()
+        assert all(f"--{option}" in out for option in options)
+
+
+def test_module_is_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "quantopt", "train", "--data", str(tmp_path / "nowhere"), "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert done.stderr.splitlines()[-1].startswith("quantopt train: error: --data: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_train_shows_progress_and_writes_everything(patterns, tmp_path, capsys):
+    out = tmp_path / "deep" / "run"
+    assert (
+        run("train", "--data", patterns, "--model", "mlp", "--epochs", 2, "--out", out, "--optimizer", "stam")
+        == 0
+    )
+    captured = capsys.readouterr()
+    for shown in ("epoch 1/2", "epoch 2/2", "loss=", "accuracy=", "images/s", "kappa=", "inside="):
+        assert shown in captured.err
+    assert "stam" in captured.out and str(out) in captured.out
+    names = {file.name for file in out.iterdir()}
+    assert names == {"report.json", "checkpoint.pt", "model.safetensors", "curves.png", "weights.png"}
+    report = json.loads((out / "report.json").read_text())
+    assert report["config"]["model"] == "mlp" and report["config"]["optimizer"] == "stam"
+    assert report["config"]["lr"] == 1.0 and report["config"]["batch_size"] == 32
+    assert report["versions"]["torch"] == torch.__version__
+
+
+def test_quiet_train_of_sgd(patterns, tmp_path, capsys):
+    assert (
+        run(
+            "train",
+            "--data",
+            patterns,
+            "--epochs",
+            1,
+            "--optimizer",
+            "sgd",
+            "--quiet",
+            "--out",
+            tmp_path / "r",
+        )
+        == 0
+    )
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["accuracy_packed"] is None
+
+
+def test_eval_agrees_with_the_report(patterns, finished, tmp_path, capsys):
+    report = json.loads((finished / "report.json").read_text())
+    expected = f"accuracy {report['accuracy_packed']:.2f} %"
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((finished / "model.safetensors").read_bytes())
+    for arguments in (
+        ["--model", finished],
+        ["--model", finished / "model.safetensors", "--data", patterns],
+        ["--model", alone, "--data", patterns, "--arch", "cnn"],
+    ):
+        capsys.readouterr()
+        assert run("eval", *arguments) == 0
+        assert capsys.readouterr().out.startswith(expected)
+
+
+def test_pack_makes_the_file_that_training_made(finished, tmp_path, capsys):
+    assert run("pack", "--run", finished, "--out", tmp_path / "again.safetensors") == 0
+    assert "epoch 3 of 3" in capsys.readouterr().out
+    again, first = load_file(tmp_path / "again.safetensors"), load_file(finished / "model.safetensors")
+    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+    assert run("pack", "--run", finished / "checkpoint.pt") == 0
+
+
+def test_env(capsys):
+    assert run("env", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    operations = {row["operation"].split()[0] for row in facts["backends"]}
+    assert operations == {"fused_step", "binary_linear", "binary_conv2d"}
+    assert all(
+        row["backend"] in ("reference", "cpu", "cuda", "triton") and row["why"] for row in facts["backends"]
+    )
+    assert run("env") == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("quantopt", "instructions", "CUDA", "fused_step", "GPU"))
+
+
+def test_env_without_the_extension():
+    program = "import sys; from quantopt.train.cli import main; sys.exit(main(['env']))"
+    environment = {"QUANTOPT_DISABLE_EXTENSION": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not loaded" in done.stdout and "reference" in done.stdout and "disabled" in done.stdout
+
+
+def test_env_with_an_unknown_instruction_set(monkeypatch, capsys):
+    monkeypatch.setenv("QUANTOPT_CPU_ISA", "mmx")
+    assert run("env") == 0
+    assert "mmx" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "nan"], "argument --lr: must be a positive finite number, not nan"),
+        (["--lr", "-1"], "argument --lr"),
+        (["--lr", "fast"], "argument --lr: 'fast' is not a number"),
+        (["--bits", "5"], "argument --bits: invalid choice"),
+        (["--scale", "group"], "argument --scale: invalid choice"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1"),
+        (["--batch-size", "1"], "argument --batch-size: must be at least 2"),
+        (["--seed", "1.5"], "argument --seed: '1.5' is not a whole number"),
+        (["--optimizer", "adam"], "argument --optimizer: invalid choice"),
+        (["--model", "alexnet"], "argument --model: invalid choice"),
+        (["--model", "vgg11"], "--model: vgg11 needs images of at least 32x32"),
+        (["--data", "nowhere"], "--data: nowhere does not exist"),
+        (["--backend", "cuda"], "--backend: backend='cuda' cannot run"),
+        (["--bats", "1"], "unrecognized arguments: --bats"),
+    ],
+)
+def test_bad_training_arguments(patterns, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "train", "--data", patterns, "--out", "new/run", "--quiet", *arguments)
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(patterns, tmp_path, capsys):
+    line = refused(capsys, "train", "--data", patterns, "--device", "cuda", "--out", tmp_path / "run")
+    assert "--device: cuda is not available: " in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "pack"])
+def test_unwritable_out(patterns, finished, tmp_path, capsys, command):
+    (tmp_path / "file").write_text("mine")
+    before = (tmp_path / "file").read_bytes()
+    source = ["--data", patterns] if command == "train" else ["--run", finished]
+    for out in (tmp_path / "file" / "run", tmp_path / "file" / "run" / "deep", "/proc/quantopt/run"):
+        assert "--out: " in refused(capsys, command, *source, "--out", out)
+    if command == "train":
+        assert "is not writable" in refused(capsys, command, *source, "--out", tmp_path / "file")
+    else:
+        assert "is a directory" in refused(capsys, command, *source, "--out", tmp_path)
+    assert (tmp_path / "file").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_hostile_and_broken_data(tmp_path, capsys):
+    for name, path, contents, message in (
+        (
+            "pickle",
+            "data_batch_1",
+            pickle.dumps({b"data": print}),
+            "data_batch_1 cannot be read: it asks for",
+        ),
+        ("image", "train/cat/1.jpg", b"\xff\xd8\xff broken", "train/cat/1.jpg is not an image"),
+    ):
+        file = tmp_path / name / path
+        file.parent.mkdir(parents=True)
+        file.write_bytes(contents)
+        line = refused(capsys, "train", "--data", tmp_path / name, "--out", tmp_path / "run", "--quiet")
+        assert "--data: " in line and message in line and not (tmp_path / "run").exists()
+
+
+def test_resume_with_another_model(patterns, finished, capsys):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    common = ["train", "--data", patterns, "--out", finished, "--epochs", 3, "--resume", "--quiet"]
+    assert "--resume: the checkpoint is of another run: model is 'cnn'" in refused(
+        capsys, *common, "--model", "mlp"
+    )
+    assert "seed is 0 in the checkpoint and 1 now" in refused(capsys, *common, "--seed", 1)
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_bad_models(patterns, finished, tmp_path, capsys):
+    good = (finished / "model.safetensors").read_bytes()
+    file = tmp_path / "model.safetensors"
+    given = ["eval", "--model", file, "--data", patterns]
+    assert f"--model: {file} does not exist" in refused(capsys, *given)
+    file.write_bytes(good)
+    assert "--arch: is needed" in refused(capsys, *given)
+    assert "--model: " in refused(capsys, *given, "--arch", "mlp")
+    for damaged in (good[:-10], good[:20], b"", b"\xff" * 100, pickle.dumps(print)):
+        file.write_bytes(damaged)
+        assert "--model: " in refused(capsys, *given, "--arch", "cnn")
+    file.write_bytes(good)
+    (tmp_path / "report.json").write_text('{"config": {"model": 3}}')
+    assert "--model: " in refused(capsys, *given)
+    assert "--model: " in refused(capsys, "eval", "--model", tmp_path / "nothing")
+
+
+def test_model_of_other_images(finished, tmp_path, capsys):
+    other = write_patterns(tmp_path / "larger", size=12)
+    line = refused(capsys, "eval", "--model", finished, "--data", other)
+    assert "--data: " in line and "(1, 12, 12)" in line and "(1, 8, 8)" in line
+    assert "--run: the checkpoint is of another run" in refused(
+        capsys, "pack", "--run", finished, "--data", other
+    )
+
+
+def test_pack_of_something_else(patterns, tmp_path, capsys):
+    assert "--run: " in refused(capsys, "pack", "--run", tmp_path)
+    file = tmp_path / "checkpoint.pt"
+    for contents in ({"config": {"epochs": "many"}}, {"config": {"optimizer": []}}, {"weights": 1}, [1]):
+        torch.save(contents, file)
+        assert "--run: " in refused(capsys, "pack", "--run", file)
+    file.write_bytes(b"nothing")
+    assert "--run: " in refused(capsys, "pack", "--run", file)
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint.pt"}
+
+
+def test_sgd_runs_have_nothing_to_pack(patterns, tmp_path, capsys):
+    out = tmp_path / "sgd"
+    assert run("train", "--data", patterns, "--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out) == 0
+    assert "full precision" in refused(capsys, "pack", "--run", out)
+    assert "full precision" in refused(capsys, "eval", "--model", out)
+
+
+def test_no_command_and_unknown_command(capsys):
+    assert "required" in refused(capsys)
+    assert "invalid choice" in refused(capsys, "fly")
