@@ -1,8 +1,11 @@
-// quantopt::binary_linear and quantopt::binary_tiles on the CPU: checks, conversions and threads around the
-// kernels of cpu/kernels/binary_linear.h.
+// quantopt::binary_linear, binary_conv2d and binary_tiles on the CPU: checks, conversions and threads around
+// the kernels of cpu/kernels/binary_linear.h.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,6 +15,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/kernels/binary_conv.h"
 #include "cpu/kernels/binary_linear.h"
 
 namespace {
@@ -25,12 +29,16 @@ struct Kernels {
   decltype(&quantopt::portable::binary_tiles) tiles;
   decltype(&quantopt::portable::binary_linear) linear;
   decltype(&quantopt::portable::quantize_row) quantize_row;
+  decltype(&quantopt::portable::binary_conv_available) conv_available;
+  decltype(&quantopt::portable::binary_conv_memory) conv_memory;
+  decltype(&quantopt::portable::binary_conv2d) conv2d;
 };
 
 #define QUANTOPT_KERNELS(isa)                                                                    \
   Kernels {                                                                                      \
     quantopt::isa::binary_uses_tiles, quantopt::isa::binary_tiles, quantopt::isa::binary_linear, \
-        quantopt::isa::quantize_row                                                              \
+        quantopt::isa::quantize_row, quantopt::isa::binary_conv_available,                       \
+        quantopt::isa::binary_conv_memory, quantopt::isa::binary_conv2d                          \
   }
 
 Kernels active_kernels() {
@@ -48,6 +56,9 @@ Kernels active_kernels() {
   }
 }
 
+// Multiply-adds below which another thread takes longer to start than to do its share.
+constexpr int64_t kThreadWork = 1 << 18;
+
 // Many rows of x: each thread takes rows. Few: each takes outputs.
 void run(const Kernels& kernels, const BinaryLinear& p) {
   constexpr int64_t kRows = 8;  // a multiple of the rows that the kernels take together
@@ -57,9 +68,8 @@ void run(const Kernels& kernels, const BinaryLinear& p) {
     });
     return;
   }
-  // Below about 2^18 multiply-adds another thread takes longer to start than to do its share.
   const int64_t work = p.rows * p.inputs * p.planes * quantopt::kItemRows;
-  const int64_t grain = 1 + (int64_t{1} << 18) / (work + 1);
+  const int64_t grain = 1 + kThreadWork / (work + 1);
   at::parallel_for(0, (p.outputs + quantopt::kItemRows - 1) / quantopt::kItemRows, grain,
                    [&](int64_t begin, int64_t end) {
                      kernels.linear(p, 0, p.rows, begin * quantopt::kItemRows,
@@ -103,102 +113,127 @@ at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   return binary_tiles_with(kernels, planes, in_features);
 }
 
+void check_tiles(const at::Tensor& tiles, int64_t planes, int64_t outputs, int64_t inputs) {
+  const int64_t size =
+      planes * quantopt::tile_count(outputs) * quantopt::tile_words(inputs) * quantopt::kTileRows;
+  TORCH_CHECK_VALUE(tiles.scalar_type() == at::kShort && tiles.is_contiguous() && tiles.numel() == size,
+                    "quantopt: tiles do not belong to these bits; derive them anew from the bits");
+}
+
+// What both products are given besides x: checked, dense and fp32.
+struct Weights {
+  at::Tensor planes;  // [P, N, ceil(K / 8)]
+  at::Tensor scale;
+  at::Tensor bias;  // undefined: none
+  std::vector<int32_t> plane_weights;
+  int64_t outputs;
+  int64_t inputs;
+  int64_t group_size;
+  int64_t groups;
+  bool quantize;  // compute = int8
+
+  int64_t scale_stride() const { return group_size == 0 && scale.numel() == 1 ? 0 : groups; }
+  const float* bias_or_null() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
+};
+
+Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                      const std::optional<at::Tensor>& bias, int64_t in_features,
+                      at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute) {
+  Weights w;
+  w.planes = as_planes(bits, in_features);
+  w.outputs = w.planes.size(1);
+  w.inputs = in_features;
+  w.group_size = group_size;
+  TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
+  w.groups = group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+      "quantopt: x must be float32, bfloat16 or float16, not ", x.scalar_type());
+  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "quantopt: scale must be float32, not ",
+                   scale.scalar_type());
+  if (group_size > 0) {
+    TORCH_CHECK_VALUE(scale.dim() == 2 && scale.size(0) == w.outputs && scale.size(1) == w.groups,
+                      "quantopt: with group_size=", group_size, " scale must be [", w.outputs, ", ", w.groups,
+                      "], not ", scale.sizes());
+  } else {
+    TORCH_CHECK_VALUE(scale.dim() == 1 && (scale.size(0) == 1 || scale.size(0) == w.outputs),
+                      "quantopt: scale must be [1] or [", w.outputs, "], not ", scale.sizes());
+  }
+  w.scale = scale.contiguous();
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.outputs, "quantopt: bias must be [", w.outputs,
+                      "], not ", bias->sizes());
+    w.bias = bias->to(at::kFloat).contiguous();
+  }
+  w.quantize = compute == "int8";
+  TORCH_CHECK_VALUE(w.quantize || compute == "exact",
+                    "quantopt: compute must be \"exact\" or \"int8\", not \"", std::string(compute), "\"");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == w.planes.size(0),
+                    "quantopt: ", plane_weights.size(), " plane_weights for ", w.planes.size(0),
+                    " planes of bits");
+  int64_t total = 0;
+  for (int64_t weight : plane_weights) {
+    TORCH_CHECK_VALUE(weight >= 1 && weight <= 128, "quantopt: plane_weights must be in 1..128, not ",
+                      weight);
+    w.plane_weights.push_back(static_cast<int32_t>(weight));
+    total += weight;
+  }
+  TORCH_CHECK_VALUE(!w.quantize || in_features * 127 * total < (int64_t{1} << 31),
+                    "quantopt: in_features=", in_features,
+                    " is too large for the 32-bit sums of compute=\"int8\"; use compute=\"exact\"");
+  return w;
+}
+
+// Whole numbers for each of `rows` rows of x, and the scale of each row in `row_scale`.
+at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
+  at::Tensor q = at::empty_like(x);
+  row_scale = at::empty({rows}, x.options());
+  const int64_t length = x.numel() / rows;
+  const float* from = x.const_data_ptr<float>();
+  float* to = q.mutable_data_ptr<float>();
+  float* scale = row_scale.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 1 + 32768 / (length + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      scale[m] = kernels.quantize_row(from + m * length, length, to + m * length);
+    }
+  });
+  return q;
+}
+
 at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, int64_t in_features,
                          at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
                          const std::optional<at::Tensor>& tiles) {
-  const at::Tensor planes = as_planes(bits, in_features);
-  const int64_t outputs = planes.size(1),
-                groups = group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
+  const Weights w = check_weights(x, bits, scale, bias, in_features, plane_weights, group_size, compute);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
                     "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
                     x.sizes());
-  TORCH_CHECK_TYPE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
-      "quantopt: x must be float32, bfloat16 or float16, not ", x.scalar_type());
-  TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == planes.size(0),
-                    "quantopt: ", plane_weights.size(), " plane_weights for ", planes.size(0),
-                    " planes of bits");
-  TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "quantopt: scale must be float32, not ",
-                   scale.scalar_type());
-  if (group_size > 0) {
-    TORCH_CHECK_VALUE(scale.dim() == 2 && scale.size(0) == outputs && scale.size(1) == groups,
-                      "quantopt: with group_size=", group_size, " scale must be [", outputs, ", ", groups,
-                      "], not ", scale.sizes());
-  } else {
-    TORCH_CHECK_VALUE(scale.dim() == 1 && (scale.size(0) == 1 || scale.size(0) == outputs),
-                      "quantopt: scale must be [1] or [", outputs, "], not ", scale.sizes());
-  }
-  if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs, "quantopt: bias must be [", outputs,
-                      "], not ", bias->sizes());
-  }
-  const bool quantize = compute == "int8";
-  TORCH_CHECK_VALUE(quantize || compute == "exact", "quantopt: compute must be \"exact\" or \"int8\", not \"",
-                    std::string(compute), "\"");
-  std::vector<int32_t> weights;
-  int64_t total_weight = 0;
-  for (int64_t weight : plane_weights) {
-    TORCH_CHECK_VALUE(weight >= 1 && weight <= 128, "quantopt: plane_weights must be in 1..128, not ",
-                      weight);
-    weights.push_back(static_cast<int32_t>(weight));
-    total_weight += weight;
-  }
-  TORCH_CHECK_VALUE(!quantize || in_features * 127 * total_weight < (int64_t{1} << 31),
-                    "quantopt: in_features=", in_features,
-                    " is too large for the 32-bit sums of compute=\"int8\"; use compute=\"exact\"");
-
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = outputs;
-  const int64_t rows =
-      in_features > 0 ? x.numel() / in_features : c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  at::Tensor y = at::empty({rows, outputs}, at::TensorOptions().dtype(at::kFloat));
+  shape.back() = w.outputs;
+  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)));
+  at::Tensor y = at::empty({rows, w.outputs}, at::TensorOptions().dtype(at::kFloat));
   if (y.numel() > 0) {
     const Kernels kernels = active_kernels();
     at::Tensor values = x.to(at::kFloat).contiguous();
-    const at::Tensor scales = scale.contiguous();
-    const at::Tensor offsets = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+    at::Tensor row_scale, layout;
+    if (w.quantize) values = quantize_rows(kernels, values, rows, row_scale);
     BinaryLinear p{};
     p.rows = rows;
-    p.outputs = outputs;
+    p.outputs = w.outputs;
     p.inputs = in_features;
-    p.planes = planes.size(0);
-    p.bits = planes.const_data_ptr<uint8_t>();
-    p.plane_weights = weights.data();
-    p.scale = scales.const_data_ptr<float>();
-    p.scale_stride = scale.numel() == 1 && group_size == 0 ? 0 : groups;
+    p.planes = w.planes.size(0);
+    p.bits = w.planes.const_data_ptr<uint8_t>();
+    p.plane_weights = w.plane_weights.data();
+    p.scale = w.scale.const_data_ptr<float>();
+    p.scale_stride = w.scale_stride();
     p.group = group_size;
-    p.bias = bias ? offsets.const_data_ptr<float>() : nullptr;
-    p.y = y.mutable_data_ptr<float>();
-    at::Tensor quantized, row_scale;
-    if (quantize) {
-      quantized = at::empty({rows, in_features}, values.options());
-      row_scale = at::empty({rows}, values.options());
-      const float* from = values.const_data_ptr<float>();
-      float* to = quantized.mutable_data_ptr<float>();
-      float* row = row_scale.mutable_data_ptr<float>();
-      at::parallel_for(0, rows, 1 + 32768 / (in_features + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m) {
-          row[m] = kernels.quantize_row(from + m * in_features, in_features, to + m * in_features);
-        }
-      });
-      values = quantized;
-      p.x_scale = row;
-    }
+    p.bias = w.bias_or_null();
     p.x = values.const_data_ptr<float>();
-    at::Tensor layout;
+    p.x_scale = w.quantize ? row_scale.const_data_ptr<float>() : nullptr;
+    p.y = y.mutable_data_ptr<float>();
     if (kernels.uses_tiles(p)) {
-      const int64_t words = quantopt::tile_words(in_features), count = quantopt::tile_count(outputs);
-      if (tiles && tiles->numel() > 0) {
-        TORCH_CHECK_VALUE(
-            tiles->scalar_type() == at::kShort && tiles->is_contiguous() &&
-                tiles->numel() == p.planes * count * words * quantopt::kTileRows,
-            "quantopt: tiles do not belong to these bits; derive them with binary_tiles(bits, in_features)");
-        layout = *tiles;
-      } else {
-        layout = binary_tiles_with(kernels, planes, in_features);
-      }
+      layout = tiles && tiles->numel() > 0 ? *tiles : binary_tiles_with(kernels, w.planes, in_features);
+      check_tiles(layout, p.planes, w.outputs, in_features);
       p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
     }
     run(kernels, p);
@@ -206,9 +241,118 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   return y.view(shape).to(x.scalar_type());
 }
 
+// W as fp32 [N, K]: with its scales if grouped, else without.
+at::Tensor dense(const Weights& w) {
+  at::Tensor result = at::zeros({w.outputs, w.inputs}, at::TensorOptions().dtype(at::kFloat));
+  const int64_t bytes = w.planes.size(2);
+  const uint8_t* bits = w.planes.const_data_ptr<uint8_t>();
+  const float* scale = w.scale.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, w.outputs, 1 + 32768 / (w.inputs + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      float* row = out + n * w.inputs;
+      for (size_t plane = 0; plane < w.plane_weights.size(); ++plane) {
+        const uint8_t* from = bits + (static_cast<int64_t>(plane) * w.outputs + n) * bytes;
+        const float weight = static_cast<float>(w.plane_weights[plane]);
+        for (int64_t k = 0; k < w.inputs; ++k) row[k] += (from[k / 8] >> (k % 8)) & 1 ? weight : -weight;
+      }
+      if (w.group_size == 0) continue;
+      for (int64_t k = 0; k < w.inputs; ++k) row[k] *= scale[n * w.groups + k / w.group_size];
+    }
+  });
+  return result;
+}
+
+// The library's convolution with W expanded, x in fp32 and channels last.
+at::Tensor conv_by_library(const at::Tensor& x, const Weights& w, const at::Tensor& x_scale,
+                           at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups) {
+  const at::Tensor weight = dense(w).view({w.outputs, x.size(1) / groups, kernel[0], kernel[1]});
+  at::Tensor y = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
+  if (w.group_size == 0) y.mul_(w.scale.view({-1, 1, 1}));
+  if (x_scale.defined()) y.mul_(x_scale.view({-1, 1, 1, 1}));
+  if (w.bias.defined()) y.add_(w.bias.view({-1, 1, 1}));
+  return y.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
+                         c10::string_view compute, const std::optional<at::Tensor>& tiles) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "quantopt: x must be [B, C, H, W], not ", x.sizes());
+  const std::pair<const char*, at::IntArrayRef> pairs[] = {
+      {"kernel_size", kernel}, {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
+  for (const auto& [name, pair] : pairs) {
+    const int64_t least = pair.data() == padding.data() ? 0 : 1;
+    TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, "quantopt: ", name,
+                      " must be two integers of at least ", least, ", not ", pair);
+  }
+  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
+                    " does not divide the ", x.size(1), " channels of x");
+  const int64_t channels = x.size(1) / groups;
+  const Weights w = check_weights(x, bits, scale, bias, channels * kernel[0] * kernel[1], plane_weights,
+                                  group_size, compute);
+  TORCH_CHECK_VALUE(w.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ", w.outputs,
+                    " output channels");
+  int64_t size[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, "quantopt: kernel_size=", kernel, " with dilation=", dilation,
+                      " is larger than the padded image of x");
+    size[i] = room / stride[i] + 1;
+  }
+  at::Tensor y = at::empty({x.size(0), w.outputs, size[0], size[1]}, at::TensorOptions().dtype(at::kFloat),
+                           at::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y.to(x.scalar_type());
+  if (x.numel() == 0) {
+    y.zero_();
+    if (w.bias.defined()) y.add_(w.bias.view({-1, 1, 1}));
+    return y.to(x.scalar_type());
+  }
+  const Kernels kernels = active_kernels();
+  at::Tensor values = x.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
+  if (w.quantize) values = quantize_rows(kernels, values, x.size(0), x_scale);
+  if (groups > 1 || group_size > 0 || !kernels.conv_available() || !tiles || tiles->numel() == 0) {
+    return conv_by_library(values, w, x_scale, kernel, stride, padding, dilation, groups).to(x.scalar_type());
+  }
+  check_tiles(*tiles, w.planes.size(0) * kernel[0] * kernel[1], w.outputs, channels);
+  quantopt::BinaryConv c{};
+  c.images = x.size(0);
+  c.height = x.size(2);
+  c.width = x.size(3);
+  c.channels = channels;
+  c.out_height = size[0];
+  c.out_width = size[1];
+  c.outputs = w.outputs;
+  for (int i = 0; i < 2; ++i) {
+    c.kernel[i] = kernel[i];
+    c.stride[i] = stride[i];
+    c.padding[i] = padding[i];
+    c.dilation[i] = dilation[i];
+  }
+  c.planes = w.planes.size(0);
+  c.tiles = reinterpret_cast<const uint16_t*>(tiles->const_data_ptr<int16_t>());
+  c.plane_weights = w.plane_weights.data();
+  c.scale = w.scale.const_data_ptr<float>();
+  c.scale_stride = w.scale_stride();
+  c.bias = w.bias_or_null();
+  c.x = values.const_data_ptr<float>();
+  c.x_scale = w.quantize ? x_scale.const_data_ptr<float>() : nullptr;
+  c.y = y.mutable_data_ptr<float>();
+  const int64_t bytes = kernels.conv_memory(c);
+  const int64_t work = c.out_width * w.inputs * c.planes * w.outputs;
+  at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
+    kernels.conv2d(c, begin, end, memory.mutable_data_ptr());
+  });
+  return y.to(x.scalar_type());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(quantopt, CPU, m) {
   m.impl("binary_tiles", &binary_tiles);
   m.impl("binary_linear", &binary_linear);
+  m.impl("binary_conv2d", &binary_conv2d);
 }

@@ -1,13 +1,15 @@
-// The module quantopt._C. Importing it loads the library, which registers the operators; it has one function of its
-// own, which a step over many small tensors calls to see that nobody has exchanged a tensor of the state.
+// The module quantopt._C. Importing it loads the library, which registers the operators; it has one function
+// of its own, which a step over many small tensors calls to see that nobody has exchanged a tensor of the
+// state.
 #include <Python.h>
 
 namespace {
 
-// holds(states, keys, values): whether states[i][keys[k]] is values[i][k] for all i and k. states is a list of dicts,
-// keys a tuple of str, values a list of tuples; anything else gives False.
+// holds(states, keys, values): whether states[i][keys[k]] is values[i][k] for all i and k. states is a list
+// of dicts, keys a tuple of str, values a list of tuples; anything else gives False.
 PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || !PyList_Check(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyList_Check(arguments[2])) {
+  if (count != 3 || !PyList_Check(arguments[0]) || !PyTuple_Check(arguments[1]) ||
+      !PyList_Check(arguments[2])) {
     PyErr_SetString(PyExc_TypeError, "holds(states: list[dict], keys: tuple[str, ...], values: list[tuple])");
     return nullptr;
   }
@@ -17,7 +19,8 @@ PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < rows; ++i) {
     PyObject* state = PyList_GET_ITEM(states, i);
     PyObject* expected = PyList_GET_ITEM(values, i);
-    if (!PyDict_Check(state) || !PyTuple_Check(expected) || PyTuple_GET_SIZE(expected) != columns) Py_RETURN_FALSE;
+    if (!PyDict_Check(state) || !PyTuple_Check(expected) || PyTuple_GET_SIZE(expected) != columns)
+      Py_RETURN_FALSE;
     for (Py_ssize_t k = 0; k < columns; ++k) {
       PyObject* value = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(keys, k));  // borrowed
       if (value == nullptr && PyErr_Occurred()) return nullptr;

@@ -27,18 +27,29 @@ TORCH_LIBRARY(quantopt, m) {
   // What the extension was built with, as JSON.
   m.def("build_info() -> str", &build_info);
   // One optimizer step of a list of parameters of one dtype on one device, in place. rule: base, askew,
-  // askew_gradient, askew_memory, splitting, alternating, prox. Lists other than params and grads may be empty where
-  // there is no such state. hyper: csrc/core/hyper.h. Documented in quantopt/ops/step.py.
+  // askew_gradient, askew_memory, splitting, alternating, prox. Lists other than params and grads may be
+  // empty where there is no such state. hyper: csrc/core/hyper.h. Documented in quantopt/ops/step.py.
   m.def(
-      "fused_step(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentums, Tensor(c!)[] seconds, "
-      "Tensor(d!)[] latents, Tensor(e!)[] scales, Tensor[] sigmas, Tensor(f!)[] steps, Tensor hyper, *, int levels=2, "
-      "int group_size=0, bool moving_levels=False, bool nesterov=False, bool maximize=False, bool decoupled=False, "
+      "fused_step(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentums, Tensor(c!)[] "
+      "seconds, "
+      "Tensor(d!)[] latents, Tensor(e!)[] scales, Tensor[] sigmas, Tensor(f!)[] steps, Tensor hyper, *, int "
+      "levels=2, "
+      "int group_size=0, bool moving_levels=False, bool nesterov=False, bool maximize=False, bool "
+      "decoupled=False, "
       "int seed=-1, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
-  // y = x W^T + b, W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact, int8. tiles: the result
-  // of binary_tiles, or None. Documented in quantopt/ops/binary.py.
+  // y = x W^T + b, W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact, int8. tiles:
+  // the result of binary_tiles, or None. Documented in quantopt/ops/binary.py.
   m.def(
-      "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] plane_weights, "
+      "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
+      "plane_weights, "
       "int group_size=0, str compute=\"exact\", Tensor? tiles=None) -> Tensor");
+  // The same for conv2d. tiles: the result of binary_tiles for each plane and kernel position, or None.
+  m.def(
+      "binary_conv2d(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int[] kernel_size, int[] stride, "
+      "int[] padding, "
+      "int[] dilation, int groups, int[] plane_weights, int group_size=0, str compute=\"exact\", Tensor? "
+      "tiles=None) "
+      "-> Tensor");
   // The order of bits that the CPU kernels read, int16 [P, size]; empty where they read bits itself.
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
   // The instruction set that the CPU kernels use now; an error if QUANTOPT_CPU_ISA is unknown or unsupported.

@@ -37,26 +37,26 @@ bool is_latent(Rule rule) {
 }
 
 void check_count(at::TensorList list, size_t count, const char* what, bool optional) {
-  TORCH_CHECK_VALUE(list.size() == count || (optional && list.empty()), "fused_step: ", what, " has ", list.size(),
-                    " tensors for ", count, " parameters");
+  TORCH_CHECK_VALUE(list.size() == count || (optional && list.empty()), "fused_step: ", what, " has ",
+                    list.size(), " tensors for ", count, " parameters");
 }
 
 // A companion of the parameter: same elements in the same places.
 void check_like(const at::Tensor& tensor, const at::Tensor& param, const char* what, size_t i) {
-  TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), "fused_step: ", what, "[", i, "] has shape ", tensor.sizes(),
-                    ", its parameter ", param.sizes());
+  TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), "fused_step: ", what, "[", i, "] has shape ",
+                    tensor.sizes(), ", its parameter ", param.sizes());
   TORCH_CHECK_VALUE(tensor.strides() == param.strides() || param.numel() < 2 ||
                         (tensor.is_contiguous() && param.is_contiguous()),
                     "fused_step: ", what, "[", i, "] has strides ", tensor.strides(), ", its parameter ",
                     param.strides());
-  TORCH_CHECK_VALUE(tensor.device() == param.device(), "fused_step: ", what, "[", i, "] is on ", tensor.device(),
-                    ", its parameter on ", param.device());
+  TORCH_CHECK_VALUE(tensor.device() == param.device(), "fused_step: ", what, "[", i, "] is on ",
+                    tensor.device(), ", its parameter on ", param.device());
 }
 
 void check_float(const at::Tensor& tensor, const at::Tensor& param, const char* what, size_t i) {
   check_like(tensor, param, what, i);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "fused_step: ", what, "[", i, "] must be float32, not ",
-                   tensor.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "fused_step: ", what, "[", i,
+                   "] must be float32, not ", tensor.scalar_type());
 }
 
 int64_t channels_of(const at::Tensor& param) { return param.dim() > 0 ? param.size(0) : 1; }
@@ -66,14 +66,15 @@ int64_t channels_of(const at::Tensor& param) { return param.dim() > 0 ? param.si
 StepOptions step_options(const StepArguments& a) {
   StepOptions o{};
   o.rule = rule_of(a.rule);
-  TORCH_CHECK_VALUE(a.hyper.device().is_cpu() && a.hyper.scalar_type() == at::kDouble && a.hyper.is_contiguous() &&
-                        a.hyper.numel() == kHyperCount,
-                    "fused_step: hyper must be a contiguous float64 tensor of ", kHyperCount, " numbers on the CPU");
+  TORCH_CHECK_VALUE(a.hyper.device().is_cpu() && a.hyper.scalar_type() == at::kDouble &&
+                        a.hyper.is_contiguous() && a.hyper.numel() == kHyperCount,
+                    "fused_step: hyper must be a contiguous float64 tensor of ", kHyperCount,
+                    " numbers on the CPU");
   o.hyper = *static_cast<const Hyper*>(a.hyper.const_data_ptr());
   o.levels = static_cast<int>(a.levels);
   o.level_factor = outer_level_factor(o.levels);
-  TORCH_CHECK_VALUE(o.rule == Rule::kBase || o.level_factor > 0.0f, "fused_step: levels must be 2, 3, 4, 8 or 16, not ",
-                    a.levels);
+  TORCH_CHECK_VALUE(o.rule == Rule::kBase || o.level_factor > 0.0f,
+                    "fused_step: levels must be 2, 3, 4, 8 or 16, not ", a.levels);
   o.has_momentum = !a.momentums.empty();
   o.adam = !a.seconds.empty();
   o.nesterov = a.nesterov;
@@ -84,14 +85,16 @@ StepOptions step_options(const StepArguments& a) {
   if (!a.params.empty()) o.param_dtype = dtype_of(a.params[0], "params[0]");
   if (o.has_momentum) o.momentum_dtype = dtype_of(a.momentums[0], "momentums[0]");
 
-  TORCH_CHECK_VALUE(!o.adam || (o.has_momentum && (o.rule == Rule::kBase || o.rule == Rule::kAskew ||
-                                                   o.rule == Rule::kAskewGradient || o.rule == Rule::kAskewMemory)),
-                    "fused_step: rule '", a.rule, "' has no Adam form");
+  TORCH_CHECK_VALUE(
+      !o.adam || (o.has_momentum && (o.rule == Rule::kBase || o.rule == Rule::kAskew ||
+                                     o.rule == Rule::kAskewGradient || o.rule == Rule::kAskewMemory)),
+      "fused_step: rule '", a.rule, "' has no Adam form");
   TORCH_CHECK_VALUE(!a.moving_levels || o.rule == Rule::kSplitting || o.rule == Rule::kAlternating,
                     "fused_step: rule '", a.rule, "' has no moving levels");
-  TORCH_CHECK_VALUE(!o.stochastic_rounding ||
-                        (o.param_dtype == Dtype::kBFloat16 && a.latents.empty() && !is_latent(o.rule)),
-                    "fused_step: stochastic rounding is for bfloat16 parameters without latent or master weights");
+  TORCH_CHECK_VALUE(
+      !o.stochastic_rounding ||
+          (o.param_dtype == Dtype::kBFloat16 && a.latents.empty() && !is_latent(o.rule)),
+      "fused_step: stochastic rounding is for bfloat16 parameters without latent or master weights");
   return o;
 }
 
@@ -110,10 +113,13 @@ void step_segments(const StepArguments& a, at::Device device, std::vector<StepSe
   segments.clear();
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor& param = a.params[i];
-    TORCH_CHECK_VALUE(param.device() == device, "fused_step: params[", i, "] is on ", param.device(), ", not ", device);
+    TORCH_CHECK_VALUE(param.device() == device, "fused_step: params[", i, "] is on ", param.device(),
+                      ", not ", device);
     TORCH_CHECK_TYPE(param.scalar_type() == a.params[0].scalar_type(), "fused_step: params[", i, "] is ",
-                     param.scalar_type(), ", params[0] ", a.params[0].scalar_type(), "; pass one dtype at a time");
-    TORCH_CHECK_VALUE(param.is_non_overlapping_and_dense(), "fused_step: params[", i, "] is not dense in memory");
+                     param.scalar_type(), ", params[0] ", a.params[0].scalar_type(),
+                     "; pass one dtype at a time");
+    TORCH_CHECK_VALUE(param.is_non_overlapping_and_dense(), "fused_step: params[", i,
+                      "] is not dense in memory");
     check_like(a.grads[i], param, "grads", i);
     TORCH_CHECK_TYPE(a.grads[i].scalar_type() == param.scalar_type(), "fused_step: grads[", i, "] is ",
                      a.grads[i].scalar_type(), ", its parameter ", param.scalar_type());
@@ -124,8 +130,9 @@ void step_segments(const StepArguments& a, at::Device device, std::vector<StepSe
     s.grad = a.grads[i].const_data_ptr();
     if (!a.momentums.empty()) {
       check_like(a.momentums[i], param, "momentums", i);
-      TORCH_CHECK_TYPE(a.momentums[i].scalar_type() == a.momentums[0].scalar_type(), "fused_step: momentums[", i,
-                       "] is ", a.momentums[i].scalar_type(), ", momentums[0] ", a.momentums[0].scalar_type());
+      TORCH_CHECK_TYPE(a.momentums[i].scalar_type() == a.momentums[0].scalar_type(), "fused_step: momentums[",
+                       i, "] is ", a.momentums[i].scalar_type(), ", momentums[0] ",
+                       a.momentums[0].scalar_type());
       s.momentum = a.momentums[i].data_ptr();
     }
     if (!a.seconds.empty()) {
@@ -137,8 +144,8 @@ void step_segments(const StepArguments& a, at::Device device, std::vector<StepSe
       s.latent = static_cast<float*>(a.latents[i].data_ptr());
     }
     if (!a.steps.empty()) {
-      TORCH_CHECK_TYPE(a.steps[i].scalar_type() == at::kFloat && a.steps[i].numel() == 1, "fused_step: steps[", i,
-                       "] must be one float32 number");
+      TORCH_CHECK_TYPE(a.steps[i].scalar_type() == at::kFloat && a.steps[i].numel() == 1,
+                       "fused_step: steps[", i, "] must be one float32 number");
     }
     if (s.numel == 0) continue;
     const int64_t channels = channels_of(param);
@@ -151,19 +158,20 @@ void step_segments(const StepArguments& a, at::Device device, std::vector<StepSe
       s.group = !whole && scale.dim() == 2 ? a.group_size : s.row;
       TORCH_CHECK_VALUE(s.group > 0, "fused_step: group_size must be positive, not ", a.group_size);
       s.scales_per_row = (s.row + s.group - 1) / s.group;
-      TORCH_CHECK_VALUE(scale.numel() == s.numel / s.row * s.scales_per_row, "fused_step: scales[", i, "] has shape ",
-                        scale.sizes(), " for a parameter of shape ", param.sizes());
+      TORCH_CHECK_VALUE(scale.numel() == s.numel / s.row * s.scales_per_row, "fused_step: scales[", i,
+                        "] has shape ", scale.sizes(), " for a parameter of shape ", param.sizes());
       TORCH_CHECK_VALUE(whole || param.is_contiguous() || (scale.dim() == 1 && param.stride(0) == s.row),
                         "fused_step: params[", i, "] has strides ", param.strides(),
                         ", in which the slices of its scales are not consecutive");
-      TORCH_CHECK_VALUE(!a.moving_levels || s.group == s.row, "fused_step: moving levels are per channel or tensor");
+      TORCH_CHECK_VALUE(!a.moving_levels || s.group == s.row,
+                        "fused_step: moving levels are per channel or tensor");
       s.scale = static_cast<float*>(scale.data_ptr());
       s.next_scale = s.scale;
     }
     if (!a.sigmas.empty()) {
       const at::Tensor& sigma = a.sigmas[i];
-      TORCH_CHECK_TYPE(sigma.scalar_type() == at::kFloat && sigma.is_contiguous() && sigma.device() == device &&
-                           (sigma.numel() == 1 || sigma.numel() == channels),
+      TORCH_CHECK_TYPE(sigma.scalar_type() == at::kFloat && sigma.is_contiguous() &&
+                           sigma.device() == device && (sigma.numel() == 1 || sigma.numel() == channels),
                        "fused_step: sigmas[", i, "] must be float32, one or one per channel, on ", device);
       s.sigma = static_cast<const float*>(sigma.const_data_ptr());
       s.sigma_row = s.numel / sigma.numel();

@@ -1,5 +1,5 @@
-// Turns the arguments of the op quantopt::fused_step into StepOptions and StepSegments, with every check that the
-// kernels rely on. Shared by the CPU and CUDA registrations.
+// Turns the arguments of the op quantopt::fused_step into StepOptions and StepSegments, with every check that
+// the kernels rely on. Shared by the CPU and CUDA registrations.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -7,13 +7,29 @@
 namespace quantopt {
 namespace {
 
-void fused_step_cpu(c10::string_view rule, at::TensorList params, at::TensorList grads, at::TensorList momentums,
-                    at::TensorList seconds, at::TensorList latents, at::TensorList scales, at::TensorList sigmas,
-                    at::TensorList steps, const at::Tensor& hyper, int64_t levels, int64_t group_size,
-                    bool moving_levels, bool nesterov, bool maximize, bool decoupled, int64_t seed,
+void fused_step_cpu(c10::string_view rule, at::TensorList params, at::TensorList grads,
+                    at::TensorList momentums, at::TensorList seconds, at::TensorList latents,
+                    at::TensorList scales, at::TensorList sigmas, at::TensorList steps,
+                    const at::Tensor& hyper, int64_t levels, int64_t group_size, bool moving_levels,
+                    bool nesterov, bool maximize, bool decoupled, int64_t seed,
                     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-  const StepArguments arguments{{rule.data(), rule.size()}, params, grads, momentums, seconds, latents, scales, sigmas,
-                                steps, hyper, levels, group_size, moving_levels, nesterov, maximize, decoupled, seed};
+  const StepArguments arguments{{rule.data(), rule.size()},
+                                params,
+                                grads,
+                                momentums,
+                                seconds,
+                                latents,
+                                scales,
+                                sigmas,
+                                steps,
+                                hyper,
+                                levels,
+                                group_size,
+                                moving_levels,
+                                nesterov,
+                                maximize,
+                                decoupled,
+                                seed};
   StepOptions options = step_options(arguments);
   thread_local std::vector<StepSegment> segments;  // kept between steps
   step_segments(arguments, at::Device(at::kCPU), segments);

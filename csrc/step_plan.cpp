@@ -1,5 +1,5 @@
-// quantopt::StepPlan: what a step of one list of parameters needs, checked and laid out once. A step with the plan
-// only looks up the gradients, so that lists of many small tensors do not wait for Python.
+// quantopt::StepPlan: what a step of one list of parameters needs, checked and laid out once. A step with the
+// plan only looks up the gradients, so that lists of many small tensors do not wait for Python.
 #include <ATen/core/grad_mode.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -16,29 +16,31 @@ namespace {
 
 class StepPlan : public torch::CustomClassHolder {
  public:
-  StepPlan(std::string rule, std::vector<at::Tensor> params, std::vector<at::Tensor> left_out, std::vector<at::Tensor> momentums,
-           std::vector<at::Tensor> seconds, std::vector<at::Tensor> latents, std::vector<at::Tensor> scales,
-           std::vector<at::Tensor> sigmas, std::vector<at::Tensor> steps, at::Tensor hyper, int64_t levels,
-           int64_t group_size, bool moving_levels, bool nesterov, bool maximize, bool decoupled, int64_t seed)
+  StepPlan(std::string rule, std::vector<at::Tensor> params, std::vector<at::Tensor> left_out,
+           std::vector<at::Tensor> momentums, std::vector<at::Tensor> seconds,
+           std::vector<at::Tensor> latents, std::vector<at::Tensor> scales, std::vector<at::Tensor> sigmas,
+           std::vector<at::Tensor> steps, at::Tensor hyper, int64_t levels, int64_t group_size,
+           bool moving_levels, bool nesterov, bool maximize, bool decoupled, int64_t seed)
       : params_(std::move(params)),
         left_out_(std::move(left_out)),
-        kept_{std::move(momentums), std::move(seconds), std::move(latents), std::move(scales), std::move(sigmas)},
+        kept_{std::move(momentums), std::move(seconds), std::move(latents), std::move(scales),
+              std::move(sigmas)},
         steps_(std::move(steps)),
         hyper_(std::move(hyper)),
         dtype_(params_.at(0).dtype()),
         moving_levels_(moving_levels) {
     // The parameters stand for their gradients in the checks, which are repeated for these at every step.
-    const StepArguments arguments{rule,      params_,  params_, kept_[0],   kept_[1],
-                                  kept_[2],  kept_[3], kept_[4], steps_,    hyper_,
-                                  levels,    group_size, moving_levels, nesterov, maximize,
-                                  decoupled, seed};
+    const StepArguments arguments{rule,          params_,  params_,  kept_[0],  kept_[1], kept_[2],
+                                  kept_[3],      kept_[4], steps_,   hyper_,    levels,   group_size,
+                                  moving_levels, nesterov, maximize, decoupled, seed};
     options_ = step_options(arguments);
     sign_ = options_.gradient_factor;
     step_segments(arguments, at::Device(at::kCPU), segments_);
   }
 
-  // Looks up the present gradients. False if the plan is out of date: a parameter has moved or changed, a gradient is
-  // missing or not of its parameter's dtype and layout, or a parameter left out of the plan has a gradient now.
+  // Looks up the present gradients. False if the plan is out of date: a parameter has moved or changed, a
+  // gradient is missing or not of its parameter's dtype and layout, or a parameter left out of the plan has a
+  // gradient now.
   bool ready() {
     for (const at::Tensor& param : left_out_) {
       if (param.grad().defined()) return false;
@@ -46,8 +48,8 @@ class StepPlan : public torch::CustomClassHolder {
     for (StepSegment& segment : segments_) {
       const at::Tensor& param = params_[segment.index];
       const at::Tensor& grad = param.grad();
-      if (!grad.defined() || param.unsafeGetTensorImpl()->data() != segment.param || param.dtype() != dtype_ ||
-          param.numel() != segment.numel || !fits(grad, param)) {
+      if (!grad.defined() || param.unsafeGetTensorImpl()->data() != segment.param ||
+          param.dtype() != dtype_ || param.numel() != segment.numel || !fits(grad, param)) {
         return false;
       }
       segment.grad = grad.unsafeGetTensorImpl()->data();
@@ -62,7 +64,8 @@ class StepPlan : public torch::CustomClassHolder {
     options_.gradient_factor = grad_scale ? sign_ / *grad_scale->const_data_ptr<float>() : sign_;
     for (const at::Tensor& step : steps_) *static_cast<float*>(step.data_ptr()) += 1.0f;
     if (!steps_.empty()) {
-      for (StepSegment& segment : segments_) segment.step = *static_cast<float*>(steps_[segment.index].data_ptr());
+      for (StepSegment& segment : segments_)
+        segment.step = *static_cast<float*>(steps_[segment.index].data_ptr());
     }
     step_on_cpu(options_, segments_, moving_levels_);
     for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
@@ -70,8 +73,9 @@ class StepPlan : public torch::CustomClassHolder {
 
  private:
   static bool fits(const at::Tensor& grad, const at::Tensor& param) {
-    return grad.dtype() == param.dtype() && grad.layout() == at::kStrided && grad.device() == param.device() &&
-           grad.strides() == param.strides() && grad.sizes() == param.sizes();
+    return grad.dtype() == param.dtype() && grad.layout() == at::kStrided &&
+           grad.device() == param.device() && grad.strides() == param.strides() &&
+           grad.sizes() == param.sizes();
   }
 
   std::vector<at::Tensor> params_;
@@ -93,8 +97,8 @@ TORCH_LIBRARY_FRAGMENT(quantopt, m) {
   using quantopt::StepPlan;
   using Tensors = std::vector<at::Tensor>;
   m.class_<StepPlan>("StepPlan")
-      .def(torch::init<std::string, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, at::Tensor, int64_t,
-                       int64_t, bool, bool, bool, bool, int64_t>())
+      .def(torch::init<std::string, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
+                       at::Tensor, int64_t, int64_t, bool, bool, bool, bool, int64_t>())
       .def("ready", &StepPlan::ready)
       .def("step", &StepPlan::step);
 }

@@ -22,8 +22,8 @@ struct AskewConstants {
   float t_star;        // sqrt(1 - sqrt(e)): feasible iff |t| >= t_star
   float rate;          // r
   float cap;
-  float bound;         // memory: the latent stays in [-bound hi, bound hi]
-  bool constrained;    // false at lr = 0 in the gradient form, where alpha = r / lr is undefined
+  float bound;       // memory: the latent stays in [-bound hi, bound hi]
+  bool constrained;  // false at lr = 0 in the gradient form, where alpha = r / lr is undefined
 };
 
 // Weight decay of a latent is the same number in both forms; it acts before the step there.
@@ -43,8 +43,8 @@ QUANTOPT_HOST_DEVICE AskewConstants make_askew_constants(const Hyper& h, bool de
   return c;
 }
 
-// The constraint in the weight's own units, with W = |w - mid| = half |t|. This form needs one division, and its
-// u = (half - W)(half + W) / half^2 is exact to rounding at the levels, where 1 - t*t is not.
+// The constraint in the weight's own units, with W = |w - mid| = half |t|. This form needs one division, and
+// its u = (half - W)(half + W) / half^2 is exact to rounding at the levels, where 1 - t*t is not.
 template <bool Binary>
 struct Constraint {
   AskewConstants c;

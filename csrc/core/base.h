@@ -16,7 +16,9 @@ struct PlainDirection {  // momentum 0: no state
   static constexpr bool kMomentum = false;
   static constexpr bool kSecond = false;
   template <class F>
-  QUANTOPT_HOST_DEVICE F operator()(F g, F&, F&) const { return g; }
+  QUANTOPT_HOST_DEVICE F operator()(F g, F&, F&) const {
+    return g;
+  }
 };
 
 struct MomentumDirection {

@@ -26,10 +26,10 @@ inline float outer_level_factor(int levels) {
 }
 
 struct Grid {
-  float hi;           // outer level
-  float half;         // hi / (K - 1)
-  float last;         // K - 2, the index of the last cell
-  float twice_half;   // 2 half
+  float hi;          // outer level
+  float half;        // hi / (K - 1)
+  float last;        // K - 2, the index of the last cell
+  float twice_half;  // 2 half
 };
 
 QUANTOPT_HOST_DEVICE Grid make_grid(float sigma, float factor, int levels) {

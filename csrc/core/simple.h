@@ -18,9 +18,13 @@ struct BaseStep {
   float shrink;  // 1 - lr wd of the decoupled form, else 1
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F gradient(F g, F w) const { return g + decay * w; }
+  QUANTOPT_HOST_DEVICE F gradient(F g, F w) const {
+    return g + decay * w;
+  }
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const { return w * shrink - lr * d; }
+  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+    return w * shrink - lr * d;
+  }
 };
 
 QUANTOPT_HOST_DEVICE BaseStep make_base_step(const Hyper& h, bool decoupled) {
@@ -43,7 +47,9 @@ struct ProxStep {
   Grid grid;
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F gradient(F g, F w) const { return base.gradient(g, w); }
+  QUANTOPT_HOST_DEVICE F gradient(F g, F w) const {
+    return base.gradient(g, w);
+  }
   template <class F>
   QUANTOPT_HOST_DEVICE F step(F w, F d) const {
     const F p = base.step(w, d);

@@ -51,7 +51,9 @@ struct StamSplitting {
   Grid grid;
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F gradient(F g, F) const { return g; }
+  QUANTOPT_HOST_DEVICE F gradient(F g, F) const {
+    return g;
+  }
 
   template <class F>
   QUANTOPT_HOST_DEVICE F box(F x, const Grid& levels) const {
@@ -71,7 +73,9 @@ struct StamSplitting {
     return relax(r, project<Binary>(r, grid), c) + ex;
   }
   template <class F>
-  QUANTOPT_HOST_DEVICE F weight(F x, F) const { return box(x, grid); }
+  QUANTOPT_HOST_DEVICE F weight(F x, F) const {
+    return box(x, grid);
+  }
 };
 
 // form = "alternating", state u:
@@ -88,10 +92,14 @@ struct StamAlternating {
   float limit;  // bound * sigma
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F gradient(F g, F) const { return g; }
+  QUANTOPT_HOST_DEVICE F gradient(F g, F) const {
+    return g;
+  }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F point(F u, F d) const { return step(u, d); }
+  QUANTOPT_HOST_DEVICE F point(F u, F d) const {
+    return step(u, d);
+  }
   template <class F>
   QUANTOPT_HOST_DEVICE F step(F u, F d) const {
     F next = u * c.shrink - c.lr * d;

@@ -22,12 +22,12 @@ struct StepSegment {
   float* next_scale;   // the levels after the step, where they move; else equal to scale
   const float* sigma;  // alternating: latent bound per span of sigma_row elements; null: not clipped
   int64_t numel;
-  int64_t row;              // elements per row: scales start anew at every row
-  int64_t group;            // elements per scale inside a row
-  int64_t scales_per_row;   // ceil(row / group)
-  int64_t sigma_row;        // elements per sigma
-  double step;              // k of Adam
-  uint32_t index;           // number of the tensor, for random numbers
+  int64_t row;             // elements per row: scales start anew at every row
+  int64_t group;           // elements per scale inside a row
+  int64_t scales_per_row;  // ceil(row / group)
+  int64_t sigma_row;       // elements per sigma
+  double step;             // k of Adam
+  uint32_t index;          // number of the tensor, for random numbers
 };
 
 struct StepOptions {
@@ -35,8 +35,8 @@ struct StepOptions {
   Dtype param_dtype;
   Dtype momentum_dtype;
   Hyper hyper;
-  int levels;              // K; not used by kBase
-  float level_factor;      // hi = level_factor * scale
+  int levels;          // K; not used by kBase
+  float level_factor;  // hi = level_factor * scale
   bool has_momentum;
   bool adam;
   bool nesterov;

@@ -30,8 +30,8 @@ Kernels choose_kernels() {
   }
 }
 
-// Software prefetch is worth 10-20 % beyond the caches on Intel server cores (measured on one with AMX), and costs as
-// much on AMD Zen 4.
+// Software prefetch is worth 10-20 % beyond the caches on Intel server cores (measured on one with AMX), and
+// costs as much on AMD Zen 4.
 bool prefetch_helps() {
 #if defined(__x86_64__)
   static const bool intel = __builtin_cpu_is("intel");
@@ -58,7 +58,8 @@ struct Piece {
   int64_t begin, end;
 };
 
-void step_with_fixed_levels(const StepOptions& options, std::vector<StepSegment>& segments, const Kernels& kernels) {
+void step_with_fixed_levels(const StepContext& context, std::vector<StepSegment>& segments,
+                            const Kernels& kernels) {
   thread_local std::vector<Piece> pieces;  // kept between steps: no allocation once it has grown
   pieces.clear();
   int64_t elements = 0;
@@ -69,14 +70,14 @@ void step_with_fixed_levels(const StepOptions& options, std::vector<StepSegment>
     }
   }
   const Piece* list = pieces.data();
-  parallel(static_cast<int64_t>(pieces.size()), elements, [&](int64_t i) {
-    kernels.step(options, *list[i].segment, list[i].begin, list[i].end);
-  });
+  parallel(static_cast<int64_t>(pieces.size()), elements,
+           [&](int64_t i) { kernels.step(context, *list[i].segment, list[i].begin, list[i].end); });
 }
 
-// Rows up to a chunk long are reduced and stepped while they are in the cache; longer ones are reduced chunk by
-// chunk first, and read a second time.
-void step_with_moving_levels(const StepOptions& options, std::vector<StepSegment>& segments, const Kernels& kernels) {
+// Rows up to a chunk long are reduced and stepped while they are in the cache; longer ones are reduced chunk
+// by chunk first, and read a second time.
+void step_with_moving_levels(const StepContext& context, std::vector<StepSegment>& segments,
+                             const Kernels& kernels) {
   thread_local std::vector<Piece> pieces, long_pieces;
   thread_local std::vector<float> next_scales;
   thread_local std::vector<double> sums;
@@ -113,15 +114,15 @@ void step_with_moving_levels(const StepOptions& options, std::vector<StepSegment
   parallel(count + long_count, elements, [&](int64_t i) {
     if (i >= count) {
       const Piece& part = parts[i - count];
-      part_sums[i - count] = kernels.magnitude(options, *part.segment, part.begin, part.end);
+      part_sums[i - count] = kernels.magnitude(context, *part.segment, part.begin, part.end);
       return;
     }
     const StepSegment& s = *rows[i].segment;
     for (int64_t at = rows[i].begin; at < rows[i].end; at += s.row) {
-      const double sum = kernels.magnitude(options, s, at, at + s.row);
+      const double sum = kernels.magnitude(context, s, at, at + s.row);
       s.next_scale[at / s.row] = static_cast<float>(sum / static_cast<double>(s.row));
     }
-    kernels.step(options, s, rows[i].begin, rows[i].end);
+    kernels.step(context, s, rows[i].begin, rows[i].end);
   });
   for (int64_t i = 0; i < long_count;) {
     const StepSegment& s = *parts[i].segment;
@@ -130,9 +131,8 @@ void step_with_moving_levels(const StepOptions& options, std::vector<StepSegment
     s.next_scale[parts[i].begin / s.row] = static_cast<float>(sum / static_cast<double>(s.row));
     i += chunks_in(s.row);
   }
-  parallel(long_count, elements, [&](int64_t i) {
-    kernels.step(options, *parts[i].segment, parts[i].begin, parts[i].end);
-  });
+  parallel(long_count, elements,
+           [&](int64_t i) { kernels.step(context, *parts[i].segment, parts[i].begin, parts[i].end); });
   for (StepSegment& segment : segments) {
     std::copy_n(segment.next_scale, segment.numel / segment.row, segment.scale);
   }
@@ -143,10 +143,11 @@ void step_with_moving_levels(const StepOptions& options, std::vector<StepSegment
 void step_on_cpu(StepOptions options, std::vector<StepSegment>& segments, bool moving_levels) {
   const Kernels kernels = choose_kernels();
   options.prefetch = prefetch_helps();
+  const StepContext context(options);
   if (moving_levels) {
-    step_with_moving_levels(options, segments, kernels);
+    step_with_moving_levels(context, segments, kernels);
   } else {
-    step_with_fixed_levels(options, segments, kernels);
+    step_with_fixed_levels(context, segments, kernels);
   }
 }
 

@@ -1,25 +1,12 @@
-// Products with +-1 weights.
-//
-// With AVX-512 a sum of g = 4 (fp32) or 6 (whole) activations with all 2^g sign patterns is tabulated once
-// per row of x, and one lookup inside registers (vpermps, vpermt2w) replaces g multiply-adds:
-//     table[e] = sum_j (2 e_j - 1) x[g i + j]        y[n] += table[g bits of row n]
-// A lookup and an addition take about as long as one fused multiply-add, so this passes the arithmetic peak
-// of dense kernels (Zen 4: 3 times that of fp32 FMA, 2 times that of dpbusd). The tables hold signed sums, so
-// that infinities and NaN propagate as in a dot product. Elsewhere, and for groups of scales that are no
-// multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an order that depends
-// on K alone: any split over threads or rows gives the same bits.
+// Products with +-1 weights: by lookups (binary_lookup.h) with AVX-512; elsewhere, and for groups of scales
+// that are no multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an order
+// that depends on K alone: any split over threads or rows gives the same bits.
 #include "cpu/kernels/binary_linear.h"
 
 #include <cmath>
 #include <cstring>
 
-#if defined(__AVX512BW__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of gcc 12 from its own AVX-512 header
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#endif
+#include "cpu/kernels/binary_lookup.h"
 
 namespace quantopt::QUANTOPT_ISA {
 namespace {
@@ -28,8 +15,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
 inline const float* scale_of(const BinaryLinear& p, int64_t n) { return p.scale + n * p.scale_stride; }
 
-// ---- panels
-// ----------------------------------------------------------------------------------------------------
+// ---- panels ---
 
 typedef float Vector __attribute__((vector_size(32)));
 
@@ -140,249 +126,9 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
   }
 }
 
+// ---- lookups ---
+
 #if defined(__AVX512BW__)
-
-// ---- lookups
-// ---------------------------------------------------------------------------------------------------
-//
-// A word vector of a tile holds 16 weights of each of 32 rows. Lookups of 32-bit values take the rows 2i from
-// the low and the rows 2i + 1 from the high halves; sums are therefore kept as "even" and "odd" vectors of 16
-// rows. The weights are read chunk by chunk (240 of each row): the tables of four rows of x and one chunk fit
-// the first-level cache, and the sums of kBlockTiles tiles the second.
-
-constexpr int kRowsTogether = 4;
-constexpr int64_t kBlockTiles = 128;
-constexpr int64_t kUnitWords = 3;                         // hold 8 groups of 6 weights
-constexpr int64_t kMostUnits = kChunkWords / kUnitWords;  // of a chunk
-constexpr int kIntegerGroup = 6;                          // activations per table of 64 int16
-constexpr int64_t kMostIntegerTables = kMostUnits * 8;    // 40 lookups of at most 6 * 127 stay below 2^15
-constexpr int kFloatGroup = 4;                            // activations per table of 16 fp32
-constexpr int64_t kMostFloatTables = kChunkWords * 16 / kFloatGroup;
-
-struct Pair {
-  __m512 even, odd;
-};
-struct IntegerPair {
-  __m512i even, odd;
-};
-
-// Unrolls loops over registers, and keeps a value in its register and the order of the sums: gcc would move
-// all lookups before the additions, or make a tree of them, run out of registers and halve the speed.
-#define QUANTOPT_UNROLL _Pragma("GCC unroll 16")
-#define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
-
-// Whether the sums may be kept as whole numbers of 16 and 32 bits.
-inline bool whole_numbers(const BinaryLinear& p) { return p.x_scale != nullptr && p.group == 0; }
-
-// x of one chunk, `width` of them, padded with zeros; table i of row r of `rows` interleaved ones is at
-// tables + 16 (rows i + r).
-void make_float_tables(const float* x, int64_t width, int64_t rows, float* tables) {
-  __m512 sign[kFloatGroup];
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  for (int j = 0; j < kFloatGroup; ++j) {
-    const __mmask16 plus = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << j));
-    sign[j] = _mm512_mask_blend_ps(plus, _mm512_set1_ps(-1.0f), _mm512_set1_ps(1.0f));
-  }
-  const int64_t count = (width + 15) / 16 * (16 / kFloatGroup);
-  for (int64_t i = 0; i < count; ++i) {
-    float padded[kFloatGroup] = {};
-    const float* v = x + kFloatGroup * i;
-    const int64_t rest = width - kFloatGroup * i;
-    if (rest < kFloatGroup) {
-      for (int64_t j = 0; j < rest; ++j) padded[j] = v[j];
-      v = padded;
-    }
-    __m512 t = _mm512_mul_ps(_mm512_set1_ps(v[0]), sign[0]);
-    for (int j = 1; j < kFloatGroup; ++j) t = _mm512_fmadd_ps(_mm512_set1_ps(v[j]), sign[j], t);
-    _mm512_store_ps(tables + 16 * rows * i, t);
-  }
-}
-
-// What the whole-number tables are made of: e_j of entries 0-31 as bytes, and the bytes of a pair in all
-// lanes.
-struct Patterns {
-  alignas(64) uint8_t entry[4][64];  // e0 e1, e2 e3, e4 0, e4 1
-  alignas(16) int8_t lanes[8][16];   // the bytes 2 i, 2 i + 1
-};
-constexpr Patterns make_patterns() {
-  Patterns patterns{};
-  for (int e = 0; e < 32; ++e) {
-    for (int j = 0; j < 5; ++j) patterns.entry[j / 2][2 * e + j % 2] = static_cast<uint8_t>((e >> j) & 1);
-    patterns.entry[3][2 * e] = patterns.entry[2][2 * e];
-    patterns.entry[3][2 * e + 1] = 1;
-  }
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 16; ++j) patterns.lanes[i][j] = static_cast<int8_t>(2 * i + j % 2);
-  }
-  return patterns;
-}
-constexpr Patterns kPatterns = make_patterns();
-
-// The same for whole numbers: table[e] = sum_j e_j x_j, so that y = 2 * lookups - sum_k x_k (returned: that
-// sum), with 64 entries at tables + 64 (rows i + r). The groups of a unit are the bits 0-5 and 6-11 of each
-// of its three words a (groups 2 a, 2 a + 1); group 6 is bits 12-15 of word 0 and 12-13 of word 1, group 7
-// bits 12-15 of word 2 and 14-15 of word 1.
-int32_t make_integer_tables(const float* x, int64_t width, int64_t rows, int16_t* tables) {
-  __m512i entry[4], lanes[8];
-  for (int j = 0; j < 4; ++j) entry[j] = _mm512_load_si512(kPatterns.entry[j]);
-  for (int j = 0; j < 8; ++j) {
-    lanes[j] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kPatterns.lanes[j])));
-  }
-  __m512i total = _mm512_setzero_si512();
-  const auto put = [&](__m512i x01, __m512i x23, __m512i x45, int64_t i) {
-    const __m512i sum =
-        _mm512_add_epi16(_mm512_maddubs_epi16(entry[0], x01), _mm512_maddubs_epi16(entry[1], x23));
-    int16_t* out = tables + 64 * rows * i;
-    _mm512_store_si512(out, _mm512_add_epi16(sum, _mm512_maddubs_epi16(entry[2], x45)));
-    _mm512_store_si512(out + 32, _mm512_add_epi16(sum, _mm512_maddubs_epi16(entry[3], x45)));
-  };
-  for (int64_t unit = 0; 16 * kUnitWords * unit < width; ++unit) {
-    __m512i pair[kUnitWords][8];  // the two bytes of each pair of a word in all lanes
-    QUANTOPT_UNROLL for (int a = 0; a < kUnitWords; ++a) {
-      const int64_t at = 16 * (kUnitWords * unit + a), rest = width - at;
-      const __mmask16 mask = static_cast<__mmask16>(rest >= 16 ? 0xFFFF : (rest <= 0 ? 0 : (1 << rest) - 1));
-      const __m512i q = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(mask, x + (rest <= 0 ? 0 : at)));
-      total = _mm512_add_epi32(total, q);
-      const __m512i bytes = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(q));
-      QUANTOPT_UNROLL for (int j = 0; j < 8; ++j) pair[a][j] = _mm512_shuffle_epi8(bytes, lanes[j]);
-      put(pair[a][0], pair[a][1], pair[a][2], 8 * unit + 2 * a);
-      put(pair[a][3], pair[a][4], pair[a][5], 8 * unit + 2 * a + 1);
-    }
-    put(pair[0][6], pair[0][7], pair[1][6], 8 * unit + 6);
-    put(pair[2][6], pair[2][7], pair[1][7], 8 * unit + 7);
-  }
-  return _mm512_reduce_add_epi32(total);
-}
-
-// total[r MR + i] += factor[r] * (lookups of words [0, words) of tile r in the tables of row i).
-// `stride` is the distance of two tiles. The totals are in memory: all registers go to the sums of one call.
-template <int MR, int NR>
-__attribute__((noinline)) void float_span(const uint16_t* w, int64_t stride, int64_t words,
-                                          const float* tables, const Pair* factor, Pair* total) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  __m512 even[MR][NR], odd[MR][NR];
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) even[i][r] = odd[i][r] = _mm512_setzero_ps();
-  }
-  for (; words > 0; --words, w += kTileRows, tables += 4 * 16 * MR) {
-    __m512i v[NR];
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) v[r] = _mm512_loadu_si512(w + r * stride);
-    QUANTOPT_UNROLL for (unsigned j = 0; j < 4; ++j) {
-      __m512i low[NR], high[NR];
-      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        low[r] = _mm512_srli_epi32(v[r], 4 * j);
-        high[r] = _mm512_srli_epi32(v[r], 16 + 4 * j);
-      }
-      QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-        const __m512 table = _mm512_load_ps(tables + (j * MR + static_cast<unsigned>(i)) * 16);
-        QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-          even[i][r] = _mm512_add_ps(even[i][r], _mm512_permutexvar_ps(low[r], table));
-          QUANTOPT_KEEP(even[i][r]);
-          // 1 * lookup + odd: the same sum on other execution units, 8 to 17 % faster than additions alone.
-          odd[i][r] = _mm512_fmadd_ps(_mm512_permutexvar_ps(high[r], table), one, odd[i][r]);
-          QUANTOPT_KEEP(odd[i][r]);
-        }
-      }
-    }
-  }
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-      Pair& t = total[r * MR + i];
-      t.even = _mm512_fmadd_ps(even[i][r], factor[r].even, t.even);
-      t.odd = _mm512_fmadd_ps(odd[i][r], factor[r].odd, t.odd);
-    }
-  }
-}
-
-// acc[i][r] += table of row i at index[r]
-template <int MR, int NR>
-inline __attribute__((always_inline)) void integer_lookup(const __m512i* index, const int16_t* tables,
-                                                          __m512i (*acc)[NR]) {
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    const __m512i low = _mm512_load_si512(tables + 64 * i), high = _mm512_load_si512(tables + 64 * i + 32);
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-      acc[i][r] = _mm512_add_epi16(acc[i][r], _mm512_permutex2var_epi16(low, index[r], high));
-      QUANTOPT_KEEP(acc[i][r]);
-    }
-  }
-}
-
-// 32-bit sum += a.low * b.low + a.high * b.high of the 16-bit halves
-inline __attribute__((always_inline)) __m512i add_products(__m512i sum, __m512i a, __m512i b) {
-#if defined(__AVX512VNNI__)
-  return _mm512_dpwssd_epi32(sum, a, b);
-#else
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
-}
-
-// total[r MR + i] += weight * (lookups of units [0, units) of tile r in the tables of row i), units of one
-// chunk
-template <int MR, int NR>
-__attribute__((noinline)) void integer_span(const uint16_t* w, int64_t stride, int64_t units,
-                                            const int16_t* tables, int32_t weight, IntegerPair* total) {
-  const __m512i bits45 = _mm512_set1_epi16(0x30);
-  __m512i acc[MR][NR];
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) acc[i][r] = _mm512_setzero_si512();
-  }
-  for (; units > 0; --units, w += kUnitWords * kTileRows, tables += 8 * 64 * MR) {
-    __m512i sixth[NR], seventh[NR];
-    QUANTOPT_UNROLL for (int a = 0; a < kUnitWords; ++a) {
-      __m512i v[NR], index[NR];
-      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        v[r] = _mm512_loadu_si512(w + r * stride + a * kTileRows);
-        QUANTOPT_KEEP(v[r]);  // one load, not one for each use
-      }
-      integer_lookup<MR, NR>(v, tables + 2 * a * 64 * MR, acc);
-      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) index[r] = _mm512_srli_epi16(v[r], 6);
-      integer_lookup<MR, NR>(index, tables + (2 * a + 1) * 64 * MR, acc);
-      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        // Ternary logic 0xF8: a | (b & c).
-        if (a == 0) sixth[r] = _mm512_srli_epi16(v[r], 12);
-        if (a == 1) {
-          sixth[r] = _mm512_ternarylogic_epi32(sixth[r], _mm512_srli_epi16(v[r], 8), bits45, 0xF8);
-          seventh[r] = _mm512_srli_epi16(v[r], 10);
-        }
-        if (a == 2)
-          seventh[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v[r], 12), seventh[r], bits45, 0xF8);
-      }
-    }
-    integer_lookup<MR, NR>(sixth, tables + 6 * 64 * MR, acc);
-    integer_lookup<MR, NR>(seventh, tables + 7 * 64 * MR, acc);
-  }
-  const __m512i low = _mm512_set1_epi32(weight), high = _mm512_set1_epi32(weight << 16);
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-      IntegerPair& t = total[r * MR + i];
-      t.even = add_products(t.even, acc[i][r], low);
-      t.odd = add_products(t.odd, acc[i][r], high);
-    }
-  }
-}
-
-// Scale, bias and store of one tile for one row of x.
-inline void finish_tile(const BinaryLinear& p, int64_t m, int64_t tile, Pair value) {
-  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-  const __m512 half[2] = {_mm512_permutex2var_ps(value.even, low, value.odd),
-                          _mm512_permutex2var_ps(value.even, high, value.odd)};
-  const __m512 x_scale = _mm512_set1_ps(p.x_scale != nullptr ? p.x_scale[m] : 1.0f);
-  for (int i = 0; i < 2; ++i) {
-    const int64_t n = tile * kTileRows + 16 * i;
-    if (n >= p.outputs) return;
-    const __mmask16 mask = static_cast<__mmask16>(p.outputs - n >= 16 ? 0xFFFF : (1 << (p.outputs - n)) - 1);
-    __m512 factor = x_scale;
-    if (p.group == 0) {
-      const __m512 scale =
-          p.scale_stride == 0 ? _mm512_set1_ps(*p.scale) : _mm512_maskz_loadu_ps(mask, p.scale + n);
-      factor = _mm512_mul_ps(scale, factor);
-    }
-    __m512 y = _mm512_mul_ps(half[i], factor);
-    if (p.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p.bias + n));
-    _mm512_mask_storeu_ps(p.y + m * p.outputs + n, mask, y);
-  }
-}
 
 // Scales of group g, times the plane's weight, for the 32 rows of a tile.
 inline Pair group_scales(const BinaryLinear& p, int64_t tile, int64_t g, float weight) {
@@ -395,95 +141,87 @@ inline Pair group_scales(const BinaryLinear& p, int64_t tile, int64_t g, float w
   return {_mm512_load_ps(even), _mm512_load_ps(odd)};
 }
 
-// One chunk of one plane: the tiles at w and their sums, NR tiles at a time.
-template <int MR, int NR>
-void integer_tiles(const BinaryLinear& p, const uint16_t* w, int64_t words, int64_t count,
-                   const int16_t* tables, int64_t plane, IntegerPair* total) {
-  const int64_t stride = words * kTileRows;
-  for (; count >= NR; count -= NR, w += NR * stride, total += NR * MR) {
-    integer_span<MR, NR>(w, stride, words / kUnitWords, tables, p.plane_weights[plane], total);
-  }
-  if constexpr (NR > 1) integer_tiles<MR, NR / 2>(p, w, words, count, tables, plane, total);
-}
-
-template <int MR, int NR>
-void float_tiles(const BinaryLinear& p, const uint16_t* w, int64_t words, int64_t count, const float* tables,
-                 int64_t plane, Pair* total, int64_t tile, int64_t first) {
-  const int64_t stride = words * kTileRows;
+// One chunk of the tiles [tile, end), with a scale for each group of p.group weights.
+template <int MR>
+void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int64_t plane, int64_t tile,
+                   int64_t end, const float* const* tables, Pair* total) {
+  const int64_t words = chunk_words(p.inputs, first);
   const float weight = static_cast<float>(p.plane_weights[plane]);
-  Pair factor[NR];
-  for (Pair& f : factor) f = {_mm512_set1_ps(weight), _mm512_set1_ps(weight)};
-  for (; count >= NR; count -= NR, w += NR * stride, total += NR * MR, tile += NR) {
-    if (p.group == 0) {
-      float_span<MR, NR>(w, stride, words, tables, factor, total);
-      continue;
-    }
-    const int64_t last = least(words, (p.inputs - first + 15) / 16);  // words that hold weights
-    for (int64_t k = 0; k < last;) {  // the part of each group of scales that lies in this chunk
-      const int64_t g = (first + 16 * k) / p.group, end = least(last, ((g + 1) * p.group - first) / 16);
-      for (int r = 0; r < NR; ++r) factor[r] = group_scales(p, tile + r, g, weight);
-      float_span<MR, NR>(w + k * kTileRows, stride, end - k, tables + k * 4 * 16 * MR, factor, total);
-      k = end;
+  for (; tile < end; ++tile, w += words * kTileRows, total += MR) {
+    for (int64_t k = 0; k < words;) {  // the part of each group that lies in this chunk
+      const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
+      const Pair factor = group_scales(p, tile, g, weight);
+      const float* at[MR];
+      for (int i = 0; i < MR; ++i) at[i] = tables[i] + k * kFloatTables;
+      float_span<MR, 1>(w + k * kTileRows, 0, last - k, at, &factor, total);
+      k = last;
     }
   }
-  if constexpr (NR > 1) float_tiles<MR, NR / 2>(p, w, words, count, tables, plane, total, tile, first);
 }
 
 // MR rows of x from m times the tiles [begin, end), at most kBlockTiles.
 template <int MR>
 void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
-  alignas(64) int16_t tables[kMostIntegerTables * MR * 64];
+  alignas(64) int16_t tables[MR][integer_entries(kChunkWords)];
+  const int16_t* at[MR];
   IntegerPair total[kBlockTiles * MR];
+  __m512i sum[MR];
   for (int64_t i = 0; i < (end - begin) * MR; ++i)
     total[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-  int32_t sum[MR] = {};
+  for (int i = 0; i < MR; ++i) {
+    at[i] = tables[i];
+    sum[i] = _mm512_setzero_si512();
+  }
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
-    for (int64_t i = 0; i < MR; ++i) {
-      sum[i] += make_integer_tables(p.x + (m + i) * p.inputs + first, width, MR, tables + 64 * i);
-    }
+    for (int i = 0; i < MR; ++i) make_tables(p.x + (m + i) * p.inputs + first, width, tables[i], sum[i]);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
-      integer_tiles<MR, 4>(p, w, words, end - begin, tables, plane, total);
+      span_tiles<MR>(w, words, end - begin, at, p.plane_weights[plane], total);
     }
   }
   int32_t weight = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
-  for (int64_t tile = begin; tile < end; ++tile) {
-    for (int i = 0; i < MR; ++i) {
-      const IntegerPair& t = total[(tile - begin) * MR + i];
-      const __m512i all = _mm512_set1_epi32(weight * sum[i]);
-      finish_tile(p, m + i, tile,
-                  {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(t.even, 1), all)),
-                   _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(t.odd, 1), all))});
+  for (int i = 0; i < MR; ++i) {
+    const int32_t all = weight * _mm512_reduce_add_epi32(sum[i]);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      finish_tile(signed_sums(total[(tile - begin) * MR + i], all), tile, p.outputs, p.scale, p.scale_stride,
+                  p.x_scale[m + i], p.bias, p.y + (m + i) * p.outputs);
     }
   }
 }
 
 template <int MR>
 void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
-  alignas(64) float tables[kMostFloatTables * MR * 16];
+  alignas(64) float tables[MR][kChunkWords * kFloatTables];
+  const float* at[MR];
   Pair total[kBlockTiles * MR];
   for (int64_t i = 0; i < (end - begin) * MR; ++i) total[i] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  std::memset(tables, 0, sizeof tables);  // those of words without weights
+  for (int i = 0; i < MR; ++i) at[i] = tables[i];
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
-    if (width < kChunkWidth) std::memset(tables, 0, sizeof tables);
-    for (int64_t i = 0; i < MR; ++i)
-      make_float_tables(p.x + (m + i) * p.inputs + first, width, MR, tables + 16 * i);
+    for (int i = 0; i < MR; ++i) make_tables(p.x + (m + i) * p.inputs + first, width, tables[i]);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
-      float_tiles<MR, MR <= 2 ? 4 : 2>(p, w, words, end - begin, tables, plane, total, begin, first);
+      if (p.group != 0) {
+        grouped_tiles<MR>(p, w, first, plane, begin, end, at, total);
+      } else {
+        span_tiles<MR>(w, words, end - begin, at, p.plane_weights[plane], total);
+      }
     }
   }
-  for (int64_t tile = begin; tile < end; ++tile) {
-    for (int i = 0; i < MR; ++i) finish_tile(p, m + i, tile, total[(tile - begin) * MR + i]);
+  for (int i = 0; i < MR; ++i) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      finish_tile(total[(tile - begin) * MR + i], tile, p.outputs, p.group == 0 ? p.scale : nullptr,
+                  p.scale_stride, p.x_scale != nullptr ? p.x_scale[m + i] : 1.0f, p.bias,
+                  p.y + (m + i) * p.outputs);
+    }
   }
 }
 
 template <int MR>
 inline void block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
-  if (whole_numbers(p)) {
+  if (p.x_scale != nullptr && p.group == 0) {  // sums of whole numbers
     integer_block<MR>(p, m, begin, end);
   } else {
     float_block<MR>(p, m, begin, end);

@@ -34,14 +34,11 @@ struct BinaryLinear {
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kChunkWords = 15;
 constexpr int64_t kChunkWidth = 16 * kChunkWords;
-constexpr int64_t kWordStep = 3;    // a row is padded to a multiple of 3 words
 constexpr int64_t kItemRows = 128;  // outputs in one piece of work
 
 constexpr int64_t tile_count(int64_t outputs) { return (outputs + kTileRows - 1) / kTileRows; }
 // Words that hold a row.
-constexpr int64_t tile_words(int64_t inputs) {
-  return (inputs + 16 * kWordStep - 1) / (16 * kWordStep) * kWordStep;
-}
+constexpr int64_t tile_words(int64_t inputs) { return (inputs + 15) / 16; }
 // Words of the chunk whose first weight is `first`.
 constexpr int64_t chunk_words(int64_t inputs, int64_t first) {
   const int64_t rest = tile_words(inputs) - first / 16;

@@ -1,15 +1,13 @@
+// clang-format off: the vectors come before the rules, which are written in them
+#include "cpu/kernels/vec.h"
 #include "cpu/kernels/step.h"
+// clang-format on
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
 
-#include "cpu/kernels/vec.h"  // before the rules
-
-#include "core/askew.h"
 #include "core/base.h"
-#include "core/simple.h"
-#include "core/stam.h"
 
 namespace quantopt::QUANTOPT_ISA {
 namespace {
@@ -27,7 +25,8 @@ inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
   }
 }
 
-// ---- one span: elements that share a scale -------------------------------------------------------------------
+// ---- one span: elements that share a scale
+// -------------------------------------------------------------------
 
 // Pointers of a span, already advanced to its first element. P and M are float, or both BFloat16.
 template <class P, class M>
@@ -74,7 +73,8 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
     store(s.param + i, rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{}));
   } else if constexpr (sizeof(P) == 2) {
     const auto bits = (VecBits)next;
-    store_halves(s.param + i, random ? bfloat16_stochastic(bits, load_halves(random + i)) : bfloat16_nearest(bits));
+    store_halves(s.param + i,
+                 random ? bfloat16_stochastic(bits, load_halves(random + i)) : bfloat16_nearest(bits));
   } else {
     store(s.param + i, next);
   }
@@ -82,8 +82,8 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
 
 // The last elements of a span, in a padded copy.
 template <class P, class M, class Direction, class R>
-void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, const Direction& direction, const R& rule,
-               const uint16_t* random) {
+void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, const Direction& direction,
+               const R& rule, const uint16_t* random) {
   P param[kWidth] = {}, grad[kWidth] = {};
   M momentum[kWidth] = {};
   float second[kWidth] = {}, latent[kWidth] = {};
@@ -110,8 +110,8 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
 
 // Steps the first n elements of a span; `first` is the number of its first element in its tensor.
 template <class P, class M, class Direction, class R>
-void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in, const R& rule_in,
-               bool prefetch, const PhiloxKey* key, int64_t first) {
+void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in,
+               const R& rule_in, bool prefetch, const PhiloxKey* key, int64_t first) {
   const Span<P, M> span = span_in;  // local copies, so that the compiler keeps the constants in registers
   const Direction direction = direction_in;
   const R rule = rule_in;
@@ -124,7 +124,8 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
         const int64_t end = std::min(n, begin + kBlock - lead);
         random_halves(*key, first + begin - lead, halves);
         const uint16_t* random = halves + lead - begin;
-        for (; begin + kWidth <= end; begin += kWidth) step_vector(span, begin, factor, direction, rule, random);
+        for (; begin + kWidth <= end; begin += kWidth)
+          step_vector(span, begin, factor, direction, rule, random);
         if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, random);
         begin = end;
       }
@@ -161,7 +162,9 @@ double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, c
         const int64_t at = i + k * kWidth;
         const int64_t count = std::min<int64_t>(kWidth, stop - at);
         if (count <= 0) break;
-        const auto read = [&](const float* p) { return count == kWidth ? load(p + at) : load_some(p + at, count); };
+        const auto read = [&](const float* p) {
+          return count == kWidth ? load(p + at) : load_some(p + at, count);
+        };
         Vec m{}, v{};
         if constexpr (Direction::kMomentum) m = read(s.momentum);
         const Vec w = read(s.latent);
@@ -178,7 +181,8 @@ double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, c
   return total;
 }
 
-// ---- 16-bit types, a stage at a time -------------------------------------------------------------------------
+// ---- 16-bit types, a stage at a time
+// -------------------------------------------------------------------------
 
 template <class T>
 void widen(const void* from, int64_t at, float* to, int64_t n) {
@@ -217,15 +221,15 @@ void write_from_float(Dtype dtype, const float* from, void* to, int64_t at, int6
   }
 }
 
-// bfloat16 momentum, or fp32 with bfloat16 parameters: everything that is not float is converted to float arrays
-// that stay in the first cache. The float kernel then does the work.
+// bfloat16 momentum, or fp32 with bfloat16 parameters: everything that is not float is converted to float
+// arrays that stay in the first cache. The float kernel then does the work.
 struct Stage {
   alignas(64) float param[kStage];
   alignas(64) float grad[kStage];
   alignas(64) float momentum[kStage];
 };
 
-Span<float, float> fill_stage(const StepOptions& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
+Span<float, float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
                               bool latent_rule, bool reads_weight) {
   Span<float, float> span{};
   read_as_float(o.param_dtype, s.grad, at, stage.grad, n);
@@ -249,8 +253,8 @@ Span<float, float> fill_stage(const StepOptions& o, const StepSegment& s, Stage&
 }
 
 template <class Direction, class R>
-void step_staged(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Direction& direction,
-                 const R& rule) {
+void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                 const Direction& direction, const R& rule) {
   Stage stage;
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
@@ -261,31 +265,35 @@ void step_staged(const StepOptions& o, const StepSegment& s, int64_t begin, int6
   }
 }
 
-// ---- choosing the instantiation ------------------------------------------------------------------------------
+// ---- choosing the instantiation
+// ------------------------------------------------------------------------------
 
 template <class Direction, class R>
-void step_range(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Direction& direction,
-                const R& rule) {
+void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                const Direction& direction, const R& rule) {
   const bool float_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32;
   const int64_t n = end - begin;
   if (o.param_dtype == Dtype::kFloat32 && float_momentum) {
-    const Span<float, float> span{static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
+    const Span<float, float> span{static_cast<float*>(s.param) + begin,
+                                  static_cast<const float*>(s.grad) + begin,
                                   static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
                                   s.second + (s.second ? begin : 0), s.latent + (s.latent ? begin : 0)};
     return step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, nullptr, 0);
   }
   if constexpr (!R::kLatent) {
     const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
-    if (o.param_dtype == Dtype::kBFloat16 && s.latent == nullptr && (bfloat_momentum || o.stochastic_rounding)) {
+    if (o.param_dtype == Dtype::kBFloat16 && s.latent == nullptr &&
+        (bfloat_momentum || o.stochastic_rounding)) {
       PhiloxKey key = o.key;
       key.tensor = s.index;
       key.step = static_cast<uint32_t>(s.step);
       const auto run = [&](auto* momentum) {
         using M = std::remove_pointer_t<decltype(momentum)>;
-        const Span<BFloat16, M> span{static_cast<BFloat16*>(s.param) + begin,
-                                     static_cast<const BFloat16*>(s.grad) + begin, momentum + (momentum ? begin : 0),
-                                     s.second + (s.second ? begin : 0), nullptr};
-        step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, o.stochastic_rounding ? &key : nullptr, begin);
+        const Span<BFloat16, M> span{
+            static_cast<BFloat16*>(s.param) + begin, static_cast<const BFloat16*>(s.grad) + begin,
+            momentum + (momentum ? begin : 0), s.second + (s.second ? begin : 0), nullptr};
+        step_span(span, n, o.gradient_factor, direction, rule, o.prefetch,
+                  o.stochastic_rounding ? &key : nullptr, begin);
       };
       return bfloat_momentum ? run(static_cast<BFloat16*>(s.momentum)) : run(static_cast<float*>(s.momentum));
     }
@@ -307,7 +315,7 @@ void for_each_scale(const StepSegment& s, int64_t begin, int64_t end, const Visi
 }
 
 template <bool AllowAdam, class Visit>
-void with_direction(const StepOptions& o, double step, const Visit& visit) {
+void with_direction(const StepContext& o, double step, const Visit& visit) {
   if constexpr (AllowAdam) {
     if (o.adam) return visit(make_adam_direction(o.hyper, step));
   }
@@ -315,40 +323,37 @@ void with_direction(const StepOptions& o, double step, const Visit& visit) {
   visit(PlainDirection{});
 }
 
-float latent_limit(const StepOptions& o, const StepSegment& s, int64_t at) {
+float latent_limit(const StepContext& o, const StepSegment& s, int64_t at) {
   if (s.sigma == nullptr) return std::numeric_limits<float>::infinity();
   return static_cast<float>(o.hyper.bound) * s.sigma[at / s.sigma_row];
 }
 
 // Calls visit(begin, end, rule) for every run of elements that one rule object serves.
 template <bool Binary, class Visit>
-void for_each_rule(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+void for_each_rule(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                   const Visit& visit) {
   const auto grid = [&](float scale) { return make_grid(scale, o.level_factor, o.levels); };
-  const BaseStep base = make_base_step(o.hyper, o.decoupled);
   switch (o.rule) {
-    case Rule::kBase: return visit(begin, end, base);
+    case Rule::kBase: return visit(begin, end, o.base);
     case Rule::kProx:
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, ProxStep<Binary>{base, static_cast<float>(o.hyper.threshold), grid(scale)});
+        visit(a, b, ProxStep<Binary>{o.base, static_cast<float>(o.hyper.threshold), grid(scale)});
       });
     case Rule::kAskew: {
-      const AskewConstants c = make_askew_constants(o.hyper, o.decoupled);
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, AskewVelocity<Binary>(c, grid(scale)));
+        visit(a, b, AskewVelocity<Binary>(o.askew, grid(scale)));
       });
     }
     case Rule::kAskewGradient: {
-      const AskewConstants c = make_askew_constants(o.hyper, o.decoupled);
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, AskewGradient<Binary>(c, grid(scale)));
+        visit(a, b, AskewGradient<Binary>(o.askew, grid(scale)));
       });
     }
     case Rule::kAskewMemory: {
-      const AskewConstants c = make_askew_constants(o.hyper, true);
-      const bool limited = c.rate <= std::numeric_limits<float>::max();
+      const bool limited = o.askew.rate <= std::numeric_limits<float>::max();
       return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        if (limited) return visit(a, b, AskewMemory<Binary, true>(c, grid(scale)));
-        visit(a, b, AskewMemory<Binary, false>(c, grid(scale)));
+        if (limited) return visit(a, b, AskewMemory<Binary, true>(o.askew, grid(scale)));
+        visit(a, b, AskewMemory<Binary, false>(o.askew, grid(scale)));
       });
     }
     default: return;  // the STAM rules, below
@@ -356,10 +361,11 @@ void for_each_rule(const StepOptions& o, const StepSegment& s, int64_t begin, in
 }
 
 template <bool Binary, class Visit>
-void for_each_stam_rule(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+void for_each_stam_rule(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                        const Visit& visit) {
   const auto grid = [&](float scale) { return make_grid(scale, o.level_factor, o.levels); };
   const bool splitting = o.rule == Rule::kSplitting;
-  const StamConstants c = make_stam_constants(o.hyper, splitting);
+  const StamConstants& c = o.stam;
   for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float next) {
     if (splitting) return visit(a, b, StamSplitting<Binary>{c, grid(scale), grid(next)});
     while (a < b) {  // the latent bound may be frozen per smaller pieces than the levels
@@ -371,7 +377,7 @@ void for_each_stam_rule(const StepOptions& o, const StepSegment& s, int64_t begi
 }
 
 template <bool Binary>
-void step_piece_of(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end) {
+void step_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
   const auto step = [&](const auto& direction) {
     return [&](int64_t a, int64_t b, const auto& rule) { step_range(o, s, a, b, direction, rule); };
   };
@@ -380,20 +386,21 @@ void step_piece_of(const StepOptions& o, const StepSegment& s, int64_t begin, in
       for_each_stam_rule<Binary>(o, s, begin, end, step(direction));
     });
   }
-  with_direction<true>(o, s.step, [&](const auto& direction) {
-    for_each_rule<Binary>(o, s, begin, end, step(direction));
-  });
+  with_direction<true>(
+      o, s.step, [&](const auto& direction) { for_each_rule<Binary>(o, s, begin, end, step(direction)); });
 }
 
 template <bool Binary>
-double magnitude_of_piece_of(const StepOptions& o, const StepSegment& s, int64_t begin, int64_t end) {
+double magnitude_of_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
   double total = 0.0;
   Stage stage;
   with_direction<false>(o, s.step, [&](const auto& direction) {
     for_each_stam_rule<Binary>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
-      if (o.param_dtype == Dtype::kFloat32 && (s.momentum == nullptr || o.momentum_dtype == Dtype::kFloat32)) {
+      if (o.param_dtype == Dtype::kFloat32 &&
+          (s.momentum == nullptr || o.momentum_dtype == Dtype::kFloat32)) {
         const Span<float, float> span{nullptr, static_cast<const float*>(s.grad) + a,
-                                      static_cast<float*>(s.momentum) + (s.momentum ? a : 0), nullptr, s.latent + a};
+                                      static_cast<float*>(s.momentum) + (s.momentum ? a : 0), nullptr,
+                                      s.latent + a};
         total += magnitude_of_span(span, b - a, o.gradient_factor, direction, rule);
         return;
       }
@@ -409,15 +416,17 @@ double magnitude_of_piece_of(const StepOptions& o, const StepSegment& s, int64_t
 
 }  // namespace
 
-void step_piece(const StepOptions& options, const StepSegment& segment, int64_t begin, int64_t end) {
-  const bool binary = options.levels == 2;
-  binary ? step_piece_of<true>(options, segment, begin, end) : step_piece_of<false>(options, segment, begin, end);
+void step_piece(const StepContext& context, const StepSegment& segment, int64_t begin, int64_t end) {
+  const bool binary = context.levels == 2;
+  binary ? step_piece_of<true>(context, segment, begin, end)
+         : step_piece_of<false>(context, segment, begin, end);
 }
 
-double magnitude_of_piece(const StepOptions& options, const StepSegment& segment, int64_t begin, int64_t end) {
-  const bool binary = options.levels == 2;
-  return binary ? magnitude_of_piece_of<true>(options, segment, begin, end)
-                : magnitude_of_piece_of<false>(options, segment, begin, end);
+double magnitude_of_piece(const StepContext& context, const StepSegment& segment, int64_t begin,
+                          int64_t end) {
+  const bool binary = context.levels == 2;
+  return binary ? magnitude_of_piece_of<true>(context, segment, begin, end)
+                : magnitude_of_piece_of<false>(context, segment, begin, end);
 }
 
 }  // namespace quantopt::QUANTOPT_ISA

@@ -1,6 +1,6 @@
 // Vectors of floats for the rules of csrc/core, by the vector extension of GCC and Clang, at the width of the
-// instruction set that this translation unit is compiled for. Include it before the rules: vectors have no namespace in
-// which their functions could be found later.
+// instruction set that this translation unit is compiled for. Include it before the rules: vectors have no
+// namespace in which their functions could be found later.
 #pragma once
 
 #include <cstdint>

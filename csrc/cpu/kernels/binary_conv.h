@@ -1,0 +1,35 @@
+// conv2d with packed +-1 weights on channels-last images, compiled for every instruction set. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace quantopt {
+
+// y[b, oy, ox, n] = scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s] x[b, oy S + r D - P, ox S + s D - P, c] +
+// bias[n], zero outside the image. With x_scale, x holds whole numbers of at most 127 and the sum is exact.
+struct BinaryConv {
+  int64_t images, height, width, channels;
+  int64_t out_height, out_width, outputs;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t planes;
+  const uint16_t* tiles;         // binary_tiles of [planes, kernel positions] times [outputs, channels]
+  const int32_t* plane_weights;  // [planes]
+  const float* scale;            // [1] or [outputs]
+  int64_t scale_stride;          // 0 or 1
+  const float* bias;             // [outputs] or null
+  const float* x;                // [images, height, width, channels]
+  const float* x_scale;          // [images] or null
+  float* y;                      // [images, out_height, out_width, outputs]
+};
+
+}  // namespace quantopt
+
+QUANTOPT_DECLARE_PER_ISA(
+    // Whether there is such a kernel.
+    bool binary_conv_available();
+    // Bytes of working memory, aligned to 64, for one call.
+    int64_t binary_conv_memory(const BinaryConv& conv);
+    // The rows [begin, end) of the out_height rows of all images.
+    void binary_conv2d(const BinaryConv& conv, int64_t begin, int64_t end, void* memory);)
