@@ -60,6 +60,7 @@ ISAS = {
 KERNELS = {
     "step": ("portable", "avx2", "avx512"),
     "binary_linear": ("portable", "avx2", "avx512", "avx512vnni"),
+    "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
 }
 DEFAULT_ISAS = ("portable", "avx2", "avx512")
 

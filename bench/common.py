@@ -1,0 +1,164 @@
+"""What the benchmarks share: interleaved medians, the table, the JSON report."""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quantopt
+from quantopt import _extension
+
+
+def compare(
+    functions: Mapping[str, Callable[[], object]], *, min_time: float = 0.5, repeat: int = 7, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of one call of each function.
+
+    The functions take turns, so that a change in the machine's speed falls on all of them: at least ``repeat`` rounds,
+    and more until ``min_time`` seconds per function have passed. Each turn begins with calls that are not timed, for
+    20 ms or at least one: the caches then hold what this function uses, not what the one before it did (a third-level
+    cache takes tens of passes to settle). Calls under 5 ms are timed in bunches.
+    """
+    bunch: dict[str, int] = {}
+    warm: dict[str, int] = {}
+    for name, function in functions.items():
+        for _ in range(warmup):
+            function()
+        start = time.perf_counter()
+        function()
+        seconds = max(time.perf_counter() - start, 1e-7)
+        bunch[name] = max(1, min(1000, round(5e-3 / seconds)))
+        warm[name] = max(1, min(1000, round(2e-2 / seconds)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    deadline = time.perf_counter() + min_time * len(functions)
+    rounds = 0
+    while rounds < repeat or (time.perf_counter() < deadline and rounds < 10_000):
+        for name, function in functions.items():
+            for _ in range(warm[name]):
+                function()
+            count = bunch[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            times[name].append((time.perf_counter() - start) / count)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def device_name(device: str = "cpu") -> str:
+    """The processor's name, or the GPU's."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    model = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    isa = "" if _extension.error is not None else f", {torch.ops.quantopt.cpu_isa()}"
+    return f"{name}{model}{isa}"
+
+
+def commit() -> str:
+    """The commit of the tree this file is in, with + if the tree differs from it; "unknown" outside git."""
+    root = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if dirty else "")
+
+
+def row(
+    case: str, peer: str, ours: float, theirs: float, target: float | None = None, **more: Any
+) -> dict[str, Any]:
+    """One comparison: ``ratio`` = theirs / ours in seconds (how many times faster we are), ``ok`` = ratio >= target."""
+    ratio = theirs / ours
+    return {
+        "case": case,
+        "peer": peer,
+        "ratio": ratio,
+        "target": target,
+        "ok": None if target is None else ratio >= target,
+        "ours_ms": ours * 1e3,
+        "peer_ms": theirs * 1e3,
+        **more,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text: case, peer, both times, ratio, target, and pass or fall short."""
+    header = ["case", "peer", "ours ms", "peer ms", "ratio", "target", ""]
+    lines = [
+        [
+            str(r["case"]),
+            str(r["peer"]),
+            f"{r['ours_ms']:.3f}" if "ours_ms" in r else "",
+            f"{r['peer_ms']:.3f}" if "peer_ms" in r else "",
+            f"{r['ratio']:.2f}",
+            "" if r["target"] is None else f"{r['target']:g}",
+            {True: "pass", False: "falls short", None: ""}[r["ok"]],
+        ]
+        for r in rows
+    ]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    text = []
+    for line in [header, *lines]:
+        cells = [
+            c.ljust(w) if i < 2 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line[:-1], widths, strict=False))
+        ]
+        text.append("  ".join([*cells, line[-1]]).rstrip())
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def report(
+    rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
+) -> dict[str, Any]:
+    """Prints the table; with ``json_path`` also writes device, date, commit, versions, threads and rows there."""
+    versions = {
+        "quantopt": quantopt._version.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device != "cpu":
+        versions["cuda"] = str(torch.version.cuda)
+    result = {
+        "device": device_name(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions,
+        "threads": threads,
+        "rows": [dict(r) for r in rows],
+    }
+    print(f"{result['device']}; torch {torch.__version__}; threads: {threads}; commit {result['commit']}")
+    print(table(rows))
+    if json_path:
+        Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """--json, --threads, --min-time."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--json", metavar="FILE", help="also write the results there")
+    result.add_argument("--threads", type=int, default=1, help="threads for all (default: 1)")
+    result.add_argument(
+        "--min-time", type=float, default=0.5, help="seconds per timed function (default: 0.5)"
+    )
+    return result

@@ -1,0 +1,174 @@
+"""Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
+
+    python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|mlp]
+
+Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
+several times slower). Every product is checked against float64 before it is timed.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import common
+import torch
+from torch import Tensor, nn
+
+import quantopt.nn as qnn
+
+# Times faster than (int8, bf16, fp32) by mode and number of rows; None: only shown.
+TARGETS: dict[tuple[str, int], tuple[float | None, float | None, float | None]] = {
+    ("int8", 1): (7.5, 20, 25),
+    ("exact", 1): (None, None, 6),
+    ("int8", 8): (3.5, 9, None),
+    ("exact", 8): (None, None, None),
+    ("int8", 128): (1.7, 4, 16),
+    ("exact", 128): (None, 1.1, 1.0),
+    ("int8", 512): (1.55, 3, 13),
+    ("exact", 512): (None, 1.1, 1.0),
+}
+
+
+def int8_linear(linear: nn.Linear) -> nn.Module:
+    """The layer with dynamically quantised int8 activations, engine onednn."""
+    torch.backends.quantized.engine = "onednn"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
+    return model[0]
+
+
+def check(layer: qnn.BinaryLinear, x: Tensor) -> None:
+    """Stops if the layer is wrong: within rounding of float64 (int8: within the rounding of x)."""
+    expected = x.double() @ layer.weight.double().T + (0 if layer.bias is None else layer.bias.double())
+    error = float((layer(x).double() - expected).norm() / expected.norm())
+    if error > (2e-2 if layer.compute == "int8" else 1e-5):
+        raise SystemExit(f"{layer}: relative error {error}")
+
+
+def products(size: int, rows: int, min_time: float) -> list[dict[str, object]]:
+    """One size x size layer, its weights hot."""
+    linear = nn.Linear(size, size)
+    x = torch.randn(rows, size)
+    exact, rough = (qnn.BinaryLinear.from_linear(linear, compute=c) for c in ("exact", "int8"))
+    for layer in (exact, rough):
+        check(layer, x)
+    half, short = copy.deepcopy(linear).bfloat16(), x.bfloat16()
+    quantised = int8_linear(linear)
+    functions: dict[str, Callable[[], object]] = {
+        "exact": lambda: exact(x),
+        "exact, bf16 x": lambda: exact(short),
+        "int8": lambda: rough(x),
+        "torch int8": lambda: quantised(x),
+        "torch bf16": lambda: half(short),
+        "torch fp32": lambda: linear(x),
+    }
+    seconds = common.compare(functions, min_time=min_time)
+    result = []
+    for mode in ("int8", "exact"):
+        for peer, target in zip(("int8", "bf16", "fp32"), TARGETS[mode, rows], strict=True):
+            ours = "exact, bf16 x" if mode == "exact" and peer == "bf16" else mode
+            case = f"M={rows} {size}x{size} {ours}"
+            result.append(common.row(case, f"torch {peer}", seconds[ours], seconds[f"torch {peer}"], target))
+    return result
+
+
+def rotated(size: int, min_time: float, megabytes: int = 300) -> list[dict[str, object]]:
+    """One row of x and as many layers, in turns, as fill ``megabytes``: the weights come from memory."""
+    x = torch.randn(1, size)
+    short = x.bfloat16()
+    packed = qnn.BinaryLinear.from_linear(nn.Linear(size, size))
+    rough = qnn.BinaryLinear.from_linear(nn.Linear(size, size), compute="int8")
+
+    def turns(make: Callable[[], nn.Module], bytes_each: int, value: Tensor) -> Callable[[], object]:
+        layers = [make() for _ in range(-(-megabytes * 10**6 // bytes_each))]
+        position = [0]
+
+        def call() -> object:
+            position[0] = (position[0] + 1) % len(layers)
+            return layers[position[0]](value)
+
+        return call
+
+    weights = size * size
+    functions = {
+        "exact": turns(lambda: copy.deepcopy(packed), weights // 8, x),
+        "int8": turns(lambda: copy.deepcopy(rough), weights // 8, x),
+        "torch int8": turns(lambda: int8_linear(nn.Linear(size, size)), weights, x),
+        "torch bf16": turns(lambda: nn.Linear(size, size, dtype=torch.bfloat16), weights * 2, short),
+        "torch fp32": turns(lambda: nn.Linear(size, size), weights * 4, x),
+    }
+    seconds = common.compare(functions, min_time=min_time)
+    targets = {"torch int8": 8.0, "torch bf16": 15.0, "torch fp32": 25.0}
+    case = f"M=1 {size}x{size}, weights from memory,"
+    rows = [common.row(f"{case} int8", p, seconds["int8"], seconds[p], t) for p, t in targets.items()]
+    return [*rows, common.row(f"{case} exact", "torch fp32", seconds["exact"], seconds["torch fp32"])]
+
+
+def convolution(min_time: float) -> list[dict[str, object]]:
+    """256 to 256 channels, 3x3, on 8 images of 16x16, all channels last."""
+    conv = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(8, 256, 16, 16).to(memory_format=torch.channels_last)
+    exact, rough = (qnn.BinaryConv2d.from_conv2d(conv, compute=c) for c in ("exact", "int8"))
+    expected = nn.functional.conv2d(x.double(), exact.weight.double(), conv.bias.double(), padding=1)
+    for layer, tolerance in ((exact, 1e-5), (rough, 2e-2)):
+        error = float((layer(x).double() - expected).norm() / expected.norm())
+        if error > tolerance:
+            raise SystemExit(f"{layer}: relative error {error}")
+    half, short = copy.deepcopy(conv).bfloat16(), x.bfloat16()
+    functions: dict[str, Callable[[], object]] = {
+        "exact": lambda: exact(x),
+        "int8": lambda: rough(x),
+        "torch bf16": lambda: half(short),
+        "torch fp32": lambda: conv(x),
+    }
+    seconds = common.compare(functions, min_time=min_time)
+    case = "conv 256x256x3x3 on 8x16x16,"
+    targets = (("int8", "torch bf16", 2.0), ("int8", "torch fp32", 15.0), ("exact", "torch fp32", None))
+    return [common.row(f"{case} {c}", p, seconds[c], seconds[p], t) for c, p, t in targets]
+
+
+def mlp(size: int, depth: int, rows: int, min_time: float) -> list[dict[str, object]]:
+    """Layers of one width with ReLU between, in full precision and packed."""
+    model = nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(size, size), nn.ReLU())])
+    x = torch.randn(rows, size)
+    packed = {
+        c: nn.Sequential(
+            *[qnn.BinaryLinear.from_linear(m, c) if isinstance(m, nn.Linear) else m for m in model]
+        )
+        for c in ("exact", "int8")
+    }
+    functions: dict[str, Callable[[], object]] = {c: (lambda p=p: p(x)) for c, p in packed.items()}
+    functions["torch fp32"] = lambda: model(x)
+    seconds = common.compare(functions, min_time=min_time)
+    return [
+        common.row(
+            f"mlp {depth} x {size}, batch {rows}, {c}", "torch fp32", seconds[c], seconds["torch fp32"], 5.0
+        )
+        for c in packed
+    ]
+
+
+def main() -> None:
+    parser = common.parser("Products with packed weights against torch's layers.")
+    parser.add_argument("--size", type=int, default=4096, help="in and out features (default: 4096)")
+    parser.add_argument("--only", choices=["linear", "rotated", "conv", "mlp"], help="one part")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    rows: list[dict[str, object]] = []
+    with torch.inference_mode():
+        if arguments.only in (None, "linear"):
+            for m in (1, 8, 128, 512):
+                rows += products(arguments.size, m, arguments.min_time)
+        if arguments.only in (None, "rotated"):
+            rows += rotated(arguments.size, arguments.min_time)
+        if arguments.only in (None, "conv"):
+            rows += convolution(arguments.min_time)
+        if arguments.only in (None, "mlp"):
+            rows += mlp(arguments.size, 4, 1, arguments.min_time)
+    common.report(rows, arguments.json, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

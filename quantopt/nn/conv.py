@@ -1,0 +1,156 @@
+"""BinaryConv2d."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantopt.nn.linear import BinaryModule
+from quantopt.ops import binary as ops
+
+
+class BinaryConv2d(BinaryModule):
+    """conv2d with W [out_channels, in_channels/groups, kh, kw] = scale * sum_i 2^i (±1 plane i).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.
+        levels, scale, group_size, compute: as in :class:`BinaryLinear`; an output channel is a row, flattened.
+
+    See :func:`quantopt.binary_conv2d` for what is fast. A new module has all weights -1 until a state_dict is loaded.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        levels: int = 2,
+        scale: str = "channel",
+        group_size: int = 0,
+        compute: str = "exact",
+        device: torch.device | str | None = None,
+    ) -> None:
+        # nn.Conv2d knows how to check and normalise its arguments.
+        plain = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,  # type: ignore[arg-type]
+            stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            dilation,  # type: ignore[arg-type]
+            groups,
+            bias=False,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
+        row_length = plain.weight[0].numel() if out_channels else 0
+        super().__init__(out_channels, row_length, bias, levels, scale, group_size, compute, device)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = plain.kernel_size
+        self.stride = plain.stride
+        self.padding = plain.padding
+        self.dilation = plain.dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+        # What the product itself pads with zeros; all else (other modes, "same") is padded before.
+        self.explicit = padding_mode != "zeros" or isinstance(plain.padding, str)
+        self.around: list[int] = list(plain._reversed_padding_repeated_twice)
+        self.prepare()
+
+    def prepare(self) -> Self:
+        """Derives the kernels' layout from ``bits``."""
+        usable = self.groups == 1 and not self.group_size and not self.bits.is_meta
+        self.tiles = ops.conv_tiles(self.bits, self.in_channels, self.kernel_size) if usable else None
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """W as fp32 [N, C/groups, kh, kw], built at each access."""
+        weight: Tensor = super().weight.unflatten(1, (-1, *self.kernel_size))
+        return weight
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, compute: str = "exact") -> Self:
+        """Binarises a layer: W = a sgn(weight), a = mean|weight| of each output channel."""
+        weight = conv.weight.detach().flatten(1)
+        module = cls.like(conv, compute=compute)
+        module.set_weights(ops.pack_signs(weight), weight.float().abs().mean(1), conv.bias)
+        return module.train(conv.training)
+
+    @classmethod
+    def like(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        levels: int = 2,
+        scale: str = "channel",
+        group_size: int = 0,
+        compute: str = "exact",
+        device: torch.device | str = "meta",
+    ) -> Self:
+        """A new module with the geometry of ``conv``, by default without memory (:meth:`set_weights` brings it)."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            levels=levels,
+            scale=scale,
+            group_size=group_size,
+            compute=compute,
+            device=device,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: tuple[int, ...] = (0, 0)
+        if not self.explicit:
+            padding = self.padding  # type: ignore[assignment]
+        elif any(self.around):
+            x = F.pad(x, self.around, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return ops.binary_conv2d(
+            x,
+            self.bits,
+            self.scale,
+            self.bias,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            compute=self.compute,
+            group_size=self.group_size,
+            plane_weights=self.plane_weights,
+            tiles=self.tiles,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        ]
+        defaults = {
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "groups": 1,
+            "padding_mode": "zeros",
+            "group_size": 0,
+        }
+        parts += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
+        parts += [
+            f"bias={self.bias is not None}, levels={self.levels}, scale={self.scale_kind}, compute={self.compute}"
+        ]
+        return ", ".join(parts)

@@ -1,0 +1,178 @@
+"""BinaryLinear, and what it shares with BinaryConv2d."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from quantopt.ops import binary as ops
+from quantopt.reference import binary as reference
+
+SCALES = ("tensor", "channel", "group")
+
+
+class BinaryModule(nn.Module):
+    """Packed weights as buffers: bits, scale and bias are in the state_dict, the kernels' layout is derived from them.
+
+    bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] where levels > 2. scale: fp32 [1] | [N] | [N, ceil(K/group_size)].
+    The layout is derived anew when a state_dict is loaded; after writing to ``bits`` otherwise, call :meth:`prepare`.
+    """
+
+    bits: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    tiles: Tensor | None
+
+    def __init__(
+        self,
+        rows: int,
+        row_length: int,
+        bias: bool,
+        levels: int,
+        scale: str,
+        group_size: int,
+        compute: str,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        if compute not in ops.COMPUTE:
+            raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+        if scale not in SCALES:
+            raise ValueError(f'scale must be "tensor", "channel" or "group", not {scale!r}')
+        if not isinstance(group_size, int) or group_size < 0 or (scale == "group") != (group_size > 0):
+            raise ValueError(
+                f'group_size must be positive with scale="group" and 0 without, not {group_size!r}'
+            )
+        self.plane_weights = ops.plane_weights_of(levels)
+        self.levels = levels
+        self.group_size = group_size
+        self.compute = compute
+        self.row_length = row_length
+        planes = len(self.plane_weights)
+        shape = [rows, (row_length + 7) // 8]
+        scale_shape = {
+            "tensor": [1],
+            "channel": [rows],
+            "group": [rows, -(-row_length // group_size) if group_size else 0],
+        }
+        self.register_buffer(
+            "bits", torch.zeros([planes, *shape] if planes > 1 else shape, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("scale", torch.ones(scale_shape[scale], dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(rows, dtype=torch.float32, device=device) if bias else None)
+        self.register_buffer("tiles", None, persistent=False)
+
+    def prepare(self) -> Self:
+        """Derives the kernels' layout from ``bits``."""
+        self.tiles = None if self.bits.is_meta else ops.binary_tiles(self.bits, self.row_length)
+        return self
+
+    def set_weights(self, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Self:
+        """Takes the tensors over (no copy of ``bits`` and ``scale``), and derives the layout."""
+        for name, new in (("bits", bits), ("scale", scale)):
+            old = getattr(self, name)
+            if new.shape != old.shape or new.dtype != old.dtype:
+                raise ValueError(
+                    f"{name} must be {old.dtype} {list(old.shape)}, not {new.dtype} {list(new.shape)}"
+                )
+        self.bits, self.scale = bits, scale
+        if bias is not None:
+            self.bias = bias.detach().to(torch.float32, copy=True)
+        return self.prepare()
+
+    @property
+    def weight(self) -> Tensor:
+        """W as fp32 [N, K], built at each access; for code that looks at a layer's weight, and for debugging."""
+        return reference.dense_weight(
+            self.bits, self.scale, self.row_length, self.plane_weights, self.group_size, torch.float32
+        )
+
+    @property
+    def scale_kind(self) -> str:
+        """ "tensor", "channel" or "group"."""
+        return "group" if self.group_size else ("tensor" if self.scale.numel() == 1 else "channel")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        new = state_dict.get(prefix + "scale")
+        # Scales per tensor and per channel may replace each other.
+        if (
+            isinstance(new, Tensor)
+            and not self.group_size
+            and list(new.shape) in ([1], [self.bits.shape[-2]])
+        ):
+            self.scale = self.scale.new_ones(new.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        self.prepare()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {"scale": self.scale, "bias": self.bias}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():  # scale and bias stay fp32 when a model is moved to bf16
+            new = getattr(self, name)
+            if new is not None and new.dtype != torch.float32 and not new.is_meta:
+                setattr(self, name, old.to(device=new.device))  # type: ignore[union-attr]
+        if self.tiles is None and self.bits.device.type == "cpu":
+            self.prepare()
+        return self
+
+
+class BinaryLinear(BinaryModule):
+    """y = x W^T + b with W [out_features, in_features] = scale * sum_i 2^i (±1 plane i), one bit per weight and plane.
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.
+        levels: 2 (binary), 3 (ternary), 4, 8 or 16 uniform levels: 1, 2, 2, 3 or 4 bit planes.
+        scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].
+        group_size: consecutive weights of a row that share a scale, with scale="group".
+        compute: "exact", or "int8": x is rounded per row to 8 bits; see :func:`quantopt.binary_linear`.
+
+    A new module has all weights -1 until a state_dict is loaded. For inference: gradients flow to x only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        levels: int = 2,
+        scale: str = "channel",
+        group_size: int = 0,
+        compute: str = "exact",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, bias, levels, scale, group_size, compute, device)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.prepare()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, compute: str = "exact") -> Self:
+        """Binarises a layer: W = a sgn(weight), a = mean|weight| of each row."""
+        weight = linear.weight.detach()
+        module = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, compute=compute, device="meta"
+        )
+        module.set_weights(ops.pack_signs(weight), weight.float().abs().mean(1), linear.bias)
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.run_linear(
+            x,
+            self.bits,
+            self.scale,
+            self.bias,
+            self.in_features,
+            self.plane_weights,
+            self.group_size,
+            self.compute,
+            self.tiles,
+        )
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.group_size}" if self.group_size else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"levels={self.levels}, scale={self.scale_kind}{group}, compute={self.compute}"
+        )

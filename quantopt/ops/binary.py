@@ -1,0 +1,381 @@
+"""Products with weights packed at one bit: y = x W^T + b and conv2d, W = scale * sum_i plane_weights[i] * (±1 plane i).
+
+One plane is a binary weight; b planes weighted 1, 2, 4, ... the uniform grid of 2^b levels; two planes weighted 1, 1 a
+ternary weight. Bits are plain row-major, least significant first, 1 = +1, in uint8 [N, ceil(K/8)] or, with P planes,
+[P, N, ceil(K/8)]; bits beyond K are ignored. Everything is derived from these, nothing else is saved.
+
+On the CPU the compiled kernels run; without the extension, on other devices and for float64 the reference does
+(quantopt/reference/binary.py). Source of the plane sum: docs/algorithms.md, section 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantopt import _extension, backends
+from quantopt.reference import binary as reference
+
+COMPUTE = ("exact", "int8")
+
+
+def plane_weights_of(levels: int) -> list[int]:
+    """Weights of the bit planes of a uniform grid of ``levels`` = 2 (binary), 3 (ternary: 1, 1), 4, 8 or 16 levels."""
+    weights = {2: [1], 3: [1, 1], 4: [1, 2], 8: [1, 2, 4], 16: [1, 2, 4, 8]}.get(levels)
+    if weights is None:
+        raise ValueError(f"levels must be 2, 3, 4, 8 or 16, not {levels!r}")
+    return weights
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def pack_signs(w: Tensor) -> Tensor:
+    """Signs of ``w`` [..., K], any floating type, as uint8 [..., ceil(K/8)], least significant bit first.
+
+    Bit 1 = +1, bit 0 = -1, sign(0) = sign(-0.0) = +1, NaN counts as -1; the spare bits of the last byte are 0.
+    Raises TypeError if ``w`` is not a floating tensor, ValueError if it has no dimension.
+    """
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        raise TypeError(f"w must be a floating tensor, not {_kind(w)}")
+    if w.dim() == 0:
+        raise ValueError("w must have at least one dimension: its last one is packed")
+    return reference.pack_signs(w.detach())
+
+
+def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of :func:`pack_signs`: uint8 [..., ceil(K/8)] -> ±1 [..., K] of ``dtype``, K = ``in_features``."""
+    _check_bits(bits, in_features, range(1, 65))
+    return reference.unpack_signs(bits, in_features, dtype)
+
+
+def _check_bits(bits: Tensor, in_features: int, dims: Sequence[int]) -> None:
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8:
+        raise TypeError(f"bits must be a uint8 tensor as pack_signs returns it, not {_kind(bits)}")
+    if bits.dim() not in dims:
+        raise ValueError(f"bits must be [N, ceil(K/8)] or [P, N, ceil(K/8)], not of shape {list(bits.shape)}")
+    if not isinstance(in_features, int) or in_features < 0:
+        raise ValueError(f"in_features must be an integer of at least 0, not {in_features!r}")
+    if bits.shape[-1] != (in_features + 7) // 8:
+        raise ValueError(
+            f"in_features={in_features} needs {(in_features + 7) // 8} bytes per row, bits have {bits.shape[-1]}"
+        )
+
+
+def _check_product(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int,
+    compute: str,
+    plane_weights: Sequence[int] | None,
+) -> list[int]:
+    _check_bits(bits, in_features, (2, 3))
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, not {_kind(x)}")
+    if compute not in COMPUTE:
+        raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+    if not isinstance(group_size, int) or group_size < 0:
+        raise ValueError(f"group_size must be an integer of at least 0 (0: no groups), not {group_size!r}")
+    outputs = bits.shape[-2]
+    if not isinstance(scale, Tensor) or not scale.is_floating_point():
+        raise TypeError("scale must be a floating tensor")
+    shapes = [[outputs, -(-in_features // group_size)]] if group_size else [[1], [outputs]]
+    if list(scale.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        hint = "; scales per group need group_size" if scale.dim() == 2 and not group_size else ""
+        raise ValueError(f"scale must have shape {wanted}, not {list(scale.shape)}{hint}")
+    if bias is not None and list(bias.shape) != [outputs]:
+        raise ValueError(f"bias must have shape [{outputs}], not {list(bias.shape)}")
+    for name, tensor in (("bits", bits), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
+    planes = bits.shape[0] if bits.dim() == 3 else 1
+    if plane_weights is None:
+        return [1 << i for i in range(planes)]
+    if len(plane_weights) != planes or not all(isinstance(w, int) and 1 <= w <= 128 for w in plane_weights):
+        raise ValueError(
+            f"plane_weights must be {planes} integers in 1..128, one per plane, not {plane_weights!r}"
+        )
+    return list(plane_weights)
+
+
+def _compiled(x: Tensor) -> bool:
+    return backends.choose("binary_linear", x.device, x.dtype).name == "cpu"
+
+
+def binary_tiles(bits: Tensor, in_features: int) -> Tensor | None:
+    """``bits`` in the order the CPU kernels read, derived once to be passed as ``tiles``; None where it is not used."""
+    _check_bits(bits, in_features, (2, 3))
+    if bits.device.type != "cpu" or _extension.error is not None:
+        return None
+    tiles: Tensor = torch.ops.quantopt.binary_tiles(bits, in_features)
+    return tiles if tiles.numel() > 0 else None
+
+
+def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int]) -> Tensor | None:
+    """The same for a convolution without groups: bits of [N, channels, kh, kw], flattened per output channel."""
+    taps = kernel_size[0] * kernel_size[1]
+    _check_bits(bits, channels * taps, (2, 3))
+    if bits.device.type != "cpu" or _extension.error is not None:
+        return None
+    signs = reference.unpack_signs(
+        bits if bits.dim() == 3 else bits.unsqueeze(0), channels * taps, torch.int8
+    )
+    by_tap = reference.pack_signs(
+        signs.unflatten(2, (channels, taps)).permute(0, 3, 1, 2)
+    )  # [P, taps, N, channels]
+    return binary_tiles(by_tap.flatten(0, 1), channels)
+
+
+class _Linear(torch.autograd.Function):
+    """Gradients for x and the bias (those of the dense layer; int8: straight through the rounding)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        bits: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        plane_weights: list[int],
+        group_size: int,
+        compute: str,
+        tiles: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(bits, scale)
+        ctx.layout = (in_features, plane_weights, group_size)  # type: ignore[attr-defined]
+        return _forward(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        bits, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]  # type: ignore[attr-defined]
+        grad_x = grad_bias = None
+        if need_x:
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            in_features, plane_weights, group_size = ctx.layout  # type: ignore[attr-defined]
+            weight = reference.dense_weight(bits, scale, in_features, plane_weights, group_size, dtype)
+            grad_x = (grad.to(dtype) @ weight).to(grad.dtype)
+        if need_bias:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias, None, None, None, None, None
+
+
+def _forward(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    plane_weights: list[int],
+    group_size: int,
+    compute: str,
+    tiles: Tensor | None,
+) -> Tensor:
+    if not _compiled(x):
+        return reference.binary_linear(x, bits, scale, bias, in_features, plane_weights, group_size, compute)
+    y: Tensor = torch.ops.quantopt.binary_linear(
+        x, bits, scale.float(), bias, in_features, plane_weights, group_size, compute, tiles
+    )
+    return y
+
+
+def run_linear(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    plane_weights: list[int],
+    group_size: int,
+    compute: str,
+    tiles: Tensor | None,
+) -> Tensor:
+    """:func:`binary_linear` without its checks, for modules that made them once (shapes of x are checked below)."""
+    arguments = (x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        result: Tensor = _Linear.apply(*arguments)
+        return result
+    return _forward(*arguments)
+
+
+def binary_linear(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    compute: str = "exact",
+    group_size: int = 0,
+    plane_weights: Sequence[int] | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    """y[..., n] = sum_k W[n, k] x[..., k] + bias[n], W = scale * sum_i plane_weights[i] * (±1 plane i of bits).
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16 (float64: the reference), any strides and leading dimensions.
+        bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] with P planes; see :func:`pack_signs`.
+        scale: [1], [N], or [N, ceil(K/group_size)] with ``group_size``.
+        bias: [N] or None.
+        in_features: K.
+        compute: "exact": fp32 accumulation of x as it is, y rounded once to the type of x. "int8": x is first rounded,
+            row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are exact, so the error is that of
+            the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about 0.4 % of its size in practice. A
+            row of x with an infinity or NaN gives NaN.
+        group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
+        plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1.
+        tiles: :func:`binary_tiles` of these bits, if derived before (saves time when x has few rows).
+
+    Returns y [..., N] of the type of x. Each sum is taken in an order that depends on K alone: the same bits for any
+    number of threads or rows. In "exact" mode infinities and NaN propagate as in a dense layer. Differentiable with
+    respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    weights = _check_product(x, bits, scale, bias, in_features, group_size, compute, plane_weights)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x must have in_features={in_features} as its last dimension, not shape {list(x.shape)}"
+        )
+    return run_linear(x, bits, scale, bias, in_features, weights, group_size, compute, tiles)
+
+
+def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name} must be one or two integers of at least {least}, not {value!r}")
+    return pair[0], pair[1]
+
+
+def binary_conv2d(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    compute: str = "exact",
+    group_size: int = 0,
+    plane_weights: Sequence[int] | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    """conv2d with packed weights: W [N, C/groups, kh, kw], each output channel flattened to a row of ``bits``.
+
+    Args:
+        x: [B, C, H, W] or [C, H, W], fp32, bf16 or fp16, any strides.
+        bits, scale, bias, group_size, plane_weights, tiles: as in :func:`binary_linear`, with K = C/groups * kh * kw.
+        kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
+        compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W).
+
+    With ``tiles`` (see :func:`conv_tiles`; modules keep them), without groups of channels or scales, and on a processor
+    with AVX-512 the product runs on the packed weights. Else W is expanded to ±1 (exact in every type) for each call,
+    and the library's convolution runs in fp32: that saves memory but no time.
+
+    Returns [B, N, H', W'] of the type of x, channels last in memory. Differentiable with respect to x and bias. Raises
+    TypeError or ValueError naming the argument that does not fit.
+    """
+    kernel = _pair(kernel_size, "kernel_size", 1)
+    steps, pads, spread = (
+        _pair(stride, "stride", 1),
+        _pair(padding, "padding", 0),
+        _pair(dilation, "dilation", 1),
+    )
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        raise ValueError("x must be [B, C, H, W] or [C, H, W]")
+    channels = x.shape[-3]
+    if not isinstance(groups, int) or groups < 1 or channels % groups or bits.shape[-2] % groups:
+        raise ValueError(
+            f"groups={groups!r} must be an integer that divides the {channels} channels of x and "
+            f"the {bits.shape[-2]} of bits"
+        )
+    features = channels // groups * kernel[0] * kernel[1]
+    weights = _check_product(x, bits, scale, bias, features, group_size, compute, plane_weights)
+    size = [x.shape[i - 2] + 2 * pads[i] - spread[i] * (kernel[i] - 1) for i in (0, 1)]
+    if min(size) < 1:
+        raise ValueError(f"kernel_size={kernel} with dilation={spread} is larger than the padded image of x")
+    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if not _compiled(x) or (torch.is_grad_enabled() and needs_grad):
+        if compute == "int8" and x.requires_grad:  # straight through the rounding
+            q, s = reference.quantize_rows(x.detach().flatten(-3))
+            x = x + ((q * s).view(x.shape) - x).detach()
+            compute = "exact"
+        return reference.binary_conv2d(
+            x, bits, scale, bias, kernel, steps, pads, spread, groups, weights, group_size, compute
+        )
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    y: Tensor = torch.ops.quantopt.binary_conv2d(
+        images,
+        bits,
+        scale.float(),
+        bias,
+        kernel,
+        steps,
+        pads,
+        spread,
+        groups,
+        weights,
+        group_size,
+        compute,
+        tiles,
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+if _extension.error is None:
+
+    @torch.library.register_fake("quantopt::binary_linear")
+    def _(
+        x: Tensor,
+        bits: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        plane_weights: list[int],
+        group_size: int = 0,
+        compute: str = "exact",
+        tiles: Tensor | None = None,
+    ) -> Tensor:
+        return x.new_empty([*x.shape[:-1], bits.shape[-2]])
+
+    @torch.library.register_fake("quantopt::binary_conv2d")
+    def _(
+        x: Tensor,
+        bits: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        kernel_size: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        plane_weights: list[int],
+        group_size: int = 0,
+        compute: str = "exact",
+        tiles: Tensor | None = None,
+    ) -> Tensor:
+        size = [
+            (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+            for i in (0, 1)
+        ]
+        return torch.empty(
+            [x.shape[0], bits.shape[-2], *size],
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+
+    @torch.library.register_fake("quantopt::binary_tiles")
+    def _(bits: Tensor, in_features: int) -> Tensor:
+        if torch.ops.quantopt.cpu_isa() in ("portable", "avx2"):
+            return bits.new_empty([0], dtype=torch.int16)
+        planes = bits.shape[0] if bits.dim() == 3 else 1
+        words = -(-in_features // 16)
+        return bits.new_empty([planes, -(-bits.shape[-2] // 32) * words * 32], dtype=torch.int16)

@@ -1,0 +1,243 @@
+"""binary_conv2d against torch's convolution in float64."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantopt import _extension
+from quantopt.ops import binary as ops
+from quantopt.reference import binary as reference
+
+needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
+
+
+def check(
+    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, compute: str = "exact", **geometry: object
+) -> None:
+    """w holds the signs; geometry is what F.conv2d takes."""
+    values = x.double()
+    if compute == "int8":
+        s = x.float().abs().amax((-3, -2, -1), keepdim=True) / 127
+        values = torch.where(s > 0, (x.float() / s).round().clamp(-127, 127), 0.0).double() * s.double()
+    weight = torch.where(w >= 0, 1.0, -1.0).double() * scale.double().view(-1, 1, 1, 1)
+    expected = F.conv2d(values, weight, None if bias is None else bias.double(), **geometry)  # type: ignore[arg-type]
+    size = F.conv2d(values.abs(), weight.abs(), None, **geometry) + 1  # type: ignore[arg-type]
+    bits = ops.pack_signs(w.flatten(1))
+    choices = (
+        [None] if geometry.get("groups", 1) != 1 else [None, ops.conv_tiles(bits, w.shape[1], w.shape[2:])]
+    )
+    for tiles in choices:
+        y = ops.binary_conv2d(
+            x, bits, scale, bias, kernel_size=w.shape[2:], compute=compute, tiles=tiles, **geometry
+        )
+        assert y.shape == expected.shape and y.dtype == x.dtype
+        rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[x.dtype]
+        assert bool(((y - expected).abs() <= 2e-6 * size + rounding * expected.abs()).all())
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_geometry(isa: str, compute: str) -> None:
+    cases = itertools.product([(3, 3), (1, 1), (2, 5)], [1, (2, 3)], [0, 1, (2, 1)], [1, (2, 1)], [1, 3])
+    for kernel, stride, padding, dilation, groups in cases:
+        w, scale, bias = torch.randn(6, 9 // groups, *kernel), torch.rand(6) + 0.5, torch.randn(6)
+        x = torch.randn(2, 9, 9, 11)
+        check(x, w, scale, bias, compute, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_types_and_layouts(isa: str, dtype: torch.dtype, kernel: int, compute: str) -> None:
+    w, scale, bias = torch.randn(40, 20, kernel, kernel), torch.rand(40) + 0.5, torch.randn(40)
+    x = torch.randn(3, 20, 7, 6).to(dtype)
+    for view in (
+        x,
+        x.to(memory_format=torch.channels_last),
+        x.transpose(2, 3),
+        x[0],
+        x[:, :, ::2],
+        x[:0],
+        x[:1],
+    ):
+        check(view, w, scale, bias, compute)
+    check(x, w, scale[:1], None, compute, stride=2)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 47, 48, 49, 64, 239, 241, 300])
+def test_channels(isa: str, compute: str, channels: int) -> None:
+    """In and around the words, units and chunks of the packed kernels; rows of 1 to 5 pixels; more than 128 tiles."""
+    for outputs, width in ((1, 1), (33, 3), (70, 5)):
+        w, scale, bias = torch.randn(outputs, channels, 3, 2), torch.rand(outputs) + 0.5, torch.randn(outputs)
+        check(torch.randn(2, channels, 4, width), w, scale, bias, compute, padding=1)
+    if channels == 17:
+        check(torch.randn(1, 17, 2, 2), torch.randn(4130, 17, 1, 1), torch.rand(4130), None, compute)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_threads_give_the_same_bits(isa: str, compute: str) -> None:
+    x, w = torch.randn(3, 40, 9, 7), torch.randn(66, 40, 3, 3)
+    bits = ops.pack_signs(w.flatten(1))
+    tiles = ops.conv_tiles(bits, 40, (3, 3))
+    if tiles is None:
+        pytest.skip("the library's convolution runs here")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(
+                ops.binary_conv2d(
+                    x, bits, torch.rand(1).fill_(0.3), kernel_size=3, padding=1, compute=compute, tiles=tiles
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_same_sign_extremes_are_exact(isa: str) -> None:
+    x = torch.full((1, 300, 5, 5), 127.0)
+    for sign in (1.0, -1.0):
+        bits = ops.pack_signs(torch.full((40, 2700), sign))
+        tiles = ops.conv_tiles(bits, 300, (3, 3))
+        for compute in ops.COMPUTE:
+            y = ops.binary_conv2d(x, bits, torch.ones(1), kernel_size=3, compute=compute, tiles=tiles)
+            assert torch.equal(y, torch.full((1, 40, 3, 3), sign * 127 * 2700))
+
+
+@needs_extension
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_opcheck(compute: str) -> None:
+    bits = ops.pack_signs(torch.randn(40, 20 * 9))
+    pairs = ([3, 3], [2, 1], [1, 0], [1, 2])
+    for x in (
+        torch.randn(2, 20, 9, 8),
+        torch.randn(2, 20, 9, 8).bfloat16().to(memory_format=torch.channels_last),
+    ):
+        for tiles in (None, ops.conv_tiles(bits, 20, (3, 3))):
+            arguments = (x, bits, torch.rand(40), torch.randn(40), *pairs, 1, [1], 0, compute, tiles)
+            torch.library.opcheck(torch.ops.quantopt.binary_conv2d.default, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.randn(3, 9, 9)}, r"x must be \[B, C, H, W\]"),
+        ({4: [3]}, "kernel_size must be two integers"),
+        ({5: [0, 1]}, "stride must be two integers of at least 1"),
+        ({6: [-1, 1]}, "padding must be two integers of at least 0"),
+        ({7: [9, 1]}, "larger than the padded image"),
+        ({8: 2}, "groups=2 does not divide"),
+        ({2: torch.ones(3)}, "scale must be"),
+        ({1: torch.zeros(4, 3, dtype=torch.uint8)}, "bytes per row"),
+        ({12: torch.zeros(32, dtype=torch.int16)}, "tiles do not belong"),
+    ],
+)
+def test_the_operator_itself_checks_sizes(change: dict[int, object], message: str) -> None:
+    """torch.ops.quantopt.binary_conv2d called directly must not read beyond its tensors."""
+    bits = torch.zeros(4, 4, dtype=torch.uint8)
+    if 12 in change and ops.conv_tiles(bits, 3, (3, 3)) is None:
+        pytest.skip("this instruction set has no layout of its own")
+    arguments: list[object] = [torch.randn(1, 3, 9, 9), bits, torch.ones(4), None]
+    arguments += [[3, 3], [1, 1], [0, 0], [1, 1], 1, [1], 0, "exact", None]
+    for i, value in change.items():
+        arguments[i] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.quantopt.binary_conv2d(*arguments)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_gradients_are_those_of_the_dense_layer(compute: str) -> None:
+    w, bias = torch.randn(5, 6, 3, 3), torch.randn(5, requires_grad=True)
+    x = torch.randn(2, 6, 5, 5, requires_grad=True)
+    y = ops.binary_conv2d(
+        x, ops.pack_signs(w.flatten(1)), torch.full((1,), 0.5), bias, kernel_size=3, compute=compute
+    )
+    grad = torch.randn_like(y)
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
+    dense = torch.where(w >= 0, 0.5, -0.5)
+    expected = F.conv_transpose2d(grad, dense)
+    torch.testing.assert_close(grad_x, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_bias, grad.sum((0, 2, 3)))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            y.detach(),
+            ops.binary_conv2d(
+                x, ops.pack_signs(w.flatten(1)), torch.full((1,), 0.5), bias, kernel_size=3, compute=compute
+            ),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_depthwise_and_one_pixel() -> None:
+    check(torch.randn(2, 6, 5, 5), torch.randn(12, 1, 3, 3), torch.rand(12), None, groups=6, padding=1)
+    check(torch.randn(2, 6, 1, 1), torch.randn(4, 6, 1, 1), torch.rand(4), torch.randn(4))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_planes_and_groups_of_scales(isa: str, kernel: int) -> None:
+    x, planes = torch.randn(2, 32, 6, 5), torch.randn(2, 10, 32 * kernel * kernel)
+    for weights, group_size in (([1, 1], 0), ([1, 2], 32)):
+        scale = torch.rand(10, -(-planes.shape[2] // group_size)) if group_size else torch.rand(10)
+        bits = ops.pack_signs(planes)
+        dense = reference.dense_weight(
+            bits, scale.double(), planes.shape[2], weights, group_size, torch.float64
+        )
+        signs = sum(w * torch.where(p >= 0, 1.0, -1.0).double() for w, p in zip(weights, planes, strict=True))
+        spread = scale.double().repeat_interleave(group_size, 1) if group_size else scale.double()[:, None]
+        torch.testing.assert_close(dense, signs * spread)
+        y = ops.binary_conv2d(
+            x,
+            bits,
+            scale,
+            kernel_size=kernel,
+            padding=kernel // 2,
+            plane_weights=weights,
+            group_size=group_size,
+        )
+        expected = F.conv2d(x.double(), dense.view(10, 32, kernel, kernel), padding=kernel // 2)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_infinities_propagate(isa: str) -> None:
+    x = torch.randn(1, 8, 4, 4)
+    x[0, 3, 1, 1], x[0, 3, 3, 3] = torch.inf, torch.nan
+    for kernel in (1, 3):
+        w = torch.randn(5, 8, kernel, kernel)
+        bits = ops.pack_signs(w.flatten(1))
+        expected = F.conv2d(x, torch.where(w >= 0, 1.0, -1.0), padding=kernel - 1)
+        for tiles in (None, ops.conv_tiles(bits, 8, (kernel, kernel))):
+            arguments = {"kernel_size": kernel, "padding": kernel - 1, "tiles": tiles}
+            y = ops.binary_conv2d(x, bits, torch.ones(1), **arguments)
+            torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+            assert bool(ops.binary_conv2d(x, bits, torch.ones(1), compute="int8", **arguments).isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(9, 9)}, r"x must be \[B, C, H, W\]"),
+        ({"groups": 2}, "groups=2 must be an integer that divides"),
+        ({"stride": 0}, "stride must be one or two integers of at least 1"),
+        ({"padding": (1, 2, 3)}, "padding must be one or two integers"),
+        ({"dilation": 9}, "larger than the padded image"),
+        ({"kernel_size": 2}, "needs 2 bytes per row, bits have 4"),
+        ({"scale": torch.ones(3)}, "scale must have shape"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, object], message: str) -> None:
+    arguments = {
+        "x": torch.randn(1, 3, 9, 9),
+        "bits": torch.zeros(4, 4, dtype=torch.uint8),
+        "scale": torch.ones(4),
+        "kernel_size": 3,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.binary_conv2d(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,149 @@
+"""BinaryLinear and BinaryConv2d as modules."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from quantopt.nn import BinaryConv2d, BinaryLinear
+
+
+def binarised(weight: torch.Tensor) -> torch.Tensor:
+    mean = weight.abs().flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1))
+    return torch.where(weight >= 0, mean, -mean)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear(bias: bool) -> None:
+    linear = nn.Linear(70, 33, bias=bias).eval()
+    layer = BinaryLinear.from_linear(linear)
+    x = torch.randn(4, 5, 70)
+    expected = nn.functional.linear(x, binarised(linear.weight), linear.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight, binarised(linear.weight))
+    assert not layer.training and layer.compute == "exact" and not list(layer.parameters())
+    rough = BinaryLinear.from_linear(linear, compute="int8")(x)
+    assert not torch.equal(rough, expected)
+    torch.testing.assert_close(rough, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same", "valid"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_from_conv2d(padding: int | str, mode: str) -> None:
+    conv = nn.Conv2d(6, 8, (3, 2), padding=padding, padding_mode=mode, groups=2)
+    layer = BinaryConv2d.from_conv2d(conv)
+    x = torch.randn(2, 6, 7, 8)
+    with torch.no_grad():
+        conv.weight.copy_(binarised(conv.weight))
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight, conv.weight.detach())
+
+
+@pytest.mark.parametrize("levels", [2, 3, 16])
+def test_state_dict_into_a_fresh_module(levels: int) -> None:
+    first = BinaryLinear(40, 50, levels=levels, scale="tensor")
+    first.set_weights(
+        torch.randint(0, 256, first.bits.shape, dtype=torch.uint8), torch.tensor([0.3]), torch.randn(50)
+    )
+    assert set(first.state_dict()) == {"bits", "scale", "bias"}
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = BinaryLinear(40, 50, levels=levels)  # one scale per channel, until the state_dict says otherwise
+    x = torch.randn(3, 40)
+    assert not torch.equal(second(x), first(x))
+    second.load_state_dict(torch.load(file))
+    assert torch.equal(second(x), first(x))
+    with pytest.raises(RuntimeError, match="size mismatch for bits"):
+        BinaryLinear(41, 50, levels=levels).load_state_dict(
+            {**first.state_dict(), "bits": first.bits[..., :4]}
+        )
+
+
+def test_writing_bits_in_place_needs_prepare() -> None:
+    layer = BinaryLinear(64, 32, bias=False)
+    x = torch.rand(1, 64)
+    layer.bits.fill_(255)
+    layer.prepare()
+    torch.testing.assert_close(layer(x), x.sum().expand(1, 32))
+
+
+def test_moving_to_a_16_bit_type_keeps_the_scale() -> None:
+    linear = nn.Linear(64, 32)
+    layer = BinaryLinear.from_linear(linear)
+    scale, bias = layer.scale.clone(), linear.bias.detach().clone()
+    layer.to(torch.bfloat16)
+    assert layer.bits.dtype == torch.uint8
+    assert layer.scale.dtype == torch.float32 and torch.equal(layer.scale, scale)
+    assert layer.bias is not None and torch.equal(layer.bias, bias)
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_copies_are_independent() -> None:
+    layer = BinaryLinear.from_linear(nn.Linear(20, 40))
+    x = torch.randn(2, 20)
+    y = layer(x)
+    other = copy.deepcopy(layer)
+    other.bits.zero_()
+    other.prepare()
+    assert torch.equal(layer(x), y) and not torch.equal(other(x), y)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), y)
+
+
+def test_meta_device_then_real() -> None:
+    layer = BinaryLinear(20, 40, device="meta")
+    assert layer.bits.is_meta
+    source = BinaryLinear.from_linear(nn.Linear(20, 40))
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = torch.randn(2, 20)
+    assert torch.equal(layer(x), source(x))
+
+
+def test_repr() -> None:
+    text = repr(BinaryLinear(8, 4, levels=4, scale="group", group_size=32, compute="int8"))
+    assert (
+        "in_features=8, out_features=4, bias=True, levels=4, scale=group, group_size=32, compute=int8" in text
+    )
+    assert "kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)" in repr(BinaryConv2d(3, 4, 3, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compute": "fp8"}, "compute must be"),
+        ({"levels": 5}, "levels must be"),
+        ({"scale": "row"}, "scale must be"),
+        ({"scale": "group"}, "group_size must be positive"),
+        ({"group_size": 32}, "group_size must be positive"),
+    ],
+)
+def test_constructor_errors(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BinaryLinear(4, 4, **arguments)  # type: ignore[arg-type]
+
+
+def test_wrong_input_is_an_error() -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        BinaryLinear(40, 4)(torch.randn(2, 41))
+
+
+@pytest.mark.slow
+def test_compile_and_export() -> None:
+    model = nn.Sequential(
+        BinaryConv2d.from_conv2d(nn.Conv2d(3, 8, 1)),
+        nn.Flatten(),
+        BinaryLinear.from_linear(nn.Linear(128, 40)),
+    ).eval()
+    x = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        expected = model(x)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), expected)
