@@ -58,7 +58,7 @@ ISAS = {
 }
 # Kernel file (without .cpp) -> the instruction sets it is compiled for.
 KERNELS = {
-    "step": ("portable", "avx2", "avx512"),
+    "step": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_linear": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
 }

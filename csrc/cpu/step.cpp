@@ -19,8 +19,10 @@ struct Kernels {
 
 Kernels choose_kernels() {
   switch (active_isa()) {
+#ifdef QUANTOPT_HAVE_AVX512VNNI
+    case Isa::avx512vnni: return {&avx512vnni::step_piece, &avx512vnni::magnitude_of_piece};
+#endif
 #ifdef QUANTOPT_HAVE_AVX512
-    case Isa::avx512vnni:
     case Isa::avx512: return {&avx512::step_piece, &avx512::magnitude_of_piece};
 #endif
 #ifdef QUANTOPT_HAVE_AVX2

@@ -16,12 +16,23 @@ constexpr int64_t kBlock = 128;        // elements between two rounds of prefetc
 constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
 
-// Sixteen random bits for each of kBlock elements from `first` (a multiple of 8).
+// Sixteen random bits for each of kBlock elements from `first`, a multiple of 8. Little endian: the low half
+// of a word comes first.
 inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
-  for (int64_t b = 0; b < kBlock / 8; ++b) {
-    uint32_t words[4];
-    philox(key, static_cast<uint64_t>(first / 8 + b), words);
-    std::memcpy(out + 8 * b, words, sizeof(words));  // little endian: the low half comes first
+  constexpr int kQuarter = kWidth / 4;
+  VecBits lane{};
+  for (uint32_t k = 0; k < kWidth; ++k)
+    lane[k] = kQuarter * (k % 4) + k / 4;  // so that 4x4 transposes give order
+  const auto start = static_cast<uint64_t>(first / 8);
+  for (int64_t b = 0; b < kBlock / 8; b += kWidth) {
+    const uint64_t block = start + static_cast<uint64_t>(b);
+    const VecBits low = lane + static_cast<uint32_t>(block);
+    const auto carry =
+        (VecBits)(low < static_cast<uint32_t>(block));  // all ones, -1, where the low word wrapped
+    VecBits words[4];
+    philox(key, low, static_cast<uint32_t>(block >> 32) - carry, words);
+    transpose_quads(words);
+    std::memcpy(out + 8 * b, words, sizeof(words));
   }
 }
 
@@ -71,10 +82,8 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
   if constexpr (R::kLatent) {
     store(s.latent + i, next);
     store(s.param + i, rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{}));
-  } else if constexpr (sizeof(P) == 2) {
-    const auto bits = (VecBits)next;
-    store_halves(s.param + i,
-                 random ? bfloat16_stochastic(bits, load_halves(random + i)) : bfloat16_nearest(bits));
+  } else if (sizeof(P) == 2 && random != nullptr) {
+    store_halves(s.param + i, bfloat16_stochastic((VecBits)next, load_halves(random + i)));
   } else {
     store(s.param + i, next);
   }

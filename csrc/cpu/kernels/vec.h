@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "core/philox.h"
+#include "core/rounding.h"
 #include "core/scalar.h"
 
 namespace quantopt {
@@ -55,7 +55,12 @@ inline __attribute__((always_inline)) void store_halves(void* p, VecBits x) {
 
 inline __attribute__((always_inline)) Vec load(const BFloat16* p) { return (Vec)(load_halves(p) << 16); }
 inline __attribute__((always_inline)) void store(BFloat16* p, Vec x) {
+#if defined(__AVX512BF16__)  // flushes denormals to zero, otherwise the same
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(p, &half, sizeof(half));
+#else
   store_halves(p, bfloat16_nearest((VecBits)x));
+#endif
 }
 
 inline __attribute__((always_inline)) Vec load(const Float16* p) {
@@ -104,6 +109,58 @@ inline __attribute__((always_inline)) Vec square_root(Vec x) {
 #else
   for (int k = 0; k < kWidth; ++k) x[k] = sqrtf(x[k]);
   return x;
+#endif
+}
+
+// High and low words of the 64-bit products of a constant and every lane.
+inline __attribute__((always_inline)) void wide_product(uint32_t constant, VecBits x, VecBits& high,
+                                                        VecBits& low) {
+#if defined(__AVX512F__)
+  const __m512i k = _mm512_set1_epi32(static_cast<int>(constant));
+  const __m512i even = _mm512_mul_epu32((__m512i)x, k);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), k);
+  high = (VecBits)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  low = (VecBits)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+  const __m256i k = _mm256_set1_epi32(static_cast<int>(constant));
+  const __m256i even = _mm256_mul_epu32((__m256i)x, k);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), k);
+  high = (VecBits)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  low = (VecBits)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+#else
+  for (int k = 0; k < kWidth; ++k) {
+    const uint64_t product = static_cast<uint64_t>(constant) * x[k];
+    high[k] = static_cast<uint32_t>(product >> 32);
+    low[k] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+// Transposes the 4x4 words of every 128-bit lane: w[j] lane q <- lane j of each w[.] in lane q.
+inline __attribute__((always_inline)) void transpose_quads(VecBits w[4]) {
+#if defined(__AVX512F__)
+  const __m512i a = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]);
+  const __m512i b = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
+  const __m512i c = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]);
+  const __m512i d = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
+  w[0] = (VecBits)_mm512_unpacklo_epi64(a, c);
+  w[1] = (VecBits)_mm512_unpackhi_epi64(a, c);
+  w[2] = (VecBits)_mm512_unpacklo_epi64(b, d);
+  w[3] = (VecBits)_mm512_unpackhi_epi64(b, d);
+#elif defined(__AVX2__)
+  const __m256i a = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]);
+  const __m256i b = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
+  const __m256i c = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]);
+  const __m256i d = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
+  w[0] = (VecBits)_mm256_unpacklo_epi64(a, c);
+  w[1] = (VecBits)_mm256_unpackhi_epi64(a, c);
+  w[2] = (VecBits)_mm256_unpacklo_epi64(b, d);
+  w[3] = (VecBits)_mm256_unpackhi_epi64(b, d);
+#else
+  const VecBits from[4] = {w[0], w[1], w[2], w[3]};
+  for (int row = 0; row < 4; ++row) {
+    for (int k = 0; k < kWidth; ++k) w[row][k] = from[k % 4][k / 4 * 4 + row];
+  }
 #endif
 }
 

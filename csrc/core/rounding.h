@@ -1,0 +1,28 @@
+// Rounding of float to bfloat16, to nearest and stochastic.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace quantopt {
+
+// bfloat16 of the float with these bits, in the low half: to nearest even, or up with the probability of the
+// fraction that is cut off, by 16 random bits. U is uint32_t, or a vector of them.
+template <class U>
+QUANTOPT_HOST_DEVICE U bfloat16_nearest(U bits) {
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? U{} + 0x7FC0u : rounded;
+}
+
+// Never rounds a finite value to infinity: the largest finite magnitude is kept.
+template <class U>
+QUANTOPT_HOST_DEVICE U bfloat16_stochastic(U bits, U random16) {
+  const U size = bits & 0x7FFFFFFFu;
+  const U rounded = size + random16;
+  const U finite = rounded < 0x7F800000u ? rounded : U{} + 0x7F7F0000u;
+  const U special = size > 0x7F800000u ? U{} + 0x7FC00000u : size;
+  return ((bits & 0x80000000u) | (size < 0x7F800000u ? finite : special)) >> 16;
+}
+
+}  // namespace quantopt
