@@ -50,7 +50,8 @@ def choose(
 
     ``rule`` narrows fused_step. Raises ValueError for an unknown ``requested``, BackendError if it cannot run.
     """
-    return _choose(operation, device.type, dtype, requested, rule, os.environ.get("TRITON_INTERPRET", "0"))
+    decide = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose  # dynamo traces no cache
+    return decide(operation, device.type, dtype, requested, rule, os.environ.get("TRITON_INTERPRET", "0"))
 
 
 @functools.cache

@@ -188,7 +188,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         elif p.dtype in (torch.bfloat16, torch.float16) and group["rounding"] == "master":
             state["master"] = w.to(dtype, copy=True)
         if quantised:
-            exact = w.to(dtype)
+            exact = _whole(w).to(dtype)  # sharded parameters are gathered once, for their scale
             sigma = grid.frozen_scale(
                 exact, group["scale"].replace("channel-mean", "channel"), group["group_size"]
             )
@@ -203,10 +203,12 @@ class QuantOptimizer(torch.optim.Optimizer):
                         f"{group['scale']!r}) is {float(value.min()):g}; "
                         "initialise it, or put it in a group with bits=0"
                     )
-            state["scale"] = scale.contiguous()
+            if _is_sharded(w) and scale.numel() == 1 and moving:
+                raise ValueError(f"{name} is sharded, and its scale follows all of it; use a frozen scale")
+            state["scale"] = _shard_like(scale.contiguous(), w, name)
             if self._latent_bound_scale(group):
                 per_row = "channel" if group["scale"] == "group" else group["scale"]
-                state["sigma"] = grid.frozen_scale(exact, per_row).contiguous()
+                state["sigma"] = _shard_like(grid.frozen_scale(exact, per_row).contiguous(), w, name)
         return state
 
     def _ensure_state(self, group: dict[str, Any], with_grad_only: bool = False) -> list[int]:
@@ -344,7 +346,7 @@ class QuantOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"{self._name(group, i)} has a complex gradient; only real gradients are supported"
                 )
-            if group["error_if_nonfinite"] and not bool(torch.isfinite(p.grad).all()):
+            if group["error_if_nonfinite"] and not bool(torch.isfinite(_local(p.grad)).all()):
                 raise FloatingPointError(
                     f"{self._name(group, i)} has a gradient that is not finite; nothing was changed. Lower the learning "
                     "rate, clip the gradients, or use torch.amp.GradScaler"
@@ -371,15 +373,14 @@ class QuantOptimizer(torch.optim.Optimizer):
     # ---- views of the weights ------------------------------------------------------------------------------------
 
     def _operand(self, p: nn.Parameter) -> Tensor:
-        """The full-precision tensor behind a quantised weight: latent, master, or the weight itself."""
+        """The full-precision tensor behind a quantised weight (of this rank's shard): latent, master, or itself."""
         state = self.state[p]
-        value: Tensor = state.get("latent", state.get("master", p.detach()))
-        return value
+        return _local(state.get("latent", state.get("master", p.detach())))
 
     def _outer(self, group: dict[str, Any], p: nn.Parameter) -> tuple[Tensor, int]:
         """(outer levels in the shape of the scale, K)."""
         levels = level_count(group["bits"])
-        return self.state[p]["scale"] * grid.level_factor(levels), levels
+        return _local(self.state[p]["scale"]) * grid.level_factor(levels), levels
 
     def _quantised_params(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         for group in self.param_groups:
@@ -395,8 +396,8 @@ class QuantOptimizer(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _swapped(self, weight_of: Callable[[dict[str, Any], nn.Parameter], Tensor]) -> Iterator[None]:
         with torch.no_grad():
-            pairs = [(p, weight_of(group, p).to(p.dtype)) for group, p in self._quantised_params()]
-            kept = [p.detach().clone() for p, _ in pairs]
+            pairs = [(_local(p.detach()), weight_of(group, p).to(p.dtype)) for group, p in self._quantised_params()]
+            kept = [p.clone() for p, _ in pairs]
             for p, w in pairs:
                 p.copy_(w)
         try:
@@ -421,15 +422,16 @@ class QuantOptimizer(torch.optim.Optimizer):
         for group, own in self._quantised_params():
             if own is not p:
                 continue
-            outer, levels = self._outer(group, p)
-            w = self._operand(p)
+            state, levels = self.state[p], level_count(group["bits"])
+            outer = _whole(state["scale"]) * grid.level_factor(levels)
+            w = _whole(state.get("latent", state.get("master", p.detach())))
             codes = grid.codes(w, grid.spread_over(outer, w, group["group_size"]), levels)
             return Quantization(levels, codes, outer.float(), group["group_size"] if outer.dim() == 2 else 0)
         return None
 
     @torch.no_grad()
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict per group: "bits" and "numel", and for quantised groups
+        """One dict per group: "bits" and "numel", and for quantised groups (of sharded parameters, this rank's shard)
 
         - "fraction_feasible": fraction of the weights in their interval, |t| >= t* (0.995 where there is no epsilon)
         - "sign_flips": how many weights of the projection changed sign since the last call (0 at the first)
@@ -438,7 +440,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         """
         rows: list[dict[str, Any]] = []
         for group in self.param_groups:
-            row: dict[str, Any] = {"bits": group["bits"], "numel": sum(p.numel() for p in group["params"])}
+            row: dict[str, Any] = {"bits": group["bits"], "numel": sum(_local(p).numel() for p in group["params"])}
             rows.append(row)
             if group["bits"] == 0:
                 continue
@@ -448,15 +450,15 @@ class QuantOptimizer(torch.optim.Optimizer):
             feasible = distance = scale = 0.0
             flips = 0
             for p in group["params"]:
-                if p.numel() == 0:
+                if _local(p).numel() == 0:
                     continue
                 state = self.state[p]
                 outer, levels = self._outer(group, p)
-                w = state.get("master", p.detach()).to(outer.dtype)
+                w = _local(state.get("master", p.detach())).to(outer.dtype)
                 _, _, t = grid.cell(w, grid.spread_over(outer, w, group["group_size"]), levels)
                 feasible += float((t.abs() >= smallest).sum())
                 distance += float((1 - t.abs()).abs().clamp(max=1).sum())
-                scale += float(state["scale"].mean()) * p.numel()
+                scale += float(outer.mean()) / grid.level_factor(levels) * w.numel()
                 signs = pack_signs(self._operand(p).reshape(-1))
                 if "signs" in state:
                     flips += _count_bits(signs ^ state["signs"])
@@ -525,8 +527,8 @@ class _GroupStep:
             companions["exp_avg"] if opt._adam else companions["momentum_buffer"],
             companions["exp_avg_sq"],
             companions["latent"] or companions["master"],
-            [s["scale"] for s in states if "scale" in s],
-            [s["sigma"] for s in states if "sigma" in s],
+            [_local(s["scale"]) for s in states if "scale" in s],
+            [_local(s["sigma"]) for s in states if "sigma" in s],
             [s["step"] for s in states if "step" in s],
         )
 
@@ -612,6 +614,34 @@ def _on(opt: QuantOptimizer, name: str, device: torch.device | None = None) -> T
     return None if value is None else value.to(device or torch.device("cpu"), torch.float32)
 
 
+def _is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "to_local")  # a DTensor; asked so that torch.distributed need not be imported
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _whole(t: Tensor) -> Tensor:
+    """All of a DTensor, gathered; any other tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _shard_like(scale: Tensor, w: Tensor, name: str) -> Tensor:
+    """The rows of a scale that belong to this rank's rows of ``w``, as a DTensor that a checkpoint can reshard."""
+    if not _is_sharded(w) or scale.numel() == 1:
+        return scale
+    from torch.distributed.tensor import distribute_tensor
+
+    if not all(placement.is_replicate() or placement.is_shard(0) for placement in w.placements):
+        raise ValueError(
+            f"{name} is sharded as {w.placements}: scales per channel and group need Shard(0); use scale='tensor' and "
+            "a rule without moving levels"
+        )
+    return distribute_tensor(scale, w.device_mesh, w.placements)
+
+
 def _count_bits(x: Tensor) -> int:
     ones = torch.tensor([bin(byte).count("1") for byte in range(256)], device=x.device)
     return int(ones[x.int()].sum())
@@ -621,10 +651,6 @@ def _restored(key: str, value: Tensor, p: Tensor) -> Tensor:
     """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout."""
     value = value.detach().to(p.device)
     return torch.empty_like(p, dtype=value.dtype).copy_(value) if key in _COMPANIONS else value.clone()
-
-
-def _same_layout(tensors: Iterable[Tensor], p: Tensor) -> bool:
-    return all(t.stride() == p.stride() for t in tensors)
 
 
 @contextlib.contextmanager
@@ -639,23 +665,23 @@ def _dense(
     companions: dict[str, list[Tensor]] = {key: [] for key in _COMPANIONS}
     copies: list[tuple[Tensor, Tensor]] = []
     for p, state in zip(params, states, strict=True):
-        w, g = p.detach(), p.grad
-        assert g is not None
-        own = {key: state[key] for key in _COMPANIONS if key in state}
+        assert p.grad is not None
+        w, g = _local(p.detach()), _local(p.grad)
         if not w.is_contiguous() and not _row_dense(w, state):
-            own = {key: value.contiguous() for key, value in own.items()}
             w = w.contiguous()
-            copies.append((p.detach(), w))
-            copies += [(state[key], value) for key, value in own.items()]
-        if not _same_layout(own.values(), w):
-            fresh = {key: torch.empty_like(w, dtype=value.dtype).copy_(value) for key, value in own.items()}
-            copies += [(state[key], value) for key, value in fresh.items()]
-            own = fresh
+            copies.append((_local(p.detach()), w))
         if g.stride() != w.stride() or g.dtype != w.dtype:
             g = torch.empty_like(w).copy_(g)
         weights.append(w)
         grads.append(g)
-        for key, value in own.items():
+        for key in _COMPANIONS:
+            if key not in state:
+                continue
+            value = _local(state[key])
+            if value.stride() != w.stride():
+                fresh = torch.empty_like(w, dtype=value.dtype).copy_(value)
+                copies.append((value, fresh))
+                value = fresh
             companions[key].append(value)
     yield weights, grads, companions
     for target, source in copies:
@@ -664,6 +690,8 @@ def _dense(
 
 def _row_dense(w: Tensor, state: dict[str, Any]) -> bool:
     """Whether the elements that share a scale are consecutive in memory."""
+    if w.numel() == 0:
+        return True
     if not torch.ops.aten.is_non_overlapping_and_dense(w):
         return False
     scale = state.get("scale")
