@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -371,3 +374,15 @@ def test_hyper_is_the_layout_of_the_kernels() -> None:
     args[9] = args[9][: len(HYPER) - 1]
     with pytest.raises(ValueError, match=f"float64 tensor of {len(HYPER)} numbers"):
         fused_step(*args, backend="cpu")
+
+
+def test_indices_beyond_32_bits(tmp_path: Path) -> None:
+    """A tensor of over 2^33 elements of which only the last thousand exist (tests/large_index.cpp)."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    root = Path(__file__).parents[1]
+    flags = ["-O1", "-std=c++20", "-Wno-psabi", "-DQUANTOPT_ISA=portable", f"-I{root / 'csrc'}"]
+    program = tmp_path / "large_index"
+    subprocess.run([compiler, *flags, root / "tests/large_index.cpp", "-o", program], check=True)
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "equal\n"
