@@ -127,10 +127,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def report(
+def write_json(
     rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Prints the table; with ``json_path`` also writes device, date, commit, versions, threads and rows there."""
+    """Device, date, commit, versions, threads and rows, written to ``json_path`` if there is one."""
     versions = {
         "quantopt": quantopt._version.__version__,
         "torch": torch.__version__,
@@ -146,10 +146,18 @@ def report(
         "threads": threads,
         "rows": [dict(r) for r in rows],
     }
-    print(f"{result['device']}; torch {torch.__version__}; threads: {threads}; commit {result['commit']}")
-    print(table(rows))
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def report(
+    rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
+) -> dict[str, Any]:
+    """Prints the table of the rows, and writes them as :func:`write_json` does."""
+    result = write_json(rows, json_path, threads, device=device)
+    print(f"{result['device']}; torch {torch.__version__}; threads: {threads}; commit {result['commit']}")
+    print(table(rows))
     return result
 
 

@@ -86,7 +86,7 @@ def test_train_shows_progress_and_writes_everything(patterns, tmp_path, capsys):
     assert names == {"report.json", "checkpoint.pt", "model.safetensors", "curves.png", "weights.png"}
     report = json.loads((out / "report.json").read_text())
     assert report["config"]["model"] == "mlp" and report["config"]["optimizer"] == "stam"
-    assert report["config"]["lr"] == 1.0 and report["config"]["batch_size"] == 32
+    assert report["config"]["lr"] == 1.0 and report["config"]["batch_size"] == 64
     assert report["versions"]["torch"] == torch.__version__
 
 

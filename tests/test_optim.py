@@ -748,7 +748,7 @@ def test_steps_inside_backward() -> None:
         for bits in (1, 0)
     ]
     opt = quantopt.AskewSGD(groups, lr=0.05, weight_decay=0.01)
-    for i in range(3):
+    for _ in range(3):
         x = torch.randn(4, 2, 6, 6)
         opt.zero_grad()
         a(x).square().mean().backward()

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import quantopt
 from quantopt.train import cli, data, demo, loop, recipes, report
 from quantopt.train.errors import InputError
 from quantopt.train.loop import Config, Trainer, train
@@ -160,7 +159,11 @@ def test_packed_logits_are_those_of_the_projected_network(dataset, model):
     with trainer.optimizer.optimizer.quantized(), torch.no_grad():
         expected = trainer.model(dataset.test_images)
     packed = result.packed
-    assert any(isinstance(m, quantopt.nn.BinaryLinear | quantopt.nn.BinaryConv2d) for m in packed.modules())
+    before, after = loop.weight_bytes(trainer.model, packed)
+    quantised = [
+        p for p in trainer.model.parameters() if trainer.optimizer.optimizer.quantization(p) is not None
+    ]
+    assert before == 4 * sum(p.numel() for p in quantised) and before / after > 28
     with torch.no_grad():
         assert (packed(dataset.test_images) - expected).abs().max() <= 1e-4 * expected.abs().max()
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
@@ -317,7 +317,7 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def _update(self) -> None:
         plans = [self._plans[i] for i in range(len(self.param_groups)) if i in self._plans]
-        if len(plans) < len(self.param_groups) or not all([plan.ready(self) for plan in plans]):
+        if len(plans) < len(self.param_groups) or not all(plan.ready(self) for plan in plans):
             plans = self._new_plans()
         for plan in plans:
             plan.step(self)
@@ -348,8 +348,8 @@ class QuantOptimizer(torch.optim.Optimizer):
                 )
             if group["error_if_nonfinite"] and not bool(torch.isfinite(_local(p.grad)).all()):
                 raise FloatingPointError(
-                    f"{self._name(group, i)} has a gradient that is not finite; nothing was changed. Lower the learning "
-                    "rate, clip the gradients, or use torch.amp.GradScaler"
+                    f"{self._name(group, i)} has a gradient that is not finite; nothing was changed. Lower the "
+                    "learning rate, clip the gradients, or use torch.amp.GradScaler"
                 )
 
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
@@ -396,7 +396,9 @@ class QuantOptimizer(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _swapped(self, weight_of: Callable[[dict[str, Any], nn.Parameter], Tensor]) -> Iterator[None]:
         with torch.no_grad():
-            pairs = [(_local(p.detach()), weight_of(group, p).to(p.dtype)) for group, p in self._quantised_params()]
+            pairs = [
+                (_local(p.detach()), weight_of(group, p).to(p.dtype)) for group, p in self._quantised_params()
+            ]
             kept = [p.clone() for p, _ in pairs]
             for p, w in pairs:
                 p.copy_(w)
@@ -440,7 +442,10 @@ class QuantOptimizer(torch.optim.Optimizer):
         """
         rows: list[dict[str, Any]] = []
         for group in self.param_groups:
-            row: dict[str, Any] = {"bits": group["bits"], "numel": sum(_local(p).numel() for p in group["params"])}
+            row: dict[str, Any] = {
+                "bits": group["bits"],
+                "numel": sum(_local(p).numel() for p in group["params"]),
+            }
             rows.append(row)
             if group["bits"] == 0:
                 continue
@@ -632,8 +637,9 @@ def _shard_like(scale: Tensor, w: Tensor, name: str) -> Tensor:
     """The rows of a scale that belong to this rank's rows of ``w``, as a DTensor that a checkpoint can reshard."""
     if not _is_sharded(w) or scale.numel() == 1:
         return scale
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(w, DTensor)
     if not all(placement.is_replicate() or placement.is_shard(0) for placement in w.placements):
         raise ValueError(
             f"{name} is sharded as {w.placements}: scales per channel and group need Shard(0); use scale='tensor' and "

@@ -84,7 +84,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=_whole(2),
         metavar="B",
-        help="images per step (32 below 10,000 training images, else 128)",
+        help="images per step (64 below 10,000 training images, else 128)",
     )
     parser.add_argument(
         "--seed", type=_whole(0), default=0, metavar="S", help="of all random numbers (%(default)s)"

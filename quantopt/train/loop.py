@@ -51,7 +51,7 @@ class Config:
     bits: int | str = 1
     scale: str = "tensor"
     epochs: int = 30
-    batch_size: int = 32
+    batch_size: int = 64
     lr: float | None = None
     seed: int = 0
     device: str = "cpu"
@@ -90,8 +90,8 @@ def resolve_device(name: str) -> str:
 
 
 def default_batch_size(images: int) -> int:
-    """32 for less than 10,000 training images, which would make too few steps otherwise, else 128."""
-    return 32 if images < 10_000 else 128
+    """64 for less than 10,000 training images, which would make too few steps otherwise, else 128."""
+    return 64 if images < 10_000 else 128
 
 
 @torch.no_grad()
@@ -127,6 +127,17 @@ def tensor_bytes(model: nn.Module) -> int:
     """Bytes of what a file of `model` holds: its state_dict, tensors that share memory once."""
     tensors = {(t.data_ptr(), t.shape): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def weight_bytes(model: nn.Module, packed: nn.Module) -> tuple[int, int]:
+    """Bytes of the weights of the layers that are packed in `packed`: in `model`, and in `packed` with their scales."""
+    before = after = 0
+    for name, layer in packed.named_modules():
+        if isinstance(layer, quantopt.nn.BinaryLinear | quantopt.nn.BinaryConv2d):
+            weight = model.get_submodule(name).get_parameter("weight")
+            before += weight.numel() * weight.element_size()
+            after += sum(t.numel() * t.element_size() for t in (layer.bits, layer.scale))
+    return before, after
 
 
 @dataclass

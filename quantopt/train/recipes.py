@@ -15,8 +15,10 @@ from torch import nn
 import quantopt
 from quantopt.backends import choose
 
-FLOAT_LR = 0.1
-FLOAT_WEIGHT_DECAY = 5e-4
+# Of the parameters that are not quantised. Chosen on validation splits of the digits and of 8,000 CIFAR-10 images with
+# the cnn, for sgd and the quantised recipes alike: at a rate of 0.1 the cnn does not train reliably on CIFAR-10.
+FLOAT_LR = 0.02
+FLOAT_WEIGHT_DECAY = 5e-3
 MOMENTUM = 0.9
 
 
