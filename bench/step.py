@@ -1,8 +1,9 @@
 """Speed of the fused optimizer step against torch's optimizers, torch.compile of the reference, and the reference.
 
-    python bench/step.py [--threads N] [--json FILE] [--quick]
+    python bench/step.py [--threads N] [--json FILE] [--only CASE ...]
 
-One process, one device, the peers of a case interleaved, medians. `flat` cases are one buffer; `list` cases are whole
+One process, one device, the peers of a case interleaved, medians. `flat` cases are one buffer, on which all peers work
+(where three large arrays lie relative to each other is worth 20 % on some machines); `list` cases are whole
 optimizer steps over a model's parameters. `probe` is the memory limit: our base rule (p, g and m read, p and m
 written, two multiplications), which moves the same 20 bytes per parameter as AskewSGD.
 """
@@ -79,25 +80,31 @@ def compiled_reference(rule: str) -> Callable[..., None]:
 
 
 def flat(rule: str, n: int, eager: bool) -> list[dict[str, Any]]:
-    p, g, m, latent = torch.randn(n) * 0.7, torch.randn(n) * 0.1, torch.zeros(n), torch.randn(n) * 0.7
+    weight = nn.Parameter(torch.randn(n))
+    weight.grad = torch.randn(n)
+    weight.data *= 0.7
+    weight.grad *= 0.1
+    p, g, m, latent = weight.detach(), weight.grad, torch.zeros(n), torch.empty(0)
+    if rule != "askew":
+        latent = p.clone()
     latents = [] if rule == "askew" else [latent]
     numbers = HYPER | ({"rate": float("inf")} if rule == "askew_memory" else {})
     arguments = [rule, [p], [g], [m], [], latents, [torch.ones(1)], [], [], hyper_tensor(**numbers)]
-    probe = ["base", [p.clone()], [g], [m.clone()], [], [], [], [], [], hyper_tensor(lr=LR, momentum=BETA)]
-    weight = nn.Parameter(p.clone())
-    weight.grad = g.clone()
+    probe = ["base", [p], [g], [m], [], [], [], [], [], hyper_tensor(lr=LR, momentum=BETA)]
     sgd = torch.optim.SGD([weight], lr=LR, momentum=BETA, fused=True)
-    compiled, state = compiled_reference(rule), [p.clone(), g, m.clone(), latent.clone()]
+    sgd.state[weight]["momentum_buffer"] = m
+    compiled = compiled_reference(rule)
     functions: dict[str, Callable[[], object]] = {
         "ours": lambda: fused_step(*arguments),
-        "compiled": lambda: compiled(*state),
+        "compiled": lambda: compiled(p, g, m, latent),
         "sgd": sgd.step,
         "probe": lambda: fused_step(*probe),
     }
-    if eager:
-        copy = [[t.clone() for t in a] if isinstance(a, list) else a for a in arguments]
-        functions["eager"] = lambda: reference_step(*copy)
     times = compare(functions, min_time=1.0)
+    if eager:  # hundreds of times slower: a few rounds of its own
+        copy = [[t.clone() for t in a] if isinstance(a, list) else a for a in arguments]
+        alone = {"ours": functions["ours"], "eager": lambda: reference_step(*copy)}
+        times["eager"] = compare(alone, min_time=0.0, repeat=3, warmup=1)["eager"]
     case = f"{rule} flat fp32 {n >> 20}M"
     rate = {"gb_per_s": BYTES[rule] * n / times["ours"] / 1e9}
     targets = {
@@ -178,32 +185,44 @@ def parq_row() -> list[dict[str, Any]]:
     return [row("4096x4096 fp32, 1 bit, whole step", "torchao PARQ", times["ours"], times["parq"], 40)]
 
 
+def cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    """The table's cases by name."""
+    fused, compiled = "SGD(fused=True)", "torch.compile of the reference"
+    low: dict[str, Any] = dict(dtype=torch.bfloat16, momentum_dtype="bfloat16")
+    stochastic = "GPT-2 list, bf16, stochastic rounding"
+    return {
+        "askew 1M": lambda: flat("askew", 1 << 20, eager=True),
+        "askew 16M": lambda: flat("askew", 16 << 20, eager=True),
+        "askew 64M": lambda: flat("askew", 64 << 20, eager=False),
+        "askew_memory 16M": lambda: flat("askew_memory", 16 << 20, eager=False),
+        "splitting 16M": lambda: flat("splitting", 16 << 20, eager=False),
+        "ResNet-18": lambda: whole_step("ResNet-18 list, fp32", RESNET18, {fused: 1.4, compiled: 1.7}),
+        "GPT-2 nearest": lambda: whole_step(
+            "GPT-2 list, bf16", GPT2, {fused: 1.45, compiled: 3.3}, rounding="nearest", **low
+        ),
+        "GPT-2 stochastic": lambda: whole_step(stochastic, GPT2, {fused: 0.9}, rounding="stochastic", **low),
+        "62 small": lambda: whole_step("62 tensors of 256", [(256,)] * 62, {fused: 8}),
+        "148 small": lambda: whole_step("148 tensors of 256", [(256,)] * 148, {fused: 8}),
+        "PARQ": parq_row,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
-    parser.add_argument("--quick", action="store_true", help="the 16M row of AskewSGD alone")
+    parser.add_argument("--only", nargs="+", metavar="CASE", choices=list(cases()), help="some of the cases")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", module="torch._inductor")
-
-    rows = flat("askew", 16 << 20, eager=True)
-    if not arguments.quick:
-        rows = flat("askew", 1 << 20, eager=True) + rows + flat("askew", 64 << 20, eager=True)
-        rows += flat("askew_memory", 16 << 20, eager=False) + flat("splitting", 16 << 20, eager=False)
-        fused, compiled = "SGD(fused=True)", "torch.compile of the reference"
-        rows += whole_step("ResNet-18 list, fp32", RESNET18, {fused: 1.4, compiled: 1.7})
-        low = dict(dtype=torch.bfloat16, momentum_dtype="bfloat16")
-        rows += whole_step("GPT-2 list, bf16", GPT2, {fused: 1.45, compiled: 3.3}, rounding="nearest", **low)
-        rows += whole_step(
-            "GPT-2 list, bf16, stochastic rounding", GPT2, {fused: 0.9}, rounding="stochastic", **low
-        )
-        for count in (62, 148):
-            rows += whole_step(f"{count} tensors of 256", [(256,)] * count, {fused: 8})
-        rows += parq_row()
+    rows: list[dict[str, Any]] = []
+    for name, case in cases().items():
+        if arguments.only is None or name in arguments.only:
+            print(f"{name} ...", flush=True)
+            rows += case()
     report(rows, arguments.json, arguments.threads)
 
 
