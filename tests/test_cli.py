@@ -246,7 +246,8 @@ def test_bad_models(patterns, finished, tmp_path, capsys):
     given = ["eval", "--model", file, "--data", patterns]
     assert f"--model: {file} does not exist" in refused(capsys, *given)
     file.write_bytes(good)
-    assert "--arch: is needed" in refused(capsys, *given)
+    assert cli.main([str(word) for word in given]) == 0  # the network is found by trying
+    capsys.readouterr()
     assert "--model: " in refused(capsys, *given, "--arch", "mlp")
     for damaged in (good[:-10], good[:20], b"", b"\xff" * 100, pickle.dumps(print)):
         file.write_bytes(damaged)

@@ -397,9 +397,15 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
     wrong_shape["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
     wrong_lr["param_groups"][0]["lr"] = math.nan
     one_group = quantopt.AskewSGD(model.parameters()).state_dict()
+    missing, listed, scale, nan = (copy.deepcopy(before) for _ in range(4))
+    del missing["state"][0]["momentum_buffer"]
+    listed["state"][0]["momentum_buffer"] = [1.0]
+    scale["state"][0]["scale"] = torch.ones(4)
+    nan["state"][0]["scale"] = torch.full((1,), math.nan)
     for state, named in [
-        (sgd.state_dict(), "groups"), (wrong_shape, "momentum_buffer of parameter '2.weight'"),
-        (wrong_lr, "lr"), (one_group, "groups"), ({}, "param_groups"),
+        (sgd.state_dict(), "groups"), (wrong_shape, "'2.weight' has momentum_buffer"),
+        (wrong_lr, "lr"), (one_group, "groups"), ({}, "param_groups"), (missing, "lacks.*momentum_buffer"),
+        (listed, "dict of tensors"), (scale, "scale of shape"), (nan, "no scale"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=named):
             opt.load_state_dict(state)
@@ -605,7 +611,7 @@ def test_schedules_are_those_of_the_document() -> None:
     k = annealed(quantopt.BinaryRelax(p), 100, "kappa")
     assert k[0] == pytest.approx(1.0) and k[40] == pytest.approx(10.0) and math.isinf(k[80])
     r = annealed(quantopt.ProxQuant(p, reg=0.01), 100, "reg_strength")
-    assert r[0] == 0.0 and r[50] == pytest.approx(0.5) and math.isinf(r[80])
+    assert r[0] == pytest.approx(0.01) and r[49] == pytest.approx(0.5) and math.isinf(r[80])
 
 
 def test_anneal_takes_the_authors_schedule_and_refuses_nonsense() -> None:
@@ -797,3 +803,58 @@ def test_a_compiled_training_step_calls_the_optimizer() -> None:
         results.append(weights(model))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+
+def test_a_group_may_become_quantised_after_a_warm_start() -> None:
+    model = network()
+    opt = quantopt.ProxQuant(quantopt.param_groups(model), lr=0.05)
+    opt.param_groups[0]["bits"] = 0
+    train(model, opt, 2)
+    momentum = opt.state[opt.param_groups[0]["params"][0]]["momentum_buffer"].clone()
+    opt.param_groups[0].update(bits=1, reg_strength=math.inf)
+    train(model, opt, 1, 2)
+    for p in opt.param_groups[0]["params"]:
+        torch.testing.assert_close(p.detach().abs(), opt.state[p]["scale"].expand_as(p))
+    assert not torch.equal(opt.state[opt.param_groups[0]["params"][0]]["momentum_buffer"], momentum)
+
+
+@pytest.mark.parametrize("make", [quantopt.BinaryConnect, quantopt.BinaryRelax])
+def test_latent_bounds_leave_every_level_within_reach(make: Any) -> None:
+    p = nn.Parameter(torch.randn(64, 64) * 0.1)
+    opt = make([{"params": [p], "bits": 4}], lr=0.5)
+    for _ in range(50):
+        p.grad = torch.randn(64, 64) * 0.1
+        opt.step()
+    quantization = opt.quantization(p)
+    assert quantization is not None and quantization.codes.unique().numel() == 16
+
+
+def test_diverged_weights_are_not_packed() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model))
+    train(model, opt, 1)
+    with torch.no_grad():
+        opt.param_groups[0]["params"][0][0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        quantopt.pack(model, opt)
+
+
+def test_defaults_are_those_of_the_document() -> None:
+    p = [nn.Parameter(torch.randn(4, 4))]
+
+    def keys(opt: Any, *names: str) -> list[Any]:
+        return [opt.param_groups[0][name] for name in names]
+
+    assert keys(quantopt.AskewSGD(p), "lr", "momentum", "rate", "cap", "weight_decay") == [
+        0.3,
+        0.9,
+        0.1,
+        0.25,
+        0.0,
+    ]
+    assert keys(quantopt.AskewSGD(p, memory=True), "lr", "rate", "bound") == [1.0, math.inf, 2.0]
+    assert keys(quantopt.AskewSGD([{"params": p, "memory": True}]), "rate") == [math.inf]
+    assert keys(quantopt.STAM(p), "lr", "weight_decay", "form", "lam") == [1.0, 3e-3, "alternating", 0.0]
+    assert keys(quantopt.STAM(p, form="splitting"), "lr", "weight_decay") == [0.3, 0.0]
+    assert keys(quantopt.BinaryConnect(p), "lr", "clip") == [0.5, 1.0]
+    assert keys(quantopt.BinaryRelax(p), "lr", "clip") == [0.3, 1.0]

@@ -380,7 +380,7 @@ def test_hostile_checkpoint_runs_nothing(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     torch.save({"config": {}, "model": Hostile()}, tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(InputError, match="damaged or not a checkpoint"):
+    with pytest.raises(InputError, match="is damaged, or holds more than"):
         train(CONFIG, dataset, out=tmp_path / "run", resume=True, progress=False)
     assert not (tmp_path / "hostile-checkpoint-ran").exists()
 
@@ -433,3 +433,27 @@ def test_table_aligns_its_columns():
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split() == ["sgd", "99.50", "-", "-", "-", "-", "-", "1.0"]
     assert lines[3].split()[-3:] == ["100", "20.0x", "1.0"]
+
+
+def test_damaged_checkpoints_are_refused(dataset, tmp_path):
+    """Every part that is missing or of the wrong kind is an InputError that names --resume."""
+    config = Config(optimizer="stam", model="mlp", epochs=1, batch_size=64)
+    train(config, dataset, out=tmp_path, progress=False)
+    path = tmp_path / "checkpoint.pt"
+    good = torch.load(path, weights_only=True)
+
+    def attempt(change):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        trainer = Trainer(config, dataset)
+        with pytest.raises(InputError, match="--resume"):
+            trainer.load_state_dict(state)
+
+    assert good["epoch"] == 1
+    attempt(lambda s: s.update(optimizer=None))
+    attempt(lambda s: s.update(epoch=-5))
+    attempt(lambda s: s.update(histograms=torch.zeros(0)))
+    attempt(lambda s: s["curves"].update(loss=["a"]))
+    attempt(lambda s: s["optimizer"]["state"][0].update(latent=[1]))
+    attempt(lambda s: s["optimizer"]["state"][0].update(scale=torch.ones(7)))
+    attempt(lambda s: s["optimizer"]["state"][0].pop("latent"))

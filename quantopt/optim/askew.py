@@ -16,6 +16,10 @@ def interval_epsilon(progress: float, hold: float, end: float, last: float) -> f
     return float(((1 - t) * (1 + t)) ** 2)
 
 
+def _default_rate(memory: bool) -> float:
+    return math.inf if memory else 0.1
+
+
 class _Askew(QuantOptimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         if group["memory"]:
@@ -23,19 +27,17 @@ class _Askew(QuantOptimizer):
         return "askew_gradient" if group["constrain"] == "gradient" else "askew"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        rate = group["rate"]
-        if rate is None:
-            rate = math.inf if group["memory"] else 0.1
-        return {
-            "epsilon": float(group["epsilon"]),
-            "rate": rate,
-            "cap": group["cap"],
-            "bound": group["bound"],
-        }
+        return {"epsilon": float(group["epsilon"]), **{key: group[key] for key in ("rate", "cap", "bound")}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in the base class; a group that sets memory and no rate gets the default rate of its own form."""
+        if param_group.get("memory", self.defaults["memory"]) != self.defaults["memory"]:
+            param_group = {"rate": _default_rate(param_group["memory"]), **param_group}
+        super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group({key: v for key, v in group.items() if key != "rate" or v is not None})
-        if not group["memory"] and group["rate"] is not None and math.isinf(group["rate"]):
+        super()._check_group(group)
+        if not group["memory"] and math.isinf(group["rate"]):
             raise ValueError(
                 "rate=inf: an infinite rate is the exact projection of memory=True; use a finite rate"
             )
@@ -65,13 +67,13 @@ class AskewSGD(_Askew):
 
     With ``memory=True`` (an extension of ours, to which the paper's theorem does not carry over) a latent weight moves
     by the base step, and the network runs with its projection onto the feasible interval, so that signs can still
-    change when the intervals have separated. It trains better; recipes use it, with ``lr=1``.
+    change when the intervals have separated. The recipes of the command line use it.
 
     Bytes moved per float32 parameter: 20; with memory 24 (28 with a finite ``rate``).
 
     Args:
         params: parameters, or groups as from :func:`quantopt.param_groups`.
-        lr: eta, in units in which the levels of a binary grid are ``scale`` apart from 0.
+        lr: eta; default 0.3, with memory 1.
         momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD; weight decay is part of the velocity, not of
             the momentum. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead.
         bits: 0, 1, 2, 3, 4 or "ternary". scale: "none", "tensor", "channel", "group" (of ``group_size`` consecutive
@@ -92,7 +94,7 @@ class AskewSGD(_Askew):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.3,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -106,6 +108,8 @@ class AskewSGD(_Askew):
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        lr = (1.0 if memory else 0.3) if lr is None else lr
+        rate = _default_rate(memory) if rate is None else rate
         defaults: dict[str, Any] = dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, epsilon=epsilon
         )
@@ -140,6 +144,7 @@ class AskewAdam(_Askew):
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        rate = _default_rate(memory) if rate is None else rate
         defaults: dict[str, Any] = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, epsilon=epsilon, rate=rate, cap=cap
         )

@@ -130,7 +130,10 @@ class QuantOptimizer(torch.optim.Optimizer):
         for key, (low, high) in _INTERVALS.items():
             if key not in group:
                 continue
-            value = float(group[key])
+            try:
+                value = float(group[key])
+            except (TypeError, ValueError):
+                raise ValueError(f"{key}={group[key]!r}: must be a number") from None
             if not (low <= value <= high) or (math.isinf(value) and key not in _MAY_BE_INFINITE):
                 end = "" if math.isinf(high) else f" and at most {high:g}"
                 raise ValueError(f"{key}={group[key]!r}: must be a number of at least {low:g}{end}")
@@ -208,8 +211,27 @@ class QuantOptimizer(torch.optim.Optimizer):
             state["scale"] = _shard_like(scale.contiguous(), w, name)
             if self._latent_bound_scale(group):
                 per_row = "channel" if group["scale"] == "group" else group["scale"]
-                state["sigma"] = _shard_like(grid.frozen_scale(exact, per_row).contiguous(), w, name)
+                sigma = grid.frozen_scale(exact, per_row) * grid.level_factor(level_count(group["bits"]))
+                state["sigma"] = _shard_like(sigma.contiguous(), w, name)
         return state
+
+    def _required(self, group: dict[str, Any], p: Tensor) -> set[str]:
+        """The state that the group's options ask for."""
+        quantised = group["bits"] != 0
+        latent = quantised and self._rule(group) in _LATENT_RULES
+        low = p.dtype in (torch.bfloat16, torch.float16) and not latent
+        stochastic = low and p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
+        asked = {
+            "exp_avg": self._adam,
+            "exp_avg_sq": self._adam,
+            "step": self._adam or stochastic,
+            "momentum_buffer": not self._adam and group.get("momentum", 0) != 0,
+            "latent": latent,
+            "master": low and group["rounding"] == "master",
+            "scale": quantised,
+            "sigma": quantised and self._latent_bound_scale(group),
+        }
+        return {key for key, needed in asked.items() if needed}
 
     def _ensure_state(self, group: dict[str, Any], with_grad_only: bool = False) -> list[int]:
         """Makes missing state; returns the indices of the parameters that take part. All or nothing."""
@@ -219,10 +241,13 @@ class QuantOptimizer(torch.optim.Optimizer):
             if p.numel() == 0 or (with_grad_only and p.grad is None):
                 continue
             taking_part.append(i)
-            if not self.state.get(p):
+            if not self._required(group, p) <= self.state.get(p, {}).keys():
                 made[p] = self._init_state(group, p, self._name(group, i))
         for p, state in made.items():
-            self.state[p] = state
+            self.state[p] = {
+                **state,
+                **self.state.get(p, {}),
+            }  # a group whose bits changed keeps its momentum
         return taking_part
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,7 +271,7 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict.get("param_groups")
-        if not isinstance(groups, list) or "state" not in state_dict:
+        if not isinstance(groups, list) or not isinstance(state_dict.get("state"), dict):
             raise ValueError(
                 "state_dict has no 'param_groups' and 'state': it is not the state of an optimizer"
             )
@@ -262,15 +287,41 @@ class QuantOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
             self._check_group({**own, **group})
             for i, index in enumerate(group["params"]):
-                self._check_state(own["params"][i], state_dict["state"].get(index, {}), self._name(own, i))
-
-    def _check_state(self, p: Tensor, state: dict[str, Any], name: str) -> None:
-        for key in _COMPANIONS:
-            value = state.get(key)
-            if value is not None and value.shape != p.shape:
-                raise ValueError(
-                    f"state_dict: {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}"
+                self._check_state(
+                    group, own["params"][i], state_dict["state"].get(index, {}), self._name(own, i)
                 )
+
+    def _check_state(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], name: str) -> None:
+        if not state:
+            return  # not seen yet
+
+        def refuse(reason: str) -> None:
+            raise ValueError(
+                f"state_dict: the state of {name} {reason}: is it of another model or optimizer?"
+            )
+
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            refuse("is not a dict of tensors")
+        missing = self._required({**self.defaults, **group}, p) - {"master"} - state.keys()
+        if missing:
+            refuse(f"lacks {sorted(missing)}")
+        channels = p.shape[0] if p.dim() else 1
+        for key, value in state.items():
+            if key in _COMPANIONS and (value.shape != p.shape or not value.is_floating_point()):
+                refuse(f"has {key} of shape {tuple(value.shape)} and {value.dtype}, not {tuple(p.shape)}")
+            elif key in ("scale", "sigma"):
+                local = _local(value)
+                shape_fits = value.numel() == 1 or (value.dim() in (1, 2) and value.shape[0] == channels)
+                if not (
+                    shape_fits and value.is_floating_point() and bool(((local >= 0) & local.isfinite()).all())
+                ):
+                    refuse(f"has a {key} of shape {tuple(value.shape)} that is no scale of the weights")
+            elif key == "step" and (value.numel() != 1 or not value.is_floating_point()):
+                refuse("has a step that is not one number")
+            elif key == "signs" and (value.dtype != torch.uint8 or value.dim() != 1):
+                refuse("has signs that are not packed bits")
+            elif key == "signs" and not _is_sharded(p) and value.numel() != (p.numel() + 7) // 8:
+                refuse(f"has signs of {value.numel()} bytes")
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -427,6 +478,10 @@ class QuantOptimizer(torch.optim.Optimizer):
             state, levels = self.state[p], level_count(group["bits"])
             outer = _whole(state["scale"]) * grid.level_factor(levels)
             w = _whole(state.get("latent", state.get("master", p.detach())))
+            if not bool(torch.isfinite(w).all()):
+                raise ValueError(
+                    "a quantised weight is not finite: the training diverged, there is nothing to pack"
+                )
             codes = grid.codes(w, grid.spread_over(outer, w, group["group_size"]), levels)
             return Quantization(levels, codes, outer.float(), group["group_size"] if outer.dim() == 2 else 0)
         return None

@@ -33,7 +33,8 @@ class BinaryConnect(_LatentClipped):
         \; a = \mathrm{mean}|u| \text{ per channel}
 
     ``scale="none"`` is the original: a = 1 and sigma = 1; the other scales set the granularity of sigma. With
-    ``stochastic=True`` the sign is +1 with probability clamp((u+1)/2, 0, 1), drawn from torch's generator.
+    ``stochastic=True`` the sign is +1 with probability clamp((u/(clip sigma) + 1)/2, 0, 1),
+    drawn from torch's generator.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class BinaryConnect(_LatentClipped):
         if group["stochastic"]:
             for p in params:
                 state = self.state[p]
-                drawn = spread_over(state["scale"], p) * stochastic_sign(state["latent"])
+                u = state["latent"]
+                if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
+                    u = u / (group["clip"] * spread_over(state["sigma"], u))
+                drawn = spread_over(state["scale"], p) * stochastic_sign(u)
                 found_inf = getattr(self, "found_inf", None)
                 p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
 
@@ -78,7 +82,7 @@ class BinaryRelax(_LatentClipped):
         p = (\kappa\,a\,\mathrm{sgn}(u) + u) / (1 + \kappa)
 
     kappa rises geometrically from 1 to 100 until 80 % of the training, then p is hard. More than two levels: the
-    projection onto the frozen grid in place of a sgn(u).
+    projection onto the frozen grid in place of a sgn(u), and the latent clipped at ``clip`` hi, its outer level.
     """
 
     def __init__(
@@ -139,7 +143,7 @@ class ProxQuant(QuantOptimizer):
         return {"threshold": math.inf if math.isinf(strength) else float(group["lr"]) * strength}
 
     def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        return {"reg_strength": math.inf if step >= 0.8 * total_steps else group["reg"] * step}
+        return {"reg_strength": math.inf if step >= 0.8 * total_steps else group["reg"] * (step + 1)}
 
 
 __all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]

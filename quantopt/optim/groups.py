@@ -22,7 +22,8 @@ def param_groups(
 
     The first has the weights of the linear and convolution layers with ``bits`` (1, 2, 3, 4, "ternary") and ``scale``
     ("none", "tensor", "channel", "group"); the second has every other parameter with ``bits=0``, trained by the plain
-    base rule. The field keeps the first and the last layer in full precision, and so does ``skip`` by default.
+    base rule. The field keeps the first and the last layer in full precision, and so does ``skip`` by default; they are
+    the first and the last in the order in which the model defines them.
 
     Args:
         skip: "first", "last", or patterns of parameter names (``"head.*"``) to leave unquantised; () for none.

@@ -276,7 +276,7 @@ def _read_report(path: Path) -> dict[str, Any]:
             "data": str(config["data"]),
             "optimizer": str(config["optimizer"]),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError("--model", f"{path} cannot be read as a run's report: {error}") from None
 
 
@@ -291,15 +291,13 @@ def _eval(arguments: argparse.Namespace) -> int:
         )
     if not file.is_file():
         raise InputError("--model", f"{file} does not exist")
-    if known is None and arguments.arch is None:
-        raise InputError("--arch", f"is needed: no {REPORT} beside {file} says which network this is")
     if known is None and arguments.data is None:
         raise InputError(
             "--data", f"is needed: no {REPORT} beside {file} says what the network was trained on"
         )
     device = resolve_device(arguments.device)
     dataset = data.load(arguments.data if known is None or arguments.data is not None else known["data"])
-    name = arguments.arch if known is None else known["model"]
+    name = known["model"] if known is not None else arguments.arch or "any of " + ", ".join(models.MODELS)
     shape, classes = dataset.shape, len(dataset.classes)
     if known is not None and (shape, classes) != (known["images"], known["classes"]):
         raise InputError(
@@ -307,11 +305,17 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{dataset.name} has images {shape} in {classes} classes; the network was trained on {known['images']} in "
             f"{known['classes']}",
         )
-    try:
-        network = models.build(name, shape, classes)
-        packed = quantopt.load(file, network).to(device).eval()
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise InputError("--model", f"{file} cannot be loaded as {name}: {error}") from None
+    packed = None
+    reasons = []
+    for candidate in [name] if name in models.MODELS else models.MODELS:
+        try:
+            network = models.build(candidate, shape, classes)
+            packed = quantopt.load(file, network).to(device).eval()
+            break
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            reasons.append(str(error))
+    if packed is None:
+        raise InputError("--model", f"{file} cannot be loaded as {name}: {reasons[0]}")
     images, labels = dataset.test_images.to(device), dataset.test_labels.to(device)
     started = time.perf_counter()
     accuracy = evaluate(packed, images, labels)

@@ -332,9 +332,19 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state)
             self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
+            if not 0 <= self.epoch <= self.config.epochs:
+                raise ValueError(f"epoch {self.epoch} is not in 0..{self.config.epochs}")
             self.curves = {name: list(state["curves"][name]) for name in CURVES}
-            self.histograms = torch.as_tensor(state["histograms"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            for name, values in self.curves.items():
+                if len(values) != self.epoch or not all(
+                    v is None or isinstance(v, int | float) for v in values
+                ):
+                    raise ValueError(f"the curve of {name} is not one number per epoch")
+            histograms = torch.as_tensor(state["histograms"])
+            if histograms.shape != (self.epoch + 1, self.histograms.shape[1]):
+                raise ValueError(f"histograms have shape {tuple(histograms.shape)}")
+            self.histograms = histograms
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(argument, f"the checkpoint does not fit: {error}") from None
 
     def describe(self) -> dict[str, Any]:
@@ -408,8 +418,11 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged or hostile file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(argument, f"{path} is damaged or not a checkpoint: {reason}") from None
+        raise InputError(
+            argument,
+            f"{path} is damaged, or holds more than the tensors, numbers and texts of a checkpoint "
+            f"({type(error).__name__}); nothing of it was run",
+        ) from None
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise InputError(argument, f"{path} is not a checkpoint of quantopt")
     return state
