@@ -312,6 +312,8 @@ class _Reader:
             raise self.fail(f"tensor {prefix}bits: the spare bits of its rows are not 0")
         if not scale.isfinite().all():
             raise self.fail(f"tensor {prefix}scale: not finite")
+        if (scale < 0).any():
+            raise self.fail(f"tensor {prefix}scale: negative")
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

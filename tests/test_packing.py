@@ -387,6 +387,9 @@ def test_spare_bits_and_scales_are_checked(net: Net, tmp_path: Path) -> None:
     packed.body[0].scale[1] = torch.nan
     save(packed, tmp_path / "scale")
     refuse(tmp_path / "scale", "tensor body.0.scale: not finite")
+    packed.body[0].scale[1] = -0.5
+    save(packed, tmp_path / "scale")
+    refuse(tmp_path / "scale", "tensor body.0.scale: negative")
 
 
 def test_files_of_another_model(saved: Path, net: Net) -> None:
