@@ -13,7 +13,7 @@ def level_count(bits: int | str) -> int:
 
     Raises ValueError for anything else.
     """
-    if isinstance(bits, bool) or bits not in LEVEL_COUNT:
+    if isinstance(bits, bool) or not isinstance(bits, int | str) or bits not in LEVEL_COUNT:
         raise ValueError(f"bits={bits!r}: use 0 (not quantised), 1, 2, 3, 4 or 'ternary'")
     return LEVEL_COUNT[bits]
 

@@ -252,6 +252,7 @@ def test_momentum_may_be_bfloat16() -> None:
         (dict(momentum=-0.1), "momentum=-0.1"), (dict(momentum=1.0), "momentum"),
         (dict(weight_decay=-1), "weight_decay"),
         (dict(bits=5), "bits=5"), (dict(bits="binary"), "bits='binary'"), (dict(bits=True), "bits=True"),
+        (dict(bits=2.0), "bits=2.0"),
         (dict(scale="row"), "scale='row'"),
         (dict(epsilon=1.5), "epsilon=1.5"), (dict(epsilon=math.nan), "epsilon=nan"),
         (dict(rate=-1.0), "rate"), (dict(rate=math.inf), "rate=inf"), (dict(cap=-0.1), "cap"),
