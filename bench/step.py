@@ -153,17 +153,20 @@ def compiled_list(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Callable
     momentums = [torch.zeros_like(w) for w in weights]
     his = [torch.full((), float(w.float().std()) if w.numel() > 1 else 1.0) for w in weights]
 
+    def step_one(w: Tensor, g: Tensor, m: Tensor, hi: Tensor) -> None:
+        d, m_new = base.sgd_direction(g.float(), m.float(), BETA, False)
+        v = askew.velocity_step(w.float(), d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP)
+        w.copy_(v)
+        m.copy_(m_new)
+
+    # One graph for all tensors of a rank: a graph of the whole list takes minutes to compile.
+    compiled = torch.compile(step_one, dynamic=True)
+
     def step() -> None:
         for w, g, m, hi in zip(weights, grads, momentums, his, strict=True):
-            d, m_new = base.sgd_direction(g.float(), m.float(), BETA, False)
-            w.copy_(
-                askew.velocity_step(
-                    w.float(), d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP
-                )
-            )
-            m.copy_(m_new)
+            compiled(w, g, m, hi)
 
-    return torch.compile(step)
+    return step
 
 
 def parq_row() -> list[dict[str, Any]]:
