@@ -174,9 +174,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         momentum_dtype = dtype if dtype == torch.float64 else getattr(torch, group["momentum_dtype"])
         quantised = group["bits"] != 0
         rule = self._rule(group) if quantised else "base"
-        stochastic = (
-            group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and rule not in _LATENT_RULES
-        )
+        stochastic = _rounds_stochastically(group, p.dtype, rule)
         w = p.detach()
         state: dict[str, Any] = {}
         if self._adam or stochastic:
@@ -218,13 +216,13 @@ class QuantOptimizer(torch.optim.Optimizer):
     def _required(self, group: dict[str, Any], p: Tensor) -> set[str]:
         """The state that the group's options ask for."""
         quantised = group["bits"] != 0
-        latent = quantised and self._rule(group) in _LATENT_RULES
+        rule = self._rule(group) if quantised else "base"
+        latent = rule in _LATENT_RULES
         low = p.dtype in (torch.bfloat16, torch.float16) and not latent
-        stochastic = low and p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
         asked = {
             "exp_avg": self._adam,
             "exp_avg_sq": self._adam,
-            "step": self._adam or stochastic,
+            "step": self._adam or _rounds_stochastically(group, p.dtype, rule),
             "momentum_buffer": not self._adam and group.get("momentum", 0) != 0,
             "latent": latent,
             "master": low and group["rounding"] == "master",
@@ -565,9 +563,7 @@ class _GroupStep:
 
     def _options(self, opt: QuantOptimizer, dtype: torch.dtype) -> dict[str, Any]:
         group = self.group
-        stochastic = (
-            group["rounding"] == "stochastic" and dtype == torch.bfloat16 and self.rule not in _LATENT_RULES
-        )
+        stochastic = _rounds_stochastically(group, dtype, self.rule)
         return {
             "levels": level_count(group["bits"]),
             "group_size": group["group_size"],
@@ -672,6 +668,11 @@ def _on(opt: QuantOptimizer, name: str, device: torch.device | None = None) -> T
     """grad_scale or found_inf of torch.amp.GradScaler, which it sets for the time of a step."""
     value: Tensor | None = getattr(opt, name, None)
     return None if value is None else value.to(device or torch.device("cpu"), torch.float32)
+
+
+def _rounds_stochastically(group: dict[str, Any], dtype: torch.dtype, rule: str) -> bool:
+    """Whether the weights themselves are rounded so: bfloat16 without a latent (a latent or master keeps float32)."""
+    return bool(group["rounding"] == "stochastic" and dtype == torch.bfloat16 and rule not in _LATENT_RULES)
 
 
 def _is_sharded(t: Tensor) -> bool:
