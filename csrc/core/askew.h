@@ -15,12 +15,11 @@ namespace quantopt {
 
 struct AskewConstants {
   float lr;
-  float decay;         // wd where it is part of the velocity, else 0
-  float shrink;        // 1 - lr wd where it acts before the step, else 1
-  float epsilon;       // e
-  float root_epsilon;  // sqrt(e)
-  float t_star;        // sqrt(1 - sqrt(e)): feasible iff |t| >= t_star
-  float rate;          // r
+  float decay;    // wd where it is part of the velocity, else 0
+  float shrink;   // 1 - lr wd where it acts before the step, else 1
+  float epsilon;  // e
+  float t_star;   // sqrt(1 - sqrt(e)): feasible iff |t| >= t_star
+  float rate;     // r
   float cap;
   float bound;       // memory: the latent stays in [-bound hi, bound hi]
   bool constrained;  // false at lr = 0 in the gradient form, where alpha = r / lr is undefined
@@ -29,13 +28,11 @@ struct AskewConstants {
 // Weight decay of a latent is the same number in both forms; it acts before the step there.
 QUANTOPT_HOST_DEVICE AskewConstants make_askew_constants(const Hyper& h, bool decay_before_step) {
   AskewConstants c;
-  const double root_epsilon = sqrt(h.epsilon);
   c.lr = static_cast<float>(h.lr);
   c.decay = static_cast<float>(decay_before_step ? 0.0 : h.weight_decay);
   c.shrink = static_cast<float>(decay_before_step ? 1.0 - h.lr * h.weight_decay : 1.0);
   c.epsilon = static_cast<float>(h.epsilon);
-  c.root_epsilon = static_cast<float>(root_epsilon);
-  c.t_star = static_cast<float>(sqrt(1.0 - root_epsilon));
+  c.t_star = static_cast<float>(sqrt(1.0 - sqrt(h.epsilon)));
   c.rate = static_cast<float>(h.rate);
   c.cap = static_cast<float>(h.cap);
   c.bound = static_cast<float>(h.bound);
@@ -49,6 +46,7 @@ template <bool Binary>
 struct Constraint {
   AskewConstants c;
   Grid grid;
+  float nearest;           // t_star half: a weight is feasible from this distance on
   float per_half_squared;  // 1 / half^2
   float gain;              // r half^2 / 4
   float longest;           // cap half
@@ -56,29 +54,26 @@ struct Constraint {
   QUANTOPT_HOST_DEVICE Constraint(const AskewConstants& constants, const Grid& levels)
       : c(constants),
         grid(levels),
+        nearest(constants.t_star * levels.half),
         per_half_squared(1.0f / (levels.half * levels.half)),
         gain(0.25f * constants.rate * levels.half * levels.half),
         longest(constants.cap * levels.half) {}
 
-  template <class F>
-  QUANTOPT_HOST_DEVICE F u_of(F distance) const {
-    return (grid.half - distance) * (grid.half + distance) * per_half_squared;
-  }
-
   // half min(k, cap) for an infeasible weight; infinite k at t = 0 becomes the cap.
   template <class F>
-  QUANTOPT_HOST_DEVICE F restoring_step(F distance, F u) const {
-    const F k = gain * (u * u - c.epsilon) / maximum(distance * u, fill<F>(1e-30f));
+  QUANTOPT_HOST_DEVICE F restoring_step(F distance) const {
+    const F u = (grid.half - distance) * (grid.half + distance) * per_half_squared;
+    const F k = gain * (u * u - c.epsilon) / (distance * u + 1e-30f);  // no 0 / 0 at rate 0
     return minimum(k, fill<F>(longest));
   }
 
-  // The least outward step: no bound where the weight is feasible or has no side.
-  template <class F>
-  QUANTOPT_HOST_DEVICE F least_step(F offset) const {
+  // x turned outward and no less than `least` where the weight is infeasible and has a side, t != 0.
+  template <class F, class Least>
+  QUANTOPT_HOST_DEVICE F at_least(F x, F offset, const Least& least) const {
+    if (nearest == 0.0f) return x;  // e = 1
     const F distance = absolute(offset);
-    const F u = u_of(distance);
-    const F bound = u > c.root_epsilon ? restoring_step(distance, u) : fill<F>(-INFINITY);
-    return offset != 0.0f ? bound : fill<F>(-INFINITY);
+    const F bound = positive_below(distance, nearest) ? least(distance) : fill<F>(-INFINITY);
+    return turned_by(offset, maximum(turned_by(offset, x), bound));
   }
 
   template <class F>
@@ -106,9 +101,9 @@ struct AskewVelocity : Constraint<Binary> {
     const AskewConstants& c = this->c;
     if (c.shrink != 1.0f) w = w * c.shrink;
     const F v = -c.lr * (d + c.decay * w);
-    const F offset = this->offset(w);
-    const F outward = maximum(turned_by(offset, v), this->least_step(offset));
-    return clamp(w + turned_by(offset, outward), -this->grid.hi, this->grid.hi);
+    const F taken =
+        this->at_least(v, this->offset(w), [this](F distance) { return this->restoring_step(distance); });
+    return clamp(w + taken, -this->grid.hi, this->grid.hi);
   }
 };
 
@@ -123,9 +118,9 @@ struct AskewGradient : Constraint<Binary> {
 
   template <class F>
   QUANTOPT_HOST_DEVICE F gradient(F g, F w) const {
-    const F offset = this->offset(w * this->c.shrink);
-    const F least = this->least_step(offset) / this->c.lr;  // |K|
-    return this->c.constrained ? -turned_by(offset, maximum(-turned_by(offset, g), least)) : g;
+    if (!this->c.constrained) return g;
+    const auto least = [this](F distance) { return this->restoring_step(distance) / this->c.lr; };  // |K|
+    return -this->at_least(-g, this->offset(w * this->c.shrink), least);
   }
 
   template <class F>
@@ -164,9 +159,8 @@ struct AskewMemory : Constraint<Binary> {
     F distance = clamp(absolute(offset), this->c.t_star * grid.half, grid.half);
     if (LimitedSpeed) {
       const F distance_before = absolute(this->offset(before));
-      const F u = this->u_of(distance_before);
-      const F reached = minimum(distance, distance_before + this->restoring_step(distance_before, u));
-      distance = u > this->c.root_epsilon ? reached : distance;
+      const F reached = minimum(distance, distance_before + this->restoring_step(distance_before));
+      distance = distance_before < this->nearest ? reached : distance;
     }
     return mid + sign(offset) * distance;
   }

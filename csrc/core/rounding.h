@@ -15,14 +15,22 @@ QUANTOPT_HOST_DEVICE U bfloat16_nearest(U bits) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? U{} + 0x7FC0u : rounded;
 }
 
+// Magnitudes from the largest of bfloat16 on: only these can round to infinity, or are infinite or NaN.
+inline constexpr uint32_t kBFloat16Top = 0x7F7F0000u;
+
+// Of a magnitude below kBFloat16Top.
+template <class U>
+QUANTOPT_HOST_DEVICE U bfloat16_stochastic_finite(U bits, U random16) {
+  return (bits + random16) >> 16;
+}
+
 // Never rounds a finite value to infinity: the largest finite magnitude is kept.
 template <class U>
 QUANTOPT_HOST_DEVICE U bfloat16_stochastic(U bits, U random16) {
   const U size = bits & 0x7FFFFFFFu;
-  const U rounded = size + random16;
-  const U finite = rounded < 0x7F800000u ? rounded : U{} + 0x7F7F0000u;
-  const U special = size > 0x7F800000u ? U{} + 0x7FC00000u : size;
-  return ((bits & 0x80000000u) | (size < 0x7F800000u ? finite : special)) >> 16;
+  const U top = size > 0x7F800000u ? U{} + 0x7FC00000u : (size == 0x7F800000u ? size : U{} + kBFloat16Top);
+  return size < kBFloat16Top ? bfloat16_stochastic_finite(bits, random16)
+                             : ((bits & 0x80000000u) | top) >> 16;
 }
 
 }  // namespace quantopt

@@ -37,6 +37,9 @@ QUANTOPT_HOST_DEVICE F with_sign_of(F magnitude, F x) {
   return x >= 0.0f ? magnitude : negative;
 }
 
+// Whether 0 < x < bound, for x >= 0 or NaN.
+QUANTOPT_HOST_DEVICE bool positive_below(float x, float bound) { return x > 0.0f && x < bound; }
+
 QUANTOPT_HOST_DEVICE float absolute(float x) { return fabsf(x); }
 // x, or -x where the sign bit of s is set.
 QUANTOPT_HOST_DEVICE float turned_by(float s, float x) { return copysignf(1.0f, s) * x; }

@@ -14,10 +14,11 @@ namespace quantopt {
 struct StamConstants {
   float lr;
   float shrink;  // splitting: 1 / (1 + lr wd); alternating: 1 - lr wd
-  float kappa;
-  float lam;    // alternating only
-  float bound;  // alternating: latent clipped at bound * sigma; infinite = not clipped
-  bool hard;
+  float keep;    // 1 / (1 + kappa): what is left of the distance to the level
+  float lam;     // alternating only
+  float bound;   // alternating: latent clipped at bound * sigma; infinite = not clipped
+  bool free;     // kappa = 0
+  bool hard;     // kappa = infinity
 };
 
 QUANTOPT_HOST_DEVICE StamConstants make_stam_constants(const Hyper& h, bool splitting) {
@@ -25,16 +26,19 @@ QUANTOPT_HOST_DEVICE StamConstants make_stam_constants(const Hyper& h, bool spli
   const double decay = h.lr * h.weight_decay;
   c.lr = static_cast<float>(h.lr);
   c.shrink = static_cast<float>(splitting ? 1.0 / (1.0 + decay) : 1.0 - decay);
-  c.kappa = static_cast<float>(h.kappa);
+  c.keep = static_cast<float>(1.0 / (1.0 + h.kappa));
   c.lam = static_cast<float>(h.lam);
   c.bound = static_cast<float>(h.bound);
+  c.free = h.kappa == 0.0;
   c.hard = h.kappa > 3.4e38;
   return c;
 }
 
+// (x + kappa level) / (1 + kappa), written so that a level is a fixed point.
 template <class F>
 QUANTOPT_HOST_DEVICE F relax(F x, F level, const StamConstants& c) {
-  return c.hard ? level : (x + c.kappa * level) / (1.0f + c.kappa);
+  if (c.free) return x;
+  return c.hard ? level : level + (x - level) * c.keep;
 }
 
 // form = "splitting": stochastic three-operator splitting, state x.

@@ -15,16 +15,17 @@ namespace {
 constexpr int64_t kBlock = 128;        // elements between two rounds of prefetches
 constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
+constexpr int64_t kRandomBlock = 512;  // elements whose random bits are made together
 
-// Sixteen random bits for each of kBlock elements from `first`, a multiple of 8. Little endian: the low half
-// of a word comes first.
+// Sixteen random bits for each of kRandomBlock elements from `first`, a multiple of 8. Little endian: the low
+// half of a word comes first.
 inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
   constexpr int kQuarter = kWidth / 4;
   VecBits lane{};
   for (uint32_t k = 0; k < kWidth; ++k)
     lane[k] = kQuarter * (k % 4) + k / 4;  // so that 4x4 transposes give order
   const auto start = static_cast<uint64_t>(first / 8);
-  for (int64_t b = 0; b < kBlock / 8; b += kWidth) {
+  for (int64_t b = 0; b < kRandomBlock / 8; b += kWidth) {
     const uint64_t block = start + static_cast<uint64_t>(b);
     const VecBits low = lane + static_cast<uint32_t>(block);
     const auto carry =
@@ -83,7 +84,10 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
     store(s.latent + i, next);
     store(s.param + i, rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{}));
   } else if (sizeof(P) == 2 && random != nullptr) {
-    store_halves(s.param + i, bfloat16_stochastic((VecBits)next, load_halves(random + i)));
+    const VecBits bits = (VecBits)next, halves = load_halves(random + i);
+    const bool large = any_at_least(bits & 0x7FFFFFFFu, kBFloat16Top);
+    store_halves(s.param + i,
+                 large ? bfloat16_stochastic(bits, halves) : bfloat16_stochastic_finite(bits, halves));
   } else {
     store(s.param + i, next);
   }
@@ -127,10 +131,10 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
   int64_t begin = 0;
   if constexpr (sizeof(P) == 2) {
     if (key != nullptr) {
-      uint16_t halves[kBlock];
+      uint16_t halves[kRandomBlock];
       while (begin < n) {
         const int64_t lead = (first + begin) % 8;
-        const int64_t end = std::min(n, begin + kBlock - lead);
+        const int64_t end = std::min(n, begin + kRandomBlock - lead);
         random_halves(*key, first + begin - lead, halves);
         const uint16_t* random = halves + lead - begin;
         for (; begin + kWidth <= end; begin += kWidth)
