@@ -5,6 +5,9 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -14,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "core/activation.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/binary_conv.h"
 #include "cpu/kernels/binary_linear.h"
@@ -131,6 +135,7 @@ struct Weights {
   int64_t group_size;
   int64_t groups;
   bool quantize;  // compute = int8
+  quantopt::Activation activation;
 
   int64_t scale_stride() const { return group_size == 0 && scale.numel() == 1 ? 0 : groups; }
   const float* bias_or_null() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
@@ -138,7 +143,8 @@ struct Weights {
 
 Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                       const std::optional<at::Tensor>& bias, int64_t in_features,
-                      at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute) {
+                      at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
+                      c10::string_view activation) {
   Weights w;
   w.planes = as_planes(bits, in_features);
   w.outputs = w.planes.size(1);
@@ -168,6 +174,9 @@ Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Ten
   w.quantize = compute == "int8";
   TORCH_CHECK_VALUE(w.quantize || compute == "exact",
                     "quantopt: compute must be \"exact\" or \"int8\", not \"", std::string(compute), "\"");
+  TORCH_CHECK_VALUE(quantopt::find_activation(activation, w.activation),
+                    "quantopt: activation must be \"none\", \"relu\", \"gelu\" or \"silu\", not \"",
+                    std::string(activation), "\"");
   TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == w.planes.size(0),
                     "quantopt: ", plane_weights.size(), " plane_weights for ", w.planes.size(0),
                     " planes of bits");
@@ -203,8 +212,9 @@ at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t ro
 at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, int64_t in_features,
                          at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
-                         const std::optional<at::Tensor>& tiles) {
-  const Weights w = check_weights(x, bits, scale, bias, in_features, plane_weights, group_size, compute);
+                         const std::optional<at::Tensor>& tiles, c10::string_view activation) {
+  const Weights w =
+      check_weights(x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
                     "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
                     x.sizes());
@@ -231,6 +241,7 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
     p.x = values.const_data_ptr<float>();
     p.x_scale = w.quantize ? row_scale.const_data_ptr<float>() : nullptr;
     p.y = y.mutable_data_ptr<float>();
+    p.activation = w.activation;
     if (kernels.uses_tiles(p)) {
       layout = tiles && tiles->numel() > 0 ? *tiles : binary_tiles_with(kernels, w.planes, in_features);
       check_tiles(layout, p.planes, w.outputs, in_features);
@@ -263,6 +274,15 @@ at::Tensor dense(const Weights& w) {
   return result;
 }
 
+void activate_by_library(quantopt::Activation activation, at::Tensor& y) {
+  switch (activation) {
+    case quantopt::Activation::none: return;
+    case quantopt::Activation::relu: at::relu_(y); return;
+    case quantopt::Activation::gelu: at::gelu_(y); return;
+    case quantopt::Activation::silu: at::silu_(y); return;
+  }
+}
+
 // The library's convolution with W expanded, x in fp32 and channels last.
 at::Tensor conv_by_library(const at::Tensor& x, const Weights& w, const at::Tensor& x_scale,
                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -272,6 +292,7 @@ at::Tensor conv_by_library(const at::Tensor& x, const Weights& w, const at::Tens
   if (w.group_size == 0) y.mul_(w.scale.view({-1, 1, 1}));
   if (x_scale.defined()) y.mul_(x_scale.view({-1, 1, 1, 1}));
   if (w.bias.defined()) y.add_(w.bias.view({-1, 1, 1}));
+  activate_by_library(w.activation, y);
   return y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
@@ -279,7 +300,8 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                          const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                          int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
-                         c10::string_view compute, const std::optional<at::Tensor>& tiles) {
+                         c10::string_view compute, const std::optional<at::Tensor>& tiles,
+                         c10::string_view activation) {
   TORCH_CHECK_VALUE(x.dim() == 4, "quantopt: x must be [B, C, H, W], not ", x.sizes());
   const std::pair<const char*, at::IntArrayRef> pairs[] = {
       {"kernel_size", kernel}, {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
@@ -292,7 +314,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                     " does not divide the ", x.size(1), " channels of x");
   const int64_t channels = x.size(1) / groups;
   const Weights w = check_weights(x, bits, scale, bias, channels * kernel[0] * kernel[1], plane_weights,
-                                  group_size, compute);
+                                  group_size, compute, activation);
   TORCH_CHECK_VALUE(w.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ", w.outputs,
                     " output channels");
   int64_t size[2];
@@ -308,6 +330,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   if (x.numel() == 0) {
     y.zero_();
     if (w.bias.defined()) y.add_(w.bias.view({-1, 1, 1}));
+    activate_by_library(w.activation, y);
     return y.to(x.scalar_type());
   }
   const Kernels kernels = active_kernels();
@@ -340,6 +363,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   c.x = values.const_data_ptr<float>();
   c.x_scale = w.quantize ? x_scale.const_data_ptr<float>() : nullptr;
   c.y = y.mutable_data_ptr<float>();
+  c.activation = w.activation;
   const int64_t bytes = kernels.conv_memory(c);
   const int64_t work = c.out_width * w.inputs * c.planes * w.outputs;
   at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {

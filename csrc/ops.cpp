@@ -37,19 +37,19 @@ TORCH_LIBRARY(quantopt, m) {
       "int group_size=0, bool moving_levels=False, bool nesterov=False, bool maximize=False, bool "
       "decoupled=False, "
       "int seed=-1, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
-  // y = x W^T + b, W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact, int8. tiles:
-  // the result of binary_tiles, or None. Documented in quantopt/ops/binary.py.
+  // y = activation(x W^T + b), W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact,
+  // int8. activation: none, relu, gelu (by erf), silu. tiles: the result of binary_tiles, or None. Documented
+  // in quantopt/ops/binary.py.
   m.def(
       "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
       "plane_weights, "
-      "int group_size=0, str compute=\"exact\", Tensor? tiles=None) -> Tensor");
+      "int group_size=0, str compute=\"exact\", Tensor? tiles=None, str activation=\"none\") -> Tensor");
   // The same for conv2d. tiles: the result of binary_tiles for each plane and kernel position, or None.
   m.def(
       "binary_conv2d(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int[] kernel_size, int[] stride, "
       "int[] padding, "
       "int[] dilation, int groups, int[] plane_weights, int group_size=0, str compute=\"exact\", Tensor? "
-      "tiles=None) "
-      "-> Tensor");
+      "tiles=None, str activation=\"none\") -> Tensor");
   // The order of bits that the CPU kernels read, int16 [P, size]; empty where they read bits itself.
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
   // The instruction set that the CPU kernels use now; an error if QUANTOPT_CPU_ISA is unknown or unsupported.

@@ -4,8 +4,8 @@ The file is safetensors: the state_dict of the packed model (bits, scales, and e
 is), each tensor stored once. Its metadata:
 
 - "format": "quantopt", "version": "1"
-- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv2d", "levels", "scale", "group_size", "compute", and
-  "in_features", "out_features" or "in_channels", "out_channels", "kernel_size"}}
+- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv2d", "levels", "scale", "group_size", "compute",
+  "activation", and "in_features", "out_features" or "in_channels", "out_channels", "kernel_size"}}
 - "aliases": JSON {name: name of the stored tensor it shares memory with}
 """
 
@@ -73,7 +73,7 @@ def _projected(p: Tensor, quantization: _Quantization) -> Tensor:
 
 
 def _skeleton(
-    layer: nn.Module, levels: int, scale: str, group_size: int, compute: str
+    layer: nn.Module, levels: int, scale: str, group_size: int, compute: str, activation: str
 ) -> BinaryLinear | BinaryConv2d:
     """The packed module that stands for ``layer``, without memory."""
     if type(layer) is nn.Linear:
@@ -85,10 +85,13 @@ def _skeleton(
             scale=scale,
             group_size=group_size,
             compute=compute,
+            activation=activation,
             device="meta",
         )
     assert type(layer) is nn.Conv2d
-    return BinaryConv2d.like(layer, levels=levels, scale=scale, group_size=group_size, compute=compute)
+    return BinaryConv2d.like(
+        layer, levels=levels, scale=scale, group_size=group_size, compute=compute, activation=activation
+    )
 
 
 def pack(model: nn.Module, opt: _Optimizer, *, compute: str = "exact") -> nn.Module:
@@ -129,7 +132,7 @@ def pack(model: nn.Module, opt: _Optimizer, *, compute: str = "exact") -> nn.Mod
             tensors[id(weight)] = _weight_tensors(quantization)
         bits, scale = tensors[id(weight)]
         kind = "group" if quantization.group_size else ("tensor" if scale.numel() == 1 else "channel")
-        packed = _skeleton(module, quantization.levels, kind, quantization.group_size, compute)
+        packed = _skeleton(module, quantization.levels, kind, quantization.group_size, compute, "none")
         packed.set_weights(bits, scale, module.bias if isinstance(module.bias, Tensor) else None)
         replaced[id(module)] = packed.train(module.training)
     result: nn.Module = copy.deepcopy(model, replaced)
@@ -161,6 +164,7 @@ def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
         "scale": module.scale_kind,
         "group_size": module.group_size,
         "compute": module.compute,
+        "activation": module.activation,
     }
 
 
@@ -252,7 +256,7 @@ class _Reader:
         if not isinstance(entry, dict) or entry.get("type") not in list(_LAYER_FIELDS):
             raise self.fail(f"layer {name}: not described as BinaryLinear or BinaryConv2d")
         kind, fields = _LAYER_FIELDS[entry["type"]]
-        if set(entry) != {"type", "levels", "scale", "group_size", "compute", *fields}:
+        if set(entry) != {"type", "levels", "scale", "group_size", "compute", "activation", *fields}:
             raise self.fail(f"layer {name}: its description has the fields {sorted(entry)}")
         try:
             layer = model.get_submodule(name)
@@ -273,7 +277,9 @@ class _Reader:
         if type(levels) is not int or type(group_size) is not int or not 0 <= group_size < 2**31:
             raise self.fail(f"layer {name}: levels={levels!r}, group_size={group_size!r} are not sizes")
         try:
-            return layer, _skeleton(layer, levels, entry["scale"], group_size, entry["compute"])
+            return layer, _skeleton(
+                layer, levels, entry["scale"], group_size, entry["compute"], entry["activation"]
+            )
         except (TypeError, ValueError) as error:
             raise self.fail(f"layer {name}: {error}") from None
 

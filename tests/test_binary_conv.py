@@ -109,6 +109,42 @@ def test_same_sign_extremes_are_exact(isa: str) -> None:
             assert torch.equal(y, torch.full((1, 40, 3, 3), sign * 127 * 2700))
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activation(isa: str, activation: str, compute: str, dtype: torch.dtype) -> None:
+    """By the packed kernel, by the library's convolution, and of no channels at all: those of the product as it is."""
+    apply = getattr(F, activation)
+    x, w, bias = torch.randn(2, 20, 5, 6).to(dtype), torch.randn(37, 20, 3, 3), torch.randn(37)
+    bits, scale = ops.pack_signs(w.flatten(1)), torch.rand(37) / 13
+    form = {"kernel_size": 3, "padding": 1, "compute": compute}
+    for tiles in (None, ops.conv_tiles(bits, 20, (3, 3))):
+        sums = ops.binary_conv2d(x.float(), bits, scale, bias, tiles=tiles, **form)
+        y = ops.binary_conv2d(x, bits, scale, bias, tiles=tiles, activation=activation, **form)
+        assert y.dtype == dtype
+        rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+        torch.testing.assert_close(y.double(), apply(sums.double()), rtol=1e-6 + rounding, atol=2e-6)
+    y = ops.binary_conv2d(
+        x[:, :0], bits[:, :0], scale, bias, kernel_size=3, activation=activation, compute=compute
+    )
+    torch.testing.assert_close(y, apply(bias).to(dtype)[:, None, None].expand_as(y))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_gradients_go_through_the_activation(activation: str) -> None:
+    w, bias = torch.randn(5, 6, 3, 3), torch.randn(5, requires_grad=True)
+    x = torch.randn(2, 6, 5, 5, requires_grad=True)
+    y = ops.binary_conv2d(
+        x, ops.pack_signs(w.flatten(1)), torch.full((1,), 0.1), bias, kernel_size=3, activation=activation
+    )
+    grad = torch.randn_like(y)
+    expected = getattr(F, activation)(F.conv2d(x, torch.where(w >= 0, 0.1, -0.1), bias))
+    for ours, theirs in zip(
+        torch.autograd.grad(y, (x, bias), grad), torch.autograd.grad(expected, (x, bias), grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @needs_extension
 @pytest.mark.parametrize("compute", ops.COMPUTE)
 def test_opcheck(compute: str) -> None:
@@ -119,7 +155,7 @@ def test_opcheck(compute: str) -> None:
         torch.randn(2, 20, 9, 8).bfloat16().to(memory_format=torch.channels_last),
     ):
         for tiles in (None, ops.conv_tiles(bits, 20, (3, 3))):
-            arguments = (x, bits, torch.rand(40), torch.randn(40), *pairs, 1, [1], 0, compute, tiles)
+            arguments = (x, bits, torch.rand(40), torch.randn(40), *pairs, 1, [1], 0, compute, tiles, "gelu")
             torch.library.opcheck(torch.ops.quantopt.binary_conv2d.default, arguments)
 
 
@@ -229,6 +265,7 @@ def test_infinities_propagate(isa: str) -> None:
         ({"dilation": 9}, "larger than the padded image"),
         ({"kernel_size": 2}, "needs 2 bytes per row, bits have 4"),
         ({"scale": torch.ones(3)}, "scale must have shape"),
+        ({"activation": "tanh"}, "activation must be"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, object], message: str) -> None:

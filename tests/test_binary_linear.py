@@ -378,6 +378,73 @@ def test_tiles_are_the_same_bits() -> None:
         assert torch.equal(tiles, expected)
 
 
+# ---- the activation --------------------------------------------------------------------------------------------
+
+SMOOTH = {
+    "none": lambda y: y,
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activation(isa: str, activation: str, compute: str, dtype: torch.dtype) -> None:
+    """Of the fp32 sums. The derivatives are at most 1.13, so errors of the sums grow by that."""
+    for m, n, k, group_size in [(1, 33, 81, 0), (9, 70, 250, 0), (3, 65, 128, 32), (3, 5, 50, 7)]:
+        x, w, scale, bias = make(m, n, k, dtype)
+        scale = torch.rand(n, -(-k // group_size)) + 0.1 if group_size else scale / k**0.5
+        y = ops.binary_linear(
+            x,
+            ops.pack_signs(w),
+            scale,
+            bias,
+            in_features=k,
+            compute=compute,
+            group_size=group_size,
+            activation=activation,
+        )
+        expected, size = product(x, w, scale, bias, group_size, compute == "int8")
+        check(y, SMOOTH[activation](expected), size, 2e-6)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activation_from_tail_to_tail(isa: str, activation: str) -> None:
+    """To 1e-6 of max(1, |y|) everywhere, and limits as in float64 where exponentials overflow; NaN propagates."""
+    y = torch.cat(
+        [torch.linspace(-200, 200, 4001), torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 3e38])]
+    )
+    out = ops.binary_linear(
+        y[:, None], torch.ones(3, 1, dtype=torch.uint8), torch.ones(1), in_features=1, activation=activation
+    )
+    expected = SMOOTH[activation](y.double())[:, None].expand(-1, 3)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_go_through_the_activation(activation: str, compute: str, dtype: torch.dtype) -> None:
+    x, w, scale, bias = make(4, 5, 33, dtype)
+    scale, bits = scale / 6, ops.pack_signs(w)
+    x.requires_grad_()
+    bias.requires_grad_()
+    form = {"in_features": 33, "compute": compute, "activation": activation}
+    y = ops.binary_linear(x[None], bits, scale, bias, **form)
+    with torch.no_grad():
+        assert torch.equal(y, ops.binary_linear(x[None], bits, scale, bias, **form))
+    grad = torch.randn_like(y)
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
+    weight = signs_by_definition(w) * scale[:, None]
+    sums = product(x.detach(), w, scale, bias.detach(), int8=compute == "int8")[0].requires_grad_()
+    (grad_sums,) = torch.autograd.grad(SMOOTH[activation](sums), sums, grad[0].double())
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(grad_x.double(), grad_sums @ weight, **tolerance)
+    torch.testing.assert_close(grad_bias.double(), grad_sums.sum(0), rtol=1e-5, atol=1e-5)
+
+
 # ---- the operator ------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +458,7 @@ def test_opcheck(compute: str) -> None:
     tiles = torch.ops.quantopt.binary_tiles(bits, 90)
     torch.library.opcheck(torch.ops.quantopt.binary_linear.default, (*arguments, tiles))
     torch.library.opcheck(
-        torch.ops.quantopt.binary_linear.default, (x.bfloat16()[None, :, :], *arguments[1:])
+        torch.ops.quantopt.binary_linear.default, (x.bfloat16()[None, :, :], *arguments[1:], None, "silu")
     )
     torch.library.opcheck(torch.ops.quantopt.binary_tiles.default, (bits, 90))
 
@@ -441,6 +508,11 @@ def test_reference_when_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch
         ({"group_size": -1}, ValueError, "group_size must be an integer of at least 0"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must have shape \[4\]"),
         ({"compute": "fp8"}, ValueError, 'compute must be "exact" or "int8"'),
+        (
+            {"activation": "tanh"},
+            ValueError,
+            'activation must be "none", "relu", "gelu" or "silu", not \'tanh\'',
+        ),
         ({"in_features": -1}, ValueError, "in_features must be an integer"),
         ({"plane_weights": [1, 2]}, ValueError, "plane_weights must be 1 integers"),
         ({"plane_weights": [0]}, ValueError, "plane_weights"),
@@ -490,6 +562,21 @@ def test_errors_name_the_argument(change: dict[str, object], error: type[Excepti
         (
             (torch.randn(3, 10), torch.zeros(4, 2, dtype=torch.uint8), torch.ones(4), None, 10, [1], 0, "x"),
             "compute",
+        ),
+        (
+            (
+                torch.randn(3, 10),
+                torch.zeros(4, 2, dtype=torch.uint8),
+                torch.ones(4),
+                None,
+                10,
+                [1],
+                0,
+                "exact",
+                None,
+                "x",
+            ),
+            "activation",
         ),
     ],
 )

@@ -62,6 +62,19 @@ def test_state_dict_into_a_fresh_module(levels: int) -> None:
         )
 
 
+def test_activation_of_a_module() -> None:
+    plain = BinaryLinear.from_linear(nn.Linear(20, 30))
+    layer = BinaryLinear(20, 30, activation="silu")
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(layer(x), nn.functional.silu(plain(x)))
+    conv = BinaryConv2d.from_conv2d(nn.Conv2d(3, 5, 3))
+    other = BinaryConv2d(3, 5, 3, activation="gelu")
+    other.load_state_dict(conv.state_dict())
+    x = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(other(x), nn.functional.gelu(conv(x)))
+
+
 def test_writing_bits_in_place_needs_prepare() -> None:
     layer = BinaryLinear(64, 32, bias=False)
     x = torch.rand(1, 64)
@@ -106,6 +119,9 @@ def test_meta_device_then_real() -> None:
 
 def test_repr() -> None:
     text = repr(BinaryLinear(8, 4, levels=4, scale="group", group_size=32, compute="int8"))
+    assert "activation" not in text
+    assert "compute=exact, activation=gelu" in repr(BinaryLinear(8, 4, activation="gelu"))
+    assert "compute=exact, activation=relu" in repr(BinaryConv2d(3, 4, 3, activation="relu"))
     assert (
         "in_features=8, out_features=4, bias=True, levels=4, scale=group, group_size=32, compute=int8" in text
     )
@@ -116,6 +132,7 @@ def test_repr() -> None:
     ("arguments", "message"),
     [
         ({"compute": "fp8"}, "compute must be"),
+        ({"activation": "tanh"}, "activation must be"),
         ({"levels": 5}, "levels must be"),
         ({"scale": "row"}, "scale must be"),
         ({"scale": "group"}, "group_size must be positive"),

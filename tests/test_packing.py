@@ -127,6 +127,16 @@ def test_outputs_are_those_of_the_projected_network(
     assert loaded.state_dict().keys() == packed.state_dict().keys()
 
 
+def test_activation_is_kept(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(9, 7), nn.Conv2d(1, 1, 1))
+    packed = pack(model, Fake([model[0].weight]))
+    packed[0].activation = "silu"
+    save(packed, tmp_path / "m")
+    loaded = load(tmp_path / "m", model)
+    x = torch.randn(3, 9)
+    assert loaded[0].activation == "silu" and torch.equal(loaded[0](x), packed[0](x))
+
+
 def test_compute_is_kept_and_int8_is_close(net: Net, tmp_path: Path) -> None:
     packed = pack(net, Fake(quantised_params(net)), compute="int8")
     exact = pack(net, Fake(quantised_params(net)))
@@ -352,6 +362,7 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
         (change_layer("inner.fc", scale=["group"]), "layer inner.fc: scale must be"),
         (change_layer("inner.fc", scale="tensor"), "tensor inner.fc.scale"),
         (change_layer("inner.fc", compute="fp4"), "layer inner.fc: compute must be"),
+        (change_layer("inner.fc", activation=["relu"]), "layer inner.fc: activation must be"),
         (change_layer("body.0", kernel_size=[5, 5]), r"layer body.0: kernel_size is \[5, 5\] in the file"),
         (rename("head.bias", "head.bios"), "tensor head.bias is missing"),
         (rename("body.1.running_mean", "body.0.tiles"), "tensor body.1.running_mean is missing"),

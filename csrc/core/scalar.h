@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "host_device.h"
 
@@ -45,5 +47,13 @@ QUANTOPT_HOST_DEVICE float absolute(float x) { return fabsf(x); }
 QUANTOPT_HOST_DEVICE float turned_by(float s, float x) { return copysignf(1.0f, s) * x; }
 QUANTOPT_HOST_DEVICE float round_down(float x) { return floorf(x); }
 QUANTOPT_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
+// 2^n for a whole n from -127 (gives 0) to 128 (gives infinity), of which `shifted` is n + 1.5 * 2^23.
+QUANTOPT_HOST_DEVICE float power_of_two(float shifted) {
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;
+  std::memcpy(&shifted, &bits, sizeof bits);
+  return shifted;
+}
 
 }  // namespace quantopt

@@ -12,11 +12,12 @@ from quantopt.ops import binary as ops
 
 
 class BinaryConv2d(BinaryModule):
-    """conv2d with W [out_channels, in_channels/groups, kh, kw] = scale * sum_i 2^i (±1 plane i).
+    """activation(conv2d) with W [out_channels, in_channels/groups, kh, kw] = scale * sum_i 2^i (±1 plane i).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.
-        levels, scale, group_size, compute: as in :class:`BinaryLinear`; an output channel is a row, flattened.
+        levels, scale, group_size, compute, activation: as in :class:`BinaryLinear`; an output channel is a
+            row, flattened.
 
     See :func:`quantopt.binary_conv2d` for what is fast. A new module has all weights -1 until a state_dict is loaded.
     """
@@ -37,6 +38,7 @@ class BinaryConv2d(BinaryModule):
         scale: str = "channel",
         group_size: int = 0,
         compute: str = "exact",
+        activation: str = "none",
         device: torch.device | str | None = None,
     ) -> None:
         # nn.Conv2d knows how to check and normalise its arguments.
@@ -53,7 +55,9 @@ class BinaryConv2d(BinaryModule):
             device="meta",
         )
         row_length = plain.weight[0].numel() if out_channels else 0
-        super().__init__(out_channels, row_length, bias, levels, scale, group_size, compute, device)
+        super().__init__(
+            out_channels, row_length, bias, levels, scale, group_size, compute, activation, device
+        )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = plain.kernel_size
@@ -96,6 +100,7 @@ class BinaryConv2d(BinaryModule):
         scale: str = "channel",
         group_size: int = 0,
         compute: str = "exact",
+        activation: str = "none",
         device: torch.device | str = "meta",
     ) -> Self:
         """A new module with the geometry of ``conv``, by default without memory (:meth:`set_weights` brings it)."""
@@ -113,6 +118,7 @@ class BinaryConv2d(BinaryModule):
             scale=scale,
             group_size=group_size,
             compute=compute,
+            activation=activation,
             device=device,
         )
 
@@ -136,6 +142,7 @@ class BinaryConv2d(BinaryModule):
             group_size=self.group_size,
             plane_weights=self.plane_weights,
             tiles=self.tiles,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:
@@ -152,5 +159,6 @@ class BinaryConv2d(BinaryModule):
         parts += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         parts += [
             f"bias={self.bias is not None}, levels={self.levels}, scale={self.scale_kind}, compute={self.compute}"
+            f"{self._activation_repr()}"
         ]
         return ", ".join(parts)

@@ -33,11 +33,13 @@ class BinaryModule(nn.Module):
         scale: str,
         group_size: int,
         compute: str,
+        activation: str,
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
         if compute not in ops.COMPUTE:
             raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+        ops.check_activation(activation)
         if scale not in SCALES:
             raise ValueError(f'scale must be "tensor", "channel" or "group", not {scale!r}')
         if not isinstance(group_size, int) or group_size < 0 or (scale == "group") != (group_size > 0):
@@ -48,6 +50,7 @@ class BinaryModule(nn.Module):
         self.levels = levels
         self.group_size = group_size
         self.compute = compute
+        self.activation = activation
         self.row_length = row_length
         planes = len(self.plane_weights)
         shape = [rows, (row_length + 7) // 8]
@@ -93,6 +96,9 @@ class BinaryModule(nn.Module):
         """ "tensor", "channel" or "group"."""
         return "group" if self.group_size else ("tensor" if self.scale.numel() == 1 else "channel")
 
+    def _activation_repr(self) -> str:
+        return "" if self.activation == "none" else f", activation={self.activation}"
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         new = state_dict.get(prefix + "scale")
         # Scales per tensor and per channel may replace each other.
@@ -118,7 +124,9 @@ class BinaryModule(nn.Module):
 
 
 class BinaryLinear(BinaryModule):
-    """y = x W^T + b with W [out_features, in_features] = scale * sum_i 2^i (±1 plane i), one bit per weight and plane.
+    """y = activation(x W^T + b) with W [out_features, in_features] = scale * sum_i 2^i (±1 plane i).
+
+    One bit per weight and plane.
 
     Args:
         in_features, out_features, bias: as in nn.Linear.
@@ -126,6 +134,7 @@ class BinaryLinear(BinaryModule):
         scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].
         group_size: consecutive weights of a row that share a scale, with scale="group".
         compute: "exact", or "int8": x is rounded per row to 8 bits; see :func:`quantopt.binary_linear`.
+        activation: "none", "relu", "gelu" (by erf) or "silu".
 
     A new module has all weights -1 until a state_dict is loaded. For inference: gradients flow to x only.
     """
@@ -140,9 +149,12 @@ class BinaryLinear(BinaryModule):
         scale: str = "channel",
         group_size: int = 0,
         compute: str = "exact",
+        activation: str = "none",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(out_features, in_features, bias, levels, scale, group_size, compute, device)
+        super().__init__(
+            out_features, in_features, bias, levels, scale, group_size, compute, activation, device
+        )
         self.in_features = in_features
         self.out_features = out_features
         self.prepare()
@@ -168,11 +180,12 @@ class BinaryLinear(BinaryModule):
             self.group_size,
             self.compute,
             self.tiles,
+            self.activation,
         )
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"levels={self.levels}, scale={self.scale_kind}{group}, compute={self.compute}"
+            f"levels={self.levels}, scale={self.scale_kind}{group}, compute={self.compute}{self._activation_repr()}"
         )

@@ -1,4 +1,5 @@
-"""Products with weights packed at one bit: y = x W^T + b and conv2d, W = scale * sum_i plane_weights[i] * (±1 plane i).
+"""Products with weights packed at one bit, W = scale * sum_i plane_weights[i] * (±1 plane i), and conv2d:
+y = activation(x W^T + b).
 
 One plane is a binary weight; b planes weighted 1, 2, 4, ... the uniform grid of 2^b levels; two planes weighted 1, 1 a
 ternary weight. Bits are plain row-major, least significant first, 1 = +1, in uint8 [N, ceil(K/8)] or, with P planes,
@@ -17,6 +18,7 @@ from quantopt import _extension, backends
 from quantopt.reference import binary as reference
 
 COMPUTE = ("exact", "int8")
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
 def plane_weights_of(levels: int) -> list[int]:
@@ -25,6 +27,11 @@ def plane_weights_of(levels: int) -> list[int]:
     if weights is None:
         raise ValueError(f"levels must be 2, 3, 4, 8 or 16, not {levels!r}")
     return weights
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'activation must be "none", "relu", "gelu" or "silu", not {activation!r}')
 
 
 def _kind(value: object) -> str:
@@ -72,12 +79,14 @@ def _check_product(
     group_size: int,
     compute: str,
     plane_weights: Sequence[int] | None,
+    activation: str,
 ) -> list[int]:
     _check_bits(bits, in_features, (2, 3))
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, not {_kind(x)}")
     if compute not in COMPUTE:
         raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+    check_activation(activation)
     if not isinstance(group_size, int) or group_size < 0:
         raise ValueError(f"group_size must be an integer of at least 0 (0: no groups), not {group_size!r}")
     outputs = bits.shape[-2]
@@ -131,8 +140,20 @@ def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int]) -> Tenso
     return binary_tiles(by_tap.flatten(0, 1), channels)
 
 
+def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
+    """The gradient for y, given that for activation(y)."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, y, 0)  # type: ignore[no-any-return]
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, y)  # type: ignore[no-any-return]
+    return torch.ops.aten.silu_backward(grad, y)  # type: ignore[no-any-return]
+
+
 class _Linear(torch.autograd.Function):
-    """Gradients for x and the bias (those of the dense layer; int8: straight through the rounding)."""
+    """Gradients for x and the bias (those of the dense layer; int8: straight through the rounding).
+
+    What goes into the activation is computed once more for its gradient: in fp32, as the kernel does.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -146,24 +167,34 @@ class _Linear(torch.autograd.Function):
         group_size: int,
         compute: str,
         tiles: Tensor | None,
+        activation: str,
     ) -> Tensor:
-        ctx.save_for_backward(bits, scale)
-        ctx.layout = (in_features, plane_weights, group_size)  # type: ignore[attr-defined]
-        return _forward(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles)
+        inputs = (None, None, None) if activation == "none" else (x, bias, tiles)
+        ctx.save_for_backward(bits, scale, *inputs)
+        ctx.form = (in_features, plane_weights, group_size, compute, activation)  # type: ignore[attr-defined]
+        return _forward(
+            x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation
+        )
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        bits, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        bits, scale, x, bias, tiles = ctx.saved_tensors  # type: ignore[attr-defined]
         need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]  # type: ignore[attr-defined]
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_y = grad.to(wide)
+        in_features, plane_weights, group_size, compute, activation = ctx.form  # type: ignore[attr-defined]
+        if activation != "none":
+            y = _forward(
+                x.to(wide), bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, "none"
+            )
+            grad_y = _pre_activation_grad(grad_y, y, activation)
         grad_x = grad_bias = None
         if need_x:
-            dtype = torch.promote_types(grad.dtype, torch.float32)
-            in_features, plane_weights, group_size = ctx.layout  # type: ignore[attr-defined]
-            weight = reference.dense_weight(bits, scale, in_features, plane_weights, group_size, dtype)
-            grad_x = (grad.to(dtype) @ weight).to(grad.dtype)
+            weight = reference.dense_weight(bits, scale, in_features, plane_weights, group_size, wide)
+            grad_x = (grad_y @ weight).to(grad.dtype)
         if need_bias:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias, None, None, None, None, None
+            grad_bias = grad_y.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias, None, None, None, None, None, None
 
 
 def _forward(
@@ -176,11 +207,14 @@ def _forward(
     group_size: int,
     compute: str,
     tiles: Tensor | None,
+    activation: str,
 ) -> Tensor:
     if not _compiled(x):
-        return reference.binary_linear(x, bits, scale, bias, in_features, plane_weights, group_size, compute)
+        return reference.binary_linear(
+            x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation
+        )
     y: Tensor = torch.ops.quantopt.binary_linear(
-        x, bits, scale.float(), bias, in_features, plane_weights, group_size, compute, tiles
+        x, bits, scale.float(), bias, in_features, plane_weights, group_size, compute, tiles, activation
     )
     return y
 
@@ -195,9 +229,21 @@ def run_linear(
     group_size: int,
     compute: str,
     tiles: Tensor | None,
+    activation: str,
 ) -> Tensor:
     """:func:`binary_linear` without its checks, for modules that made them once (shapes of x are checked below)."""
-    arguments = (x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles)
+    arguments = (
+        x,
+        bits,
+        scale,
+        bias,
+        in_features,
+        plane_weights,
+        group_size,
+        compute,
+        tiles,
+        activation,
+    )
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         result: Tensor = _Linear.apply(*arguments)
         return result
@@ -215,8 +261,10 @@ def binary_linear(
     group_size: int = 0,
     plane_weights: Sequence[int] | None = None,
     tiles: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """y[..., n] = sum_k W[n, k] x[..., k] + bias[n], W = scale * sum_i plane_weights[i] * (±1 plane i of bits).
+    """y[..., n] = activation(sum_k W[n, k] x[..., k] + bias[n]), with
+    W = scale * sum_i plane_weights[i] * (±1 plane i of bits).
 
     Args:
         x: [..., K], fp32, bf16 or fp16 (float64: the reference), any strides and leading dimensions.
@@ -231,17 +279,21 @@ def binary_linear(
         group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
         plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1.
         tiles: :func:`binary_tiles` of these bits, if derived before (saves time when x has few rows).
+        activation: "none", "relu", "gelu" (exact, by erf: torch's approximate="none") or "silu", of the fp32 sums,
+            before y is rounded to its type.
 
     Returns y [..., N] of the type of x. Each sum is taken in an order that depends on K alone: the same bits for any
     number of threads or rows. In "exact" mode infinities and NaN propagate as in a dense layer. Differentiable with
     respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
     """
-    weights = _check_product(x, bits, scale, bias, in_features, group_size, compute, plane_weights)
+    weights = _check_product(
+        x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
+    )
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"x must have in_features={in_features} as its last dimension, not shape {list(x.shape)}"
         )
-    return run_linear(x, bits, scale, bias, in_features, weights, group_size, compute, tiles)
+    return run_linear(x, bits, scale, bias, in_features, weights, group_size, compute, tiles, activation)
 
 
 def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
@@ -266,12 +318,14 @@ def binary_conv2d(
     group_size: int = 0,
     plane_weights: Sequence[int] | None = None,
     tiles: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """conv2d with packed weights: W [N, C/groups, kh, kw], each output channel flattened to a row of ``bits``.
+    """activation(conv2d) with packed weights W [N, C/groups, kh, kw], each output channel flattened to a row of bits.
 
     Args:
         x: [B, C, H, W] or [C, H, W], fp32, bf16 or fp16, any strides.
-        bits, scale, bias, group_size, plane_weights, tiles: as in :func:`binary_linear`, with K = C/groups * kh * kw.
+        bits, scale, bias, group_size, plane_weights, tiles, activation: as in :func:`binary_linear`, with
+            K = C/groups * kh * kw.
         kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
         compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W).
 
@@ -297,7 +351,7 @@ def binary_conv2d(
             f"the {bits.shape[-2]} of bits"
         )
     features = channels // groups * kernel[0] * kernel[1]
-    weights = _check_product(x, bits, scale, bias, features, group_size, compute, plane_weights)
+    weights = _check_product(x, bits, scale, bias, features, group_size, compute, plane_weights, activation)
     size = [x.shape[i - 2] + 2 * pads[i] - spread[i] * (kernel[i] - 1) for i in (0, 1)]
     if min(size) < 1:
         raise ValueError(f"kernel_size={kernel} with dilation={spread} is larger than the padded image of x")
@@ -308,7 +362,19 @@ def binary_conv2d(
             x = x + ((q * s).view(x.shape) - x).detach()
             compute = "exact"
         return reference.binary_conv2d(
-            x, bits, scale, bias, kernel, steps, pads, spread, groups, weights, group_size, compute
+            x,
+            bits,
+            scale,
+            bias,
+            kernel,
+            steps,
+            pads,
+            spread,
+            groups,
+            weights,
+            group_size,
+            compute,
+            activation,
         )
     images = x if x.dim() == 4 else x.unsqueeze(0)
     y: Tensor = torch.ops.quantopt.binary_conv2d(
@@ -325,6 +391,7 @@ def binary_conv2d(
         group_size,
         compute,
         tiles,
+        activation,
     )
     return y if x.dim() == 4 else y.squeeze(0)
 
@@ -342,6 +409,7 @@ if _extension.error is None:
         group_size: int = 0,
         compute: str = "exact",
         tiles: Tensor | None = None,
+        activation: str = "none",
     ) -> Tensor:
         return x.new_empty([*x.shape[:-1], bits.shape[-2]])
 
@@ -360,6 +428,7 @@ if _extension.error is None:
         group_size: int = 0,
         compute: str = "exact",
         tiles: Tensor | None = None,
+        activation: str = "none",
     ) -> Tensor:
         size = [
             (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1

@@ -60,6 +60,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(x.dtype), s
 
 
+def activate(y: Tensor, activation: str) -> Tensor:
+    """max(y, 0), y Phi(y) (the normal distribution function, by erf) or y / (1 + e^-y); "none": y."""
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "gelu":
+        return F.gelu(y)
+    return F.silu(y) if activation == "silu" else y
+
+
 def binary_linear(
     x: Tensor,
     bits: Tensor,
@@ -69,8 +78,9 @@ def binary_linear(
     plane_weights: Sequence[int],
     group_size: int = 0,
     compute: str = "exact",
+    activation: str = "none",
 ) -> Tensor:
-    """y = x W^T + b [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`."""
+    """y = activation(x W^T + b) [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide)
     if compute == "int8":
@@ -84,7 +94,7 @@ def binary_linear(
         y = values @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T
     else:
         y = values @ expand_planes(bits, in_features, plane_weights, wide).T * scale.to(wide)
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    return activate(y if bias is None else y + bias.to(wide), activation).to(x.dtype)
 
 
 def binary_conv2d(
@@ -100,8 +110,9 @@ def binary_conv2d(
     plane_weights: Sequence[int],
     group_size: int = 0,
     compute: str = "exact",
+    activation: str = "none",
 ) -> Tensor:
-    """conv2d of x [B, C, H, W] (or [C, H, W]) with W [N, C/groups, kh, kw], its rows flattened in the bits.
+    """activation(conv2d(x) + b), x [B, C, H, W] or [C, H, W], W [N, C/groups, kh, kw] with its rows flattened in bits.
 
     With ``compute="int8"`` x is quantised per image (over C, H and W) as by :func:`quantize_rows`.
     """
@@ -125,4 +136,4 @@ def binary_conv2d(
         y = y * factor
     if s is not None:
         y = y * s
-    return (y if bias is None else y + bias.to(wide).view(-1, 1, 1)).to(x.dtype)
+    return activate(y if bias is None else y + bias.to(wide).view(-1, 1, 1), activation).to(x.dtype)

@@ -134,7 +134,7 @@ void pixels(const BinaryConv& c, int64_t image, int64_t oy, int64_t ox, int64_t 
     float* y = c.y + ((image * c.out_height + oy) * c.out_width + ox + i) * c.outputs;
     for (int64_t tile = begin; tile < end; ++tile) {
       finish_tile(value_of(total[(tile - begin) * MR + i], weights * sum[i]), tile, c.outputs, c.scale,
-                  c.scale_stride, c.x_scale != nullptr ? c.x_scale[image] : 1.0f, c.bias, y);
+                  c.scale_stride, c.x_scale != nullptr ? c.x_scale[image] : 1.0f, c.bias, c.activation, y);
     }
   }
 }

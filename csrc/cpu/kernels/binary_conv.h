@@ -7,8 +7,11 @@
 
 namespace quantopt {
 
-// y[b, oy, ox, n] = scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s] x[b, oy S + r D - P, ox S + s D - P, c] +
-// bias[n], zero outside the image. With x_scale, x holds whole numbers of at most 127 and the sum is exact.
+enum class Activation : int32_t;  // core/activation.h
+
+// y[b, oy, ox, n] = activation(scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s]
+// x[b, oy S + r D - P, ox S + s D - P, c] + bias[n]), x zero outside the image. With x_scale, x holds whole
+// numbers of at most 127 and the sum is exact.
 struct BinaryConv {
   int64_t images, height, width, channels;
   int64_t out_height, out_width, outputs;
@@ -22,6 +25,7 @@ struct BinaryConv {
   const float* x;                // [images, height, width, channels]
   const float* x_scale;          // [images] or null
   float* y;                      // [images, out_height, out_width, outputs]
+  Activation activation;
 };
 
 }  // namespace quantopt

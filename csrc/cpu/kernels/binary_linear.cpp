@@ -119,7 +119,7 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
           if (p.x_scale != nullptr) factor *= p.x_scale[first + m];
           y *= factor;
           if (p.bias != nullptr) y += p.bias[n + r];
-          p.y[(first + m) * p.outputs + n + r] = y;
+          p.y[(first + m) * p.outputs + n + r] = activate(p.activation, y);
         }
       }
     }
@@ -186,7 +186,7 @@ void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end)
     const int32_t all = weight * _mm512_reduce_add_epi32(sum[i]);
     for (int64_t tile = begin; tile < end; ++tile) {
       finish_tile(signed_sums(total[(tile - begin) * MR + i], all), tile, p.outputs, p.scale, p.scale_stride,
-                  p.x_scale[m + i], p.bias, p.y + (m + i) * p.outputs);
+                  p.x_scale[m + i], p.bias, p.activation, p.y + (m + i) * p.outputs);
     }
   }
 }
@@ -213,7 +213,7 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
   for (int i = 0; i < MR; ++i) {
     for (int64_t tile = begin; tile < end; ++tile) {
       finish_tile(total[(tile - begin) * MR + i], tile, p.outputs, p.group == 0 ? p.scale : nullptr,
-                  p.scale_stride, p.x_scale != nullptr ? p.x_scale[m + i] : 1.0f, p.bias,
+                  p.scale_stride, p.x_scale != nullptr ? p.x_scale[m + i] : 1.0f, p.bias, p.activation,
                   p.y + (m + i) * p.outputs);
     }
   }

@@ -8,9 +8,11 @@
 
 namespace quantopt {
 
+enum class Activation : int32_t;  // core/activation.h
+
 // One product. Memory is dense unless a stride is given; all sizes are elements.
-//   exact:   y[m,n] = scale[n] * sum_k x[m,k] w[n,k] + bias[n]
-//   grouped: y[m,n] = sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n]
+//   exact:   y[m,n] = activation(scale[n] * sum_k x[m,k] w[n,k] + bias[n])
+//   grouped: y[m,n] = activation(sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n])
 // With x_scale, x holds whole numbers of at most 127 and the sum is exact, then multiplied by x_scale[m].
 struct BinaryLinear {
   int64_t rows;                  // M
@@ -27,6 +29,7 @@ struct BinaryLinear {
   const float* x;                // [M, K]
   const float* x_scale;          // [M] or null
   float* y;                      // [M, N]
+  Activation activation;
 };
 
 // Tiles: bits in 16-bit words, [plane][chunk][tile][word][row of the tile]: 32 rows side by side, the words

@@ -14,6 +14,11 @@
 // the first-level cache, and the sums of kBlockTiles tiles the second.
 #pragma once
 
+// clang-format off: the vectors come before the functions that are written in them
+#include "cpu/kernels/vec.h"
+#include "core/activation.h"
+// clang-format on
+
 #include <cstdint>
 #include <cstring>
 
@@ -307,10 +312,10 @@ inline Pair signed_sums(const IntegerPair& total, int32_t sum) {
           _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(total.odd, 1), all))};
 }
 
-// y[n] = value * (scale[n] * x_scale) + bias[n] for the outputs n of a tile; a null scale is 1, its stride 0
-// or 1.
+// y[n] = activation(value * (scale[n] * x_scale) + bias[n]) for the outputs n of a tile; a null scale is 1,
+// its stride 0 or 1.
 inline void finish_tile(Pair value, int64_t tile, int64_t outputs, const float* scale, int64_t scale_stride,
-                        float x_scale, const float* bias, float* y) {
+                        float x_scale, const float* bias, Activation activation, float* y) {
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
   const __m512 half[2] = {_mm512_permutex2var_ps(value.even, low, value.odd),
@@ -326,6 +331,7 @@ inline void finish_tile(Pair value, int64_t tile, int64_t outputs, const float* 
     }
     __m512 result = _mm512_mul_ps(half[i], factor);
     if (bias != nullptr) result = _mm512_add_ps(result, _mm512_maskz_loadu_ps(mask, bias + n));
+    result = (__m512)activate(activation, (Vec)result);
     _mm512_mask_storeu_ps(y + n, mask, result);
   }
 }

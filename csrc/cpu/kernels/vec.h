@@ -130,6 +130,10 @@ inline __attribute__((always_inline)) VecInt positive_below(Vec x, float bound) 
 
 inline __attribute__((always_inline)) Vec absolute(Vec x) { return (Vec)((VecBits)x & 0x7FFFFFFFu); }
 
+inline __attribute__((always_inline)) Vec power_of_two(Vec shifted) {
+  return (Vec)(((VecBits)shifted + 127u) << 23);
+}
+
 inline __attribute__((always_inline)) Vec turned_by(Vec s, Vec x) {
 #if defined(__AVX512F__)
   constexpr int kAndXor = 0x6A;  // (a & b) ^ c
