@@ -5,7 +5,9 @@ is), each tensor stored once. Its metadata:
 
 - "format": "quantopt", "version": "1"
 - "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv2d", "levels", "scale", "group_size", "compute",
-  "activation", and "in_features", "out_features" or "in_channels", "out_channels", "kernel_size"}}
+  "activation", "bias" (true or false), and "in_features", "out_features" or "in_channels", "out_channels",
+  "kernel_size"}}
+- "folded": JSON {name of a module that was folded into the layer before it: its type, e.g. "BatchNorm2d"}
 - "aliases": JSON {name: name of the stored tensor it shares memory with}
 """
 
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from quantopt import folding
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.ops import binary as ops
 
@@ -73,14 +76,14 @@ def _projected(p: Tensor, quantization: _Quantization) -> Tensor:
 
 
 def _skeleton(
-    layer: nn.Module, levels: int, scale: str, group_size: int, compute: str, activation: str
+    layer: nn.Module, levels: int, scale: str, group_size: int, compute: str, activation: str, bias: bool
 ) -> BinaryLinear | BinaryConv2d:
     """The packed module that stands for ``layer``, without memory."""
     if type(layer) is nn.Linear:
         return BinaryLinear(
             layer.in_features,
             layer.out_features,
-            layer.bias is not None,
+            bias,
             levels=levels,
             scale=scale,
             group_size=group_size,
@@ -90,17 +93,30 @@ def _skeleton(
         )
     assert type(layer) is nn.Conv2d
     return BinaryConv2d.like(
-        layer, levels=levels, scale=scale, group_size=group_size, compute=compute, activation=activation
+        layer,
+        levels=levels,
+        scale=scale,
+        group_size=group_size,
+        compute=compute,
+        activation=activation,
+        bias=bias,
     )
 
 
-def pack(model: nn.Module, opt: _Optimizer, *, compute: str = "exact") -> nn.Module:
+def pack(
+    model: nn.Module, opt: _Optimizer, *, compute: str = "exact", fold_batchnorm: bool = False
+) -> nn.Module:
     """A copy of ``model`` in which every Linear and Conv2d whose weight ``opt`` quantises is packed.
 
     Args:
         model: any module, itself a Linear included; it is not changed.
         opt: an optimizer of this package; ``opt.quantization(weight)`` gives levels, codes and scales.
         compute: "exact" or "int8", for all packed layers.
+        fold_batchnorm: take a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into its
+            scale and bias, and a following ReLU, GELU or SiLU module into its epilogue; quantopt.folding.Folded stands
+            where they were. The model must be in evaluation mode. Only modules that follow the layer wherever it is
+            called, and nothing else, are folded: not a ReLU after an addition, not one that is shared or a function.
+            BatchNorm1d after a Linear is taken to be of [batch, features].
 
     Layers and weights that are shared stay shared. A quantised weight of any other kind of layer keeps its type, with
     the projected values. The outputs are those of the model inside ``opt.quantized()``, to rounding.
@@ -111,6 +127,8 @@ def pack(model: nn.Module, opt: _Optimizer, *, compute: str = "exact") -> nn.Mod
         raise TypeError(f"opt must be an optimizer of quantopt, not {type(opt).__name__}")
     if compute not in ops.COMPUTE:
         raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+    if not isinstance(fold_batchnorm, bool):
+        raise TypeError(f"fold_batchnorm must be True or False, not {fold_batchnorm!r}")
     quantizations: dict[int, Any] = {}
     tensors: dict[int, tuple[Tensor, Tensor]] = {}
     replaced: dict[
@@ -122,19 +140,39 @@ def pack(model: nn.Module, opt: _Optimizer, *, compute: str = "exact") -> nn.Mod
             quantizations[id(p)] = opt.quantization(p)
         return quantizations[id(p)]
 
-    for module in model.modules():
-        if type(module) not in (nn.Linear, nn.Conv2d):
-            continue
-        weight = module.weight
-        if not isinstance(weight, nn.Parameter) or (quantization := quantization_of(weight)) is None:
-            continue
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module) in (nn.Linear, nn.Conv2d)
+        and isinstance(module.weight, nn.Parameter)
+        and quantization_of(module.weight) is not None
+    ]
+    chains = {id(c.layer): c for c in folding.find_chains(model, layers)} if fold_batchnorm and layers else {}
+    for module in layers:
+        weight: Any = module.weight
+        quantization = quantization_of(weight)
         if id(weight) not in tensors:
             tensors[id(weight)] = _weight_tensors(quantization)
         bits, scale = tensors[id(weight)]
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        _, norm, activation = chains.get(id(module), (module, None, None))
+        if norm is not None:
+            bits, scale, bias = folding.fold(bits, scale, bias, weight[0].numel(), norm)
         kind = "group" if quantization.group_size else ("tensor" if scale.numel() == 1 else "channel")
-        packed = _skeleton(module, quantization.levels, kind, quantization.group_size, compute, "none")
-        packed.set_weights(bits, scale, module.bias if isinstance(module.bias, Tensor) else None)
+        packed = _skeleton(
+            module,
+            quantization.levels,
+            kind,
+            quantization.group_size,
+            compute,
+            folding.activation_of(activation),
+            bias is not None,
+        )
+        packed.set_weights(bits, scale, bias)
         replaced[id(module)] = packed.train(module.training)
+        for gone in (norm, activation):
+            if gone is not None:
+                replaced[id(gone)] = folding.Folded(type(gone).__name__).train(gone.training)
     result: nn.Module = copy.deepcopy(model, replaced)
     copies = dict(result.named_parameters(remove_duplicate=False))
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -165,6 +203,7 @@ def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
         "group_size": module.group_size,
         "compute": module.compute,
         "activation": module.activation,
+        "bias": module.bias is not None,
     }
 
 
@@ -192,6 +231,13 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "version": VERSION,
         "layers": json.dumps({name: _describe(layer) for name, layer in layers.items()}),
+        "folded": json.dumps(
+            {
+                name: module.kind
+                for name, module in packed.named_modules(remove_duplicate=False)
+                if isinstance(module, folding.Folded)
+            }
+        ),
         "aliases": json.dumps(aliases),
     }
     data = serialize(tensors, metadata)
@@ -256,7 +302,7 @@ class _Reader:
         if not isinstance(entry, dict) or entry.get("type") not in list(_LAYER_FIELDS):
             raise self.fail(f"layer {name}: not described as BinaryLinear or BinaryConv2d")
         kind, fields = _LAYER_FIELDS[entry["type"]]
-        if set(entry) != {"type", "levels", "scale", "group_size", "compute", "activation", *fields}:
+        if set(entry) != {"type", "levels", "scale", "group_size", "compute", "activation", "bias", *fields}:
             raise self.fail(f"layer {name}: its description has the fields {sorted(entry)}")
         try:
             layer = model.get_submodule(name)
@@ -273,15 +319,33 @@ class _Reader:
             ours = list(ours) if isinstance(ours, tuple) else ours
             if entry[field] != ours or isinstance(entry[field], bool):
                 raise self.fail(f"layer {name}: {field} is {entry[field]!r} in the file, {ours} in the model")
+        if not isinstance(entry["bias"], bool):
+            raise self.fail(f"layer {name}: bias={entry['bias']!r} is not true or false")
         levels, group_size = entry["levels"], entry["group_size"]
         if type(levels) is not int or type(group_size) is not int or not 0 <= group_size < 2**31:
             raise self.fail(f"layer {name}: levels={levels!r}, group_size={group_size!r} are not sizes")
         try:
             return layer, _skeleton(
-                layer, levels, entry["scale"], group_size, entry["compute"], entry["activation"]
+                layer,
+                levels,
+                entry["scale"],
+                group_size,
+                entry["compute"],
+                entry["activation"],
+                entry["bias"],
             )
         except (TypeError, ValueError) as error:
             raise self.fail(f"layer {name}: {error}") from None
+
+    def folded(self, model: nn.Module, name: str, kind: Any) -> nn.Module:
+        """The module of ``model`` called ``name``, which the file says is folded."""
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise self.fail(f"folded {name}: the model has no such module") from None
+        if type(module).__name__ != kind or type(module) is not folding.FOLDABLE.get(kind):
+            raise self.fail(f"folded {name}: {kind!r} in the file, {type(module).__name__} in the model")
+        return module
 
     def check_layout(self, file: Any, expected: dict[str, Tensor], aliases: dict[str, Any]) -> None:
         """Names, dtypes and shapes, before any tensor is read."""
@@ -356,8 +420,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
                 layers[name] = replaced.setdefault(id(layer), packed)
             if not layers:
                 raise reader.fail("it holds no packed layers")
+            for name, kind in reader.json_object(metadata, "folded").items():
+                module = reader.folded(model, name, kind)
+                replaced.setdefault(id(module), folding.Folded(kind).train(module.training))
             aliases = reader.json_object(metadata, "aliases")
-            expected = _expected(model, layers)
+            expected = _expected(model, replaced)
             reader.check_layout(file, expected, aliases)
             stored = {name: file.get_tensor(name).clone() for name in set(expected) - set(aliases)}
     except safetensors.SafetensorError as error:
@@ -380,14 +447,13 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return result
 
 
-def _expected(model: nn.Module, layers: dict[str, BinaryLinear | BinaryConv2d]) -> dict[str, Tensor]:
+def _expected(model: nn.Module, replaced: dict[int, nn.Module]) -> dict[str, Tensor]:
     """The state_dict of the packed model: names, and tensors that have its types and shapes."""
-    prefixes = tuple(f"{name}." if name else "" for name in layers)
-    expected = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not any(name.startswith(prefix) for prefix in prefixes)
-    }
-    for prefix, layer in zip(prefixes, layers.values(), strict=True):
-        expected |= {prefix + name: tensor for name, tensor in layer.state_dict().items()}
+    expected = dict(model.state_dict())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (packed := replaced.get(id(module))) is None:
+            continue
+        prefix = f"{name}." if name else ""
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(prefix)}
+        expected |= {prefix + key: tensor for key, tensor in packed.state_dict().items()}
     return expected

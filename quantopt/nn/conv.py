@@ -101,6 +101,7 @@ class BinaryConv2d(BinaryModule):
         group_size: int = 0,
         compute: str = "exact",
         activation: str = "none",
+        bias: bool | None = None,
         device: torch.device | str = "meta",
     ) -> Self:
         """A new module with the geometry of ``conv``, by default without memory (:meth:`set_weights` brings it)."""
@@ -112,7 +113,7 @@ class BinaryConv2d(BinaryModule):
             conv.padding,
             conv.dilation,
             conv.groups,
-            conv.bias is not None,
+            conv.bias is not None if bias is None else bias,
             conv.padding_mode,
             levels=levels,
             scale=scale,

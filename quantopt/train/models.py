@@ -89,6 +89,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = _conv(inputs, outputs, stride)
         self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()  # a module, so that it can be folded
         self.conv2 = _conv(outputs, outputs)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
@@ -96,7 +97,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(_conv(inputs, outputs, stride, kernel=1), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn1(self.conv1(x)))
         out: Tensor = F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
         return out
 

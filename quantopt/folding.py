@@ -1,0 +1,155 @@
+"""Batch norm and activations that follow a packed layer, into its scale, bias and epilogue.
+
+In evaluation a batch norm is y -> f (y - mean) + beta with f = gamma / sqrt(var + eps), one factor for each output
+channel of the layer before it: scale -> |f| scale, bias -> f (bias - mean) + beta, and the weights of a row change
+sign where f < 0, so that scales stay positive.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantopt.reference.binary import pack_signs
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+FOLDABLE = {kind.__name__: kind for kind in (*NORMS, nn.ReLU, nn.GELU, nn.SiLU)}
+
+
+class Folded(nn.Identity):
+    """What stands where a batch norm or an activation was folded into the packed layer before it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+class Chain(NamedTuple):
+    """A layer and the modules that every call of it is followed by, and that follow nothing else."""
+
+    layer: nn.Linear | nn.Conv2d
+    norm: nn.Module | None
+    activation: nn.Module | None
+
+
+def activation_of(module: nn.Module | None) -> str:
+    """The name by which the packed layers know an activation module, "none" if they do not."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "none"
+    if type(module) is nn.ReLU:
+        return "relu"
+    return "silu" if type(module) is nn.SiLU else "none"
+
+
+def fold(
+    bits: Tensor, scale: Tensor, bias: Tensor | None, row_length: int, norm: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bits, scale, bias) of a layer with ``norm``, a batch norm in evaluation, after it; new tensors where changed.
+
+    bits uint8 [N, ceil(K/8)] or [P, N, ceil(K/8)], scale fp32 [1], [N] or [N, groups], bias [N] or None.
+    """
+    assert isinstance(norm, NORMS) and norm.running_mean is not None and norm.running_var is not None
+    mean, factor = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
+    shift = torch.zeros_like(mean)
+    if norm.affine:
+        factor, shift = factor * norm.weight.detach().double(), norm.bias.detach().double()
+    shift = shift + factor * ((0 if bias is None else bias.detach().double()) - mean)
+    size = factor.abs() if scale.dim() == 1 else factor.abs().unsqueeze(-1)
+    if bool((factor < 0).any()):
+        negative = (factor < 0).to(torch.uint8).unsqueeze(-1)
+        bits = bits ^ negative * pack_signs(torch.ones(row_length, device=bits.device))  # spare bits stay 0
+    return bits, (scale.double() * size).to(torch.float32), shift.to(torch.float32)
+
+
+class _Sequentials(fx.Tracer):
+    """Looks into nn.Sequential alone, whose forward is known."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is not nn.Sequential
+
+
+def _graphs(model: nn.Module) -> tuple[list[tuple[nn.Module, fx.Graph]], Exception | None]:
+    """(module, its graph): of the model; or, with the reason, of its Sequentials if it cannot be traced."""
+    try:
+        return [(model, fx.Tracer().trace(model))], None
+    except Exception as error:  # whatever the model's own code makes of a proxy
+        reason = error
+    graphs = []
+
+    def visit(module: nn.Module, inside: bool) -> None:
+        sequential = type(module) is nn.Sequential
+        if sequential and not inside:
+            graphs.append((module, _Sequentials().trace(module)))
+        for child in module.children():
+            visit(child, sequential)
+
+    visit(model, False)
+    return graphs, reason
+
+
+class _Calls:
+    """Which module is called where."""
+
+    def __init__(self, graphs: list[tuple[nn.Module, fx.Graph]], whole: bool) -> None:
+        self.modules: dict[fx.Node, nn.Module] = {}
+        self.nodes: dict[int, list[fx.Node]] = {}
+        self.touched: set[int] = set()  # modules that are used in other ways than by a call in a graph
+        for root, graph in graphs:
+            named = dict(root.named_modules(remove_duplicate=False))
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    self.touched.add(id(named.get(str(node.target).rpartition(".")[0])))
+                if node.op != "call_module":
+                    continue
+                module = named[str(node.target)]
+                self.modules[node] = module
+                self.nodes.setdefault(id(module), []).append(node)
+                if whole:  # else what is inside a module has a graph of its own
+                    self.touched.update(id(m) for m in module.modules() if m is not module)
+
+    def after(self, module: nn.Module) -> nn.Module | None:
+        """The one module that follows every call of ``module``, if it follows nothing else."""
+        nodes = self.nodes.get(id(module), [])
+        followers = [user for node in nodes for user in node.users]
+        following = {id(self.modules.get(node)): self.modules.get(node) for node in followers}
+        if any(len(node.users) != 1 for node in nodes) or len(following) != 1 or id(module) in self.touched:
+            return None
+        (follower,) = following.values()
+        if follower is None or id(follower) in self.touched or len(self.nodes[id(follower)]) != len(nodes):
+            return None
+        return follower
+
+
+def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> list[Chain]:
+    """What can be folded into each of ``layers``, modules of ``model``.
+
+    The forward pass is traced by torch.fx. Where that fails, the members of every nn.Sequential are taken, which must
+    not be called in other ways. Raises ValueError if there are none, or if a batch norm to be folded is in training.
+    """
+    graphs, reason = _graphs(model)
+    if not graphs:
+        raise ValueError(
+            f"fold_batchnorm=True: torch.fx cannot trace the model ({reason}), and it has no nn.Sequential. "
+            "Put each layer, its batch norm and its activation into an nn.Sequential, or pack without folding"
+        )
+    calls = _Calls(graphs, whole=reason is None)
+    chains = []
+    for layer in layers:
+        norm: Any = calls.after(layer)
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        if type(norm) not in NORMS or norm.running_mean is None or norm.num_features != outputs:
+            norm = None
+        if norm is not None and norm.training:
+            raise ValueError(
+                "fold_batchnorm=True folds the running statistics, but the model is in training: call model.eval()"
+            )
+        activation = calls.after(layer if norm is None else norm)
+        if activation_of(activation) == "none":
+            activation = None
+        if norm is not None or activation is not None:
+            chains.append(Chain(layer, norm, activation))
+    return chains
