@@ -379,8 +379,7 @@ class Trainer:
             with optimizer.quantized():
                 reestimate_batch_norm(self.model, self.train_images)
                 quantized = evaluate(self.model, test_images, test_labels)
-            packed_model = quantopt.pack(self.model, optimizer)
-            packed = packed_model.eval()
+            packed = quantopt.pack(self.model.eval(), optimizer, fold_batchnorm=True)
             bytes_packed = tensor_bytes(packed)
         report = {
             "config": self.describe(),
