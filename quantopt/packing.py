@@ -50,8 +50,30 @@ class _Optimizer(Protocol):
     def quantization(self, p: Any, /) -> Any: ...
 
 
-def _weight_tensors(quantization: _Quantization) -> tuple[Tensor, Tensor]:
+def _check_quantization(weight: Tensor, quantization: _Quantization) -> None:
+    levels, codes, outer = quantization.levels, quantization.codes, quantization.outer
+    ops.plane_weights_of(levels)
+    if codes.dtype != torch.uint8 or codes.shape != weight.shape:
+        raise ValueError(
+            f"opt.quantization gives codes {codes.dtype} {list(codes.shape)} for a weight {list(weight.shape)}: "
+            "uint8 of the same shape are needed"
+        )
+    if codes.numel() and int(codes.max()) >= levels:
+        raise ValueError(f"opt.quantization gives the code {int(codes.max())} of only {levels} levels")
+    rows, length = codes.flatten(1).shape
+    groups = -(-length // quantization.group_size) if quantization.group_size else 0
+    if list(outer.shape) not in ([[rows, groups]] if groups else [[1], [rows]]):
+        raise ValueError(
+            f"opt.quantization gives outer levels {list(outer.shape)} for codes {list(codes.shape)} "
+            f"and group_size={quantization.group_size}"
+        )
+    if not bool((outer.isfinite() & (outer >= 0)).all()):
+        raise ValueError("opt.quantization gives a scale that is negative or not finite: nothing to pack")
+
+
+def _weight_tensors(weight: Tensor, quantization: _Quantization) -> tuple[Tensor, Tensor]:
     """(bits, scale): level = outer / (K-1) * sum_i weight_i s_i, s_i = ±1 of plane i."""
+    _check_quantization(weight, quantization)
     levels, codes = quantization.levels, quantization.codes.flatten(1)
     if levels == 2:
         planes = codes.unsqueeze(0)
@@ -152,7 +174,7 @@ def pack(
         weight: Any = module.weight
         quantization = quantization_of(weight)
         if id(weight) not in tensors:
-            tensors[id(weight)] = _weight_tensors(quantization)
+            tensors[id(weight)] = _weight_tensors(weight, quantization)
         bits, scale = tensors[id(weight)]
         bias = module.bias if isinstance(module.bias, Tensor) else None
         _, norm, activation = chains.get(id(module), (module, None, None))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,10 +57,33 @@ def test_state_dict_into_a_fresh_module(levels: int) -> None:
     assert not torch.equal(second(x), first(x))
     second.load_state_dict(torch.load(file))
     assert torch.equal(second(x), first(x))
-    with pytest.raises(RuntimeError, match="size mismatch for bits"):
-        BinaryLinear(41, 50, levels=levels).load_state_dict(
-            {**first.state_dict(), "bits": first.bits[..., :4]}
-        )
+
+
+@pytest.mark.parametrize("make", [lambda: BinaryLinear(40, 50), lambda: BinaryConv2d(8, 50, (1, 5))])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": None}, 'Missing key.*"bits"'),
+        ({"scale": None, "bias": None}, 'Missing key.*"scale", "bias"'),
+        ({"bits": torch.zeros(50, 4, dtype=torch.uint8)}, "size mismatch for bits"),
+        ({"bits": torch.zeros(1, 50, 5, dtype=torch.uint8)}, "size mismatch for bits"),
+        ({"scale": torch.ones(49)}, "size mismatch for scale"),
+        ({"scale": torch.ones(50, 2)}, "size mismatch for scale"),
+        ({"bias": torch.ones(1)}, "size mismatch for bias"),
+        ({"bits": torch.ones(50, 5)}, "bits must be torch.uint8, not torch.float32"),
+        ({"scale": torch.ones(50, dtype=torch.int64)}, "scale must be floating, not torch.int64"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit(
+    make: Callable[[], nn.Module], change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    layer = make()
+    layer.scale.uniform_()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state = {**layer.state_dict(), **change}
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({name: tensor for name, tensor in state.items() if tensor is not None})
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
 
 
 def test_activation_of_a_module() -> None:
@@ -149,18 +173,43 @@ def test_wrong_input_is_an_error() -> None:
         BinaryLinear(40, 4)(torch.randn(2, 41))
 
 
-@pytest.mark.slow
-def test_compile_and_export() -> None:
-    model = nn.Sequential(
-        BinaryConv2d.from_conv2d(nn.Conv2d(3, 8, 1)),
-        nn.Flatten(),
-        BinaryLinear.from_linear(nn.Linear(128, 40)),
-    ).eval()
-    x = torch.randn(2, 3, 4, 4)
-    with torch.inference_mode():
-        expected = model(x)
+def small_network(compute: str) -> nn.Module:
+    """Every way through the modules: folded activations, padding that is done before the product, 1x1, planes."""
+    conv = BinaryConv2d.from_conv2d(nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect"), compute)
+    conv.activation = "relu"
+    grouped = BinaryConv2d(8, 8, 1, groups=2, levels=4, compute=compute)
+    grouped.bits.random_(0, 16)
+    linear = BinaryLinear.from_linear(nn.Linear(128, 40), compute)
+    linear.activation = "gelu"
+    return nn.Sequential(conv, grouped.prepare(), nn.Flatten(), linear, nn.BatchNorm1d(40)).eval()
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_and_export_with_any_batch(compute: str, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    model = small_network(compute).to(dtype)
+    batches = [torch.randn(n, 3, 4, 4).to(dtype) for n in (2, 5, 1)]
     with torch.no_grad():
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), expected)
-        exported = torch.export.export(model, (x,)).module()
-        torch.testing.assert_close(exported(x), expected)
+        expected = [model(x) for x in batches]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        dimension = torch.export.Dim("batch", min=1, max=64)
+        exported = torch.export.export(
+            model, (batches[0],), dynamic_shapes={"input": {0: dimension}}
+        ).module()
+        for x, y in zip(batches, expected, strict=True):
+            assert torch.equal(compiled(x), y) and torch.equal(exported(x), y)
+    x = batches[1].clone().requires_grad_()
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, model))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor() -> None:
+    torch.compiler.reset()
+    model = small_network("int8")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for n in (2, 5):
+            x = torch.randn(n, 3, 4, 4)
+            torch.testing.assert_close(compiled(x), model(x))

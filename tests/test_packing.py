@@ -236,6 +236,31 @@ def test_pack_errors(net: Net) -> None:
         pack(net, Fake([]), compute="int4")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"codes": torch.zeros(33, 16, 1, 2, dtype=torch.uint8)},
+            r"codes torch.uint8 \[33, 16, 1, 2\] for a weight",
+        ),
+        ({"codes": torch.zeros(33, 16, 1, 1)}, "codes torch.float32"),
+        ({"codes": torch.full((33, 16, 1, 1), 2, dtype=torch.uint8)}, "the code 2 of only 2 levels"),
+        ({"levels": 5}, "levels must be"),
+        ({"outer": torch.ones(32)}, r"outer levels \[32\] for codes \[33, 16, 1, 1\]"),
+        ({"outer": torch.ones(33, 2)}, r"outer levels \[33, 2\]"),
+        ({"group_size": 8}, r"outer levels \[33\] for codes \[33, 16, 1, 1\] and group_size=8"),
+        ({"outer": torch.full((33,), torch.inf)}, "negative or not finite"),
+        ({"outer": -torch.ones(33)}, "negative or not finite"),
+    ],
+)
+def test_a_quantization_that_does_not_fit(net: Net, change: dict[str, Any], message: str) -> None:
+    opt = Fake(quantised_params(net))
+    for name, value in change.items():
+        setattr(opt.quantizations[id(net.body[3].weight)], name, value)
+    with pytest.raises(ValueError, match=message):
+        pack(net, opt)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,26 @@ class BinaryModule(nn.Module):
     def _activation_repr(self) -> str:
         return "" if self.activation == "none" else f", activation={self.activation}"
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, wanted in (("bits", "torch.uint8"), ("scale", "floating"), ("bias", "floating")):
+            new = state_dict.get(prefix + name)
+            if not isinstance(new, Tensor):
+                continue
+            if not (new.dtype == torch.uint8 if name == "bits" else new.is_floating_point()):
+                # copy_ would convert anything.
+                error_msgs.append(
+                    f"{prefix}{name} must be {wanted}, not {new.dtype}; this layer was not loaded"
+                )
+                return
         new = state_dict.get(prefix + "scale")
         # Scales per tensor and per channel may replace each other.
         if (
@@ -108,7 +127,9 @@ class BinaryModule(nn.Module):
             and list(new.shape) in ([1], [self.bits.shape[-2]])
         ):
             self.scale = self.scale.new_ones(new.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.prepare()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
