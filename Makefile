@@ -1,4 +1,4 @@
-# make demo | test | bench | lint each build the environment first if it is missing or out of date.
+# make demo | test | bench | lint | sanitize each build the environment first if it is missing or out of date.
 #   PYTHON     the interpreter the environment is made from (python3)
 #   PIP_FLAGS  passed to every pip install, e.g. --index-url
 PYTHON ?= python3
@@ -7,9 +7,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-CXX_TESTS = $(wildcard tests/cuda_on_host/*)
+CXX_TESTS = $(wildcard tests/cuda_on_host/* tests/sanitizers/*)
 
-.PHONY: env demo test bench lint format clean
+.PHONY: env demo test bench lint sanitize format clean
 
 env: $(VENV)/.built
 
@@ -34,6 +34,9 @@ test: env
 
 bench: env
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+sanitize: $(VENV)/.requirements
+	$(PY) setup.py -q sanitize
 
 lint: $(VENV)/.requirements
 	$(PY) -m ruff check .

@@ -1,0 +1,493 @@
+// Runs the torch-free CPU kernels, built with the address and undefined-behaviour sanitizers, for every
+// instruction set that this processor has (make sanitize). All memory is of exactly the size that the
+// interfaces promise, and aligned to no more than one element where sizes are odd. Products are checked
+// against plain loops in double, steps against the portable kernels, which must give the same bits. Exits
+// with 1 on a wrong result; the sanitizers end the program themselves.
+#include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/activation.h"
+#include "cpu/isa.h"
+#include "cpu/kernels/binary_conv.h"
+#include "cpu/kernels/binary_linear.h"
+#include "cpu/kernels/step.h"
+
+using namespace quantopt;
+
+namespace {
+
+bool failed = false;
+
+void expect(bool good, const std::string& what) {
+  if (good) return;
+  std::printf("wrong: %s\n", what.c_str());
+  failed = true;
+}
+
+uint32_t random_state = 1;
+uint32_t random_word() {
+  random_state = random_state * 1664525u + 1013904223u;
+  return random_state >> 8;
+}
+float random_float() { return static_cast<float>(random_word() & 0xFFFF) / 32768.0f - 1.0f; }
+
+// `count` elements that end where the memory ends: a page that may not be touched follows, which also stops
+// the masked accesses that the address sanitizer does not see; what precedes them is poisoned.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t count, const T& value = T{}) : count_(count) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    room_ = (bytes() + page - 1) / page * page;
+    void* const memory =
+        mmap(nullptr, room_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(static_cast<char*>(memory) + room_, page, PROT_NONE) != 0)
+      std::abort();
+    memory_ = Pages(static_cast<char*>(memory), Unmap{room_ + page});
+    __asan_poison_memory_region(memory_.get(), room_ - bytes());
+    for (int64_t i = 0; i < count; ++i) (*this)[i] = value;
+  }
+  T* data() const { return reinterpret_cast<T*>(memory_.get() + room_ - bytes()); }
+  T& operator[](int64_t i) const { return data()[i]; }
+  int64_t size() const { return count_; }
+  bool operator==(const Array& other) const {
+    return count_ == other.count_ && std::memcmp(data(), other.data(), bytes()) == 0;
+  }
+
+ private:
+  struct Unmap {
+    size_t size = 0;
+    void operator()(char* memory) const {
+      __asan_unpoison_memory_region(memory, size);
+      munmap(memory, size);
+    }
+  };
+  using Pages = std::unique_ptr<char, Unmap>;
+
+  size_t bytes() const { return static_cast<size_t>(count_) * sizeof(T); }
+  Pages memory_;
+  size_t room_;
+  int64_t count_;
+};
+
+Array<float> random_floats(int64_t count) {
+  Array<float> result(count);
+  for (int64_t i = 0; i < count; ++i) result[i] = random_float();
+  return result;
+}
+
+// The kernels of one instruction set.
+struct Kernels {
+  Isa isa;
+  decltype(&portable::binary_uses_tiles) uses_tiles;
+  decltype(&portable::binary_tiles) tiles;
+  decltype(&portable::binary_linear) linear;
+  decltype(&portable::quantize_row) quantize_row;
+  decltype(&portable::binary_conv_available) conv_available;
+  decltype(&portable::binary_conv_memory) conv_memory;
+  decltype(&portable::binary_conv2d) conv2d;
+  decltype(&portable::step_piece) step_piece;
+  decltype(&portable::magnitude_of_piece) magnitude_of_piece;
+};
+
+#define KERNELS(isa)                                                                              \
+  Kernels {                                                                                       \
+    Isa::isa, isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,   \
+        isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv2d, isa::step_piece, \
+        isa::magnitude_of_piece                                                                   \
+  }
+
+const Kernels kBuilt[] = {
+    KERNELS(portable),
+#ifdef QUANTOPT_HAVE_AVX2
+    KERNELS(avx2),
+#endif
+#ifdef QUANTOPT_HAVE_AVX512
+    KERNELS(avx512),
+#endif
+#ifdef QUANTOPT_HAVE_AVX512VNNI
+    KERNELS(avx512vnni),
+#endif
+};
+
+// ---- products ---
+
+double activated(Activation activation, double y) {
+  switch (activation) {
+    case Activation::none: return y;
+    case Activation::relu: return y < 0.0 ? 0.0 : y;
+    case Activation::gelu: return 0.5 * y * (1.0 + std::erf(y * std::sqrt(0.5)));
+    case Activation::silu: return y / (1.0 + std::exp(-y));
+  }
+  return y;
+}
+
+struct Weights {
+  int64_t outputs, inputs, planes;
+  Array<uint8_t> bits;  // the spare bits of the last bytes set: they must not matter
+  Array<int32_t> plane_weights;
+
+  Weights(int64_t outputs, int64_t inputs, int64_t planes)
+      : outputs(outputs),
+        inputs(inputs),
+        planes(planes),
+        bits(planes * outputs * ((inputs + 7) / 8)),
+        plane_weights(planes) {
+    for (int64_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint8_t>(random_word());
+    for (int64_t p = 0; p < planes; ++p) plane_weights[p] = 1 << p;
+  }
+  double at(int64_t n, int64_t k) const {
+    double w = 0.0;
+    for (int64_t p = 0; p < planes; ++p) {
+      const int byte = bits[(p * outputs + n) * ((inputs + 7) / 8) + k / 8];
+      w += (byte >> (k % 8)) & 1 ? plane_weights[p] : -plane_weights[p];
+    }
+    return w;
+  }
+};
+
+Array<uint16_t> tiles_of(const Kernels& kernels, const uint8_t* bits, int64_t planes, int64_t outputs,
+                         int64_t inputs) {
+  const int64_t size = tile_count(outputs) * tile_words(inputs) * kTileRows;
+  Array<uint16_t> tiles(planes * size);
+  for (int64_t p = 0; p < planes; ++p) {
+    kernels.tiles(bits + p * outputs * ((inputs + 7) / 8), outputs, inputs, tiles.data() + p * size, 0,
+                  tile_count(outputs));
+  }
+  return tiles;
+}
+
+// Quantises `rows` rows of x in place and checks the numbers; the scales.
+Array<float> quantize(const Kernels& kernels, Array<float>& x, int64_t rows) {
+  Array<float> scales(rows), q(x.size());
+  const int64_t length = x.size() / rows;
+  for (int64_t m = 0; m < rows; ++m) {
+    scales[m] = kernels.quantize_row(x.data() + m * length, length, q.data() + m * length);
+    for (int64_t k = 0; k < length; ++k) {
+      const float value = q[m * length + k];
+      expect(value == std::nearbyint(value) && std::fabs(value) <= 127.0f &&
+                 std::fabs(value * scales[m] - x[m * length + k]) <= 0.5001f * scales[m],
+             "quantize_row");
+    }
+  }
+  x = std::move(q);
+  return scales;
+}
+
+void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t inputs, int64_t planes,
+                  int64_t group, bool quantized, Activation activation) {
+  const Weights w(outputs, inputs, planes);
+  const int64_t groups = group > 0 ? (inputs + group - 1) / group : 1;
+  const bool one_scale = group == 0 && outputs % 2 == 1;
+  const Array<float> scale = random_floats(one_scale ? 1 : outputs * groups);
+  const Array<float> bias = random_floats(outputs);
+  Array<float> x = random_floats(rows * inputs), y(rows * outputs, NAN);
+  const Array<float> x_scale = quantized ? quantize(kernels, x, rows) : Array<float>(0);
+  BinaryLinear p{};
+  p.rows = rows;
+  p.outputs = outputs;
+  p.inputs = inputs;
+  p.planes = planes;
+  p.bits = w.bits.data();
+  p.plane_weights = w.plane_weights.data();
+  p.scale = scale.data();
+  p.scale_stride = one_scale ? 0 : groups;
+  p.group = group;
+  p.bias = rows == 1 ? nullptr : bias.data();
+  p.x = x.data();
+  p.x_scale = quantized ? x_scale.data() : nullptr;
+  p.y = y.data();
+  p.activation = activation;
+  Array<uint16_t> tiles(0);
+  if (kernels.uses_tiles(p)) {
+    tiles = tiles_of(kernels, w.bits.data(), planes, outputs, inputs);
+    p.tiles = tiles.data();
+  }
+  const int64_t middle = outputs / 2 / kItemRows * kItemRows;  // in two pieces, as two threads would
+  kernels.linear(p, 0, rows, 0, middle);
+  kernels.linear(p, 0, rows, middle, outputs);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < outputs; ++n) {
+      double sum = 0.0, size = 1.0;
+      for (int64_t k = 0; k < inputs; ++k) {
+        const double term = w.at(n, k) * x[m * inputs + k] *
+                            scale[n * p.scale_stride + (group > 0 ? k / group : 0)] *
+                            (quantized ? x_scale[m] : 1.0f);
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double expected = activated(activation, sum + (p.bias != nullptr ? bias[n] : 0.0f));
+      expect(std::fabs(y[m * outputs + n] - expected) <= 3e-6 * size,
+             "binary_linear M=" + std::to_string(rows) + " N=" + std::to_string(outputs) +
+                 " K=" + std::to_string(inputs) + " planes=" + std::to_string(planes) +
+                 " group=" + std::to_string(group) + (quantized ? " int8" : " exact"));
+    }
+  }
+}
+
+void check_products(const Kernels& kernels) {
+  const int64_t most[] = {1, 7, 16, 31, 47, 49, 128, 239, 241, 257, 500};
+  for (int64_t inputs : most) {
+    for (int64_t outputs : {1, 31, 33, 129, 161}) {
+      for (int64_t rows : {1, 2, 5}) {
+        for (bool quantized : {false, true}) {
+          const auto activation = static_cast<Activation>((inputs + outputs + rows) % 4);
+          check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 0, quantized, activation);
+          check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation);
+        }
+      }
+    }
+  }
+  for (bool quantized : {false, true}) {
+    check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none);  // more than a block of tiles
+    check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu);   // more rows than share a panel
+    check_linear(kernels, 2, 5, 0, 1, 0, quantized, Activation::gelu);
+  }
+}
+
+struct ConvCase {
+  int64_t images, height, width, channels, outputs, kernel[2], stride[2], padding[2], dilation[2], planes;
+};
+
+void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
+  const int64_t taps = v.kernel[0] * v.kernel[1], bytes = (v.channels + 7) / 8;
+  const Weights w(v.planes * taps * v.outputs, v.channels, 1);  // [planes, taps, outputs, channels]
+  const Array<uint16_t> tiles = tiles_of(kernels, w.bits.data(), v.planes * taps, v.outputs, v.channels);
+  const Array<float> scale = random_floats(v.outputs), bias = random_floats(v.outputs);
+  Array<float> x = random_floats(v.images * v.height * v.width * v.channels);
+  const Array<float> x_scale = quantized ? quantize(kernels, x, v.images) : Array<float>(0);
+  Array<int32_t> plane_weights(v.planes);
+  for (int64_t p = 0; p < v.planes; ++p) plane_weights[p] = static_cast<int32_t>(p + 1);
+  BinaryConv c{};
+  c.images = v.images;
+  c.height = v.height;
+  c.width = v.width;
+  c.channels = v.channels;
+  c.outputs = v.outputs;
+  int64_t* const out[] = {&c.out_height, &c.out_width};
+  for (int i = 0; i < 2; ++i) {
+    c.kernel[i] = v.kernel[i];
+    c.stride[i] = v.stride[i];
+    c.padding[i] = v.padding[i];
+    c.dilation[i] = v.dilation[i];
+    *out[i] = ((i == 0 ? v.height : v.width) + 2 * v.padding[i] - v.dilation[i] * (v.kernel[i] - 1) - 1) /
+                  v.stride[i] +
+              1;
+  }
+  Array<float> y(v.images * c.out_height * c.out_width * v.outputs, NAN);
+  c.planes = v.planes;
+  c.tiles = tiles.data();
+  c.plane_weights = plane_weights.data();
+  c.scale = scale.data();
+  c.scale_stride = 1;
+  c.bias = bias.data();
+  c.x = x.data();
+  c.x_scale = quantized ? x_scale.data() : nullptr;
+  c.y = y.data();
+  c.activation = Activation::relu;
+  const int64_t rows = c.images * c.out_height;
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, rows / 2}, {rows / 2, rows}}) {
+    const size_t size = static_cast<size_t>(kernels.conv_memory(c));
+    const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, size), &std::free);
+    kernels.conv2d(c, begin, end, memory.get());
+  }
+  for (int64_t i = 0; i < y.size(); ++i) {
+    const int64_t n = i % v.outputs, ox = i / v.outputs % c.out_width,
+                  oy = i / v.outputs / c.out_width % c.out_height,
+                  image = i / v.outputs / c.out_width / c.out_height;
+    double sum = 0.0, size = 1.0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t iy = oy * v.stride[0] - v.padding[0] + tap / v.kernel[1] * v.dilation[0];
+      const int64_t ix = ox * v.stride[1] - v.padding[1] + tap % v.kernel[1] * v.dilation[1];
+      if (iy < 0 || iy >= v.height || ix < 0 || ix >= v.width) continue;
+      for (int64_t k = 0; k < v.channels; ++k) {
+        const double value = x[((image * v.height + iy) * v.width + ix) * v.channels + k] * scale[n] *
+                             (quantized ? x_scale[image] : 1.0f);
+        for (int64_t p = 0; p < v.planes; ++p) {
+          const int byte = w.bits[((p * taps + tap) * v.outputs + n) * bytes + k / 8];
+          sum += ((byte >> (k % 8)) & 1 ? value : -value) * plane_weights[p];
+          size += std::fabs(value) * plane_weights[p];
+        }
+      }
+    }
+    expect(std::fabs(y[i] - activated(c.activation, sum + bias[n])) <= 3e-6 * size,
+           "binary_conv2d channels=" + std::to_string(v.channels) + (quantized ? " int8" : " exact"));
+  }
+}
+
+void check_convolutions(const Kernels& kernels) {
+  if (!kernels.conv_available()) return;
+  const ConvCase cases[] = {
+      {2, 5, 6, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
+      {1, 4, 3, 17, 33, {2, 3}, {2, 1}, {0, 2}, {1, 2}, 2},
+      {2, 3, 9, 48, 31, {1, 1}, {1, 2}, {0, 0}, {1, 1}, 1},
+      {1, 6, 5, 241, 65, {3, 2}, {1, 1}, {2, 1}, {2, 1}, 1},
+      {1, 1, 1, 300, 7, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
+      {1, 2, 2, 5, 4130, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1},
+  };
+  for (const ConvCase& v : cases) {
+    for (bool quantized : {false, true}) check_conv(kernels, v, quantized);
+  }
+}
+
+// ---- steps ---
+
+struct StepCase {
+  Rule rule;
+  Dtype param, momentum;
+  int levels;
+  bool has_momentum, adam, master, stochastic, grouped, sigma;
+  int64_t rows, row;
+};
+
+int64_t width_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// `count` numbers of a type; the same for the same seed.
+Array<uint16_t> halves(Dtype dtype, int64_t count, float size, uint32_t seed) {
+  random_state = seed;
+  Array<uint16_t> memory(count * width_of(dtype) / 2);
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = random_float() * size;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (dtype == Dtype::kFloat32) {
+      std::memcpy(memory.data() + 2 * i, &bits, sizeof bits);
+    } else {  // of float16 too: any bits that are a finite number
+      memory[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  return memory;
+}
+
+struct StepResult {
+  std::vector<Array<uint16_t>> memory;
+  double magnitude;
+};
+
+StepResult run_step(const Kernels& kernels, const StepCase& v) {
+  StepOptions o{};
+  o.rule = v.rule;
+  o.param_dtype = v.param;
+  o.momentum_dtype = v.momentum;
+  o.hyper = {0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.1, 0.25, 2.0, 3.0, 0.01, 0.05};
+  o.levels = v.levels;
+  o.level_factor = outer_level_factor(v.levels);
+  o.has_momentum = v.has_momentum;
+  o.adam = v.adam;
+  o.nesterov = v.rows % 2 == 0;
+  o.stochastic_rounding = v.stochastic;
+  o.prefetch = true;
+  o.gradient_factor = 1.0f;
+  o.key = {1, 2, 3, 4};
+  const bool latent =
+      v.master || v.rule == Rule::kAskewMemory || v.rule == Rule::kSplitting || v.rule == Rule::kAlternating;
+  const bool stam = v.rule == Rule::kSplitting || v.rule == Rule::kAlternating;
+  StepSegment s{};
+  s.numel = v.rows * v.row;
+  s.row = v.row;
+  s.group = v.grouped ? 100 : v.row;
+  s.scales_per_row = (v.row + s.group - 1) / s.group;
+  s.step = 3.0;
+  s.index = 5;
+  StepResult result;
+  result.magnitude = 0.0;
+  const auto take = [&](Dtype dtype, int64_t count, float size) -> void* {
+    result.memory.push_back(halves(dtype, count, size, static_cast<uint32_t>(100 + result.memory.size())));
+    return result.memory.back().data();
+  };
+  s.param = take(v.param, s.numel, 1.0f);
+  s.grad = take(v.param, s.numel, 1.0f);
+  if (v.has_momentum) s.momentum = take(v.momentum, s.numel, 0.1f);
+  if (v.adam) {
+    s.second = static_cast<float*>(take(Dtype::kFloat32, s.numel, 0.1f));
+    for (int64_t i = 0; i < s.numel; ++i) s.second[i] = std::fabs(s.second[i]);
+  }
+  if (latent) s.latent = static_cast<float*>(take(Dtype::kFloat32, s.numel, 1.0f));
+  Array<float> scale(v.rows * s.scales_per_row, 0.5f), next(scale.size(), 0.4f), sigma(v.rows * 2, 0.7f);
+  if (v.rule != Rule::kBase) {
+    s.scale = scale.data();
+    s.next_scale = stam && !v.grouped ? next.data() : scale.data();
+  }
+  if (v.sigma) {
+    s.sigma = sigma.data();
+    s.sigma_row = s.numel / sigma.size();
+  }
+  const StepContext context(o);
+  const int64_t middle = s.numel / 3;
+  if (stam) {
+    result.magnitude = kernels.magnitude_of_piece(context, s, 0, middle) +
+                       kernels.magnitude_of_piece(context, s, middle, s.numel);
+  }
+  kernels.step_piece(context, s, 0, middle);
+  kernels.step_piece(context, s, middle, s.numel);
+  return result;
+}
+
+void check_steps(const Kernels& kernels) {
+  const Rule rules[] = {Rule::kBase,      Rule::kAskew,       Rule::kAskewGradient, Rule::kAskewMemory,
+                        Rule::kSplitting, Rule::kAlternating, Rule::kProx};
+  for (Rule rule : rules) {
+    const bool latent = rule == Rule::kAskewMemory || rule == Rule::kSplitting || rule == Rule::kAlternating;
+    const bool adam = rule != Rule::kSplitting && rule != Rule::kAlternating && rule != Rule::kProx;
+    for (Dtype param : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+      for (Dtype momentum : {Dtype::kFloat32, param}) {
+        for (int levels : {2, 4}) {
+          for (int variant = 0; variant < 6; ++variant) {
+            StepCase v{rule,
+                       param,
+                       momentum,
+                       levels,
+                       variant != 0,
+                       adam && variant >= 4,
+                       false,
+                       false,
+                       variant % 2 == 1,
+                       rule == Rule::kAlternating && variant > 2,
+                       1 + variant,
+                       0};
+            v.master = !latent && param != Dtype::kFloat32 && variant % 3 == 1;
+            v.stochastic = !latent && !v.master && param == Dtype::kBFloat16 && variant % 3 == 2;
+            for (int64_t row : {1, 15, 131, 600}) {
+              v.row = row;
+              if (v.sigma && row % 2 == 1) v.sigma = false;
+              const StepResult expected = run_step(kBuilt[0], v), result = run_step(kernels, v);
+              const std::string name = "step rule=" + std::to_string(static_cast<int>(rule)) +
+                                       " dtype=" + std::to_string(static_cast<int>(param)) +
+                                       " variant=" + std::to_string(variant) + " row=" + std::to_string(row);
+              for (size_t i = 0; i < expected.memory.size(); ++i) {
+                expect(result.memory[i] == expected.memory[i], name + " array " + std::to_string(i));
+              }
+              expect(std::fabs(result.magnitude - expected.magnitude) <= 1e-6 * expected.magnitude, name);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels& kernels : kBuilt) {
+    if (!isa_supported(kernels.isa)) {
+      std::printf("%s: compiled, but this processor does not run it\n", isa_name(kernels.isa));
+      continue;
+    }
+    random_state = 1;
+    check_products(kernels);
+    check_convolutions(kernels);
+    check_steps(kernels);
+    std::printf("%s: done\n", isa_name(kernels.isa));
+  }
+  return failed ? 1 : 0;
+}
