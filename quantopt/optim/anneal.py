@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from quantopt.optim.base import QuantOptimizer
 
 Schedule = Callable[[dict[str, Any], int, int], dict[str, float]]
@@ -55,8 +57,13 @@ class Anneal:
     def _apply(self) -> None:
         step = min(self.last_step, self.total_steps)
         for group in self.optimizer.param_groups:
-            if group["bits"] != 0:
-                group.update(self.schedule(group, step, self.total_steps))
+            if group["bits"] == 0:
+                continue
+            for key, value in self.schedule(group, step, self.total_steps).items():
+                if isinstance(group[key], Tensor):  # in place: a captured graph reads it
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
 
     def state_dict(self) -> dict[str, int]:
         """Position and length of the schedule."""

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from quantopt.optim.base import QuantOptimizer
+from quantopt.optim.base import QuantOptimizer, number
 
 # The anneal of the interval: (fraction of the training at which t* leaves 0, at which it stays, its last value).
 PLAIN_ANNEAL = (0.7, 0.9, 0.995)
@@ -26,8 +26,8 @@ class _Askew(QuantOptimizer):
             return "askew_memory"
         return "askew_gradient" if group["constrain"] == "gradient" else "askew"
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"epsilon": float(group["epsilon"]), **{key: group[key] for key in ("rate", "cap", "bound")}}
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"epsilon": number(group, "epsilon"), **{key: group[key] for key in ("rate", "cap", "bound")}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in the base class; a group that sets memory and no rate gets the default rate of its own form."""
@@ -85,6 +85,9 @@ class AskewSGD(_Askew):
             alpha = rate/lr, before momentum).
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"
             (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
+        error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a gradient
+            is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on the device of
+            the parameters, which schedules fill and replays of a captured CUDA graph read.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:

@@ -13,7 +13,7 @@ from quantopt import _extension
 from quantopt.backends import BACKENDS, choose
 from quantopt.levels import SCALES, Quantization, level_count
 from quantopt.ops.binary import pack_signs
-from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.ops.step import HYPER, fused_step, hyper_tensor
 from quantopt.reference import levels as grid
 from quantopt.reference.askew import t_star
 
@@ -50,6 +50,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("alternating", "splitting"),
 }
 _MAY_BE_INFINITE = ("rate", "bound", "kappa", "clip", "reg_strength")
+_SCHEDULED = (
+    "lr",
+    "epsilon",
+    "kappa",
+    "reg_strength",
+)  # group keys that schedules drive: tensors if capturable
+
+
+def number(group: dict[str, Any], key: str) -> Any:
+    """A scheduled value of a group: the tensor itself if the group is capturable, else a float."""
+    return group[key] if group["capturable"] else float(group[key])
 
 
 class QuantOptimizer(torch.optim.Optimizer):
@@ -80,6 +91,7 @@ class QuantOptimizer(torch.optim.Optimizer):
             "momentum_dtype": "float32",
             "seed": 0,
             "error_if_nonfinite": False,
+            "capturable": False,
         }
         self._plans: dict[int, _GroupStep] = {}
         super().__init__(params, {**shared, **defaults})
@@ -98,8 +110,8 @@ class QuantOptimizer(torch.optim.Optimizer):
         """The rule of the op for a quantised group."""
         raise NotImplementedError
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        """The numbers of the rule, beside lr, momentum and weight decay."""
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The numbers of the rule, beside lr, momentum and weight decay: see :func:`number`."""
         return {}
 
     def _moving_levels(self, group: dict[str, Any]) -> bool:
@@ -125,6 +137,12 @@ class QuantOptimizer(torch.optim.Optimizer):
             )
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _place_numbers(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for key, (low, high) in _INTERVALS.items():
@@ -153,6 +171,10 @@ class QuantOptimizer(torch.optim.Optimizer):
             raise ValueError(f"seed={group['seed']!r}: must be an int in [0, 2**62)")
         if group["nesterov"] and not self._adam and not group["momentum"] > 0:
             raise ValueError("nesterov=True needs momentum > 0")
+        if group["capturable"] and group["error_if_nonfinite"]:
+            raise ValueError(
+                "error_if_nonfinite=True waits for the device, which capturable=True must not; use torch.amp.GradScaler"
+            )
         if group["bits"] != 0:
             self._check_quantised(group)
 
@@ -254,7 +276,10 @@ class QuantOptimizer(torch.optim.Optimizer):
         """
         self._check_state_dict(state_dict)
         saved = self._flat_states(state_dict)
+        kept = [{key: group[key] for key in _SCHEDULED if key in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own_numbers in zip(self.param_groups, kept, strict=True):
+            _place_numbers(group, own_numbers)
         for p, state in saved:
             own = self.state[p]
             for key, value in state.items():
@@ -404,11 +429,11 @@ class QuantOptimizer(torch.optim.Optimizer):
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         """What a rule adds to the fused step of a quantised group."""
 
-    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
-        """Everything of the step that may change from step to step."""
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Everything of the step that may change from step to step: floats, and tensors if capturable."""
         rule = self._hyper(group) if group["bits"] != 0 else {}
         return {
-            "lr": float(group["lr"]),
+            "lr": number(group, "lr"),
             "weight_decay": group["weight_decay"],
             **self._base_hyper(group),
             **rule,
@@ -537,7 +562,7 @@ class _GroupStep:
     # What the lists depend on, beside the tensors.
     STATIC = (
         "bits", "group_size", "nesterov", "maximize", "decoupled_weight_decay", "rounding", "seed", "scale",
-        "error_if_nonfinite", "memory", "constrain", "form", "clip", "stochastic",
+        "error_if_nonfinite", "capturable", "memory", "constrain", "form", "clip", "stochastic",
     )  # fmt: skip
 
     def __init__(self, opt: QuantOptimizer, group: dict[str, Any], indices: list[int]) -> None:
@@ -548,8 +573,10 @@ class _GroupStep:
         self.params = [group["params"][i] for i in indices]
         self.count = len(group["params"])
         self.states = [opt.state[p] for p in self.params]
-        self.numbers = opt._numbers(group)
+        self.numbers, _ = _split_numbers(opt._numbers(group))
         self.hyper = hyper_tensor(**self.numbers)
+        if group["capturable"] and self.params:
+            self.hyper = self.hyper.to(self.params[0].device)
         self.buckets: list[tuple[torch.dtype, torch.device, list[int]]] = []
         for i, p in enumerate(self.params):
             kind = (p.dtype, p.device)
@@ -633,14 +660,27 @@ class _GroupStep:
         """The update; nothing is checked here."""
         if not self.params:
             return
-        numbers = opt._numbers(self.group)
+        numbers, tensors = opt._numbers(self.group), None
+        if self.group["capturable"]:
+            numbers, tensors = _split_numbers(numbers)
         if numbers != self.numbers:
             self.numbers = numbers
             self.hyper.copy_(hyper_tensor(**numbers))
+        if tensors:  # on the device: a CUDA graph reads their values when it is replayed
+            torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
         if self.plan is not None:
             self.plan.step(_on(opt, "grad_scale"), _on(opt, "found_inf"))
         else:
             for dtype, device, chosen in self.buckets:
+                if (
+                    device.type == "cuda"
+                    and not self.group["capturable"]
+                    and torch.cuda.is_current_stream_capturing()
+                ):
+                    raise RuntimeError(
+                        "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed "
+                        "numbers would be those of now at every replay; use capturable=True"
+                    )
                 self._step_lists(opt, dtype, device, chosen)
         if self.quantised:
             opt._after_step(self.group, self.params)
@@ -662,6 +702,39 @@ class _GroupStep:
                 found_inf=_on(opt, "found_inf", device),
                 **self._options(opt, dtype),
             )
+
+
+def _split_numbers(numbers: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    tensors = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in numbers.items() if name not in tensors}, tensors
+
+
+def _place_numbers(group: dict[str, Any], own: dict[str, Any] | None = None) -> None:
+    """Makes the scheduled values of a capturable group float64 tensors on the device of its parameters.
+
+    A tensor that is there already is kept. ``own``: the values before a state_dict was loaded, whose tensors take up
+    the loaded values, since a captured graph may read them.
+    """
+    if not group["capturable"] or not group["params"]:
+        return
+    device = group["params"][0].device
+    if any(p.device != device for p in group["params"]):
+        raise ValueError(
+            "capturable=True: the parameters of a group must be on one device; make a group for each"
+        )
+    for key in _SCHEDULED:
+        value = group.get(key)
+        if value is None:
+            continue
+        before = (own or {}).get(key)
+        if isinstance(before, Tensor) and before.device == device:
+            group[key] = before.copy_(torch.as_tensor(value))
+        elif own is None and isinstance(value, Tensor) and value.device != device:
+            raise ValueError(
+                f"{key} is a tensor on {value.device}; with capturable=True it must be on {device}, as the parameters"
+            )
+        elif not isinstance(value, Tensor) or value.device != device:
+            group[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
 
 
 def _on(opt: QuantOptimizer, name: str, device: torch.device | None = None) -> Tensor | None:

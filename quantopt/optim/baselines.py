@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantopt.optim.base import QuantOptimizer
+from quantopt.optim.base import QuantOptimizer, number
 from quantopt.optim.stam import geometric
 from quantopt.reference.baselines import stochastic_sign
 from quantopt.reference.levels import spread_over
@@ -101,8 +101,8 @@ class BinaryRelax(_LatentClipped):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         super().__init__(params, defaults | dict(kappa=kappa, clip=clip, **options), backend)
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"kappa": float(group["kappa"]), "bound": group["clip"]}
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"kappa": number(group, "kappa"), "bound": group["clip"]}
 
     def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
         return {"kappa": geometric(step / total_steps, 0.0, 0.8, 1.0, 100.0)}
@@ -138,9 +138,11 @@ class ProxQuant(QuantOptimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "prox"
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        strength = group["reg_strength"]
-        return {"threshold": math.inf if math.isinf(strength) else float(group["lr"]) * strength}
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        lr, strength = number(group, "lr"), number(group, "reg_strength")
+        if isinstance(strength, Tensor):
+            return {"threshold": torch.where(strength.isinf(), math.inf, lr * strength)}
+        return {"threshold": math.inf if math.isinf(strength) else lr * strength}
 
     def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
         return {"reg_strength": math.inf if step >= 0.8 * total_steps else group["reg"] * (step + 1)}

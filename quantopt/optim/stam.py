@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from quantopt.optim.base import QuantOptimizer
+from quantopt.optim.base import QuantOptimizer, number
 
 
 def geometric(progress: float, start: float, end: float, first: float, last: float) -> float:
@@ -74,8 +74,8 @@ class STAM(QuantOptimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return str(group["form"])
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"kappa": float(group["kappa"]), "lam": group["lam"], "bound": math.inf}
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"kappa": number(group, "kappa"), "lam": group["lam"], "bound": math.inf}
 
     def _moving_levels(self, group: dict[str, Any]) -> bool:
         if group["form"] == "splitting":
