@@ -1,7 +1,11 @@
-// The module quantopt._C. Importing it loads the library, which registers the operators; it has one function
-// of its own, which a step over many small tensors calls to see that nobody has exchanged a tensor of the
-// state.
+// The module quantopt._C. Importing it loads the library, which registers the operators. It has a few
+// functions of its own, for what a step over many small tensors cannot wait for: whether its plan holds, and
+// the step itself.
 #include <Python.h>
+
+#include <exception>
+
+#include "step_plan.h"
 
 namespace {
 
@@ -30,9 +34,39 @@ PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// plan_ready(number) and plan_step(number) of csrc/step_plan.h.
+PyObject* plan_ready(PyObject*, PyObject* number) {
+  const long long plan = PyLong_AsLongLong(number);
+  if (plan == -1 && PyErr_Occurred()) return nullptr;
+  try {
+    return PyBool_FromLong(quantopt::step_plan_ready(plan));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+PyObject* plan_step(PyObject*, PyObject* number) {
+  const long long plan = PyLong_AsLongLong(number);
+  if (plan == -1 && PyErr_Occurred()) return nullptr;
+  PyThreadState* const others = PyEval_SaveThread();
+  try {
+    quantopt::step_plan_step(plan);
+  } catch (const std::exception& error) {
+    PyEval_RestoreThread(others);
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  PyEval_RestoreThread(others);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(holds)), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
+    {"plan_ready", plan_ready, METH_O,
+     "plan_ready(number) -> bool: whether the step plan of this number still fits"},
+    {"plan_step", plan_step, METH_O, "plan_step(number): one step of the plan"},
     {nullptr, nullptr, 0, nullptr},
 };
 

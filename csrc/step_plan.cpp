@@ -1,10 +1,14 @@
 // quantopt::StepPlan: what a step of one list of parameters needs, checked and laid out once. A step with the
 // plan only looks up the gradients, so that lists of many small tensors do not wait for Python.
+#include "step_plan.h"
+
 #include <ATen/core/grad_mode.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -13,6 +17,19 @@
 
 namespace quantopt {
 namespace {
+
+class StepPlan;
+
+// The living plans by number.
+struct Plans {
+  std::mutex mutex;
+  std::unordered_map<int64_t, StepPlan*> by_number;
+  int64_t last = 0;
+};
+Plans& plans() {
+  static Plans* const all = new Plans;  // never destroyed: plans may outlive static objects
+  return *all;
+}
 
 class StepPlan : public torch::CustomClassHolder {
  public:
@@ -36,7 +53,16 @@ class StepPlan : public torch::CustomClassHolder {
     options_ = step_options(arguments);
     sign_ = options_.gradient_factor;
     step_segments(arguments, at::Device(at::kCPU), segments_);
+    const std::lock_guard lock(plans().mutex);
+    number_ = ++plans().last;
+    plans().by_number[number_] = this;
   }
+  ~StepPlan() override {
+    const std::lock_guard lock(plans().mutex);
+    plans().by_number.erase(number_);
+  }
+
+  int64_t number() const { return number_; }
 
   // Looks up the present gradients. False if the plan is out of date: a parameter has moved or changed, a
   // gradient is missing or not of its parameter's dtype and layout, or a parameter left out of the plan has a
@@ -88,9 +114,19 @@ class StepPlan : public torch::CustomClassHolder {
   StepOptions options_;
   float sign_;
   std::vector<StepSegment> segments_;
+  int64_t number_ = 0;
 };
 
+StepPlan& plan_of(int64_t number) {
+  const std::lock_guard lock(plans().mutex);
+  return *plans().by_number.at(number);
+}
+
 }  // namespace
+
+bool step_plan_ready(int64_t number) { return plan_of(number).ready(); }
+void step_plan_step(int64_t number) { plan_of(number).step({}, {}); }
+
 }  // namespace quantopt
 
 TORCH_LIBRARY_FRAGMENT(quantopt, m) {
@@ -99,6 +135,6 @@ TORCH_LIBRARY_FRAGMENT(quantopt, m) {
   m.class_<StepPlan>("StepPlan")
       .def(torch::init<std::string, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
                        at::Tensor, int64_t, int64_t, bool, bool, bool, bool, int64_t>())
-      .def("ready", &StepPlan::ready)
+      .def("number", &StepPlan::number)
       .def("step", &StepPlan::step);
 }

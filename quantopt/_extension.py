@@ -13,6 +13,8 @@ import torch
 
 error: str | None = None
 holds: Any = None  # csrc/module.cpp
+plan_ready: Any = None
+plan_step: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
 
@@ -20,7 +22,8 @@ if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
     error = "the compiled extension is disabled by QUANTOPT_DISABLE_EXTENSION"
 else:
     try:
-        holds = importlib.import_module("quantopt._C").holds
+        _module = importlib.import_module("quantopt._C")
+        holds, plan_ready, plan_step = _module.holds, _module.plan_ready, _module.plan_step
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
     except (ImportError, OSError) as exc:

@@ -567,7 +567,8 @@ class _GroupStep:
 
     def __init__(self, opt: QuantOptimizer, group: dict[str, Any], indices: list[int]) -> None:
         self.group = group
-        self.static = [group.get(key) for key in self.STATIC]
+        self.static_keys = tuple(key for key in self.STATIC if key in group)
+        self.static = tuple(group[key] for key in self.static_keys)
         self.quantised = group["bits"] != 0
         self.rule = opt._rule(group) if self.quantised else "base"
         self.params = [group["params"][i] for i in indices]
@@ -642,19 +643,24 @@ class _GroupStep:
         lists = self._lists(opt, companions, chosen)
         options = self._options(opt, dtype).values()
         plan = torch.classes.quantopt.StepPlan(self.rule, self.params, left_out, *lists, self.hyper, *options)
-        return plan if plan.ready() else None
+        self.number = plan.number()
+        return plan if _extension.plan_ready(self.number) else None
 
     def ready(self, opt: QuantOptimizer) -> bool:
         """Whether the plan still fits: same options, same tensors in the state, gradients where they were."""
         group = self.group
-        if len(group["params"]) != self.count or [group.get(key) for key in self.STATIC] != self.static:
+        if len(group["params"]) != self.count:
             return False
         if self.plan is None:
             return self.count == 0
         for i in (0, -1):
             if opt.state.get(self.params[i]) is not self.states[i]:
                 return False
-        return bool(_extension.holds(self.states, self.keys, self.kept) and self.plan.ready())
+        return bool(
+            _extension.holds([group], self.static_keys, [self.static])
+            and _extension.holds(self.states, self.keys, self.kept)
+            and _extension.plan_ready(self.number)
+        )
 
     def step(self, opt: QuantOptimizer) -> None:
         """The update; nothing is checked here."""
@@ -668,8 +674,12 @@ class _GroupStep:
             self.hyper.copy_(hyper_tensor(**numbers))
         if tensors:  # on the device: a CUDA graph reads their values when it is replayed
             torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
-        if self.plan is not None:
-            self.plan.step(_on(opt, "grad_scale"), _on(opt, "found_inf"))
+        grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
+        if self.plan is not None and grad_scale is None and found_inf is None:
+            _extension.plan_step(self.number)
+        elif self.plan is not None:
+            cpu = torch.device("cpu")
+            self.plan.step(_flag(grad_scale, cpu), _flag(found_inf, cpu))
         else:
             for dtype, device, chosen in self.buckets:
                 if (
@@ -681,13 +691,19 @@ class _GroupStep:
                         "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed "
                         "numbers would be those of now at every replay; use capturable=True"
                     )
-                self._step_lists(opt, dtype, device, chosen)
+                self._step_lists(opt, dtype, device, chosen, _flag(grad_scale, device), _flag(found_inf, device))
         if self.quantised:
             opt._after_step(self.group, self.params)
 
     @torch.no_grad()
     def _step_lists(
-        self, opt: QuantOptimizer, dtype: torch.dtype, device: torch.device, chosen: list[int]
+        self,
+        opt: QuantOptimizer,
+        dtype: torch.dtype,
+        device: torch.device,
+        chosen: list[int],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         params, states = [self.params[i] for i in chosen], [self.states[i] for i in chosen]
         with _dense(params, states) as (weights, grads, companions):
@@ -698,8 +714,8 @@ class _GroupStep:
                 *self._lists(opt, companions, chosen),
                 hyper=self.hyper,
                 backend=opt.backend,
-                grad_scale=_on(opt, "grad_scale", device),
-                found_inf=_on(opt, "found_inf", device),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
                 **self._options(opt, dtype),
             )
 
@@ -737,10 +753,9 @@ def _place_numbers(group: dict[str, Any], own: dict[str, Any] | None = None) -> 
             group[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
 
 
-def _on(opt: QuantOptimizer, name: str, device: torch.device | None = None) -> Tensor | None:
+def _flag(value: Tensor | None, device: torch.device) -> Tensor | None:
     """grad_scale or found_inf of torch.amp.GradScaler, which it sets for the time of a step."""
-    value: Tensor | None = getattr(opt, name, None)
-    return None if value is None else value.to(device or torch.device("cpu"), torch.float32)
+    return None if value is None else value.to(device, torch.float32)
 
 
 def _rounds_stochastically(group: dict[str, Any], dtype: torch.dtype, rule: str) -> bool:
