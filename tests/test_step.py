@@ -386,3 +386,24 @@ def test_indices_beyond_32_bits(tmp_path: Path) -> None:
     program = tmp_path / "large_index"
     subprocess.run([compiler, *flags, root / "tests/large_index.cpp", "-o", program], check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == "equal\n"
+
+
+@pytest.mark.parametrize("rule", LATENT)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_weights_stored_past_the_caches_are_the_same(isa: str, rule: str, offset: int) -> None:
+    """From 4M elements on, latent rules do not read the lines of the weights that they write."""
+    n = (4 << 20) + 37
+    whole = [torch.randn(n + offset)[offset:] * 0.5 for _ in range(4)]
+    hyper = hyper_tensor(**HYPERS | {"rate": math.inf})
+    scale = torch.full((1,), 0.7)
+
+    def step(part: list[Tensor]) -> None:
+        p, g, m, latent = part
+        fused_step(rule, [p], [g], [m], [], [latent], [scale], [], [], hyper)
+
+    pieces = [[t.clone()[a : a + n // 3] for t in whole] for a in range(0, n, n // 3)]
+    step(whole)
+    for piece in pieces:
+        step(piece)
+    for i, t in enumerate(whole):
+        assert torch.equal(t, torch.cat([piece[i] for piece in pieces]))

@@ -43,6 +43,7 @@ struct StepOptions {
   bool decoupled;
   bool stochastic_rounding;  // bfloat16 parameters without a latent or master
   bool prefetch;             // CPU: software prefetch
+  bool stream;               // CPU: store weights that are not read past the caches
   float gradient_factor;     // (maximize ? -1 : 1) / grad_scale
   PhiloxKey key;
 };

@@ -86,8 +86,8 @@ class AskewSGD(_Askew):
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"
             (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
         error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a
-            gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on the device of
-            the parameters, which schedules fill and replays of a captured CUDA graph read.
+            gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on
+            the device of the parameters, which schedules fill and replays of a captured CUDA graph read.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:

@@ -64,11 +64,11 @@ inline __attribute__((always_inline)) Vec load_some(const T* p, int64_t count) {
   return load(part);
 }
 
-// One vector of elements from i: the whole of the fused step.
+// One vector of elements from i: the whole of the fused step. `stream` stores the weight past the caches.
 template <class P, class M, class Direction, class R>
 inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int64_t i, float factor,
                                                        const Direction& direction, const R& rule,
-                                                       const uint16_t* random) {
+                                                       const uint16_t* random, bool stream = false) {
   const Vec w = R::kLatent ? load(s.latent + i) : load(s.param + i);
   Vec m{}, v{};
   if constexpr (Direction::kMomentum) m = load(s.momentum + i);
@@ -82,7 +82,11 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
   if constexpr (Direction::kSecond) store(s.second + i, v);
   if constexpr (R::kLatent) {
     store(s.latent + i, next);
-    store(s.param + i, rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{}));
+    const Vec weight = rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{});
+    if constexpr (std::is_same_v<P, float> && !R::kReadsWeight) {
+      if (stream) return store_past_caches(s.param + i, weight);
+    }
+    store(s.param + i, weight);
   } else if (sizeof(P) == 2 && random != nullptr) {
     const VecBits bits = (VecBits)next, halves = load_halves(random + i);
     const bool large = any_at_least(bits & 0x7FFFFFFFu, kBFloat16Top);
@@ -124,10 +128,11 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
 // Steps the first n elements of a span; `first` is the number of its first element in its tensor.
 template <class P, class M, class Direction, class R>
 void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in,
-               const R& rule_in, bool prefetch, const PhiloxKey* key, int64_t first) {
+               const R& rule_in, bool prefetch, const PhiloxKey* key, int64_t first, bool stream_in = false) {
   const Span<P, M> span = span_in;  // local copies, so that the compiler keeps the constants in registers
   const Direction direction = direction_in;
   const R rule = rule_in;
+  const bool stream = stream_in && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   int64_t begin = 0;
   if constexpr (sizeof(P) == 2) {
     if (key != nullptr) {
@@ -154,7 +159,7 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
       if constexpr (Direction::kSecond) prefetch_block(span.second + begin);
     }
     for (int64_t i = begin; i < begin + kBlock; i += kWidth) {
-      step_vector(span, i, factor, direction, rule, nullptr);
+      step_vector(span, i, factor, direction, rule, nullptr, stream);
     }
   }
   for (; begin + kWidth <= n; begin += kWidth) step_vector(span, begin, factor, direction, rule, nullptr);
@@ -291,7 +296,7 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
                                   static_cast<const float*>(s.grad) + begin,
                                   static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
                                   s.second + (s.second ? begin : 0), s.latent + (s.latent ? begin : 0)};
-    return step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, nullptr, 0);
+    return step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, nullptr, 0, o.stream);
   }
   if constexpr (!R::kLatent) {
     const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
@@ -433,6 +438,7 @@ void step_piece(const StepContext& context, const StepSegment& segment, int64_t 
   const bool binary = context.levels == 2;
   binary ? step_piece_of<true>(context, segment, begin, end)
          : step_piece_of<false>(context, segment, begin, end);
+  if (context.stream) finish_stores();
 }
 
 double magnitude_of_piece(const StepContext& context, const StepSegment& segment, int64_t begin,

@@ -42,6 +42,23 @@ inline __attribute__((always_inline)) Vec load(const float* p) {
   return x;
 }
 inline __attribute__((always_inline)) void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+// Past the caches, to an address that is a multiple of the vector's size.
+inline __attribute__((always_inline)) void store_past_caches(float* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+
+// To be called before other threads may read what was stored so.
+inline void finish_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // 16-bit numbers, one to a lane. The intrinsics are one instruction where gcc 12 makes six of a conversion.
 inline __attribute__((always_inline)) VecBits load_halves(const void* p) {
