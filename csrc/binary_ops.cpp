@@ -19,11 +19,13 @@
 
 #include "core/activation.h"
 #include "cpu/isa.h"
+#include "cpu/kernels/binary_amx.h"
 #include "cpu/kernels/binary_conv.h"
 #include "cpu/kernels/binary_linear.h"
 
 namespace {
 
+using quantopt::BinaryConv;
 using quantopt::BinaryLinear;
 using quantopt::Isa;
 
@@ -45,9 +47,10 @@ struct Kernels {
         quantopt::isa::binary_conv_memory, quantopt::isa::binary_conv2d                          \
   }
 
-Kernels active_kernels() {
-  switch (quantopt::active_isa()) {
+Kernels kernels_of(Isa isa) {
+  switch (isa) {
 #ifdef QUANTOPT_HAVE_AVX512VNNI
+    case Isa::amx:
     case Isa::avx512vnni: return QUANTOPT_KERNELS(avx512vnni);
 #endif
 #ifdef QUANTOPT_HAVE_AVX512
@@ -63,6 +66,34 @@ Kernels active_kernels() {
 // Multiply-adds below which another thread takes longer to start than to do its share.
 constexpr int64_t kThreadWork = 1 << 18;
 
+// Runs the product on AMX tiles if this is an instruction set that has them and a product for them; else
+// returns false. Each thread takes outputs of a block of rows.
+bool run_on_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryConv& c) {
+#ifdef QUANTOPT_HAVE_AMX
+  namespace amx = quantopt::amx;
+  if (isa != Isa::amx || !amx::binary_amx_covers(c)) return false;
+  const int64_t rows = c.images * c.out_height * c.out_width;
+  const int64_t bands = (c.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows;
+  const int64_t blocks = (rows + amx::kBlockRows - 1) / amx::kBlockRows;
+  const int64_t block = std::min(rows, amx::kBlockRows);
+  const int64_t work = block * quantopt::kBandRows * c.channels * c.kernel[0] * c.kernel[1];
+  const int64_t bytes = amx::binary_amx_memory(c, block);
+  at::parallel_for(0, blocks * bands, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
+    at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
+    while (begin < end) {
+      const int64_t row = begin / bands * amx::kBlockRows, band = begin % bands;
+      const int64_t last = std::min(bands, band + end - begin);
+      amx::binary_amx(c, row, std::min(row + amx::kBlockRows, rows), band * quantopt::kBandRows,
+                      std::min(last * quantopt::kBandRows, c.outputs), memory.mutable_data_ptr());
+      begin += last - band;
+    }
+  });
+  return true;
+#else
+  return false;
+#endif
+}
+
 // Many rows of x: each thread takes rows. Few: each takes outputs.
 void run(const Kernels& kernels, const BinaryLinear& p) {
   constexpr int64_t kRows = 8;  // a multiple of the rows that the kernels take together
@@ -72,12 +103,12 @@ void run(const Kernels& kernels, const BinaryLinear& p) {
     });
     return;
   }
-  const int64_t work = p.rows * p.inputs * p.planes * quantopt::kItemRows;
+  const int64_t work = p.rows * p.inputs * p.planes * quantopt::kBandRows;
   const int64_t grain = 1 + kThreadWork / (work + 1);
-  at::parallel_for(0, (p.outputs + quantopt::kItemRows - 1) / quantopt::kItemRows, grain,
+  at::parallel_for(0, (p.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows, grain,
                    [&](int64_t begin, int64_t end) {
-                     kernels.linear(p, 0, p.rows, begin * quantopt::kItemRows,
-                                    std::min(end * quantopt::kItemRows, p.outputs));
+                     kernels.linear(p, 0, p.rows, begin * quantopt::kBandRows,
+                                    std::min(end * quantopt::kBandRows, p.outputs));
                    });
 }
 
@@ -110,7 +141,8 @@ at::Tensor as_planes(const at::Tensor& bits, int64_t in_features) {
 
 at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   const at::Tensor planes = as_planes(bits, in_features);
-  const Kernels kernels = active_kernels();
+  const Isa isa = quantopt::active_isa();
+  const Kernels kernels = kernels_of(isa);
   BinaryLinear ungrouped{};
   // Instruction sets that run on the bits themselves need no tiles.
   if (!kernels.uses_tiles(ungrouped)) return at::empty({0}, at::TensorOptions().dtype(at::kShort));
@@ -193,13 +225,13 @@ Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Ten
   return w;
 }
 
-// Whole numbers for each of `rows` rows of x, and the scale of each row in `row_scale`.
+// Each of `rows` rows of x as int8, and their scales in `row_scale`.
 at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
-  at::Tensor q = at::empty_like(x);
+  at::Tensor q = at::empty_like(x, at::TensorOptions().dtype(at::kChar));
   row_scale = at::empty({rows}, x.options());
   const int64_t length = x.numel() / rows;
   const float* from = x.const_data_ptr<float>();
-  float* to = q.mutable_data_ptr<float>();
+  int8_t* to = q.mutable_data_ptr<int8_t>();
   float* scale = row_scale.mutable_data_ptr<float>();
   at::parallel_for(0, rows, 1 + 32768 / (length + 1), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
@@ -223,7 +255,8 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)));
   at::Tensor y = at::empty({rows, w.outputs}, at::TensorOptions().dtype(at::kFloat));
   if (y.numel() > 0) {
-    const Kernels kernels = active_kernels();
+    const Isa isa = quantopt::active_isa();
+    const Kernels kernels = kernels_of(isa);
     at::Tensor values = x.to(at::kFloat).contiguous();
     at::Tensor row_scale, layout;
     if (w.quantize) values = quantize_rows(kernels, values, rows, row_scale);
@@ -238,8 +271,12 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
     p.scale_stride = w.scale_stride();
     p.group = group_size;
     p.bias = w.bias_or_null();
-    p.x = values.const_data_ptr<float>();
-    p.x_scale = w.quantize ? row_scale.const_data_ptr<float>() : nullptr;
+    if (w.quantize) {
+      p.q = values.const_data_ptr<int8_t>();
+      p.x_scale = row_scale.const_data_ptr<float>();
+    } else {
+      p.x = values.const_data_ptr<float>();
+    }
     p.y = y.mutable_data_ptr<float>();
     p.activation = w.activation;
     if (kernels.uses_tiles(p)) {
@@ -247,7 +284,7 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
       check_tiles(layout, p.planes, w.outputs, in_features);
       p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
     }
-    run(kernels, p);
+    if (group_size != 0 || !run_on_amx(isa, quantopt::amx::as_conv(p))) run(kernels, p);
   }
   return y.view(shape).to(x.scalar_type());
 }
@@ -333,14 +370,16 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     activate_by_library(w.activation, y);
     return y.to(x.scalar_type());
   }
-  const Kernels kernels = active_kernels();
+  const Isa isa = quantopt::active_isa();
+  const Kernels kernels = kernels_of(isa);
   at::Tensor values = x.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
   if (w.quantize) values = quantize_rows(kernels, values, x.size(0), x_scale);
   if (groups > 1 || group_size > 0 || !kernels.conv_available() || !tiles || tiles->numel() == 0) {
-    return conv_by_library(values, w, x_scale, kernel, stride, padding, dilation, groups).to(x.scalar_type());
+    return conv_by_library(values.to(at::kFloat), w, x_scale, kernel, stride, padding, dilation, groups)
+        .to(x.scalar_type());
   }
   check_tiles(*tiles, w.planes.size(0) * kernel[0] * kernel[1], w.outputs, channels);
-  quantopt::BinaryConv c{};
+  BinaryConv c{};
   c.images = x.size(0);
   c.height = x.size(2);
   c.width = x.size(3);
@@ -360,10 +399,15 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   c.scale = w.scale.const_data_ptr<float>();
   c.scale_stride = w.scale_stride();
   c.bias = w.bias_or_null();
-  c.x = values.const_data_ptr<float>();
-  c.x_scale = w.quantize ? x_scale.const_data_ptr<float>() : nullptr;
+  if (w.quantize) {
+    c.q = values.const_data_ptr<int8_t>();
+    c.x_scale = x_scale.const_data_ptr<float>();
+  } else {
+    c.x = values.const_data_ptr<float>();
+  }
   c.y = y.mutable_data_ptr<float>();
   c.activation = w.activation;
+  if (run_on_amx(isa, c)) return y.to(x.scalar_type());
   const int64_t bytes = kernels.conv_memory(c);
   const int64_t work = c.out_width * w.inputs * c.planes * w.outputs;
   at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {

@@ -14,9 +14,9 @@ from quantopt.reference import binary as reference
 
 needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
-ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 64)
-# In and around every block: bytes, lookups of 4 and 6, words of 16, units of 48, chunks of 240, panels of 256 x 8,
-# tiles of 32 and their groups of 128, blocks of 4096.
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 64, 129)
+# In and around every block: bytes, lookups of 4 and 6, words of 16, units of 48, chunks of 256, panels of 256 x 8,
+# tiles of 32 and their bands of 128, blocks of 4096.
 INPUTS = (
     0,
     1,
@@ -39,11 +39,11 @@ INPUTS = (
     65,
     127,
     129,
-    239,
-    240,
     241,
     255,
+    256,
     257,
+    304,
     500,
     1029,
 )
@@ -365,17 +365,17 @@ def test_instruction_sets_agree_in_int8(monkeypatch: pytest.MonkeyPatch) -> None
 
 @needs_extension
 def test_tiles_are_the_same_bits() -> None:
-    for k in (150, 240, 245, 700):
-        bits = ops.pack_signs(torch.randn(2, 70, k))
+    for k in (150, 256, 261, 700):
+        bits = ops.pack_signs(torch.randn(2, 170, k))
         tiles = torch.ops.quantopt.binary_tiles(bits, k)
         if tiles.numel() == 0:
             pytest.skip("this instruction set has no layout of its own")
         count = -(-k // 16)
-        padded = torch.zeros(2, 96, 2 * count, dtype=torch.uint8)
-        padded[:, :70, : bits.shape[2]] = bits
-        words = padded.view(torch.int16).view(2, 3, 32, count).transpose(2, 3)  # [plane, tile, word, row]
-        expected = torch.cat([chunk.reshape(2, -1) for chunk in words.split(15, dim=2)], dim=1)
-        assert torch.equal(tiles, expected)
+        padded = torch.zeros(2, 192, 2 * count, dtype=torch.uint8)
+        padded[:, :170, : bits.shape[2]] = bits
+        words = padded.view(torch.int16).view(2, 6, 32, count).permute(0, 3, 1, 2)  # [plane, word, tile, row]
+        bands = [band.reshape(2, -1) for chunk in words.split(16, dim=1) for band in chunk.split(4, dim=2)]
+        assert torch.equal(tiles, torch.cat(bands, dim=1))
 
 
 # ---- the activation --------------------------------------------------------------------------------------------

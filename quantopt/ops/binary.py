@@ -443,7 +443,7 @@ if _extension.error is None:
 
     @torch.library.register_fake("quantopt::binary_tiles")
     def _(bits: Tensor, in_features: int) -> Tensor:
-        if torch.ops.quantopt.cpu_isa() in ("portable", "avx2"):
+        if torch.ops.quantopt.cpu_isa() == "portable":
             return bits.new_empty([0], dtype=torch.int16)
         planes = bits.shape[0] if bits.dim() == 3 else 1
         words = -(-in_features // 16)

@@ -1,4 +1,4 @@
-// conv2d with packed weights by lookups (binary_lookup.h), with AVX-512.
+// conv2d with packed weights by lookups (binary_lookup.h), with AVX2 and AVX-512.
 //
 // The tables of a pixel are made once and serve all kernel positions and outputs that meet it: a ring of
 // tables holds the rows of the image that the present row of y needs. Four neighbouring pixels of y are
@@ -6,11 +6,12 @@
 // number of threads.
 #include "cpu/kernels/binary_conv.h"
 
+#include "cpu/kernels/binary_finish.h"
 #include "cpu/kernels/binary_lookup.h"
 
 namespace quantopt::QUANTOPT_ISA {
 
-#if defined(__AVX512BW__)
+#if defined(QUANTOPT_LOOKUPS)
 
 namespace {
 
@@ -21,13 +22,17 @@ inline int64_t ring_rows(const BinaryConv& c) { return (c.kernel[0] - 1) * c.dil
 
 // Types of the exact and of the whole-number form.
 struct Exact {
+  using Value = float;
   using Entry = float;
   using Total = Pair;
+  static const Value* values(const BinaryConv& c) { return c.x; }
   static int64_t entries(int64_t words) { return kFloatTables * words; }
 };
 struct Whole {
+  using Value = int8_t;
   using Entry = int16_t;
   using Total = IntegerPair;
+  static const Value* values(const BinaryConv& c) { return c.q; }
   static int64_t entries(int64_t words) { return integer_entries(words); }
 };
 
@@ -63,11 +68,12 @@ int64_t lay_out(const BinaryConv& c, char* base, Memory<Form>* memory) {
   return tables + sums + up(ring * static_cast<int64_t>(sizeof(int64_t)));
 }
 
-inline void pixel_tables(const float* x, int64_t width, float* tables, __m512i&) {
+inline int32_t pixel_tables(const float* x, int64_t width, float* tables) {
   make_tables(x, width, tables);
+  return 0;
 }
-inline void pixel_tables(const float* x, int64_t width, int16_t* tables, __m512i& sum) {
-  make_tables(x, width, tables, sum);
+inline int32_t pixel_tables(const int8_t* q, int64_t width, int16_t* tables) {
+  return make_tables(q, width, tables);
 }
 
 // Tables of row `row` of image `image`, unless they are there.
@@ -76,22 +82,50 @@ void fill_row(const BinaryConv& c, int64_t image, int64_t row, const Memory<Form
   const int64_t slot = row % ring_rows(c), pixel = pixel_entries<Form>(c);
   if (memory.present[slot] == image * c.height + row) return;
   memory.present[slot] = image * c.height + row;
-  const float* x = c.x + (image * c.height + row) * c.width * c.channels;
+  const typename Form::Value* x = Form::values(c) + (image * c.height + row) * c.width * c.channels;
   typename Form::Entry* tables = memory.tables + slot * c.width * pixel;
   for (int64_t i = 0; i < c.width; ++i, x += c.channels) {
-    __m512i sum = _mm512_setzero_si512();
+    int32_t sum = 0;
     for (int64_t first = 0; first < c.channels; first += kChunkWidth) {
-      pixel_tables(x + first, least(kChunkWidth, c.channels - first), tables, sum);
+      sum += pixel_tables(x + first, least(kChunkWidth, c.channels - first), tables);
       tables += Form::entries(chunk_words(c.channels, first));
     }
-    memory.sums[slot * c.width + i] = _mm512_reduce_add_epi32(sum);
+    memory.sums[slot * c.width + i] = sum;
   }
 }
 
-inline void clear(Pair& total) { total.even = total.odd = _mm512_setzero_ps(); }
-inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_si512(); }
 inline Pair value_of(const Pair& total, int32_t) { return total; }
 inline Pair value_of(const IntegerPair& total, int32_t sum) { return signed_sums(total, sum); }
+
+// A kernel position that MR pixels of y meet, and the tables of their pixels of x there.
+template <class Entry, int MR>
+struct Tap {
+  int64_t index;
+  const Entry* tables[MR];
+};
+
+// Adds the products of some kernel positions to the totals of the tiles [begin, begin + count). With few
+// channels several positions make up one segmented sum: totals are then read and written less often.
+template <class Form, int MR>
+void add_taps(const BinaryConv& c, const Tap<typename Form::Entry, MR>* taps, int64_t tap_count,
+              int64_t begin, int64_t count, typename Form::Total* total) {
+  const int64_t all_taps = c.kernel[0] * c.kernel[1];
+  const int64_t tap_size = tile_count(c.outputs) * kTileRows * tile_words(c.channels);
+  int64_t offset = 0;  // of the chunk's tables
+  for (int64_t first = 0; first < c.channels; first += kChunkWidth) {
+    const int64_t words = chunk_words(c.channels, first);
+    for (int64_t plane = 0; plane < c.planes; ++plane) {
+      Segment<typename Form::Entry, MR> segments[kChunkWords];
+      for (int64_t t = 0; t < tap_count; ++t) {
+        segments[t].w = c.tiles + (plane * all_taps + taps[t].index) * tap_size +
+                        band_offset(c.outputs, c.channels, 0, first, begin);
+        for (int i = 0; i < MR; ++i) segments[t].tables[i] = taps[t].tables[i] + offset;
+      }
+      span_tiles<MR>(segments, tap_count, words, count, c.plane_weights[plane], total);
+    }
+    offset += Form::entries(words);
+  }
+}
 
 // MR pixels of y from (oy, ox) times the tiles [begin, end), at most kBlockTiles.
 template <class Form, int MR>
@@ -99,43 +133,42 @@ void pixels(const BinaryConv& c, int64_t image, int64_t oy, int64_t ox, int64_t 
             const Memory<Form>& memory) {
   typename Form::Total total[kBlockTiles * MR];
   for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
-  const int64_t pixel = pixel_entries<Form>(c), taps = c.kernel[0] * c.kernel[1];
-  const int64_t tap_size = tile_count(c.outputs) * kTileRows * tile_words(c.channels);
+  const int64_t pixel = pixel_entries<Form>(c);
+  const int64_t together = c.channels < kChunkWidth ? kChunkWords / tile_words(c.channels) : 1;
   const typename Form::Entry* zeros = memory.tables + ring_rows(c) * c.width * pixel;
+  Tap<typename Form::Entry, MR> taps[kChunkWords];
+  int64_t waiting = 0;
   int32_t sum[MR] = {};
   int32_t weights = 0;
   for (int64_t plane = 0; plane < c.planes; ++plane) weights += c.plane_weights[plane];
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const int64_t iy = oy * c.stride[0] - c.padding[0] + tap / c.kernel[1] * c.dilation[0];
+  for (int64_t index = 0; index < c.kernel[0] * c.kernel[1]; ++index) {
+    const int64_t iy = oy * c.stride[0] - c.padding[0] + index / c.kernel[1] * c.dilation[0];
     if (iy < 0 || iy >= c.height) continue;
     const int64_t slot = iy % ring_rows(c);
-    const typename Form::Entry* at[MR];
+    Tap<typename Form::Entry, MR>& tap = taps[waiting];
+    tap.index = index;
     bool inside = false;
     for (int i = 0; i < MR; ++i) {
-      const int64_t ix = (ox + i) * c.stride[1] - c.padding[1] + tap % c.kernel[1] * c.dilation[1];
-      at[i] = zeros;
+      const int64_t ix = (ox + i) * c.stride[1] - c.padding[1] + index % c.kernel[1] * c.dilation[1];
+      tap.tables[i] = zeros;
       if (ix < 0 || ix >= c.width) continue;
       inside = true;
-      at[i] = memory.tables + (slot * c.width + ix) * pixel;
+      tap.tables[i] = memory.tables + (slot * c.width + ix) * pixel;
       sum[i] += memory.sums[slot * c.width + ix];
     }
-    if (!inside) continue;
-    for (int64_t first = 0; first < c.channels; first += kChunkWidth) {
-      const int64_t words = chunk_words(c.channels, first);
-      for (int64_t plane = 0; plane < c.planes; ++plane) {
-        const uint16_t* w =
-            c.tiles + (plane * taps + tap) * tap_size + tile_offset(c.outputs, c.channels, 0, first, begin);
-        span_tiles<MR>(w, words, end - begin, at, c.plane_weights[plane], total);
-      }
-      for (int i = 0; i < MR; ++i) at[i] += Form::entries(words);
-    }
+    waiting += inside;
+    if (waiting < together) continue;
+    add_taps<Form, MR>(c, taps, waiting, begin, end - begin, total);
+    waiting = 0;
   }
+  if (waiting > 0) add_taps<Form, MR>(c, taps, waiting, begin, end - begin, total);
   for (int i = 0; i < MR; ++i) {
     float* y = c.y + ((image * c.out_height + oy) * c.out_width + ox + i) * c.outputs;
     for (int64_t tile = begin; tile < end; ++tile) {
-      finish_tile(value_of(total[(tile - begin) * MR + i], weights * sum[i]), tile, c.outputs, c.scale,
-                  c.scale_stride, c.x_scale != nullptr ? c.x_scale[image] : 1.0f, c.bias, c.activation, y);
+      store_tile(value_of(total[(tile - begin) * MR + i], weights * sum[i]), tile, c.outputs, y);
     }
+    finish_row(y, begin * kTileRows, least(end * kTileRows, c.outputs), c.scale, c.scale_stride,
+               c.q != nullptr ? c.x_scale[image] : 1.0f, c.bias, c.activation);
   }
 }
 
@@ -172,11 +205,11 @@ void rows(const BinaryConv& c, int64_t begin, int64_t end, void* base) {
 bool binary_conv_available() { return true; }
 
 int64_t binary_conv_memory(const BinaryConv& c) {
-  return c.x_scale != nullptr ? lay_out<Whole>(c, nullptr, nullptr) : lay_out<Exact>(c, nullptr, nullptr);
+  return c.q != nullptr ? lay_out<Whole>(c, nullptr, nullptr) : lay_out<Exact>(c, nullptr, nullptr);
 }
 
 void binary_conv2d(const BinaryConv& c, int64_t begin, int64_t end, void* memory) {
-  if (c.x_scale != nullptr) {
+  if (c.q != nullptr) {
     rows<Whole>(c, begin, end, memory);
   } else {
     rows<Exact>(c, begin, end, memory);

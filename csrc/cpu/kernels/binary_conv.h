@@ -10,8 +10,8 @@ namespace quantopt {
 enum class Activation : int32_t;  // core/activation.h
 
 // y[b, oy, ox, n] = activation(scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s]
-// x[b, oy S + r D - P, ox S + s D - P, c] + bias[n]), x zero outside the image. With x_scale, x holds whole
-// numbers of at most 127 and the sum is exact.
+// x[b, oy S + r D - P, ox S + s D - P, c] + bias[n]), x zero outside the image. With q, x is q[b] x_scale[b]
+// and the sum of q is exact.
 struct BinaryConv {
   int64_t images, height, width, channels;
   int64_t out_height, out_width, outputs;
@@ -22,8 +22,9 @@ struct BinaryConv {
   const float* scale;            // [1] or [outputs]
   int64_t scale_stride;          // 0 or 1
   const float* bias;             // [outputs] or null
-  const float* x;                // [images, height, width, channels]
-  const float* x_scale;          // [images] or null
+  const float* x;                // [images, height, width, channels], or null with q
+  const int8_t* q;               // the same within +-127, or null with x
+  const float* x_scale;          // [images] with q
   float* y;                      // [images, out_height, out_width, outputs]
   Activation activation;
 };

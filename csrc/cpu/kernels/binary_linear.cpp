@@ -1,11 +1,12 @@
-// Products with +-1 weights: by lookups (binary_lookup.h) with AVX-512; elsewhere, and for groups of scales
-// that are no multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an order
-// that depends on K alone: any split over threads or rows gives the same bits.
+// Products with +-1 weights: by lookups (binary_lookup.h) with AVX2 and AVX-512; elsewhere, and for groups of
+// scales that are no multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an
+// order that depends on K alone: any split over threads or rows gives the same bits.
 #include "cpu/kernels/binary_linear.h"
 
 #include <cmath>
 #include <cstring>
 
+#include "cpu/kernels/binary_finish.h"
 #include "cpu/kernels/binary_lookup.h"
 
 namespace quantopt::QUANTOPT_ISA {
@@ -83,7 +84,7 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
   constexpr int kRows = 4;
   constexpr int64_t kMost = 64;  // rows of x that share an expanded panel
   alignas(32) float panel[kPanelRows * kPanelWidth];
-  alignas(32) float tail[kRows][kPanelWidth];  // x of the last panel, padded with zeros to a multiple of 8
+  alignas(32) float tail[kRows][kPanelWidth];  // x as floats, padded with zeros to a multiple of 8
   double total[kMost][kPanelRows];
   for (int64_t first = row_begin; first < row_end; first += kMost) {
     const int64_t rows = least(kMost, row_end - first);
@@ -98,11 +99,17 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
           const int count = static_cast<int>(least(kRows, rows - m));
           const float* x[kRows];
           for (int i = 0; i < count; ++i) {
-            x[i] = p.x + (first + m + i) * p.inputs + k;
-            if (padded == width) continue;
-            std::memcpy(tail[i], x[i], sizeof(float) * static_cast<size_t>(width));
-            for (int64_t j = width; j < padded; ++j) tail[i][j] = 0.0f;
+            const int64_t at = (first + m + i) * p.inputs + k;
             x[i] = tail[i];
+            if (p.q != nullptr) {
+              for (int64_t j = 0; j < width; ++j) tail[i][j] = p.q[at + j];
+            } else if (padded == width) {
+              x[i] = p.x + at;
+              continue;
+            } else {
+              std::memcpy(tail[i], p.x + at, sizeof(float) * static_cast<size_t>(width));
+            }
+            for (int64_t j = width; j < padded; ++j) tail[i][j] = 0.0f;
           }
           switch (count) {
             case 1: multiply_panel<1>(x, panel, padded, outputs, total + m); break;
@@ -113,14 +120,10 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
         }
       }
       for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t r = 0; r < outputs; ++r) {
-          float y = static_cast<float>(total[m][r]);
-          float factor = p.group == 0 ? *scale_of(p, n + r) : 1.0f;
-          if (p.x_scale != nullptr) factor *= p.x_scale[first + m];
-          y *= factor;
-          if (p.bias != nullptr) y += p.bias[n + r];
-          p.y[(first + m) * p.outputs + n + r] = activate(p.activation, y);
-        }
+        float* y = p.y + (first + m) * p.outputs;
+        for (int64_t r = 0; r < outputs; ++r) y[n + r] = static_cast<float>(total[m][r]);
+        finish_row(y, n, n + outputs, p.group == 0 ? p.scale : nullptr, p.scale_stride,
+                   p.q != nullptr ? p.x_scale[first + m] : 1.0f, p.bias, p.activation);
       }
     }
   }
@@ -128,17 +131,16 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
 
 // ---- lookups ---
 
-#if defined(__AVX512BW__)
+#if defined(QUANTOPT_LOOKUPS)
 
 // Scales of group g, times the plane's weight, for the 32 rows of a tile.
 inline Pair group_scales(const BinaryLinear& p, int64_t tile, int64_t g, float weight) {
-  alignas(64) float even[16], odd[16];
-  for (int i = 0; i < 16; ++i) {
-    const int64_t n = tile * kTileRows + 2 * i;
-    even[i] = n < p.outputs ? scale_of(p, n)[g] * weight : 0.0f;
-    odd[i] = n + 1 < p.outputs ? scale_of(p, n + 1)[g] * weight : 0.0f;
+  float factor[kTileRows];
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const int64_t n = tile * kTileRows + i;
+    factor[i] = n < p.outputs ? scale_of(p, n)[g] * weight : 0.0f;
   }
-  return {_mm512_load_ps(even), _mm512_load_ps(odd)};
+  return load_tile(factor);
 }
 
 // One chunk of the tiles [tile, end), with a scale for each group of p.group weights.
@@ -147,15 +149,20 @@ void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int6
                    int64_t end, const float* const* tables, Pair* total) {
   const int64_t words = chunk_words(p.inputs, first);
   const float weight = static_cast<float>(p.plane_weights[plane]);
-  for (; tile < end; ++tile, w += words * kTileRows, total += MR) {
-    for (int64_t k = 0; k < words;) {  // the part of each group that lies in this chunk
-      const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
-      const Pair factor = group_scales(p, tile, g, weight);
-      const float* at[MR];
-      for (int i = 0; i < MR; ++i) at[i] = tables[i] + k * kFloatTables;
-      float_span<MR, 1>(w + k * kTileRows, 0, last - k, at, &factor, total);
-      k = last;
+  for (; tile < end; tile += kBandTiles) {
+    const int64_t width = band_tiles(p.outputs, tile);
+    for (int64_t r = 0; r < width; ++r, total += MR) {
+      for (int64_t k = 0; k < words;) {  // the part of each group that lies in this chunk
+        const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
+        const Pair factor = group_scales(p, tile + r, g, weight);
+        Segment<float, MR> segment;
+        segment.w = w + (k * width + r) * kTileRows;
+        for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + k * kFloatTables;
+        float_span<MR, 1>(&segment, 1, width, last - k, &factor, total);
+        k = last;
+      }
     }
+    w += width * words * kTileRows;
   }
 }
 
@@ -163,31 +170,30 @@ void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int6
 template <int MR>
 void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
   alignas(64) int16_t tables[MR][integer_entries(kChunkWords)];
-  const int16_t* at[MR];
   IntegerPair total[kBlockTiles * MR];
-  __m512i sum[MR];
-  for (int64_t i = 0; i < (end - begin) * MR; ++i)
-    total[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (int i = 0; i < MR; ++i) {
-    at[i] = tables[i];
-    sum[i] = _mm512_setzero_si512();
-  }
+  int32_t sum[MR] = {};
+  for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
-    for (int i = 0; i < MR; ++i) make_tables(p.x + (m + i) * p.inputs + first, width, tables[i], sum[i]);
+    for (int i = 0; i < MR; ++i) {
+      sum[i] += make_tables(p.q + (m + i) * p.inputs + first, width, tables[i]);
+    }
     for (int64_t plane = 0; plane < p.planes; ++plane) {
-      const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
-      span_tiles<MR>(w, words, end - begin, at, p.plane_weights[plane], total);
+      Segment<int16_t, MR> segment;
+      segment.w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
+      for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i];
+      span_tiles<MR>(&segment, 1, words, end - begin, p.plane_weights[plane], total);
     }
   }
   int32_t weight = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
   for (int i = 0; i < MR; ++i) {
-    const int32_t all = weight * _mm512_reduce_add_epi32(sum[i]);
+    float* y = p.y + (m + i) * p.outputs;
     for (int64_t tile = begin; tile < end; ++tile) {
-      finish_tile(signed_sums(total[(tile - begin) * MR + i], all), tile, p.outputs, p.scale, p.scale_stride,
-                  p.x_scale[m + i], p.bias, p.activation, p.y + (m + i) * p.outputs);
+      store_tile(signed_sums(total[(tile - begin) * MR + i], weight * sum[i]), tile, p.outputs, y);
     }
+    finish_row(y, begin * kTileRows, least(end * kTileRows, p.outputs), p.scale, p.scale_stride,
+               p.x_scale[m + i], p.bias, p.activation);
   }
 }
 
@@ -196,32 +202,45 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
   alignas(64) float tables[MR][kChunkWords * kFloatTables];
   const float* at[MR];
   Pair total[kBlockTiles * MR];
-  for (int64_t i = 0; i < (end - begin) * MR; ++i) total[i] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
   for (int i = 0; i < MR; ++i) at[i] = tables[i];
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
-    for (int i = 0; i < MR; ++i) make_tables(p.x + (m + i) * p.inputs + first, width, tables[i]);
+    for (int i = 0; i < MR; ++i) {
+      const int64_t offset = (m + i) * p.inputs + first;
+      if (p.q == nullptr) {
+        make_tables(p.x + offset, width, tables[i]);
+      } else {
+        float x[kChunkWidth];
+        for (int64_t k = 0; k < width; ++k) x[k] = p.q[offset + k];
+        make_tables(x, width, tables[i]);
+      }
+    }
     for (int64_t plane = 0; plane < p.planes; ++plane) {
-      const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
+      const uint16_t* w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
       if (p.group != 0) {
         grouped_tiles<MR>(p, w, first, plane, begin, end, at, total);
       } else {
-        span_tiles<MR>(w, words, end - begin, at, p.plane_weights[plane], total);
+        Segment<float, MR> segment;
+        segment.w = w;
+        for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i];
+        span_tiles<MR>(&segment, 1, words, end - begin, p.plane_weights[plane], total);
       }
     }
   }
   for (int i = 0; i < MR; ++i) {
+    float* y = p.y + (m + i) * p.outputs;
     for (int64_t tile = begin; tile < end; ++tile) {
-      finish_tile(total[(tile - begin) * MR + i], tile, p.outputs, p.group == 0 ? p.scale : nullptr,
-                  p.scale_stride, p.x_scale != nullptr ? p.x_scale[m + i] : 1.0f, p.bias, p.activation,
-                  p.y + (m + i) * p.outputs);
+      store_tile(total[(tile - begin) * MR + i], tile, p.outputs, y);
     }
+    finish_row(y, begin * kTileRows, least(end * kTileRows, p.outputs), p.group == 0 ? p.scale : nullptr,
+               p.scale_stride, p.q != nullptr ? p.x_scale[m + i] : 1.0f, p.bias, p.activation);
   }
 }
 
 template <int MR>
 inline void block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
-  if (p.x_scale != nullptr && p.group == 0) {  // sums of whole numbers
+  if (p.q != nullptr && p.group == 0) {  // sums of whole numbers
     integer_block<MR>(p, m, begin, end);
   } else {
     float_block<MR>(p, m, begin, end);
@@ -248,7 +267,7 @@ void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end
 }  // namespace
 
 bool binary_uses_tiles([[maybe_unused]] const BinaryLinear& p) {
-#if defined(__AVX512BW__)
+#if defined(QUANTOPT_LOOKUPS)
   return p.group % 16 == 0;
 #else
   return false;
@@ -295,8 +314,9 @@ void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t
       for (int64_t i = 0; i < least(32, words - word); ++i) {
         const int64_t first =
             16 * (word + i) / kChunkWidth * kChunkWidth;  // weight at which the chunk begins
-        const int64_t in_chunk = word + i - first / 16;
-        _mm512_storeu_si512(tiles + tile_offset(outputs, inputs, 0, first, tile) + in_chunk * kTileRows,
+        const int64_t in_chunk = word + i - first / 16, band = tile / kBandTiles * kBandTiles;
+        _mm512_storeu_si512(tiles + band_offset(outputs, inputs, 0, first, band) +
+                                (in_chunk * band_tiles(outputs, band) + tile - band) * kTileRows,
                             rows[1][i]);
       }
     }
@@ -305,18 +325,38 @@ void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t
 
 #else
 
-void binary_tiles(const uint8_t*, int64_t, int64_t, uint16_t*, int64_t, int64_t) {}
+void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
+                  int64_t end) {
+  const int64_t words = tile_words(inputs), bytes = row_bytes(inputs);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t band = tile / kBandTiles * kBandTiles, width = band_tiles(outputs, band);
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t n = tile * kTileRows + i;
+      for (int64_t word = 0; word < words; ++word) {
+        uint32_t value = 0;
+        for (int64_t j = 0; j < 2 && n < outputs && 2 * word + j < bytes; ++j) {
+          value |= static_cast<uint32_t>(bits[n * bytes + 2 * word + j]) << (8 * j);
+        }
+        const int64_t rest = inputs - 16 * word;  // later bits are not weights
+        if (rest < 16) value &= (1u << rest) - 1;
+        const int64_t first = word / kChunkWords * kChunkWidth;
+        tiles[band_offset(outputs, inputs, 0, first, band) +
+              (word % kChunkWords * width + tile - band) * kTileRows + i] = static_cast<uint16_t>(value);
+      }
+    }
+  }
+}
 
 #endif
 
 void binary_linear(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-#if defined(__AVX512BW__)
+#if defined(QUANTOPT_LOOKUPS)
   if (binary_uses_tiles(p)) return linear_by_lookups(p, row_begin, row_end, begin, end);
 #endif
   linear_by_panels(p, row_begin, row_end, begin, end);
 }
 
-float quantize_row(const float* x, int64_t inputs, float* q) {
+float quantize_row(const float* x, int64_t inputs, int8_t* q) {
   // As integers, magnitudes order like floats, and infinities and NaN come last.
   uint32_t most = 0;
   for (int64_t k = 0; k < inputs; ++k) {
@@ -329,12 +369,30 @@ float quantize_row(const float* x, int64_t inputs, float* q) {
   std::memcpy(&largest, &most, sizeof largest);
   const float scale = most < 0x7F800000u ? largest / 127.0f : 0.0f;
   if (scale == 0.0f) {
-    for (int64_t k = 0; k < inputs; ++k) q[k] = 0.0f;
+    std::memset(q, 0, static_cast<size_t>(inputs));
     return most < 0x7F800000u ? 0.0f : NAN;
   }
-  for (int64_t k = 0; k < inputs; ++k) {
-    const float v = __builtin_rintf(x[k] / scale);
-    q[k] = v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v);
+  // By the reciprocal, which is a few units in the last place off: the division decides only near ties.
+  constexpr int64_t kBlock = 64;
+  const float reciprocal = 1.0f / scale;
+  for (int64_t first = 0; first < inputs; first += kBlock) {
+    const int64_t count = least(kBlock, inputs - first);
+    const float* from = x + first;
+    float rounded[kBlock];
+    int32_t near = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const float v = from[k] * reciprocal;
+      rounded[k] = __builtin_rintf(v);
+      near |= !(std::fabs(v - rounded[k]) <= 0.4999f);
+    }
+    if (near != 0) {
+      for (int64_t k = 0; k < count; ++k) rounded[k] = __builtin_rintf(from[k] / scale);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const float v = rounded[k];
+      q[first + k] =
+          static_cast<int8_t>(static_cast<int32_t>(v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v)));
+    }
   }
   return scale;
 }

@@ -13,7 +13,7 @@ enum class Activation : int32_t;  // core/activation.h
 // One product. Memory is dense unless a stride is given; all sizes are elements.
 //   exact:   y[m,n] = activation(scale[n] * sum_k x[m,k] w[n,k] + bias[n])
 //   grouped: y[m,n] = activation(sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n])
-// With x_scale, x holds whole numbers of at most 127 and the sum is exact, then multiplied by x_scale[m].
+// With q, x is q[m] * x_scale[m]: without groups the sum of q is exact, then multiplied by x_scale[m].
 struct BinaryLinear {
   int64_t rows;                  // M
   int64_t outputs;               // N
@@ -26,18 +26,21 @@ struct BinaryLinear {
   int64_t scale_stride;          // elements from one row's scale to the next: 0 for one scale of all
   int64_t group;                 // weights of a row that share a scale; 0: all of them
   const float* bias;             // [N] or null
-  const float* x;                // [M, K]
-  const float* x_scale;          // [M] or null
+  const float* x;                // [M, K], or null with q
+  const int8_t* q;               // [M, K] within +-127, or null with x
+  const float* x_scale;          // [M] with q
   float* y;                      // [M, N]
   Activation activation;
 };
 
-// Tiles: bits in 16-bit words, [plane][chunk][tile][word][row of the tile]: 32 rows side by side, the words
-// of a row in chunks of 15 (240 weights), the last chunk shorter; zero where there is no weight.
+// Tiles: bits in 16-bit words, those of 32 rows side by side. The words of a row come in chunks of 16 (256
+// weights), the last chunk shorter, and the tiles in bands of 4, the last band narrower:
+// [plane][chunk][band][word][tile of the band][row of the tile]; zero where there is no weight.
 constexpr int64_t kTileRows = 32;
-constexpr int64_t kChunkWords = 15;
+constexpr int64_t kBandTiles = 4;
+constexpr int64_t kBandRows = kBandTiles * kTileRows;
+constexpr int64_t kChunkWords = 16;
 constexpr int64_t kChunkWidth = 16 * kChunkWords;
-constexpr int64_t kItemRows = 128;  // outputs in one piece of work
 
 constexpr int64_t tile_count(int64_t outputs) { return (outputs + kTileRows - 1) / kTileRows; }
 // Words that hold a row.
@@ -47,8 +50,13 @@ constexpr int64_t chunk_words(int64_t inputs, int64_t first) {
   const int64_t rest = tile_words(inputs) - first / 16;
   return rest < kChunkWords ? rest : kChunkWords;
 }
-// Where the words of a tile begin, for the chunk whose first weight is `first`.
-constexpr int64_t tile_offset(int64_t outputs, int64_t inputs, int64_t plane, int64_t first, int64_t tile) {
+// Tiles of the band whose first tile is `tile`.
+constexpr int64_t band_tiles(int64_t outputs, int64_t tile) {
+  const int64_t rest = tile_count(outputs) - tile;
+  return rest < kBandTiles ? rest : kBandTiles;
+}
+// Where the words of the band begin whose first tile is `tile`, for the chunk whose first weight is `first`.
+constexpr int64_t band_offset(int64_t outputs, int64_t inputs, int64_t plane, int64_t first, int64_t tile) {
   const int64_t tiles = tile_count(outputs);
   return kTileRows *
          (plane * tiles * tile_words(inputs) + tiles * (first / 16) + tile * chunk_words(inputs, first));
@@ -62,9 +70,10 @@ QUANTOPT_DECLARE_PER_ISA(
     // Tiles [begin, end) of one plane, in all chunks.
     void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
                       int64_t end);
-    // y for rows [row_begin, row_end) and outputs [begin, end); begin is a multiple of kTileRows.
+    // y for rows [row_begin, row_end) and outputs [begin, end); begin is a multiple of kBandRows, and so is
+    // end unless it is the last.
     void binary_linear(const BinaryLinear& product, int64_t row_begin, int64_t row_end, int64_t begin,
                        int64_t end);
-    // Symmetric quantisation of a row: s = max|x| / 127, q = x / s rounded half to even, within +-127, as
-    // floats. A row of zeros gives s = 0 and q = 0; one with an infinity or NaN gives s = NaN. Returns s.
-    float quantize_row(const float* x, int64_t inputs, float* q);)
+    // Symmetric quantisation of a row: s = max|x| / 127, q = x / s rounded half to even, within +-127. A row
+    // of zeros gives s = 0 and q = 0; one with an infinity or NaN gives s = NaN and q = 0. Returns s.
+    float quantize_row(const float* x, int64_t inputs, int8_t* q);)

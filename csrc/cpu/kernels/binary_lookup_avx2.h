@@ -1,0 +1,187 @@
+// Lookups in AVX2 registers, for binary_lookup.h: vpermps finds 8 sums of 3 products, two vpshufb the low and
+// the high bytes of 32 sums of 4.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/kernels/binary_linear.h"
+
+namespace quantopt::QUANTOPT_ISA {
+namespace {
+
+constexpr int64_t kFloatTables = 48;  // entries of the fp32 tables of a word: 5 tables of 3 weights, one of 1
+template <int MR>
+constexpr int kFloatTiles = 1;
+
+// Entries of the whole-number tables of some words: 4 of 16 entries each.
+constexpr int64_t integer_entries(int64_t words) { return 64 * words; }
+
+// Sums of the 32 rows of a tile: lookups of 32-bit values take the rows 2i from the low and the rows 2i + 1
+// from the high halves of the words of 16 rows.
+struct Pair {
+  __m256 even[2], odd[2];
+};
+struct IntegerPair {
+  __m256i eight[4];  // rows in order
+};
+inline void clear(Pair& total) {
+  for (int h = 0; h < 2; ++h) total.even[h] = total.odd[h] = _mm256_setzero_ps();
+}
+inline void clear(IntegerPair& total) {
+  for (__m256i& t : total.eight) t = _mm256_setzero_si256();
+}
+
+// Tables of x[0, width), padded with zeros to whole words; width >= 1.
+inline void make_tables(const float* x, int64_t width, float* tables) {
+  const __m256 ones = _mm256_set1_ps(1.0f), minus = _mm256_set1_ps(-1.0f);
+  const __m256 sign[3] = {_mm256_blend_ps(minus, ones, 0xAA), _mm256_blend_ps(minus, ones, 0xCC),
+                          _mm256_blend_ps(minus, ones, 0xF0)};
+  for (int64_t word = 0; 16 * word < width; ++word, tables += kFloatTables) {
+    float padded[18] = {};
+    const int64_t rest = width - 16 * word;
+    for (int64_t j = 0; j < (rest < 16 ? rest : 16); ++j) padded[j] = x[16 * word + j];
+    for (int i = 0; i < 6; ++i) {
+      __m256 t = _mm256_mul_ps(_mm256_set1_ps(padded[3 * i]), sign[0]);
+      t = _mm256_fmadd_ps(_mm256_set1_ps(padded[3 * i + 1]), sign[1], t);
+      _mm256_storeu_ps(tables + 8 * i, _mm256_fmadd_ps(_mm256_set1_ps(padded[3 * i + 2]), sign[2], t));
+    }
+  }
+}
+
+// The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, so that y = 2 * lookups - sum_k q_k. A
+// table is 16 low bytes and 16 high bytes. Returns the sum of q.
+inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
+  alignas(32) static constexpr uint8_t kEntry[2][32] = {
+      {0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1},
+      {0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1}};
+  const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEntry[0]));
+  const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEntry[1]));
+  const __m256i bytes_apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4,
+                                               6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  int32_t sum = 0;
+  for (int64_t k = 0; k < (width + 15) / 16 * 16; k += 4, tables += 16) {
+    int8_t four[4] = {};
+    for (int64_t j = 0; j < 4 && k + j < width; ++j) {
+      four[j] = q[k + j];
+      sum += four[j];
+    }
+    int16_t pair[2];
+    std::memcpy(pair, four, sizeof pair);
+    const __m256i t = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi16(pair[0])),
+                                       _mm256_maddubs_epi16(second, _mm256_set1_epi16(pair[1])));
+    const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(t, bytes_apart), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables), apart);
+  }
+  return sum;
+}
+
+inline __m256i load_words(const uint16_t* w) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+}
+
+// total[r MR + i] += factor[r] * (lookups of `words` words of tile r in the tables of row i, all segments).
+// `width`: tiles of the band.
+template <int MR, int NR>
+__attribute__((noinline)) void float_span(const Segment<float, MR>* segments, int64_t segment_count,
+                                          int64_t width, int64_t words, const Pair* factor, Pair* total) {
+  static_assert(NR == 1);
+  for (int half = 0; half < 2; ++half) {
+    __m256 even[MR], odd[MR];
+    for (int i = 0; i < MR; ++i) even[i] = odd[i] = _mm256_setzero_ps();
+    for (int64_t s = 0; s < segment_count; ++s) {
+      const uint16_t* w = segments[s].w + 16 * half;
+      for (int64_t k = 0; k < words; ++k, w += width * kTileRows) {
+        const __m256i v = load_words(w);
+        QUANTOPT_UNROLL for (int j = 0; j < 6; ++j) {
+          const __m256i low = _mm256_srli_epi32(v, 3 * j), high = _mm256_srli_epi32(v, 16 + 3 * j);
+          QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+            const __m256 table = _mm256_loadu_ps(segments[s].tables[i] + kFloatTables * k + 8 * j);
+            even[i] = _mm256_add_ps(even[i], _mm256_permutevar8x32_ps(table, low));
+            odd[i] = _mm256_add_ps(odd[i], _mm256_permutevar8x32_ps(table, high));
+          }
+        }
+      }
+    }
+    for (int i = 0; i < MR; ++i) {
+      total[i].even[half] = _mm256_fmadd_ps(even[i], factor->even[half], total[i].even[half]);
+      total[i].odd[half] = _mm256_fmadd_ps(odd[i], factor->odd[half], total[i].odd[half]);
+    }
+  }
+}
+
+// total[r MR + i] += weight * (lookups of `words` words of tile r in the tables of row i, all segments) for a
+// whole band of NR tiles; at most kChunkWords words in all.
+template <int MR, int NR>
+__attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segments, int64_t segment_count,
+                                            int64_t words, int32_t weight, IntegerPair* total) {
+  const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+  for (int r = 0; r < NR; ++r) {
+    __m256i acc[MR][2];
+    for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+    for (int64_t s = 0; s < segment_count; ++s) {
+      const uint16_t* w = segments[s].w + r * kTileRows;
+      for (int64_t k = 0; k < words; ++k, w += NR * kTileRows) {
+        const __m256i a = load_words(w), b = load_words(w + 16);
+        const __m256i bytes[2] = {_mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)),
+                                  _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8))};
+        QUANTOPT_UNROLL for (int j = 0; j < 4; ++j) {
+          const __m256i shifted = j % 2 == 0 ? bytes[j / 2] : _mm256_srli_epi16(bytes[j / 2], 4);
+          const __m256i index = _mm256_and_si256(shifted, nibble);
+          QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+            const auto* table = reinterpret_cast<const __m128i*>(segments[s].tables[i] + 64 * k + 16 * j);
+            const __m256i low =
+                _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table)), index);
+            const __m256i high =
+                _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1)), index);
+            acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_unpacklo_epi8(low, high));
+            acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_unpackhi_epi8(low, high));
+          }
+        }
+      }
+    }
+    const __m256i factor = _mm256_set1_epi32(weight);
+    for (int i = 0; i < MR; ++i) {
+      for (int h = 0; h < 4; ++h) {  // packing left the rows in order
+        const __m128i eight =
+            h % 2 == 0 ? _mm256_castsi256_si128(acc[i][h / 2]) : _mm256_extracti128_si256(acc[i][h / 2], 1);
+        __m256i& t = total[r * MR + i].eight[h];
+        t = _mm256_add_epi32(t, _mm256_mullo_epi32(_mm256_cvtepi16_epi32(eight), factor));
+      }
+    }
+  }
+}
+
+// The sums of a tile in the order of its rows, and back.
+inline void store_tile(const Pair& value, float* y) {
+  for (int h = 0; h < 2; ++h) {
+    const __m256 low = _mm256_unpacklo_ps(value.even[h], value.odd[h]);
+    const __m256 high = _mm256_unpackhi_ps(value.even[h], value.odd[h]);
+    _mm256_storeu_ps(y + 16 * h, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(y + 16 * h + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+}
+inline Pair load_tile(const float* y) {
+  Pair value;
+  for (int h = 0; h < 2; ++h) {
+    const __m256 a = _mm256_loadu_ps(y + 16 * h), b = _mm256_loadu_ps(y + 16 * h + 8);
+    const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    value.even[h] = _mm256_shuffle_ps(low, high, 0x88);
+    value.odd[h] = _mm256_shuffle_ps(low, high, 0xDD);
+  }
+  return value;
+}
+
+// 2 total - sum, the sums of products of whole numbers, as floats.
+inline Pair signed_sums(const IntegerPair& total, int32_t sum) {
+  alignas(32) float y[kTileRows];
+  for (int h = 0; h < 4; ++h) {
+    const __m256i twice = _mm256_sub_epi32(_mm256_slli_epi32(total.eight[h], 1), _mm256_set1_epi32(sum));
+    _mm256_store_ps(y + 8 * h, _mm256_cvtepi32_ps(twice));
+  }
+  return load_tile(y);
+}
+
+}  // namespace
+}  // namespace quantopt::QUANTOPT_ISA

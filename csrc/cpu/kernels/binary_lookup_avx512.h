@@ -1,0 +1,314 @@
+// Lookups in AVX-512 registers, for binary_lookup.h: vpermps finds 16 sums of 4 products, vpermt2w 32 sums
+// of 6. On Zen 4 one vpermt2w and one vpaddw start per cycle: 192 multiply-adds, against 64 of vpdpbusd;
+// about 1.4 cycles are reached with all else. One vpermps and one addition take 1.03 cycles: 64, against 16
+// of a fused multiply-add; about 1.45 are reached. A dot product by vgf2p8affineqb and vpdpbusd on bit planes
+// would take 2 cycles for 64, as both run on the same units.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of gcc 12 from its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/kernels/binary_linear.h"
+
+namespace quantopt::QUANTOPT_ISA {
+namespace {
+
+constexpr int64_t kUnitWords = 3;     // hold 8 groups of 6 weights; a word alone holds groups of 6, 6 and 4
+constexpr int64_t kFloatTables = 64;  // entries of the fp32 tables of a word: 4 tables of 16
+template <int MR>
+constexpr int kFloatTiles = MR <= 2 ? 4 : 2;  // tiles of fp32 sums that there are registers for
+
+// Entries of the whole-number tables of some words: tables of 64.
+constexpr int64_t integer_entries(int64_t words) {
+  return 64 * (words / kUnitWords * 8 + words % kUnitWords * 3);
+}
+
+// Sums of the 32 rows of a tile: lookups of 32-bit values take the rows 2i from the low and the rows 2i + 1
+// from the high halves of words.
+struct Pair {
+  __m512 even, odd;
+};
+struct IntegerPair {
+  __m512i even, odd;
+};
+inline void clear(Pair& total) { total.even = total.odd = _mm512_setzero_ps(); }
+inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_si512(); }
+
+// KEEP holds a value in its register at this point of the program: without it
+// gcc loads a table anew for each lookup, moves all lookups before the additions, or makes a tree of them and
+// runs out of registers. Two lookups followed by their two additions leave all four vector units busy (Zen
+// 4); alternating them costs a fifth, as the additions are then given to the units that lookups need.
+#define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
+#define QUANTOPT_KEEP_BOTH(a, b) asm volatile("" : "+v"(a), "+v"(b))
+
+// Tables of x[0, width), padded with zeros to whole words; width >= 1.
+inline void make_tables(const float* x, int64_t width, float* tables) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512 sign[4];
+  QUANTOPT_UNROLL for (int j = 0; j < 4; ++j) {
+    const __mmask16 plus = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << j));
+    sign[j] = _mm512_mask_blend_ps(plus, _mm512_set1_ps(-1.0f), _mm512_set1_ps(1.0f));
+  }
+  for (int64_t i = 0; 4 * i < (width + 15) / 16 * 16; ++i) {
+    float padded[4] = {};
+    const float* v = x + 4 * i;
+    const int64_t rest = width - 4 * i;
+    if (rest < 4) {
+      for (int64_t j = 0; j < rest; ++j) padded[j] = v[j];
+      v = padded;
+    }
+    __m512 t = _mm512_mul_ps(_mm512_set1_ps(v[0]), sign[0]);
+    QUANTOPT_UNROLL for (int j = 1; j < 4; ++j) t = _mm512_fmadd_ps(_mm512_set1_ps(v[j]), sign[j], t);
+    _mm512_store_ps(tables + 16 * i, t);
+  }
+}
+
+// What the whole-number tables are made of: e_j of entries 0-31 as bytes, and the bytes of a pair in all
+// lanes.
+struct Patterns {
+  alignas(64) uint8_t entry[4][64];  // e0 e1, e2 e3, e4 0, e4 1
+  alignas(16) int8_t lanes[8][16];   // the bytes 2 i, 2 i + 1
+};
+constexpr Patterns make_patterns() {
+  Patterns patterns{};
+  for (int e = 0; e < 32; ++e) {
+    for (int j = 0; j < 5; ++j) patterns.entry[j / 2][2 * e + j % 2] = static_cast<uint8_t>((e >> j) & 1);
+    patterns.entry[3][2 * e] = patterns.entry[2][2 * e];
+    patterns.entry[3][2 * e + 1] = 1;
+  }
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 16; ++j) patterns.lanes[i][j] = static_cast<int8_t>(2 * i + j % 2);
+  }
+  return patterns;
+}
+constexpr Patterns kPatterns = make_patterns();
+
+// The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, so that y = 2 * lookups - sum_k q_k.
+// Adds q to `sum`, lane by lane. Group i of a unit is its bits 6 i to 6 i + 5; those of a word alone are its
+// bits 0-5, 6-11 and 12-15.
+inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
+  __m512i sum = _mm512_setzero_si512();
+  __m512i entry[4], lanes[8];
+  QUANTOPT_UNROLL for (int j = 0; j < 4; ++j) entry[j] = _mm512_load_si512(kPatterns.entry[j]);
+  QUANTOPT_UNROLL for (int j = 0; j < 8; ++j) {
+    lanes[j] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kPatterns.lanes[j])));
+  }
+  const auto put = [&](__m512i q01, __m512i q23, __m512i q45, int64_t i) {
+    const __m512i four =
+        _mm512_add_epi16(_mm512_maddubs_epi16(entry[0], q01), _mm512_maddubs_epi16(entry[1], q23));
+    _mm512_store_si512(tables + 64 * i, _mm512_add_epi16(four, _mm512_maddubs_epi16(entry[2], q45)));
+    _mm512_store_si512(tables + 64 * i + 32, _mm512_add_epi16(four, _mm512_maddubs_epi16(entry[3], q45)));
+    asm volatile("");  // one group after the other: there are not enough registers for more
+  };
+  // The bytes of word `word`, in all four quarters of a vector.
+  const auto bytes_of = [&](int64_t word) {
+    const int64_t rest = width - 16 * word;
+    const __mmask16 mask = static_cast<__mmask16>(rest >= 16 ? 0xFFFF : (1 << rest) - 1);
+    const __m128i bytes = _mm_maskz_loadu_epi8(mask, q + 16 * word);
+    sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(bytes));
+    return _mm512_broadcast_i32x4(bytes);
+  };
+  const int64_t words = (width + 15) / 16;
+  int64_t word = 0;
+  for (; word + kUnitWords <= words; word += kUnitWords, tables += 8 * 64) {
+    __m512i bytes[kUnitWords];
+    QUANTOPT_UNROLL for (int a = 0; a < kUnitWords; ++a) bytes[a] = bytes_of(word + a);
+    const auto pair = [&](int i) { return _mm512_shuffle_epi8(bytes[i / 8], lanes[i % 8]); };
+    QUANTOPT_UNROLL for (int i = 0; i < 8; ++i) put(pair(3 * i), pair(3 * i + 1), pair(3 * i + 2), i);
+  }
+  for (; word < words; ++word, tables += 3 * 64) {
+    const __m512i bytes = bytes_of(word);
+    const auto pair = [&](int i) { return _mm512_shuffle_epi8(bytes, lanes[i]); };
+    put(pair(0), pair(1), pair(2), 0);
+    put(pair(3), pair(4), pair(5), 1);
+    put(pair(6), pair(7), _mm512_setzero_si512(), 2);
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// Brings weights that are read soon into the second-level cache: those from memory arrive three times as fast
+// (M = 1, Zen 4). With more rows of x they are read more than once anyway.
+template <int MR>
+inline __attribute__((always_inline)) void prefetch(const uint16_t* w) {
+  constexpr int64_t kAhead = 128 * kTileRows;  // 8 KB
+  if constexpr (MR == 1) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T1);
+}
+
+// total[r MR + i] += factor[r] * (lookups of `words` words of tile r in the tables of row i, all segments).
+// `width`: tiles of the band. The totals are in memory: all registers go to the sums of one call.
+template <int MR, int NR>
+__attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int64_t segments, int64_t width,
+                                          int64_t words, const Pair* factor, Pair* total) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  __m512 even[MR][NR], odd[MR][NR];
+  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) even[i][r] = odd[i][r] = _mm512_setzero_ps();
+  }
+  for (const auto* last = segment + segments; segment < last; ++segment) {
+    const uint16_t* w = segment->w;
+    const float* at[MR];
+    QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) at[i] = segment->tables[i];
+    for (int64_t k = 0; k < words; ++k, w += width * kTileRows) {
+      __m512i v[NR];
+      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+        v[r] = _mm512_loadu_si512(w + r * kTileRows);
+        QUANTOPT_KEEP(v[r]);
+        prefetch<MR>(w + r * kTileRows);
+      }
+      QUANTOPT_UNROLL for (unsigned j = 0; j < 4; ++j) {
+        __m512i low[NR], high[NR];
+        QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+          low[r] = _mm512_srli_epi32(v[r], 4 * j);
+          high[r] = _mm512_srli_epi32(v[r], 16 + 4 * j);
+        }
+        QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+          __m512 table = _mm512_load_ps(at[i] + kFloatTables * k + 16 * j);
+          QUANTOPT_KEEP(table);
+          QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+            __m512 a = _mm512_permutexvar_ps(low[r], table), b = _mm512_permutexvar_ps(high[r], table);
+            QUANTOPT_KEEP_BOTH(a, b);
+            // 1 * lookup + odd: the same sum on other units than additions run on.
+            even[i][r] = _mm512_add_ps(even[i][r], a);
+            odd[i][r] = _mm512_fmadd_ps(b, one, odd[i][r]);
+            QUANTOPT_KEEP_BOTH(even[i][r], odd[i][r]);
+          }
+        }
+      }
+    }
+  }
+  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+      Pair& t = total[r * MR + i];
+      t.even = _mm512_fmadd_ps(even[i][r], factor[r].even, t.even);
+      t.odd = _mm512_fmadd_ps(odd[i][r], factor[r].odd, t.odd);
+    }
+  }
+}
+
+// acc[i][r] += table i, at `offset`, at index[r]
+template <int MR, int NR>
+inline __attribute__((always_inline)) void lookup(const __m512i* index, const int16_t* const* tables,
+                                                  int64_t offset, __m512i (*acc)[NR]) {
+  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+    const int16_t* table = tables[i] + offset;
+    __m512i low = _mm512_load_si512(table), high = _mm512_load_si512(table + 32);
+    if constexpr (NR > 1) QUANTOPT_KEEP_BOTH(low, high);
+    QUANTOPT_UNROLL for (int r = 0; r + 1 < NR; r += 2) {
+      __m512i a = _mm512_permutex2var_epi16(low, index[r], high);
+      __m512i b = _mm512_permutex2var_epi16(low, index[r + 1], high);
+      QUANTOPT_KEEP_BOTH(a, b);
+      acc[i][r] = _mm512_add_epi16(acc[i][r], a);
+      acc[i][r + 1] = _mm512_add_epi16(acc[i][r + 1], b);
+      QUANTOPT_KEEP_BOTH(acc[i][r], acc[i][r + 1]);
+    }
+    if constexpr (NR % 2 == 1) {
+      constexpr int r = NR - 1;
+      acc[i][r] = _mm512_add_epi16(acc[i][r], _mm512_permutex2var_epi16(low, index[r], high));
+      QUANTOPT_KEEP(acc[i][r]);
+    }
+  }
+}
+
+// 32-bit sum += a.low * b.low + a.high * b.high of the 16-bit halves
+inline __attribute__((always_inline)) __m512i add_products(__m512i sum, __m512i a, __m512i b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+// Words shifted right by `count` bits, the free bits filled from the words that follow.
+template <unsigned count>
+inline __attribute__((always_inline)) __m512i shift_in(__m512i word, __m512i next) {
+#if defined(__AVX512VBMI2__)
+  return _mm512_shrdi_epi16(word, next, count);
+#else
+  return _mm512_or_si512(_mm512_srli_epi16(word, count), _mm512_slli_epi16(next, 16 - count));
+#endif
+}
+
+// total[r MR + i] += weight * (lookups of `words` words of tile r in the tables of row i, all segments) for a
+// whole band of NR tiles; at most kChunkWords words in all.
+template <int MR, int NR>
+__attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment, int64_t segments,
+                                            int64_t words, int32_t weight, IntegerPair* total) {
+  __m512i acc[MR][NR];
+  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) acc[i][r] = _mm512_setzero_si512();
+  }
+  for (const auto* last = segment + segments; segment < last; ++segment) {
+    const uint16_t* w = segment->w;
+    const int16_t* at[MR];
+    QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) at[i] = segment->tables[i];
+    int64_t offset = 0, left = words;
+    __m512i v[NR], next[NR], index[NR];
+    const auto load = [&](int64_t word, __m512i* to) __attribute__((always_inline)) {
+      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+        to[r] = _mm512_loadu_si512(w + (word * NR + r) * kTileRows);
+        QUANTOPT_KEEP(to[r]);
+        prefetch<MR>(w + (word * NR + r) * kTileRows);
+      }
+    };
+    const auto group = [&](int i, auto make) __attribute__((always_inline)) {
+      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) index[r] = make(r);
+      lookup<MR, NR>(index, at, offset + 64 * i, acc);
+    };
+    for (; left >= kUnitWords; left -= kUnitWords, w += kUnitWords * NR * kTileRows, offset += 8 * 64) {
+      load(0, v);
+      lookup<MR, NR>(v, at, offset, acc);
+      group(1, [&](int r) { return _mm512_srli_epi16(v[r], 6); });
+      load(1, next);
+      group(2, [&](int r) { return shift_in<12>(v[r], next[r]); });
+      group(3, [&](int r) { return _mm512_srli_epi16(next[r], 2); });
+      group(4, [&](int r) { return _mm512_srli_epi16(next[r], 8); });
+      load(2, v);
+      group(5, [&](int r) { return shift_in<14>(next[r], v[r]); });
+      group(6, [&](int r) { return _mm512_srli_epi16(v[r], 4); });
+      group(7, [&](int r) { return _mm512_srli_epi16(v[r], 10); });
+    }
+    for (; left > 0; --left, w += NR * kTileRows, offset += 3 * 64) {
+      load(0, v);
+      lookup<MR, NR>(v, at, offset, acc);
+      group(1, [&](int r) { return _mm512_srli_epi16(v[r], 6); });
+      group(2, [&](int r) { return _mm512_srli_epi16(v[r], 12); });
+    }
+  }
+  const __m512i low = _mm512_set1_epi32(weight), high = _mm512_set1_epi32(weight << 16);
+  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+      IntegerPair& t = total[r * MR + i];
+      t.even = add_products(t.even, acc[i][r], low);
+      t.odd = add_products(t.odd, acc[i][r], high);
+    }
+  }
+}
+
+// 2 total - sum, the sums of products of whole numbers, as floats.
+inline Pair signed_sums(const IntegerPair& total, int32_t sum) {
+  const __m512i all = _mm512_set1_epi32(sum);
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(total.even, 1), all)),
+          _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(total.odd, 1), all))};
+}
+
+// The sums of a tile in the order of its rows, and back.
+inline void store_tile(const Pair& value, float* y) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+  _mm512_storeu_ps(y, _mm512_permutex2var_ps(value.even, low, value.odd));
+  _mm512_storeu_ps(y + 16, _mm512_permutex2var_ps(value.even, high, value.odd));
+}
+inline Pair load_tile(const float* y) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
+  return {_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)};
+}
+
+}  // namespace
+}  // namespace quantopt::QUANTOPT_ISA
