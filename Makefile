@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-CXX_TESTS = $(wildcard tests/cuda_on_host/* tests/sanitizers/*)
+CXX_TESTS = $(wildcard tests/*_on_host/* tests/sanitizers/*)
 
 .PHONY: env demo test bench lint sanitize format clean
 

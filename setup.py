@@ -50,17 +50,20 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "quantopt/_version.py").rea
 
 # Instruction set -> flags. Each contains the ones before it.
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+VNNI = [*AVX512, "-mavx512vnni", "-mgfni", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"]
 ISAS = {
     "portable": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": AVX512,
-    "avx512vnni": [*AVX512, "-mavx512vnni", "-mgfni", "-mavx512vbmi", "-mavx512bf16"],
+    "avx512vnni": VNNI,
+    "amx": [*VNNI, "-mamx-tile", "-mamx-int8"],
 }
 # Kernel file (without .cpp) -> the instruction sets it is compiled for.
 KERNELS = {
     "step": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_linear": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
+    "binary_amx": ("amx",),
 }
 DEFAULT_ISAS = ("portable", "avx2", "avx512")
 

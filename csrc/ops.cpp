@@ -14,8 +14,7 @@ std::string build_info() { return QUANTOPT_BUILD_INFO; }
 std::string cpu_isa() { return quantopt::isa_name(quantopt::active_isa()); }
 
 bool cpu_isa_supported(const std::string& name) {
-  for (quantopt::Isa isa :
-       {quantopt::Isa::portable, quantopt::Isa::avx2, quantopt::Isa::avx512, quantopt::Isa::avx512vnni}) {
+  for (quantopt::Isa isa : quantopt::kIsas) {
     if (name == quantopt::isa_name(isa)) return quantopt::isa_supported(isa);
   }
   return false;

@@ -1,14 +1,20 @@
 #include "isa.h"
 
-#include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace quantopt {
 namespace {
-
-constexpr std::array<Isa, 4> kAll = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni};
 
 bool built(Isa isa) {
   switch (isa) {
@@ -31,12 +37,48 @@ bool built(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::amx:
+#ifdef QUANTOPT_HAVE_AMX
+      return built(Isa::avx512vnni);
+#else
+      return false;
+#endif
   }
   return false;
 }
 
-// The compiler's builtins also ask whether the operating system saves the wide registers.
-bool processor_runs(Isa isa) {
+constexpr const char* kNoProcessor = "is not supported by this processor";
+
+#if defined(__x86_64__)
+
+// Why tile registers cannot be used, or null. Linux grants them for the whole process, to threads that run
+// already too, and keeps no count: asking again is harmless.
+const char* amx_refusal() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kOsXsave = 1u << 27;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return kNoProcessor;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsXsave) == 0) return kNoProcessor;
+  uint32_t low = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr uint32_t kTileState = 3u << 17;  // tile configuration and data
+  if ((low & kTileState) != kTileState)
+    return "needs tile registers, which this operating system does not enable";
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
+    return "needs tile registers, for which Linux gave no permission (arch_prctl)";
+  }
+  return nullptr;
+#else
+  return "needs Linux";
+#endif
+}
+
+#endif
+
+// Why this machine does not run the instruction set, or null. The compiler's builtins also ask whether the
+// operating system saves the wide registers.
+const char* refusal(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -46,22 +88,27 @@ bool processor_runs(Isa isa) {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   const bool vnni = v4 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-                    __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni");
+                    __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
+                    __builtin_cpu_supports("gfni");
   switch (isa) {
-    case Isa::portable: return true;
-    case Isa::avx2: return v3;
-    case Isa::avx512: return v4;
-    case Isa::avx512vnni: return vnni;
+    case Isa::portable: return nullptr;
+    case Isa::avx2: return v3 ? nullptr : kNoProcessor;
+    case Isa::avx512: return v4 ? nullptr : kNoProcessor;
+    case Isa::avx512vnni: return vnni ? nullptr : kNoProcessor;
+    case Isa::amx: {
+      static const char* const amx = amx_refusal();
+      return vnni ? amx : kNoProcessor;
+    }
   }
-  return false;
+  return kNoProcessor;
 #else
-  return isa == Isa::portable;
+  return isa == Isa::portable ? nullptr : kNoProcessor;
 #endif
 }
 
 Isa detect_best() {
   Isa best = Isa::portable;
-  for (Isa isa : kAll) {
+  for (Isa isa : kIsas) {
     if (isa_supported(isa)) best = isa;
   }
   return best;
@@ -75,11 +122,12 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512vnni: return "avx512vnni";
+    case Isa::amx: return "amx";
   }
   return "unknown";
 }
 
-bool isa_supported(Isa isa) { return built(isa) && processor_runs(isa); }
+bool isa_supported(Isa isa) { return built(isa) && refusal(isa) == nullptr; }
 
 Isa best_isa() {
   static const Isa best = detect_best();
@@ -89,17 +137,14 @@ Isa best_isa() {
 Isa active_isa() {
   const char* name = std::getenv("QUANTOPT_CPU_ISA");
   if (name == nullptr || *name == '\0') return best_isa();
-  for (Isa isa : kAll) {
+  const std::string prefix = "QUANTOPT_CPU_ISA=";
+  for (Isa isa : kIsas) {
     if (std::string(name) != isa_name(isa)) continue;
-    if (!built(isa)) throw std::runtime_error(std::string("QUANTOPT_CPU_ISA=") + name + " was not built");
-    if (!processor_runs(isa)) {
-      throw std::runtime_error(std::string("QUANTOPT_CPU_ISA=") + name +
-                               " is not supported by this processor");
-    }
+    if (!built(isa)) throw std::runtime_error(prefix + name + " was not built");
+    if (const char* why = refusal(isa)) throw std::runtime_error(prefix + name + " " + why);
     return isa;
   }
-  throw std::runtime_error(std::string("QUANTOPT_CPU_ISA=") + name +
-                           " is unknown: use portable, avx2, avx512 or avx512vnni");
+  throw std::runtime_error(prefix + name + " is unknown: use portable, avx2, avx512, avx512vnni or amx");
 }
 
 }  // namespace quantopt

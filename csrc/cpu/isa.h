@@ -5,24 +5,28 @@
 
 namespace quantopt {
 
-enum class Isa { portable, avx2, avx512, avx512vnni };  // in increasing order: each contains the ones before
+// In increasing order: each contains the ones before. amx adds products of int8 on tiles
+// (kernels/binary_amx.h) to the kernels of avx512vnni.
+enum class Isa { portable, avx2, avx512, avx512vnni, amx };
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::amx};
 
 const char* isa_name(Isa isa);
 
-// Whether the instruction set was built and this processor (and operating system) runs it.
+// Whether the instruction set was built and this processor and operating system run it. Asks Linux, at the
+// first call for amx, to let this process use the tile registers.
 bool isa_supported(Isa isa);
 
 // The best supported instruction set.
 Isa best_isa();
 
 // best_isa(), or the one that the environment variable QUANTOPT_CPU_ISA names (portable, avx2, avx512,
-// avx512vnni; empty: no choice). The variable is read at every call. Throws std::runtime_error with the
+// avx512vnni, amx; empty: no choice). The variable is read at every call. Throws std::runtime_error with the
 // reason if the name is unknown or the instruction set is not supported.
 Isa active_isa();
 
 }  // namespace quantopt
 
-// Declares functions in the namespace of every instruction set, e.g.
+// Declares functions in the namespace of every instruction set up to avx512vnni, e.g.
 //     QUANTOPT_DECLARE_PER_ISA(void scale(float* x, int64_t n, float a);)
 // declares quantopt::portable::scale, quantopt::avx2::scale, ... Use at global scope. Only those that
 // setup.py's table compiles are defined.

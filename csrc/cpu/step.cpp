@@ -20,6 +20,7 @@ struct Kernels {
 Kernels choose_kernels() {
   switch (active_isa()) {
 #ifdef QUANTOPT_HAVE_AVX512VNNI
+    case Isa::amx:
     case Isa::avx512vnni: return {&avx512vnni::step_piece, &avx512vnni::magnitude_of_piece};
 #endif
 #ifdef QUANTOPT_HAVE_AVX512

@@ -1,0 +1,68 @@
+// The AMX kernels with emulated tiles, behind a C interface for ctypes.
+#include <initializer_list>
+#include <new>
+
+#define QUANTOPT_AMX_EMULATED
+#define QUANTOPT_ISA amx
+#include "cpu/kernels/binary_amx.cpp"
+
+using namespace quantopt;
+
+extern "C" {
+
+// geometry: images, height, width, channels, out_height, out_width, outputs, then pairs: kernel, stride,
+// padding, dilation. cut_rows and cut_outputs (multiples of a band) divide the work in four calls. Returns
+// what the emulated processor objected to, or null.
+const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t* weights,
+                         const int32_t* plane_weights, const float* scale, int64_t scale_stride,
+                         const float* bias, const int8_t* q, const float* x_scale, float* y, int64_t cut_rows,
+                         int64_t cut_outputs) {
+  BinaryConv c{};
+  int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,  &c.channels,
+                            &c.out_height, &c.out_width, &c.outputs};
+  for (int64_t* size : sizes) *size = *geometry++;
+  for (auto* pair : {c.kernel, c.stride, c.padding, c.dilation}) {
+    for (int i = 0; i < 2; ++i) pair[i] = *geometry++;
+  }
+  c.planes = planes;
+  c.tiles = weights;
+  c.plane_weights = plane_weights;
+  c.scale = scale;
+  c.scale_stride = scale_stride;
+  c.bias = bias;
+  c.q = q;
+  c.x_scale = x_scale;
+  c.y = y;
+  if (!amx::binary_amx_covers(c)) return "not a product for tiles";
+  const int64_t rows[] = {0, cut_rows, c.images * c.out_height * c.out_width};
+  const int64_t outputs[] = {0, cut_outputs, c.outputs};
+  tiles().fault = nullptr;
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      if (rows[i] == rows[i + 1] || outputs[j] == outputs[j + 1]) continue;
+      const int64_t bytes = amx::binary_amx_memory(c, rows[i + 1] - rows[i]);
+      void* memory = ::operator new(static_cast<size_t>(bytes), std::align_val_t{64});
+      std::memset(memory, 0x55, static_cast<size_t>(bytes));
+      amx::binary_amx(c, rows[i], rows[i + 1], outputs[j], outputs[j + 1], memory);
+      ::operator delete(memory, std::align_val_t{64});
+    }
+  }
+  if (tiles().fault == nullptr && tiles().configured) return "tiles were not released";
+  return tiles().fault;
+}
+
+// Breaches that the emulation must notice: 0 a product of tiles that do not fit, 1 a tile beyond the
+// configuration, 2 an illegal configuration.
+const char* breach_on_host(int which) {
+  tiles() = TileState();
+  TileConfig config;
+  config.shape(0, 16, 64);
+  config.shape(1, 16, 32);
+  config.shape(2, 16, 64);
+  if (which == 2) config.rows[3] = 17;
+  tile_configure(config);
+  if (which == 0) tile_multiply<0, 1, 2>();
+  if (which == 1) tile_zero<5>();
+  return tiles().fault;
+}
+}
