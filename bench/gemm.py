@@ -1,12 +1,16 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
-    python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|mlp]
+    python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|sweep|mlp]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
 several times slower). Every product is checked against float64 before it is timed.
 """
 
+import argparse
 import copy
+import math
+import random
+import statistics
 import warnings
 from collections.abc import Callable
 
@@ -128,6 +132,46 @@ def convolution(min_time: float) -> list[dict[str, object]]:
     return [common.row(f"{case} {c}", p, seconds[c], seconds[p], t) for c, p, t in targets]
 
 
+def sweep(min_time: float, shapes: int = 200, seed: int = 0) -> list[dict[str, object]]:
+    """Random layers: M from 1 to 512, N and K from 16 to 8192, N K up to 2^24, all log-uniform; int8 against bf16."""
+    generator = random.Random(seed)
+
+    def draw(low: int, high: int) -> int:
+        return round(2 ** generator.uniform(math.log2(low), math.log2(high)))
+
+    results = []
+    while len(results) < shapes:
+        rows, outputs, inputs = draw(1, 512), draw(16, 8192), draw(16, 8192)
+        if outputs * inputs > 2**24:
+            continue
+        linear, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
+        packed = qnn.BinaryLinear.from_linear(linear, compute="int8")
+        check(packed, x)
+        half, short = linear.bfloat16(), x.bfloat16()
+        functions: dict[str, Callable[[], object]] = {
+            "int8": lambda p=packed, x=x: p(x),  # type: ignore[misc]
+            "bf16": lambda h=half, x=short: h(x),  # type: ignore[misc]
+        }
+        seconds = common.compare(functions, min_time=min_time / 10, repeat=5)
+        shape = f"M={rows} N={outputs} K={inputs}"
+        results.append(common.row(shape, "torch bf16", seconds["int8"], seconds["bf16"]))
+    ratios = [float(r["ratio"]) for r in results]
+    worst = min(results, key=lambda r: float(r["ratio"]))
+    case = f"sweep of {shapes} shapes, int8,"
+    mean = statistics.geometric_mean(ratios)
+    return [
+        {**worst, "case": f"{case} the least: {worst['case']}", "target": 0.9, "ok": min(ratios) >= 0.9},
+        {
+            "case": f"{case} geometric mean",
+            "peer": "torch bf16",
+            "ratio": mean,
+            "target": 3.0,
+            "ok": mean >= 3.0,
+            "shapes": results,
+        },
+    ]
+
+
 def mlp(size: int, depth: int, rows: int, min_time: float) -> list[dict[str, object]]:
     """Layers of one width with ReLU between, in full precision and packed."""
     model = nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(size, size), nn.ReLU())])
@@ -149,24 +193,28 @@ def mlp(size: int, depth: int, rows: int, min_time: float) -> list[dict[str, obj
     ]
 
 
+# Parts of the table, in its order.
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
+    "linear": lambda a: [r for m in (1, 8, 128, 512) for r in products(a.size, m, a.min_time)],
+    "rotated": lambda a: rotated(a.size, a.min_time),
+    "conv": lambda a: convolution(a.min_time),
+    "sweep": lambda a: sweep(a.min_time),
+    "mlp": lambda a: mlp(a.size, 4, 1, a.min_time),
+}
+
+
 def main() -> None:
     parser = common.parser("Products with packed weights against torch's layers.")
     parser.add_argument("--size", type=int, default=4096, help="in and out features (default: 4096)")
-    parser.add_argument("--only", choices=["linear", "rotated", "conv", "mlp"], help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
     with torch.inference_mode():
-        if arguments.only in (None, "linear"):
-            for m in (1, 8, 128, 512):
-                rows += products(arguments.size, m, arguments.min_time)
-        if arguments.only in (None, "rotated"):
-            rows += rotated(arguments.size, arguments.min_time)
-        if arguments.only in (None, "conv"):
-            rows += convolution(arguments.min_time)
-        if arguments.only in (None, "mlp"):
-            rows += mlp(arguments.size, 4, 1, arguments.min_time)
+        for name, part in PARTS.items():
+            if arguments.only in (None, name):
+                rows += part(arguments)
     common.report(rows, arguments.json, arguments.threads)
 
 

@@ -112,41 +112,42 @@ void run(const Kernels& kernels, const BinaryLinear& p) {
                    });
 }
 
-at::Tensor binary_tiles_with(const Kernels& kernels, const at::Tensor& planes, int64_t in_features) {
-  const int64_t outputs = planes.size(1), count = quantopt::tile_count(outputs);
-  const int64_t words = quantopt::tile_words(in_features);
-  at::Tensor tiles =
-      at::empty({planes.size(0), count * words * quantopt::kTileRows}, at::TensorOptions().dtype(at::kShort));
-  const uint8_t* bits = planes.const_data_ptr<uint8_t>();
-  auto* out = reinterpret_cast<uint16_t*>(tiles.mutable_data_ptr<int16_t>());
-  for (int64_t plane = 0; plane < planes.size(0); ++plane) {
+at::Tensor binary_tiles_with(const Kernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
+                             int64_t inputs) {
+  const int64_t count = quantopt::tile_count(outputs);
+  const int64_t size = count * quantopt::tile_words(inputs) * quantopt::kTileRows;
+  const int64_t bytes = outputs * ((inputs + 7) / 8);
+  at::Tensor tiles = at::empty({planes, size}, at::TensorOptions().dtype(at::kShort));
+  const uint8_t* from = bits.const_data_ptr<uint8_t>();
+  auto* to = reinterpret_cast<uint16_t*>(tiles.mutable_data_ptr<int16_t>());
+  for (int64_t plane = 0; plane < planes; ++plane) {
     at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-      kernels.tiles(bits + plane * planes.size(1) * planes.size(2), outputs, in_features,
-                    out + plane * count * words * quantopt::kTileRows, begin, end);
+      kernels.tiles(from + plane * bytes, outputs, inputs, to + plane * size, begin, end);
     });
   }
   return tiles;
 }
 
-// bits as [P, N, ceil(K / 8)], dense.
-at::Tensor as_planes(const at::Tensor& bits, int64_t in_features) {
+// bits [N, ceil(K / 8)] or [P, N, ceil(K / 8)], dense.
+at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
   TORCH_CHECK_VALUE(in_features >= 0, "quantopt: in_features must be at least 0, not ", in_features);
   TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, "quantopt: bits must be uint8, not ", bits.scalar_type());
   TORCH_CHECK_VALUE(bits.dim() == 2 || bits.dim() == 3,
                     "quantopt: bits must be [N, ceil(K/8)] or [P, N, ceil(K/8)], not ", bits.sizes());
   TORCH_CHECK_VALUE(bits.size(-1) == (in_features + 7) / 8, "quantopt: bits have ", bits.size(-1),
                     " bytes per row, in_features=", in_features, " needs ", (in_features + 7) / 8);
-  return (bits.dim() == 2 ? bits.unsqueeze(0) : bits).contiguous();
+  return bits.contiguous();
 }
+int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : bits.size(0); }
 
 at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
-  const at::Tensor planes = as_planes(bits, in_features);
+  const at::Tensor dense = check_bits(bits, in_features);
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
   BinaryLinear ungrouped{};
   // Instruction sets that run on the bits themselves need no tiles.
   if (!kernels.uses_tiles(ungrouped)) return at::empty({0}, at::TensorOptions().dtype(at::kShort));
-  return binary_tiles_with(kernels, planes, in_features);
+  return binary_tiles_with(kernels, dense, planes_of(dense), dense.size(-2), in_features);
 }
 
 void check_tiles(const at::Tensor& tiles, int64_t planes, int64_t outputs, int64_t inputs) {
@@ -158,7 +159,7 @@ void check_tiles(const at::Tensor& tiles, int64_t planes, int64_t outputs, int64
 
 // What both products are given besides x: checked, dense and fp32.
 struct Weights {
-  at::Tensor planes;  // [P, N, ceil(K / 8)]
+  at::Tensor bits;
   at::Tensor scale;
   at::Tensor bias;  // undefined: none
   std::vector<int32_t> plane_weights;
@@ -169,6 +170,7 @@ struct Weights {
   bool quantize;  // compute = int8
   quantopt::Activation activation;
 
+  int64_t planes() const { return static_cast<int64_t>(plane_weights.size()); }
   int64_t scale_stride() const { return group_size == 0 && scale.numel() == 1 ? 0 : groups; }
   const float* bias_or_null() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
 };
@@ -178,8 +180,8 @@ Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Ten
                       at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
                       c10::string_view activation) {
   Weights w;
-  w.planes = as_planes(bits, in_features);
-  w.outputs = w.planes.size(1);
+  w.bits = check_bits(bits, in_features);
+  w.outputs = w.bits.size(-2);
   w.inputs = in_features;
   w.group_size = group_size;
   TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
@@ -209,8 +211,8 @@ Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Ten
   TORCH_CHECK_VALUE(quantopt::find_activation(activation, w.activation),
                     "quantopt: activation must be \"none\", \"relu\", \"gelu\" or \"silu\", not \"",
                     std::string(activation), "\"");
-  TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == w.planes.size(0),
-                    "quantopt: ", plane_weights.size(), " plane_weights for ", w.planes.size(0),
+  TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == planes_of(w.bits),
+                    "quantopt: ", plane_weights.size(), " plane_weights for ", planes_of(w.bits),
                     " planes of bits");
   int64_t total = 0;
   for (int64_t weight : plane_weights) {
@@ -226,7 +228,8 @@ Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Ten
 }
 
 // Each of `rows` rows of x as int8, and their scales in `row_scale`.
-at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
+at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
+  const Kernels kernels = kernels_of(quantopt::active_isa());
   at::Tensor q = at::empty_like(x, at::TensorOptions().dtype(at::kChar));
   row_scale = at::empty({rows}, x.options());
   const int64_t length = x.numel() / rows;
@@ -241,6 +244,42 @@ at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t ro
   return q;
 }
 
+// y = x W^T + b for `rows` rows of values: fp32, or int8 with row_scale. The layout is derived if tiles are
+// not given.
+void run_linear(const Weights& w, const at::Tensor& values, const at::Tensor& row_scale, int64_t rows,
+                const std::optional<at::Tensor>& tiles, at::Tensor& y) {
+  const Isa isa = quantopt::active_isa();
+  const Kernels kernels = kernels_of(isa);
+  BinaryLinear p{};
+  p.rows = rows;
+  p.outputs = w.outputs;
+  p.inputs = w.inputs;
+  p.planes = w.planes();
+  p.bits = w.bits.const_data_ptr<uint8_t>();
+  p.plane_weights = w.plane_weights.data();
+  p.scale = w.scale.const_data_ptr<float>();
+  p.scale_stride = w.scale_stride();
+  p.group = w.group_size;
+  p.bias = w.bias_or_null();
+  if (w.quantize) {
+    p.q = values.const_data_ptr<int8_t>();
+    p.x_scale = row_scale.const_data_ptr<float>();
+  } else {
+    p.x = values.const_data_ptr<float>();
+  }
+  p.y = y.mutable_data_ptr<float>();
+  p.activation = w.activation;
+  at::Tensor layout;
+  if (kernels.uses_tiles(p)) {
+    layout = tiles && tiles->numel() > 0
+                 ? *tiles
+                 : binary_tiles_with(kernels, w.bits, w.planes(), w.outputs, w.inputs);
+    check_tiles(layout, p.planes, w.outputs, w.inputs);
+    p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
+  }
+  if (w.group_size != 0 || !run_on_amx(isa, quantopt::amx::as_conv(p))) run(kernels, p);
+}
+
 at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, int64_t in_features,
                          at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
@@ -250,50 +289,23 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
                     "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
                     x.sizes());
-  std::vector<int64_t> shape = x.sizes().vec();
+  c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.outputs;
   const int64_t rows = c10::multiply_integers(x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)));
-  at::Tensor y = at::empty({rows, w.outputs}, at::TensorOptions().dtype(at::kFloat));
+  at::Tensor y = at::empty(shape, at::TensorOptions().dtype(at::kFloat));
   if (y.numel() > 0) {
-    const Isa isa = quantopt::active_isa();
-    const Kernels kernels = kernels_of(isa);
-    at::Tensor values = x.to(at::kFloat).contiguous();
-    at::Tensor row_scale, layout;
-    if (w.quantize) values = quantize_rows(kernels, values, rows, row_scale);
-    BinaryLinear p{};
-    p.rows = rows;
-    p.outputs = w.outputs;
-    p.inputs = in_features;
-    p.planes = w.planes.size(0);
-    p.bits = w.planes.const_data_ptr<uint8_t>();
-    p.plane_weights = w.plane_weights.data();
-    p.scale = w.scale.const_data_ptr<float>();
-    p.scale_stride = w.scale_stride();
-    p.group = group_size;
-    p.bias = w.bias_or_null();
-    if (w.quantize) {
-      p.q = values.const_data_ptr<int8_t>();
-      p.x_scale = row_scale.const_data_ptr<float>();
-    } else {
-      p.x = values.const_data_ptr<float>();
-    }
-    p.y = y.mutable_data_ptr<float>();
-    p.activation = w.activation;
-    if (kernels.uses_tiles(p)) {
-      layout = tiles && tiles->numel() > 0 ? *tiles : binary_tiles_with(kernels, w.planes, in_features);
-      check_tiles(layout, p.planes, w.outputs, in_features);
-      p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
-    }
-    if (group_size != 0 || !run_on_amx(isa, quantopt::amx::as_conv(p))) run(kernels, p);
+    at::Tensor values = x.to(at::kFloat).contiguous(), row_scale;
+    if (w.quantize) values = quantize_rows(values, rows, row_scale);
+    run_linear(w, values, row_scale, rows, tiles, y);
   }
-  return y.view(shape).to(x.scalar_type());
+  return y.to(x.scalar_type());
 }
 
 // W as fp32 [N, K]: with its scales if grouped, else without.
 at::Tensor dense(const Weights& w) {
   at::Tensor result = at::zeros({w.outputs, w.inputs}, at::TensorOptions().dtype(at::kFloat));
-  const int64_t bytes = w.planes.size(2);
-  const uint8_t* bits = w.planes.const_data_ptr<uint8_t>();
+  const int64_t bytes = w.bits.size(-1);
+  const uint8_t* bits = w.bits.const_data_ptr<uint8_t>();
   const float* scale = w.scale.const_data_ptr<float>();
   float* out = result.mutable_data_ptr<float>();
   at::parallel_for(0, w.outputs, 1 + 32768 / (w.inputs + 1), [&](int64_t begin, int64_t end) {
@@ -370,50 +382,68 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     activate_by_library(w.activation, y);
     return y.to(x.scalar_type());
   }
+  at::Tensor values = x.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
+  if (w.quantize) values = quantize_rows(values, x.size(0), x_scale);
+  if (kernel[0] * kernel[1] == 1 && padding[0] + padding[1] == 0 && groups == 1) {
+    if (stride[0] * stride[1] > 1) {
+      values = values.slice(2, 0, x.size(2), stride[0]).slice(3, 0, x.size(3), stride[1]);
+      values = values.contiguous(at::MemoryFormat::ChannelsLast);
+    }
+    const int64_t pixels = size[0] * size[1];
+    if (w.quantize) x_scale = x_scale.unsqueeze(1).expand({x.size(0), pixels}).contiguous();
+    run_linear(w, values, x_scale, x.size(0) * pixels, tiles, y);
+    return y.to(x.scalar_type());
+  }
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
-  at::Tensor values = x.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
-  if (w.quantize) values = quantize_rows(kernels, values, x.size(0), x_scale);
-  if (groups > 1 || group_size > 0 || !kernels.conv_available() || !tiles || tiles->numel() == 0) {
+  if (group_size > 0 || !kernels.conv_available() || !tiles || tiles->numel() == 0) {
     return conv_by_library(values.to(at::kFloat), w, x_scale, kernel, stride, padding, dilation, groups)
         .to(x.scalar_type());
   }
-  check_tiles(*tiles, w.planes.size(0) * kernel[0] * kernel[1], w.outputs, channels);
+  const int64_t matrices = w.planes() * kernel[0] * kernel[1], outputs = w.outputs / groups;
+  check_tiles(*tiles, groups * matrices, outputs, channels);
   BinaryConv c{};
   c.images = x.size(0);
   c.height = x.size(2);
   c.width = x.size(3);
   c.channels = channels;
+  c.x_stride = x.size(1);
   c.out_height = size[0];
   c.out_width = size[1];
-  c.outputs = w.outputs;
+  c.outputs = outputs;
+  c.y_stride = w.outputs;
   for (int i = 0; i < 2; ++i) {
     c.kernel[i] = kernel[i];
     c.stride[i] = stride[i];
     c.padding[i] = padding[i];
     c.dilation[i] = dilation[i];
   }
-  c.planes = w.planes.size(0);
-  c.tiles = reinterpret_cast<const uint16_t*>(tiles->const_data_ptr<int16_t>());
+  c.planes = w.planes();
   c.plane_weights = w.plane_weights.data();
-  c.scale = w.scale.const_data_ptr<float>();
   c.scale_stride = w.scale_stride();
-  c.bias = w.bias_or_null();
-  if (w.quantize) {
-    c.q = values.const_data_ptr<int8_t>();
-    c.x_scale = x_scale.const_data_ptr<float>();
-  } else {
-    c.x = values.const_data_ptr<float>();
-  }
-  c.y = y.mutable_data_ptr<float>();
   c.activation = w.activation;
-  if (run_on_amx(isa, c)) return y.to(x.scalar_type());
-  const int64_t bytes = kernels.conv_memory(c);
-  const int64_t work = c.out_width * w.inputs * c.planes * w.outputs;
-  at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
-    kernels.conv2d(c, begin, end, memory.mutable_data_ptr());
-  });
+  if (w.quantize) c.x_scale = x_scale.const_data_ptr<float>();
+  for (int64_t group = 0; group < groups; ++group) {
+    c.tiles = reinterpret_cast<const uint16_t*>(tiles->const_data_ptr<int16_t>()) +
+              group * (tiles->numel() / groups);
+    c.scale = w.scale.const_data_ptr<float>() + group * outputs * c.scale_stride;
+    c.bias = w.bias.defined() ? w.bias_or_null() + group * outputs : nullptr;
+    if (w.quantize) {
+      c.q = values.const_data_ptr<int8_t>() + group * channels;
+    } else {
+      c.x = values.const_data_ptr<float>() + group * channels;
+    }
+    c.y = y.mutable_data_ptr<float>() + group * outputs;
+    if (run_on_amx(isa, c)) continue;
+    const int64_t bytes = kernels.conv_memory(c);
+    const int64_t work = c.out_width * w.inputs * c.planes * c.outputs;
+    at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1,
+                     [&](int64_t begin, int64_t end) {
+                       at::Tensor memory =
+                           at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
+                       kernels.conv2d(c, begin, end, memory.mutable_data_ptr());
+                     });
+  }
   return y.to(x.scalar_type());
 }
 

@@ -51,7 +51,12 @@ def choose(
     ``rule`` narrows fused_step. Raises ValueError for an unknown ``requested``, BackendError if it cannot run.
     """
     decide = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose  # dynamo traces no cache
-    return decide(operation, device.type, dtype, requested, rule, os.environ.get("TRITON_INTERPRET", "0"))
+    kind = device.type
+    # os.environ is slow, and auto does not run Triton's interpreter on the CPU.
+    ask = kind != "cpu" or requested != "auto"
+    return decide(
+        operation, kind, dtype, requested, rule, os.environ.get("TRITON_INTERPRET", "0") if ask else "0"
+    )
 
 
 @functools.cache

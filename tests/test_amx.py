@@ -53,9 +53,13 @@ def convolve(
     bias: Tensor | None = None,
     plane_weights: tuple[int, ...] = (1,),
     cut: tuple[int, int] = (0, 0),
+    group: int = 0,
     **geometry: tuple[int, int],
 ) -> Tensor:
-    """y of q [B, C, H, W] (whole numbers) with the signs of w [P, N, C, kh, kw], by the emulated kernel."""
+    """y of q [B, C, H, W] (whole numbers) with the signs of w [P, N, C, kh, kw], by the emulated kernel.
+
+    If q has more channels than w, they are those of group ``group``, and the outputs too.
+    """
     planes, outputs, channels, *kernel = w.shape
     stride, padding, dilation = (
         geometry.get(name, (default, default))
@@ -67,8 +71,10 @@ def convolve(
     tiles = ops.conv_tiles(ops.pack_signs(w.flatten(2)), channels, kernel)
     assert tiles is not None
     x = q.permute(0, 2, 3, 1).to(torch.int8).contiguous()
-    y = torch.full((q.shape[0], *size, outputs), torch.nan)
-    numbers = [q.shape[0], *q.shape[2:], channels, *size, outputs, *kernel, *stride, *padding, *dilation]
+    groups = q.shape[1] // channels
+    y = torch.full((q.shape[0], *size, groups * outputs), torch.nan)
+    numbers = [q.shape[0], *q.shape[2:], channels, x.shape[3], *size, outputs, y.shape[3]]
+    numbers += [*kernel, *stride, *padding, *dilation]
 
     def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
         return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
@@ -81,14 +87,14 @@ def convolve(
         pointer(scale),
         ctypes.c_int64(0 if scale.numel() == 1 else 1),
         pointer(bias),
-        pointer(x),
+        pointer(x[..., group * channels :]),
         pointer(s),
-        pointer(y),
+        pointer(y[..., group * outputs :]),
         ctypes.c_int64(cut[0]),
         ctypes.c_int64(cut[1]),
     )
     assert fault is None, fault
-    return y.permute(0, 3, 1, 2)
+    return y[..., group * outputs : (group + 1) * outputs].permute(0, 3, 1, 2)
 
 
 def expected(
@@ -174,6 +180,15 @@ def test_conv2d(library: ctypes.CDLL) -> None:
         ), (kernel, geometry, channels)
 
 
+def test_groups(library: ctypes.CDLL) -> None:
+    q = torch.randint(-127, 128, (2, 120, 5, 6)).double()
+    for group in range(3):
+        w, s, scale = torch.randn(1, 35, 40, 3, 3), torch.rand(2), torch.rand(35)
+        y = convolve(library, q, s, w, scale, group=group, padding=(1, 1))
+        part = q[:, 40 * group : 40 * (group + 1)]
+        assert torch.equal(y, expected(part, s, w, scale, None, padding=(1, 1)))
+
+
 def test_the_emulation_objects(library: ctypes.CDLL) -> None:
     assert b"do not fit" in library.breach_on_host(0)
     assert b"not configured" in library.breach_on_host(1)
@@ -238,5 +253,7 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("the compiler does not know AMX")
     monkeypatch.setenv("QUANTOPT_CPU_ISA", "amx")
     x, bits = torch.randn(8, 16), torch.zeros(4, 2, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=r"QUANTOPT_CPU_ISA=amx (is not supported by this processor|needs)"):
+    with pytest.raises(
+        RuntimeError, match=r"QUANTOPT_CPU_ISA=amx (is not supported by this processor|needs)"
+    ):
         ops.binary_linear(x, bits, torch.ones(4), in_features=16, compute="int8")

@@ -26,10 +26,7 @@ def check(
     expected = F.conv2d(values, weight, None if bias is None else bias.double(), **geometry)  # type: ignore[arg-type]
     size = F.conv2d(values.abs(), weight.abs(), None, **geometry) + 1  # type: ignore[arg-type]
     bits = ops.pack_signs(w.flatten(1))
-    choices = (
-        [None] if geometry.get("groups", 1) != 1 else [None, ops.conv_tiles(bits, w.shape[1], w.shape[2:])]
-    )
-    for tiles in choices:
+    for tiles in (None, ops.conv_tiles(bits, w.shape[1], w.shape[2:], geometry.get("groups", 1))):  # type: ignore[arg-type]
         y = ops.binary_conv2d(
             x, bits, scale, bias, kernel_size=w.shape[2:], compute=compute, tiles=tiles, **geometry
         )
@@ -45,6 +42,30 @@ def test_geometry(isa: str, compute: str) -> None:
         w, scale, bias = torch.randn(6, 9 // groups, *kernel), torch.rand(6) + 0.5, torch.randn(6)
         x = torch.randn(2, 9, 9, 11)
         check(x, w, scale, bias, compute, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_groups(isa: str, compute: str) -> None:
+    """On the packed weights, but for a group of too few channels."""
+    for channels, outputs, groups in ((48, 66, 2), (60, 96, 3), (16, 16, 16)):
+        w, scale, bias = (
+            torch.randn(outputs, channels // groups, 3, 3),
+            torch.rand(outputs),
+            torch.randn(outputs),
+        )
+        packed = ops.conv_tiles(ops.pack_signs(w.flatten(1)), channels // groups, (3, 3), groups) is not None
+        assert packed == (isa != "portable" and groups < 16)
+        x = torch.randn(2, channels, 5, 6)
+        for size in (scale, scale[:1]):
+            check(x, w, size, bias, compute, stride=(1, 2), padding=1, groups=groups)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_1x1_is_linear(isa: str, compute: str) -> None:
+    w, scale, bias = torch.randn(40, 48, 1, 1), torch.rand(40), torch.randn(40)
+    for stride in (1, (2, 3)):
+        check(torch.randn(3, 48, 7, 8), w, scale, bias, compute, stride=stride)
+        check(torch.randn(3, 48, 7, 8), w, scale, bias, compute, stride=stride, padding=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -219,7 +240,7 @@ def test_depthwise_and_one_pixel() -> None:
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_planes_and_groups_of_scales(isa: str, kernel: int) -> None:
     x, planes = torch.randn(2, 32, 6, 5), torch.randn(2, 10, 32 * kernel * kernel)
-    for weights, group_size in (([1, 1], 0), ([1, 2], 32)):
+    for weights, group_size, tiled in (([1, 1], 0, True), ([1, 2], 32, False), ([1, 2], 32, kernel == 1)):
         scale = torch.rand(10, -(-planes.shape[2] // group_size)) if group_size else torch.rand(10)
         bits = ops.pack_signs(planes)
         dense = reference.dense_weight(
@@ -236,6 +257,7 @@ def test_planes_and_groups_of_scales(isa: str, kernel: int) -> None:
             padding=kernel // 2,
             plane_weights=weights,
             group_size=group_size,
+            tiles=ops.conv_tiles(bits, 32, (kernel, kernel)) if tiled else None,
         )
         expected = F.conv2d(x.double(), dense.view(10, 32, kernel, kernel), padding=kernel // 2)
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)

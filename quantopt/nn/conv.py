@@ -60,10 +60,10 @@ class BinaryConv2d(BinaryModule):
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = plain.kernel_size
-        self.stride = plain.stride
+        self.kernel_size: tuple[int, int] = plain.kernel_size  # type: ignore[assignment]
+        self.stride: tuple[int, int] = plain.stride  # type: ignore[assignment]
         self.padding = plain.padding
-        self.dilation = plain.dilation
+        self.dilation: tuple[int, int] = plain.dilation  # type: ignore[assignment]
         self.groups = groups
         self.padding_mode = padding_mode
         # What the product itself pads with zeros; all else (other modes, "same") is padded before.
@@ -73,8 +73,12 @@ class BinaryConv2d(BinaryModule):
 
     def prepare(self) -> Self:
         """Derives the kernels' layout from ``bits``."""
-        usable = self.groups == 1 and not self.group_size and not self.bits.is_meta
-        self.tiles = ops.conv_tiles(self.bits, self.in_channels, self.kernel_size) if usable else None
+        usable = not self.bits.is_meta and (not self.group_size or self.kernel_size == (1, 1))
+        self.tiles = (
+            ops.conv_tiles(self.bits, self.in_channels // self.groups, self.kernel_size, self.groups)
+            if usable
+            else None
+        )
         return self
 
     @property
@@ -124,26 +128,27 @@ class BinaryConv2d(BinaryModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        padding: tuple[int, ...] = (0, 0)
+        padding: tuple[int, int] = (0, 0)
         if not self.explicit:
             padding = self.padding  # type: ignore[assignment]
         elif any(self.around):
             x = F.pad(x, self.around, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        return ops.binary_conv2d(
+        buffers = self._buffers  # looked up once: a module finds its attributes slowly
+        return ops.run_conv2d(
             x,
-            self.bits,
-            self.scale,
-            self.bias,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            compute=self.compute,
-            group_size=self.group_size,
-            plane_weights=self.plane_weights,
-            tiles=self.tiles,
-            activation=self.activation,
+            buffers["bits"],  # type: ignore[arg-type]
+            buffers["scale"],  # type: ignore[arg-type]
+            buffers["bias"],
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.plane_weights,
+            self.group_size,
+            self.compute,
+            buffers["tiles"],
+            self.activation,
         )
 
     def extra_repr(self) -> str:

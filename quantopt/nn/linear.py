@@ -191,16 +191,17 @@ class BinaryLinear(BinaryModule):
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        buffers = self._buffers  # looked up once: a module finds its attributes slowly
         return ops.run_linear(
             x,
-            self.bits,
-            self.scale,
-            self.bias,
+            buffers["bits"],  # type: ignore[arg-type]
+            buffers["scale"],  # type: ignore[arg-type]
+            buffers["bias"],
             self.in_features,
             self.plane_weights,
             self.group_size,
             self.compute,
-            self.tiles,
+            buffers["tiles"],
             self.activation,
         )
 

@@ -125,19 +125,25 @@ def binary_tiles(bits: Tensor, in_features: int) -> Tensor | None:
     return tiles if tiles.numel() > 0 else None
 
 
-def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int]) -> Tensor | None:
-    """The same for a convolution without groups: bits of [N, channels, kh, kw], flattened per output channel."""
+def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: int = 1) -> Tensor | None:
+    """The same for a convolution: bits of [N, channels of a group, kh, kw], flattened per output channel.
+
+    None too for small groups: with less than a quarter of the 32 outputs or 16 channels that are taken together, the
+    library's convolution is faster.
+    """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
     if bits.device.type != "cpu" or _extension.error is not None:
         return None
+    outputs = bits.shape[-2] // groups
+    if groups > 1 and 4 * outputs * channels < -(-outputs // 32) * 32 * -(-channels // 16) * 16:
+        return None
     signs = reference.unpack_signs(
         bits if bits.dim() == 3 else bits.unsqueeze(0), channels * taps, torch.int8
     )
-    by_tap = reference.pack_signs(
-        signs.unflatten(2, (channels, taps)).permute(0, 3, 1, 2)
-    )  # [P, taps, N, channels]
-    return binary_tiles(by_tap.flatten(0, 1), channels)
+    signs = signs.unflatten(2, (channels, taps)).unflatten(1, (groups, outputs))
+    by_tap = reference.pack_signs(signs.permute(1, 0, 4, 2, 3))  # [groups, P, taps, outputs, channels]
+    return binary_tiles(by_tap.flatten(0, 2), channels)
 
 
 def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
@@ -213,8 +219,17 @@ def _forward(
         return reference.binary_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation
         )
-    y: Tensor = torch.ops.quantopt.binary_linear(
-        x, bits, scale.float(), bias, in_features, plane_weights, group_size, compute, tiles, activation
+    y: Tensor = torch.ops.quantopt.binary_linear.default(
+        x,
+        bits,
+        scale if scale.dtype == torch.float32 else scale.float(),
+        bias,
+        in_features,
+        plane_weights,
+        group_size,
+        compute,
+        tiles,
+        activation,
     )
     return y
 
@@ -329,9 +344,10 @@ def binary_conv2d(
         kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
         compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W).
 
-    With ``tiles`` (see :func:`conv_tiles`; modules keep them), without groups of channels or scales, and on a processor
-    with AVX-512 the product runs on the packed weights. Else W is expanded to ±1 (exact in every type) for each call,
-    and the library's convolution runs in fp32: that saves memory but no time.
+    A kernel of 1x1 without padding and groups is a linear layer. Else, with ``tiles`` (see :func:`conv_tiles`; modules
+    keep them), scales per tensor or row, and a processor with AVX2, the product runs on the packed weights too. Where
+    neither holds, W is expanded to ±1 (exact in every type) for each call, and the library's convolution runs in fp32:
+    that saves memory but no time.
 
     Returns [B, N, H', W'] of the type of x, channels last in memory. Differentiable with respect to x and bias. Raises
     TypeError or ValueError naming the argument that does not fit.
@@ -355,6 +371,41 @@ def binary_conv2d(
     size = [x.shape[i - 2] + 2 * pads[i] - spread[i] * (kernel[i] - 1) for i in (0, 1)]
     if min(size) < 1:
         raise ValueError(f"kernel_size={kernel} with dilation={spread} is larger than the padded image of x")
+    return run_conv2d(
+        x,
+        bits,
+        scale,
+        bias,
+        kernel,
+        steps,
+        pads,
+        spread,
+        groups,
+        weights,
+        group_size,
+        compute,
+        tiles,
+        activation,
+    )
+
+
+def run_conv2d(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    plane_weights: list[int],
+    group_size: int,
+    compute: str,
+    tiles: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """:func:`binary_conv2d` without its checks, for modules that made them once (the operator checks x)."""
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if not _compiled(x) or (torch.is_grad_enabled() and needs_grad):
         if compute == "int8" and x.requires_grad:  # straight through the rounding
@@ -367,27 +418,27 @@ def binary_conv2d(
             scale,
             bias,
             kernel,
-            steps,
-            pads,
-            spread,
+            stride,
+            padding,
+            dilation,
             groups,
-            weights,
+            plane_weights,
             group_size,
             compute,
             activation,
         )
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y: Tensor = torch.ops.quantopt.binary_conv2d(
+    y: Tensor = torch.ops.quantopt.binary_conv2d.default(
         images,
         bits,
-        scale.float(),
+        scale if scale.dtype == torch.float32 else scale.float(),
         bias,
         kernel,
-        steps,
-        pads,
-        spread,
+        stride,
+        padding,
+        dilation,
         groups,
-        weights,
+        plane_weights,
         group_size,
         compute,
         tiles,

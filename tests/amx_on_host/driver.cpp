@@ -10,16 +10,16 @@ using namespace quantopt;
 
 extern "C" {
 
-// geometry: images, height, width, channels, out_height, out_width, outputs, then pairs: kernel, stride,
-// padding, dilation. cut_rows and cut_outputs (multiples of a band) divide the work in four calls. Returns
-// what the emulated processor objected to, or null.
+// geometry: images, height, width, channels, x_stride, out_height, out_width, outputs, y_stride, then pairs:
+// kernel, stride, padding, dilation. cut_rows and cut_outputs (multiples of a band) divide the work in four
+// calls. Returns what the emulated processor objected to, or null.
 const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t* weights,
                          const int32_t* plane_weights, const float* scale, int64_t scale_stride,
                          const float* bias, const int8_t* q, const float* x_scale, float* y, int64_t cut_rows,
                          int64_t cut_outputs) {
   BinaryConv c{};
-  int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,  &c.channels,
-                            &c.out_height, &c.out_width, &c.outputs};
+  int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,   &c.channels, &c.x_stride,
+                            &c.out_height, &c.out_width, &c.outputs, &c.y_stride};
   for (int64_t* size : sizes) *size = *geometry++;
   for (auto* pair : {c.kernel, c.stride, c.padding, c.dilation}) {
     for (int i = 0; i < 2; ++i) pair[i] = *geometry++;

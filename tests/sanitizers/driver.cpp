@@ -277,6 +277,8 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
   c.width = v.width;
   c.channels = v.channels;
   c.outputs = v.outputs;
+  c.x_stride = v.channels;
+  c.y_stride = v.outputs;
   int64_t* const out[] = {&c.out_height, &c.out_width};
   for (int i = 0; i < 2; ++i) {
     c.kernel[i] = v.kernel[i];

@@ -54,7 +54,7 @@ inline const int8_t* pixel_at(const BinaryConv& c, int64_t row, int64_t tap) {
   const int64_t iy = pixel / c.out_width * c.stride[0] - c.padding[0] + tap / c.kernel[1] * c.dilation[0];
   const int64_t ix = pixel % c.out_width * c.stride[1] - c.padding[1] + tap % c.kernel[1] * c.dilation[1];
   if (iy < 0 || iy >= c.height || ix < 0 || ix >= c.width) return nullptr;
-  return c.q + ((image * c.height + iy) * c.width + ix) * c.channels;
+  return c.q + ((image * c.height + iy) * c.width + ix) * c.x_stride;
 }
 
 // `size` words of 16 bytes, of which `bytes` are read and the rest is zero.
@@ -225,7 +225,7 @@ void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t til
   const int64_t first = tile * kTileRows, count = least(kTileRows, c.outputs - first);
   for (int64_t m = 0; m < rows; ++m) {
     const int32_t* sums = memory.sums + m * kTileRows;
-    float* y = c.y + (row + m) * c.outputs;
+    float* y = c.y + (row + m) * c.y_stride;
     for (int64_t n = 0; n < count; ++n) y[first + n] = static_cast<float>(sums[n]);
     finish_row(y, first, first + count, c.scale, c.scale_stride, c.x_scale[(row + m) / pixels], c.bias,
                c.activation);

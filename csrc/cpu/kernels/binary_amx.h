@@ -17,8 +17,8 @@ inline BinaryConv as_conv(const BinaryLinear& p) {
   BinaryConv c{};
   c.images = p.rows;
   c.height = c.width = c.out_height = c.out_width = 1;
-  c.channels = p.inputs;
-  c.outputs = p.outputs;
+  c.channels = c.x_stride = p.inputs;
+  c.outputs = c.y_stride = p.outputs;
   for (int i = 0; i < 2; ++i) c.kernel[i] = c.stride[i] = c.dilation[i] = 1;
   c.planes = p.planes;
   c.tiles = p.tiles;

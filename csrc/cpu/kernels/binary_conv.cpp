@@ -82,9 +82,9 @@ void fill_row(const BinaryConv& c, int64_t image, int64_t row, const Memory<Form
   const int64_t slot = row % ring_rows(c), pixel = pixel_entries<Form>(c);
   if (memory.present[slot] == image * c.height + row) return;
   memory.present[slot] = image * c.height + row;
-  const typename Form::Value* x = Form::values(c) + (image * c.height + row) * c.width * c.channels;
+  const typename Form::Value* x = Form::values(c) + (image * c.height + row) * c.width * c.x_stride;
   typename Form::Entry* tables = memory.tables + slot * c.width * pixel;
-  for (int64_t i = 0; i < c.width; ++i, x += c.channels) {
+  for (int64_t i = 0; i < c.width; ++i, x += c.x_stride) {
     int32_t sum = 0;
     for (int64_t first = 0; first < c.channels; first += kChunkWidth) {
       sum += pixel_tables(x + first, least(kChunkWidth, c.channels - first), tables);
@@ -163,7 +163,7 @@ void pixels(const BinaryConv& c, int64_t image, int64_t oy, int64_t ox, int64_t 
   }
   if (waiting > 0) add_taps<Form, MR>(c, taps, waiting, begin, end - begin, total);
   for (int i = 0; i < MR; ++i) {
-    float* y = c.y + ((image * c.out_height + oy) * c.out_width + ox + i) * c.outputs;
+    float* y = c.y + ((image * c.out_height + oy) * c.out_width + ox + i) * c.y_stride;
     for (int64_t tile = begin; tile < end; ++tile) {
       store_tile(value_of(total[(tile - begin) * MR + i], weights * sum[i]), tile, c.outputs, y);
     }

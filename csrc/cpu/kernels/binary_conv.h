@@ -14,7 +14,9 @@ enum class Activation : int32_t;  // core/activation.h
 // and the sum of q is exact.
 struct BinaryConv {
   int64_t images, height, width, channels;
+  int64_t x_stride;  // elements of x from one pixel to the next: more than `channels` with groups
   int64_t out_height, out_width, outputs;
+  int64_t y_stride;  // the same of y
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t planes;
   const uint16_t* tiles;         // binary_tiles of [planes, kernel positions] times [outputs, channels]
@@ -22,10 +24,10 @@ struct BinaryConv {
   const float* scale;            // [1] or [outputs]
   int64_t scale_stride;          // 0 or 1
   const float* bias;             // [outputs] or null
-  const float* x;                // [images, height, width, channels], or null with q
+  const float* x;                // [images, height, width, first of x_stride], or null with q
   const int8_t* q;               // the same within +-127, or null with x
   const float* x_scale;          // [images] with q
-  float* y;                      // [images, out_height, out_width, outputs]
+  float* y;                      // [images, out_height, out_width, first of y_stride]
   Activation activation;
 };
 
