@@ -98,8 +98,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
-        out: Tensor = F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-        return out
+        y = self.bn2(self.conv2(y))
+        y += self.shortcut(x)  # in place: large tensors of their own cost as much as the sum
+        return F.relu(y, inplace=True)
 
 
 def resnet18(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
