@@ -691,7 +691,9 @@ class _GroupStep:
                         "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed "
                         "numbers would be those of now at every replay; use capturable=True"
                     )
-                self._step_lists(opt, dtype, device, chosen, _flag(grad_scale, device), _flag(found_inf, device))
+                self._step_lists(
+                    opt, dtype, device, chosen, _flag(grad_scale, device), _flag(found_inf, device)
+                )
         if self.quantised:
             opt._after_step(self.group, self.params)
 
