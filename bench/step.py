@@ -27,8 +27,9 @@ LR, BETA, DECAY, EPSILON, RATE, CAP = 0.1, 0.9, 1e-4, 0.5, 0.1, 0.25
 HYPER = dict(
     lr=LR, momentum=BETA, weight_decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP, bound=2.0, kappa=0.1
 )
-# Bytes moved per float32 parameter: what is read and written once each.
-BYTES = {"askew": 20, "askew_memory": 24, "splitting": 24, "base": 20}
+# Bytes moved per parameter, what is read and written once each: docs/kernels.md has the table.
+BYTES = {"askew": 20, "askew_memory": 24, "splitting": 24}
+LIST_BYTES = {torch.float32: 20, torch.bfloat16: 10}  # AskewSGD, momentum of the parameters' type
 RESNET18 = [
     (64, 3, 3, 3), *[(64, 64, 3, 3)] * 4, (128, 64, 3, 3), *[(128, 128, 3, 3)] * 3, (128, 64, 1, 1), (256, 128, 3, 3),
     *[(256, 256, 3, 3)] * 3, (256, 128, 1, 1), (512, 256, 3, 3), *[(512, 512, 3, 3)] * 3, (512, 256, 1, 1),
@@ -144,8 +145,12 @@ def whole_step(
     if "torch.compile of the reference" in targets:
         functions["torch.compile of the reference"] = compiled_list(shapes, dtype)
     times = compare(functions, min_time=1.0)
+    numel = sum(p.numel() for p in theirs)
+    rate = {"gb_per_s": LIST_BYTES[dtype] * numel / times["ours"] / 1e9}
     return [
-        row(case, peer, times["ours"], times[peer], targets.get(peer)) for peer in times if peer != "ours"
+        row(case, peer, times["ours"], times[peer], targets.get(peer), **rate)
+        for peer in times
+        if peer != "ours"
     ]
 
 
