@@ -1,6 +1,6 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
-    python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|sweep|mlp]
+    python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|sweep|mlp|models]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
 several times slower). Every product is checked against float64 before it is timed.
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 
 import common
+import packed_models
 import torch
 from torch import Tensor, nn
 
@@ -200,6 +201,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
     "conv": lambda a: convolution(a.min_time),
     "sweep": lambda a: sweep(a.min_time),
     "mlp": lambda a: mlp(a.size, 4, 1, a.min_time),
+    "models": lambda a: packed_models.rows(a.min_time),
 }
 
 
