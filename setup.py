@@ -95,8 +95,8 @@ NVCC_FLAGS = [
     "-Xfatbin",
     "-compress-all",
 ]
-# CUDA file (without .cu) -> additional flags. The steps wait for memory: exact, unfused arithmetic is free.
-CUDA_FLAGS = {"askew_step": ["-fmad=false"]}
+# First word of a CUDA file -> additional flags. The steps wait for memory: exact, unfused arithmetic is free.
+CUDA_FLAGS = {"step": ["-fmad=false"]}
 
 
 def jobs() -> int:
@@ -184,7 +184,7 @@ class Toolkit:
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"arch=compute_{newest},code=compute_{newest}")
         gencode = [word for code in codes for word in ("-gencode", code)]
-        return [*NVCC_FLAGS, *CUDA_FLAGS.get(name, []), *gencode]
+        return [*NVCC_FLAGS, *CUDA_FLAGS.get(name.split("_")[0], []), *gencode]
 
 
 class BuildQuantopt(BuildExtension):

@@ -66,11 +66,18 @@ int64_t channels_of(const at::Tensor& param) { return param.dim() > 0 ? param.si
 StepOptions step_options(const StepArguments& a) {
   StepOptions o{};
   o.rule = rule_of(a.rule);
-  TORCH_CHECK_VALUE(a.hyper.device().is_cpu() && a.hyper.scalar_type() == at::kDouble &&
-                        a.hyper.is_contiguous() && a.hyper.numel() == kHyperCount,
+  const bool on_device = !a.hyper.device().is_cpu();
+  TORCH_CHECK_VALUE(a.hyper.scalar_type() == at::kDouble && a.hyper.is_contiguous() &&
+                        a.hyper.numel() == kHyperCount &&
+                        (!on_device || (!a.params.empty() && a.hyper.device() == a.params[0].device())),
                     "fused_step: hyper must be a contiguous float64 tensor of ", kHyperCount,
-                    " numbers on the CPU");
-  o.hyper = *static_cast<const Hyper*>(a.hyper.const_data_ptr());
+                    " numbers, on the CPU or on the device of the parameters");
+  const auto* hyper = static_cast<const Hyper*>(a.hyper.const_data_ptr());
+  if (on_device) {
+    o.device_hyper = hyper;
+  } else {
+    o.hyper = *hyper;
+  }
   o.levels = static_cast<int>(a.levels);
   o.level_factor = outer_level_factor(o.levels);
   TORCH_CHECK_VALUE(o.rule == Rule::kBase || o.level_factor > 0.0f,

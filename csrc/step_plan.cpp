@@ -14,6 +14,9 @@
 
 #include "cpu/step.h"
 #include "step_arguments.h"
+#ifdef QUANTOPT_WITH_CUDA
+#include "cuda/step_ops.h"
+#endif
 
 namespace quantopt {
 namespace {
@@ -52,7 +55,13 @@ class StepPlan : public torch::CustomClassHolder {
                                   moving_levels, nesterov, maximize, decoupled, seed};
     options_ = step_options(arguments);
     sign_ = options_.gradient_factor;
-    step_segments(arguments, at::Device(at::kCPU), segments_);
+    const at::Device device = params_[0].device();
+#ifdef QUANTOPT_WITH_CUDA
+    TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "StepPlan: no kernels for ", device);
+#else
+    TORCH_CHECK_VALUE(device.is_cpu(), "StepPlan: this build has no kernels for ", device);
+#endif
+    step_segments(arguments, device, segments_);
     const std::lock_guard lock(plans().mutex);
     number_ = ++plans().last;
     plans().by_number[number_] = this;
@@ -85,8 +94,15 @@ class StepPlan : public torch::CustomClassHolder {
 
   // One step with the gradients that ready() found and the present content of hyper.
   void step(const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+    if (options_.device_hyper == nullptr)
+      options_.hyper = *static_cast<const Hyper*>(hyper_.const_data_ptr());
+#ifdef QUANTOPT_WITH_CUDA
+    if (params_[0].is_cuda()) {
+      step_on_device(options_, segments_, moving_levels_, steps_, grad_scale, found_inf, params_[0]);
+      return bump_versions();
+    }
+#endif
     if (found_inf && *found_inf->const_data_ptr<float>() != 0.0f) return;
-    options_.hyper = *static_cast<const Hyper*>(hyper_.const_data_ptr());
     options_.gradient_factor = grad_scale ? sign_ / *grad_scale->const_data_ptr<float>() : sign_;
     for (const at::Tensor& step : steps_) *static_cast<float*>(step.data_ptr()) += 1.0f;
     if (!steps_.empty()) {
@@ -94,10 +110,14 @@ class StepPlan : public torch::CustomClassHolder {
         segment.step = *static_cast<float*>(steps_[segment.index].data_ptr());
     }
     step_on_cpu(options_, segments_, moving_levels_);
-    for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
+    bump_versions();
   }
 
  private:
+  void bump_versions() {
+    for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
+  }
+
   static bool fits(const at::Tensor& grad, const at::Tensor& param) {
     return grad.dtype() == param.dtype() && grad.layout() == at::kStrided &&
            grad.device() == param.device() && grad.strides() == param.strides() &&

@@ -35,8 +35,9 @@ struct StepOptions {
   Dtype param_dtype;
   Dtype momentum_dtype;
   Hyper hyper;
-  int levels;          // K; not used by kBase
-  float level_factor;  // hi = level_factor * scale
+  const Hyper* device_hyper;  // CUDA: where not null, the numbers are read there when the kernels run
+  int levels;                 // K; not used by kBase
+  float level_factor;         // hi = level_factor * scale
   bool has_momentum;
   bool adam;
   bool nesterov;

@@ -1,9 +1,11 @@
 // quantopt::fused_step on CUDA.
+#include "cuda/step_ops.h"
+
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include "cuda/askew_step.h"
+#include "cuda/step.h"
 #include "step_arguments.h"
 
 namespace quantopt {
@@ -42,31 +44,44 @@ void fused_step_cuda(c10::string_view rule, at::TensorList params, at::TensorLis
                                 seed};
   if (params.empty()) return;
   const StepOptions options = step_options(arguments);
-  const char* reason = askew_step_unsupported_on_cuda(options);
-  TORCH_CHECK_NOT_IMPLEMENTED(reason == nullptr, "fused_step: ", reason);
-  TORCH_CHECK_NOT_IMPLEMENTED(!options.stochastic_rounding, "fused_step: the CUDA kernels round to nearest");
-
-  const at::Device device = params[0].device();
-  const c10::DeviceGuard guard(device);
   thread_local std::vector<StepSegment> segments;  // kept between steps
-  step_segments(arguments, device, segments);
-  thread_local std::vector<float*> counters;
+  step_segments(arguments, params[0].device(), segments);
+  step_on_device(options, segments, moving_levels, steps, grad_scale, found_inf, params[0]);
+}
+
+}  // namespace
+
+void step_on_device(const StepOptions& options, const std::vector<StepSegment>& segments, bool moving_levels,
+                    at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf, const at::Tensor& param) {
+  const at::Device device = param.device();
+  thread_local std::vector<float*> counters;  // kept between steps
   counters.clear();
   for (const at::Tensor& step : steps) {
     TORCH_CHECK_VALUE(step.device() == device, "fused_step: steps must be on ", device, ", not on ",
                       step.device());
     counters.push_back(step.mutable_data_ptr<float>());
   }
-  const CudaStepInputs inputs{
-      flag_on(grad_scale, device, "grad_scale"), flag_on(found_inf, device, "found_inf"),
-      counters.empty() ? nullptr : counters.data(), static_cast<int64_t>(counters.size())};
+  CudaStepInputs inputs{};
+  inputs.grad_scale = flag_on(grad_scale, device, "grad_scale");
+  inputs.found_inf = flag_on(found_inf, device, "found_inf");
+  inputs.steps = counters.empty() ? nullptr : counters.data();
+  inputs.step_count = static_cast<int64_t>(counters.size());
+  inputs.moving_levels = moving_levels;
+  inputs.device = device.index();
+  const c10::DeviceGuard guard(device);
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  const char* error = askew_step_on_cuda(options, segments.data(), static_cast<int64_t>(segments.size()),
-                                         inputs, device.index(), stream.native_handle());
+  inputs.stream = stream.native_handle();
+  const auto count = static_cast<int64_t>(segments.size());
+  at::Tensor workspace;  // of the caching allocator: what follows on this stream may have it back at once
+  if (const int64_t bytes = cuda_step_workspace(segments.data(), count, moving_levels)) {
+    workspace = param.new_empty({bytes}, at::TensorOptions().dtype(at::kByte));
+    inputs.workspace = workspace.mutable_data_ptr();
+  }
+  const char* error = step_on_cuda(options, segments.data(), count, inputs);
   TORCH_CHECK(error == nullptr, "fused_step: ", error);
 }
 
-}  // namespace
 }  // namespace quantopt
 
 TORCH_LIBRARY_IMPL(quantopt, CUDA, m) { m.impl("fused_step", &quantopt::fused_step_cuda); }

@@ -4,30 +4,26 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/askew_step.cu"
+#include "cuda_runtime.h"
+// clang-format off: each file as the compiler of CUDA sees it
+#include "cuda/step.cu"
+#include "cuda/step_base.cu"
+#include "cuda/step_prox.cu"
+#include "cuda/step_askew.cu"
+#include "cuda/step_askew_gradient.cu"
+#include "cuda/step_askew_memory.cu"
+#include "cuda/step_splitting.cu"
+#include "cuda/step_alternating.cu"
+// clang-format on
 
 using quantopt::CudaStepInputs;
+using quantopt::Dtype;
+using quantopt::Hyper;
 using quantopt::Rule;
 using quantopt::StepOptions;
 using quantopt::StepSegment;
 
 namespace {
-
-StepOptions options_of(int rule, const double* hyper, int levels, bool momentum, bool adam, bool nesterov,
-                       bool decoupled, float gradient_factor) {
-  constexpr Rule rules[] = {Rule::kBase, Rule::kAskew, Rule::kAskewGradient, Rule::kAskewMemory};
-  StepOptions o{};
-  o.rule = rules[rule];
-  std::memcpy(&o.hyper, hyper, sizeof(o.hyper));
-  o.levels = levels;
-  o.level_factor = quantopt::outer_level_factor(levels);
-  o.has_momentum = momentum;
-  o.adam = adam;
-  o.nesterov = nesterov;
-  o.decoupled = decoupled;
-  o.gradient_factor = gradient_factor;
-  return o;
-}
 
 template <class T>
 T* reserve(int64_t count) {
@@ -40,45 +36,82 @@ T* reserve(int64_t count) {
 
 extern "C" {
 
-// Every array has `count` entries; a null array means that there is no such state. Returns the number of
-// launches, or -1 on an error.
-int64_t step_on_host(int rule, const double* hyper, int levels, bool nesterov, bool decoupled,
-                     float gradient_factor, int64_t count, void** params, void** grads, void** momentums,
-                     void** seconds, void** latents, void** scales, float** steps, const int64_t* numels,
-                     const int64_t* rows, const int64_t* groups, const float* grad_scale,
-                     const float* found_inf) {
-  const StepOptions o = options_of(rule, hyper, levels, momentums != nullptr, seconds != nullptr, nesterov,
-                                   decoupled, gradient_factor);
+// Mirrors HostStep in tests/test_cuda_build.py. Every array has `count` entries; a null array means that
+// there is no such state.
+struct HostStep {
+  int32_t rule, levels, param_dtype, momentum_dtype;
+  int32_t nesterov, decoupled, moving_levels, hyper_on_device, backwards;
+  float gradient_factor;
+  int64_t seed, count;
+  const Hyper* hyper;
+  const float *grad_scale, *found_inf;
+  void **params, **grads, **momentums, **seconds, **latents, **scales, **sigmas;
+  float** steps;
+  const int64_t *numels, *rows, *groups, *sigma_rows;
+};
+
+// Returns the number of launches, or -1 on an error.
+int64_t step_on_host(const HostStep* h) {
+  StepOptions o{};
+  o.rule = static_cast<Rule>(h->rule);
+  o.param_dtype = static_cast<Dtype>(h->param_dtype);
+  o.momentum_dtype = static_cast<Dtype>(h->momentum_dtype);
+  if (h->hyper_on_device) {
+    o.device_hyper = h->hyper;
+  } else {
+    o.hyper = *h->hyper;
+  }
+  o.levels = h->levels;
+  o.level_factor = quantopt::outer_level_factor(h->levels);
+  o.has_momentum = h->momentums != nullptr;
+  o.adam = h->seconds != nullptr;
+  o.nesterov = h->nesterov;
+  o.decoupled = h->decoupled;
+  o.stochastic_rounding = h->seed >= 0;
+  o.gradient_factor = h->gradient_factor;
+  o.key.seed_low = static_cast<uint32_t>(h->seed);
+  o.key.seed_high = static_cast<uint32_t>(static_cast<uint64_t>(h->seed) >> 32);
   std::vector<StepSegment> segments;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < h->count; ++i) {
     StepSegment s{};
     s.index = static_cast<uint32_t>(i);
-    s.numel = numels[i];
+    s.numel = h->numels[i];
     if (s.numel == 0) continue;
-    s.param = params[i];
-    s.grad = grads[i];
-    s.momentum = momentums ? momentums[i] : nullptr;
-    s.second = seconds ? static_cast<float*>(seconds[i]) : nullptr;
-    s.latent = latents ? static_cast<float*>(latents[i]) : nullptr;
-    s.scale = scales ? static_cast<float*>(scales[i]) : nullptr;
-    s.row = rows[i];
-    s.group = groups[i];
-    s.scales_per_row = s.group ? (s.row + s.group - 1) / s.group : 0;
+    s.param = h->params[i];
+    s.grad = h->grads[i];
+    s.momentum = h->momentums ? h->momentums[i] : nullptr;
+    s.second = h->seconds ? static_cast<float*>(h->seconds[i]) : nullptr;
+    s.latent = h->latents ? static_cast<float*>(h->latents[i]) : nullptr;
+    if (h->scales) {
+      s.scale = static_cast<float*>(h->scales[i]);
+      s.row = h->rows[i];
+      s.group = h->groups[i];
+      s.scales_per_row = (s.row + s.group - 1) / s.group;
+    }
+    s.sigma = h->sigmas ? static_cast<const float*>(h->sigmas[i]) : nullptr;
+    s.sigma_row = h->sigma_rows[i];
     segments.push_back(s);
   }
   launches = 0;
-  const CudaStepInputs inputs{grad_scale, found_inf, steps, steps ? count : 0};
-  const char* error = quantopt::askew_step_on_cuda(o, segments.data(), static_cast<int64_t>(segments.size()),
-                                                   inputs, 0, nullptr);
-  return error == nullptr ? launches : -1;
+  backwards = h->backwards;
+  const auto count = static_cast<int64_t>(segments.size());
+  const int64_t bytes = quantopt::cuda_step_workspace(segments.data(), count, h->moving_levels);
+  std::vector<double> workspace(static_cast<size_t>(bytes / 8 + 1), -1.0);
+  const CudaStepInputs inputs{h->grad_scale,         h->found_inf,     h->steps, h->steps ? h->count : 0,
+                              h->moving_levels != 0, workspace.data(), 0,        nullptr};
+  return quantopt::step_on_cuda(o, segments.data(), count, inputs) == nullptr ? launches : -1;
 }
 
 // Runs the last two blocks of a tensor of `numel` elements in `row`s with a scale each; its memory is
 // reserved, but only what the blocks touch exists. The last gradient is large and the last scale 0.5, so that
 // the last element goes to -0.5. Returns it.
 float last_element_of_huge_tensor(int64_t numel, int64_t row) {
-  const double hyper[quantopt::kHyperCount] = {0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0.1, 0.25};
-  const StepOptions o = options_of(1, hyper, 2, false, false, false, false, 1.0f);
+  StepOptions o{};
+  o.rule = Rule::kAskew;
+  o.hyper = Hyper{0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0.1, 0.25};
+  o.levels = 2;
+  o.level_factor = quantopt::outer_level_factor(2);
+  o.gradient_factor = 1.0f;
   StepSegment s{};
   s.numel = numel;
   s.row = s.group = row;
@@ -94,7 +127,7 @@ float last_element_of_huge_tensor(int64_t numel, int64_t row) {
   for (int64_t i = std::max<int64_t>(0, numel / row - 10000); i < numel / row; ++i) scale[i] = 0.25f;
   scale[numel / row - 1] = 0.5f;
   blocks_from_the_end = 2;
-  const char* error = quantopt::askew_step_on_cuda(o, &s, 1, CudaStepInputs{}, 0, nullptr);
+  const char* error = quantopt::step_on_cuda(o, &s, 1, CudaStepInputs{});
   blocks_from_the_end = ~0u;
   const float last = param[numel - 1];
   munmap(param, numel * sizeof(float));

@@ -1,0 +1,308 @@
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+#include "core/levels.h"
+#include "cuda/step.h"
+#include "cuda/step_launch.h"
+
+// Launches the kernels of step_kernel.h over tables of tensors, and those that are the same for all rules.
+
+namespace quantopt {
+namespace {
+
+constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+
+// ---- counting the steps
+
+#if CUDART_VERSION >= 12010
+constexpr int kCounters = 4000;  // per launch
+#else
+constexpr int kCounters = 480;
+#endif
+
+struct Counters {
+  float* at[kCounters];
+  int count;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(const __grid_constant__ Counters counters, const float* found_inf) {
+  if (found_inf != nullptr && *found_inf != 0.0f) return;
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < static_cast<unsigned>(counters.count)) *counters.at[i] += 1.0f;
+}
+
+cudaError_t count_steps(const CudaStepInputs& inputs, cudaStream_t stream) {
+  for (int64_t first = 0; inputs.steps != nullptr && first < inputs.step_count; first += kCounters) {
+    Counters counters;
+    counters.count = static_cast<int>(std::min<int64_t>(kCounters, inputs.step_count - first));
+    std::copy_n(inputs.steps + first, counters.count, counters.at);
+    const unsigned blocks = (static_cast<unsigned>(counters.count) + kThreads - 1) / kThreads;
+    const cudaError_t error = launch(count_kernel, blocks, stream, counters, inputs.found_inf);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// ---- levels of rows that are too long for a block
+
+constexpr int kLongTensors = 64;  // per launch
+
+struct LongTensor {
+  float* scale;
+  float* before;
+  const double* partial;
+  int64_t row, chunks;
+};
+
+struct LongTable {
+  LongTensor tensors[kLongTensors];
+  uint32_t first_block[kLongTensors + 1];  // one block per row
+  int count;
+};
+
+// Moves the level to `before` and puts the mean of the chunks' sums in its place, in an order that depends on
+// their number alone.
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ LongTable table, const float* found_inf) {
+  if (found_inf != nullptr && *found_inf != 0.0f) return;
+  int at = 0;
+  while (at + 1 < table.count && table.first_block[at + 1] <= blockIdx.x) ++at;
+  const LongTensor& t = table.tensors[at];
+  const int64_t row = blockIdx.x - table.first_block[at];
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < t.chunks; i += kThreads) sum += t.partial[row * t.chunks + i];
+  __shared__ double sums[kThreads];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    t.before[row] = t.scale[row];
+    t.scale[row] = static_cast<float>(sums[0] / static_cast<double>(t.row));
+  }
+}
+
+bool is_long(const StepSegment& s) { return s.row > kBlockRow; }
+int64_t rows_in(const StepSegment& s) { return s.numel / s.row; }
+int64_t chunks_in(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+// ---- tables
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+Access access_of(const StepTensor& t, int vector, bool by_rows) {
+  if (!(aligned(t.param) && aligned(t.grad) && aligned(t.momentum) && aligned(t.second) &&
+        aligned(t.latent))) {
+    return Access::kElements;
+  }
+  if (t.scale == nullptr) return Access::kOneScale;
+  const bool one_sigma = t.sigma == nullptr || t.sigma_row == t.numel;
+  if (!by_rows && t.row == t.numel && t.group == t.row && one_sigma) return Access::kOneScale;
+  const bool share = t.row % vector == 0 && t.group % vector == 0 && (one_sigma || t.sigma_row % vector == 0);
+  return share || (by_rows && t.row == t.numel) ? Access::kScalePerVector : Access::kElements;
+}
+
+Storage storage_of(const StepOptions& o, bool has_latent) {
+  const bool latent_rule =
+      o.rule == Rule::kAskewMemory || o.rule == Rule::kSplitting || o.rule == Rule::kAlternating;
+  const Dtype momentum = o.has_momentum ? o.momentum_dtype : o.param_dtype;
+  if (o.param_dtype == Dtype::kFloat32 && momentum == Dtype::kFloat32) {
+    return latent_rule || !has_latent ? Storage::kFloat32 : Storage::kAny;
+  }
+  if (o.param_dtype == Dtype::kBFloat16 && !has_latent) {
+    if (momentum == Dtype::kBFloat16) return Storage::kBFloat16;
+    if (momentum == Dtype::kFloat32) return Storage::kBFloat16Wide;
+  }
+  return Storage::kAny;
+}
+
+cudaError_t launch_rule(Rule rule, const StepLaunch& step) {
+  switch (rule) {
+    case Rule::kAskew: return launch_askew(step);
+    case Rule::kAskewGradient: return launch_askew_gradient(step);
+    case Rule::kAskewMemory: return launch_askew_memory(step);
+    case Rule::kSplitting: return launch_splitting(step);
+    case Rule::kAlternating: return launch_alternating(step);
+    case Rule::kProx: return launch_prox(step);
+    case Rule::kBase: break;
+  }
+  return launch_base(step);
+}
+
+class Launcher {
+ public:
+  Launcher(const StepOptions& options, const CudaStepInputs& inputs, bool has_latent)
+      : options_(options),
+        inputs_(inputs),
+        storage_(storage_of(options, has_latent)),
+        params_{options.hyper,           options.device_hyper, inputs.grad_scale, inputs.found_inf,
+                options.gradient_factor, options.level_factor, options.levels,    options.param_dtype,
+                options.momentum_dtype,  options.nesterov,     options.decoupled, options.stochastic_rounding,
+                options.key.seed_low,    options.key.seed_high} {}
+
+  cudaError_t run(const StepSegment* segments, int64_t count) {
+    if (!inputs_.moving_levels) return launch_over(segments, count, Phase::kStep);
+    cudaError_t error = launch_over(segments, count, Phase::kRows);
+    if (error == cudaSuccess) error = launch_over(segments, count, Phase::kMagnitude);
+    if (error == cudaSuccess) error = finish(segments, count);
+    if (error == cudaSuccess) error = launch_over(segments, count, Phase::kStep);
+    return error;
+  }
+
+ private:
+  // Which segments a phase is for; where the levels do not move, kStep alone, for all.
+  bool takes(Phase phase, const StepSegment& s) const {
+    return !inputs_.moving_levels || is_long(s) == (phase != Phase::kRows);
+  }
+
+  static int64_t blocks_of(Phase phase, const StepSegment& s) {
+    switch (phase) {
+      case Phase::kRows:
+        return s.row <= kWarpRow ? (rows_in(s) + kThreads / 32 - 1) / (kThreads / 32) : rows_in(s);
+      case Phase::kMagnitude: return rows_in(s) * chunks_in(s.row);
+      case Phase::kStep: break;
+    }
+    return chunks_in(s.numel);
+  }
+
+  cudaError_t launch_over(const StepSegment* segments, int64_t count, Phase phase) {
+    StepTable table;
+    table.count = 0;
+    table.first_block[0] = 0;
+    const Storage storage = phase == Phase::kMagnitude ? Storage::kAny : storage_;
+    const auto flush = [&] {
+      if (table.count == 0) return cudaSuccess;
+      const StepLaunch step{table,
+                            params_,
+                            phase,
+                            storage,
+                            options_.levels == 2,
+                            options_.adam,
+                            static_cast<cudaStream_t>(inputs_.stream)};
+      const cudaError_t error = launch_rule(options_.rule, step);
+      table.count = 0;
+      return error;
+    };
+    Workspace workspace(segments, count, inputs_.workspace);
+    for (int64_t i = 0; i < count; ++i) {
+      const StepSegment& s = segments[i];
+      if (!takes(phase, s)) continue;
+      const int64_t blocks = blocks_of(phase, s);
+      if (table.count == kTensors || table.first_block[table.count] + blocks > kMaxBlocks) {
+        const cudaError_t error = flush();
+        if (error != cudaSuccess) return error;
+      }
+      StepTensor& t = table.tensors[table.count];
+      t.param = s.param;
+      t.grad = s.grad;
+      t.momentum = options_.has_momentum ? s.momentum : nullptr;
+      t.second = s.second;
+      t.latent = s.latent;
+      t.scale = s.scale;
+      t.before = s.scale;
+      t.sigma = s.sigma;
+      t.numel = s.numel;
+      t.row = s.row;
+      t.group = s.group;
+      t.scales_per_row = s.scales_per_row;
+      t.sigma_row = s.sigma_row;
+      t.index = s.index;
+      t.access = access_of(t, vector_of(storage), phase != Phase::kStep);
+      t.step = inputs_.steps != nullptr ? inputs_.steps[s.index] : nullptr;
+      if (inputs_.moving_levels && is_long(s)) {
+        if (phase == Phase::kMagnitude) t.partial = workspace.partial;
+        if (phase == Phase::kStep) t.before = workspace.before;
+        workspace.advance(s);
+      }
+      table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<uint32_t>(blocks);
+      ++table.count;
+    }
+    return flush();
+  }
+
+  cudaError_t finish(const StepSegment* segments, int64_t count) {
+    LongTable table;
+    table.count = 0;
+    table.first_block[0] = 0;
+    const auto flush = [&] {
+      if (table.count == 0) return cudaSuccess;
+      const cudaError_t error = launch(finish_kernel, table.first_block[table.count],
+                                       static_cast<cudaStream_t>(inputs_.stream), table, inputs_.found_inf);
+      table.count = 0;
+      return error;
+    };
+    Workspace workspace(segments, count, inputs_.workspace);
+    for (int64_t i = 0; i < count; ++i) {
+      const StepSegment& s = segments[i];
+      if (!is_long(s)) continue;
+      if (table.count == kLongTensors || table.first_block[table.count] + rows_in(s) > kMaxBlocks) {
+        const cudaError_t error = flush();
+        if (error != cudaSuccess) return error;
+      }
+      table.tensors[table.count] = {s.scale, workspace.before, workspace.partial, s.row, chunks_in(s.row)};
+      workspace.advance(s);
+      table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<uint32_t>(rows_in(s));
+      ++table.count;
+    }
+    return flush();
+  }
+
+ public:
+  // First the sums of all chunks of long rows, then the levels before the step, of one tensor after the
+  // other.
+  struct Workspace {
+    double* partial;
+    float* before;
+
+    Workspace(const StepSegment* segments, int64_t count, void* memory)
+        : partial(static_cast<double*>(memory)) {
+      int64_t sums = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (is_long(segments[i])) sums += blocks_of(Phase::kMagnitude, segments[i]);
+      }
+      before = reinterpret_cast<float*>(partial + sums);
+    }
+    void advance(const StepSegment& s) {
+      partial += blocks_of(Phase::kMagnitude, s);
+      before += rows_in(s);
+    }
+  };
+
+ private:
+  const StepOptions& options_;
+  const CudaStepInputs& inputs_;
+  Storage storage_;
+  StepParams params_;
+};
+
+}  // namespace
+
+int64_t cuda_step_workspace(const StepSegment* segments, int64_t count, bool moving_levels) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; moving_levels && i < count; ++i) {
+    const StepSegment& s = segments[i];
+    if (is_long(s)) {
+      bytes += rows_in(s) * (chunks_in(s.row) * static_cast<int64_t>(sizeof(double)) +
+                             static_cast<int64_t>(sizeof(float)));
+    }
+  }
+  return bytes;
+}
+
+const char* step_on_cuda(const StepOptions& options, const StepSegment* segments, int64_t count,
+                         const CudaStepInputs& inputs) {
+  const auto stream = static_cast<cudaStream_t>(inputs.stream);
+  cudaError_t error = cudaSetDevice(inputs.device);
+  if (error == cudaSuccess) error = count_steps(inputs, stream);
+  if (error == cudaSuccess && count > 0) {
+    Launcher launcher(options, inputs, segments[0].latent != nullptr);
+    error = launcher.run(segments, count);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace quantopt
