@@ -16,19 +16,16 @@ from quantopt import _extension
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
-# (operation, backend) -> what it covers there; None: everything. The reference covers everything.
-_COVERS: dict[tuple[str, str], frozenset[str] | None] = {
-    ("fused_step", "cpu"): None,
-    ("fused_step", "cuda"): None,
-    ("fused_step", "triton"): frozenset({"base", "askew", "askew_gradient", "askew_memory"}),
-    ("binary_linear", "cpu"): None,
-    ("binary_conv2d", "cpu"): None,
+# (operation, backend): the kernels there are; each covers all rules. The reference covers everything.
+_COVERS = {
+    ("fused_step", "cpu"),
+    ("fused_step", "cuda"),
+    ("fused_step", "triton"),
+    ("binary_linear", "cpu"),
+    ("binary_conv2d", "cpu"),
 }
 OPERATIONS = ("fused_step", "binary_linear", "binary_conv2d")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {  # where not all of them; 16-bit parameters and momentum go to the reference there
-    ("fused_step", "triton"): (torch.float32,),
-}
 
 
 class BackendError(RuntimeError):
@@ -88,7 +85,7 @@ def _refusal(
         return None
     if (operation, backend) not in _COVERS:
         return f"there is no {backend} kernel for {operation}"
-    if dtype not in _DTYPES.get((operation, backend), _KERNEL_DTYPES):
+    if dtype not in _KERNEL_DTYPES:
         return f"no kernel for {dtype}; the reference runs it"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -102,7 +99,4 @@ def _refusal(
             return f"it runs on {backend} tensors, not {device}"
         if backend == "cuda" and not _extension.build_info()["cuda_archs"]:
             return "the extension was built without CUDA; install the CUDA toolkit and rebuild with QUANTOPT_CUDA=1"
-    covered = _COVERS[operation, backend]
-    if covered is not None and rule and rule not in covered:
-        return f"it has no kernel for the rule {rule!r}, only {sorted(covered)}"
     return None

@@ -1,35 +1,35 @@
-"""The Triton kernels: in Triton's interpreter against the reference, and compiled for GPUs not at hand."""
+"""The Triton kernels: in Triton's interpreter against the reference and the CPU kernels, and compiled for GPUs not at
+hand."""
 
+import dataclasses
 import importlib.util
 import itertools
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import step_cases
+from quantopt import _extension
 
 pytest.importorskip("triton")
 
-CASES = [
-    case
-    for case in step_cases.all_cases()
-    if case.rule in ("base", "askew", "askew_gradient", "askew_memory")
-    and not (case.master or case.seed >= 0 or case.hyper_on_device or case.dtype != torch.float32)
-    and case.momentum_dtype == torch.float32
-]
+CASES = list(step_cases.all_cases())
+SHAPES = ((5, 13, 3), (129,), (0, 4), (2, 600))  # the interpreter is slow
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """quantopt.kernels.askew_step, loaded a second time with its kernel in Triton's interpreter."""
-    source = importlib.util.find_spec("quantopt.kernels.askew_step")
+    """quantopt.kernels.step, loaded a second time with its kernels in Triton's interpreter."""
+    source = importlib.util.find_spec("quantopt.kernels.step")
     assert source is not None and source.origin is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.spec_from_file_location("interpreted_askew_step", source.origin)
+        spec = importlib.util.spec_from_file_location("interpreted_step", source.origin)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, spec.name, module)
@@ -37,34 +37,88 @@ def interpreted() -> ModuleType:
     return module
 
 
+def comparable(case: step_cases.Case, inputs: step_cases.Inputs) -> list[torch.Tensor]:
+    """What the interpreter computes as a GPU does: it truncates to bfloat16, where a GPU rounds to nearest."""
+    nearest = case.dtype == torch.bfloat16 and case.seed < 0
+    kept = dataclasses.replace(inputs, params=[] if nearest else inputs.params)
+    if case.momentum_dtype == torch.bfloat16:
+        kept.momentums = []
+    return kept.changing()
+
+
+@pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_reference(interpreted: ModuleType, case: step_cases.Case) -> None:
-    ours = step_cases.make(case)
+def test_gives_the_bits_of_the_cpu_kernel(interpreted: ModuleType, case: step_cases.Case) -> None:
+    """But for the sums behind moving levels; those are compared with the reference."""
+    ours, expected = (step_cases.make(case, SHAPES) for _ in range(2))
     step_cases.run(interpreted.fused_step, case, ours)
-    step_cases.check(case, ours, step_cases.make(case))
+    step_cases.check(case, ours, step_cases.make(case, SHAPES))
+    if not case.moving_levels:
+        step_cases.run(torch.ops.quantopt.fused_step, case, expected)
+        pairs = zip(comparable(case, ours), comparable(case, expected), strict=True)
+        assert all(torch.equal(got, want) for got, want in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_parameters_keep_a_float32_latent(interpreted: ModuleType, dtype: torch.dtype) -> None:
-    case = step_cases.Case("askew_memory", 2, "momentum", "tensor", dtype, rate=float("inf"))
-    ours = step_cases.make(case)
+@pytest.mark.parametrize("row", [1, 128, 129, 4096, 4097, 9000])
+@pytest.mark.parametrize("rule", ["splitting", "alternating"])
+def test_moving_levels_of_short_and_long_rows(interpreted: ModuleType, rule: str, row: int) -> None:
+    case = step_cases.Case(rule, 2, "momentum", "channel", moving_levels=True)
+    shapes = [(2, row), (3, row)]
+    ours = step_cases.make(case, shapes)
     step_cases.run(interpreted.fused_step, case, ours)
-    assert all(param.dtype == dtype for param in ours.params)
-    step_cases.check(case, ours, step_cases.make(case))
+    step_cases.check(case, ours, step_cases.make(case, shapes))
+
+
+def test_numbers_from_the_device_and_from_the_host_are_the_same(interpreted: ModuleType) -> None:
+    case = step_cases.Case("askew", 2, "momentum", "tensor", epsilon=0.37, lr=0.1, weight_decay=0.03)
+    hyper = step_cases.make(case).hyper
+    for rule, decoupled in itertools.product(step_cases.RULES, (False, True)):
+        host = torch.tensor(interpreted.numbers(rule, hyper, decoupled), dtype=torch.float32)
+        written, derived = torch.empty_like(host), torch.empty_like(host)
+        interpreted.write_numbers_kernel[(1,)](written, *interpreted.numbers(rule, hyper, decoupled))
+        interpreted.derive_numbers_kernel[(1,)](
+            derived,
+            hyper,
+            SPLITTING=rule == "splitting",
+            DECAY_BEFORE_STEP=interpreted.decay_before_step(rule, decoupled),
+        )
+        assert torch.equal(written, host) and torch.equal(derived, host)
+
+
+def test_tables_are_made_once_for_the_same_tensors(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = step_cases.Case("askew", 4, "momentum", "channel")
+    inputs = step_cases.make(case, [(3, 5)])
+    interpreted._PLANS.clear()
+    monkeypatch.setattr(interpreted, "_KEPT", 3)
+    for _ in range(3):
+        step_cases.run(interpreted.fused_step, case, inputs)
+    assert len(interpreted._PLANS) == 1
+    grads = []
+    for k in range(5):  # gradients that move
+        grads.append(inputs.grads)
+        inputs.grads = [grad.clone() for grad in inputs.grads]
+        step_cases.run(interpreted.fused_step, case, inputs)
+        assert len(interpreted._PLANS) == min(k + 2, 3)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "error", "words"),
     [
-        ({"rule": "splitting"}, "rules base, askew"),
-        ({"moving_levels": True}, "moving levels"),
-        ({"seed": 3}, "stochastic rounding"),
-        ({"latents": [torch.zeros(3)]}, "master weights"),
-        ({"params": [torch.zeros(3, dtype=torch.float64)]}, "float32"),
+        ({"params": [torch.zeros(3, dtype=torch.float64)]}, TypeError, "float32"),
+        ({"grads": [torch.zeros(4)]}, ValueError, "shape"),
+        ({"grads": []}, ValueError, "grads"),
+        ({"momentums": [torch.zeros(3), torch.zeros(3)]}, ValueError, "momentums has 2"),
+        ({"scales": []}, ValueError, "scales has 0"),
+        ({"seconds": [torch.zeros(3)], "momentums": [torch.zeros(3)]}, ValueError, "steps has 0"),
+        ({"latents": [torch.zeros(3, dtype=torch.bfloat16)]}, TypeError, "latents"),
     ],
 )
-def test_refuses_with_the_reason(interpreted: ModuleType, change: dict[str, object], words: str) -> None:
-    arguments: dict[str, object] = {
+def test_refuses_tensors_that_do_not_fit(
+    interpreted: ModuleType, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    arguments: dict[str, Any] = {
         "rule": "askew",
         "params": [torch.zeros(3)],
         "grads": [torch.ones(3)],
@@ -76,70 +130,154 @@ def test_refuses_with_the_reason(interpreted: ModuleType, change: dict[str, obje
         "steps": [],
         "hyper": torch.zeros(12, dtype=torch.float64),
     }
-    with pytest.raises(NotImplementedError, match=words):
+    if "params" in change:
+        change["grads"] = change["params"]
+    with pytest.raises(error, match=words):
         interpreted.fused_step(**(arguments | change))
 
 
-ONE_SCALE = {"RULE": "askew", "BINARY": True, "ONE_SCALE": True, "MOMENTUM": True, "ADAM": False}
-PER_GROUP = {"RULE": "askew_memory", "BINARY": False, "ONE_SCALE": False, "MOMENTUM": True, "ADAM": True}
+# ---- compiled ahead of time
 
 
-@pytest.mark.parametrize(
-    ("architecture", "variant"),
-    list(itertools.product((80, 90, 100), (ONE_SCALE, PER_GROUP))),
-    ids=["80-one", "80-groups", "90-one", "90-groups", "100-one", "100-groups"],
-)
-def test_compiles_ahead_of_time(
-    architecture: int, variant: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To a cubin with exact divisions, no contraction and 16-byte accesses."""
+def compiled_for(kernel: Any, architecture: int, constants: dict[str, Any], warps: int = 4) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from quantopt.kernels import askew_step
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {**variant, "NESTEROV": False, "LIMITED": True, "BLOCK": askew_step.BLOCK}
-    absent = ["grad_scale_ptr", "found_inf_ptr"]
-    if not variant["ADAM"]:
-        absent += ["second_ptr", "corrections_ptr"]
-    if variant["RULE"] != "askew_memory":
-        absent += ["latent_ptr"]
-    constants |= dict.fromkeys(absent, None)
-    names = askew_step.askew_step_kernel.arg_names
-    types = {"numel": "i64", "row": "i64", "group": "i64", "scales_per_row": "i64"}
+    names = kernel.arg_names
+    types = {"count": "i32", "seed": "i32", "hyper_ptr": "*fp64", "table_ptr": "*i64"}
     signature = {
         name: "constexpr"
         if name in constants
-        else "*fp32"
-        if name.endswith("_ptr")
-        else types.get(name, "fp32")
+        else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
         for name in names
     }
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if (name.endswith("_ptr") and name not in constants) or name == "numel"
+        if name.endswith("_ptr") and name not in constants
     }
-    compiled = triton.compile(
-        ASTSource(askew_step.askew_step_kernel, signature, constexprs=constants, attrs=aligned),
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", architecture, 32),
-        options={"enable_fp_fusion": False},
+        options={"enable_fp_fusion": False, "num_warps": warps},
     )
+
+
+def step_variant(**changes: Any) -> dict[str, Any]:
+    from quantopt.kernels import step
+
+    variant: dict[str, Any] = dict(
+        RULE="askew", BINARY=True, HAS_MOMENTUM=True, NESTEROV=False, ADAM=False, HAS_LATENT=False, HAS_SIGMA=False,
+        STOCHASTIC=False, PARAM_TYPE="float32", MOMENTUM_TYPE="float32", ONE_SCALE=True, SMALL=True, ALIGNED=True,
+        BLOCK=step.BLOCK, CHUNK=step.CHUNK,
+    )  # fmt: skip
+    variant |= changes
+    for name in ("PARAM_TYPE", "MOMENTUM_TYPE"):
+        variant[name] = step.DTYPES[getattr(torch, variant[name])]
+    absent = ["grad_scale_ptr", "found_inf_ptr"]
+    absent += [] if variant["STOCHASTIC"] else ["steps_ptr"]
+    absent += [] if variant["ADAM"] else ["corrections_ptr"]
+    return variant | dict.fromkeys(absent)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(PARAM_TYPE="bfloat16", MOMENTUM_TYPE="bfloat16", STOCHASTIC=True),
+        dict(RULE="askew_memory", BINARY=False, ADAM=True, HAS_LATENT=True, ONE_SCALE=False, PARAM_TYPE="float16"),
+        dict(RULE="splitting", HAS_LATENT=True),
+    ],
+    ids=["askew", "stochastic", "memory-adam-groups", "splitting"],
+)
+def test_compiles_ahead_of_time(
+    architecture: int, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a cubin with exact divisions, no contraction and 16-byte accesses."""
+    from quantopt.kernels import step
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compiled_for(step.step_kernel, architecture, step_variant(**changes))
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     ptx = compiled.asm["ptx"]
     assert f".target sm_{architecture}" in ptx
-    assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx
-    assert "fma.rn.f32" not in ptx
-    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    assert "div.full" not in ptx and "div.approx" not in ptx and "fma.rn.f32" not in ptx
+    arrays = 3 + compiled_reads(changes)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= arrays
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) >= arrays - 1
+
+
+def compiled_reads(changes: dict[str, Any]) -> int:
+    """Arrays read beside the parameter or its latent, the gradient and the momentum."""
+    return int(changes.get("ADAM", False))
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_of_moving_levels_compile(
+    architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantopt.kernels import step
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    float32 = step.DTYPES[torch.float32]
+    variant: dict[str, Any] = dict(
+        RULE="alternating", BINARY=True, HAS_MOMENTUM=True, NESTEROV=False, HAS_SIGMA=False, PARAM_TYPE=float32,
+        MOMENTUM_TYPE=float32, ALIGNED=True, STEP=True, BLOCK=step.ROW_BLOCK, grad_scale_ptr=None, found_inf_ptr=None,
+    )  # fmt: skip
+    ptx = compiled_for(step.row_kernel, architecture, variant, 16).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
+    compiled_for(
+        step.finish_kernel, architecture, dict(PART=step.ROW_BLOCK, BLOCK=step.BLOCK, found_inf_ptr=None)
+    )
+    compiled_for(step.derive_numbers_kernel, architecture, dict(SPLITTING=True, DECAY_BEFORE_STEP=True))
+    compiled_for(step.write_numbers_kernel, architecture, {})
+
+
+# ---- with a GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_on_the_device(case: step_cases.Case) -> None:
-    from quantopt.kernels import askew_step
+    from quantopt.kernels import step
 
-    ours = step_cases.make(case, device="cuda")
-    step_cases.run(askew_step.fused_step, case, ours)
-    step_cases.check(case, ours, step_cases.make(case))
+    for offset in (0, 1):
+        ours = step_cases.make(case, device="cuda", offset=offset)
+        step_cases.run(step.fused_step, case, ours)
+        step_cases.check(case, ours, step_cases.make(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        step_cases.Case("askew", 2, "adam", "tensor", hyper_on_device=True, found_inf=0.0),
+        step_cases.Case("alternating", 2, "momentum", "channel", moving_levels=True, hyper_on_device=True),
+    ],
+    ids=str,
+)
+def test_a_captured_step_follows_changing_numbers(case: step_cases.Case) -> None:
+    from quantopt.kernels import step
+
+    shapes = [(64, 32), (3, 5000)]
+    captured, eager = (step_cases.make(case, shapes, device="cuda") for _ in range(2))
+    kept = [t.clone() for t in captured.changing()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step_cases.run(step.fused_step, case, captured)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step_cases.run(step.fused_step, case, captured)
+    for tensor, value in zip(captured.changing(), kept, strict=True):
+        tensor.copy_(value)
+    for lr, epsilon in ((0.1, 0.9), (0.05, 0.5)):
+        for inputs in (captured, eager):
+            inputs.hyper[0], inputs.hyper[5] = lr, epsilon
+        graph.replay()
+        step_cases.run(step.fused_step, case, eager)
+        for got, want in zip(captured.changing(), eager.changing(), strict=True):
+            assert torch.equal(got, want)

@@ -64,7 +64,8 @@ def fused_step(
             Written when ``moving_levels``.
         sigmas: bound of the latents of the alternating rule, [1] or [channels]; empty: not bounded.
         steps: the number of the step, one float32 each, incremented here; needed by Adam and stochastic rounding.
-        hyper: :func:`hyper_tensor`.
+        hyper: :func:`hyper_tensor`, on the CPU (read now), or on the device of ``params`` (read when the kernels run,
+            so that replays of a captured graph follow it; the reference reads it now).
         levels: K of the grid. group_size: elements per scale where scales are [channels, groups].
         moving_levels: replace the scales by mean|r| (splitting) or mean|u| (alternating) per channel first.
         nesterov, maximize, decoupled: as in torch.optim; decoupled weight decay acts before the step.
@@ -83,9 +84,9 @@ def fused_step(
     if choice.name == "reference":
         _reference_step(rule, *lists, hyper, **options)
     elif choice.name == "triton":
-        from quantopt.kernels import askew_step  # imports triton
+        from quantopt.kernels import step as triton_step  # imports triton
 
-        askew_step.fused_step(rule, *lists, hyper, **options)
+        triton_step.fused_step(rule, *lists, hyper, **options)
     else:
         torch.ops.quantopt.fused_step(rule, *lists, hyper, **options)
 
