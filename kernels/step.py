@@ -87,38 +87,33 @@ def project(w, hi, half, last, BINARY: tl.constexpr):
 
 
 @triton.jit
-def u_of(distance, half, one):
-    return (half - distance) * (half + distance) * tl.div_rn(one, half * half)
-
-
-@triton.jit
-def restoring_step(distance, u, half, epsilon, rate, cap):
+def restoring_step(distance, half, one, epsilon, rate, cap):
     """half min(k, cap) for an infeasible weight; infinite k at t = 0 becomes the cap."""
+    u = (half - distance) * (half + distance) * tl.div_rn(one, half * half)
     gain = 0.25 * rate * half * half
-    k = tl.div_rn(gain * (u * u - epsilon), maximum(distance * u, 1e-30))
+    k = tl.div_rn(gain * (u * u - epsilon), distance * u + 1e-30)
     return minimum(k, cap * half)
 
 
 @triton.jit
-def least_step(offset, half, one, epsilon, root_epsilon, rate, cap):
-    """The least outward step: no bound where the weight is feasible or has no side."""
+def at_least(x, offset, least, nearest):
+    """x turned outward and no less than ``least`` where the weight is infeasible and has a side, t != 0."""
     distance = tl.abs(offset)
-    u = u_of(distance, half, one)
-    bound = tl.where(u > root_epsilon, restoring_step(distance, u, half, epsilon, rate, cap), float("-inf"))
-    return tl.where(offset != 0.0, bound, float("-inf"))
+    bound = tl.where((distance > 0.0) & (distance < nearest), least, float("-inf"))
+    return tl.where(nearest == 0.0, x, turned_by(offset, maximum(turned_by(offset, x), bound)))
 
 
 @triton.jit
-def relax(x, level, kappa, hard):
-    relaxed = tl.div_rn(x + kappa * level, 0.0 * level + (1.0 + kappa))
-    return tl.where(hard, level, relaxed)
+def relax(x, level, kappa, keep):
+    relaxed = tl.where(kappa > 3.4e38, level, level + (x - level) * keep)
+    return tl.where(kappa == 0.0, x, relaxed)
 
 
 # ---- the numbers of a step, as float32 in one place on the device ------------------------------------------------
 
 NUMBERS = (
     "lr", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "adam_eps", "decay", "shrink",
-    "epsilon", "root_epsilon", "t_star", "rate", "cap", "bound", "kappa", "lam", "threshold",
+    "epsilon", "keep", "t_star", "rate", "cap", "bound", "kappa", "lam", "threshold",
 )  # fmt: skip
 
 
@@ -136,14 +131,14 @@ def numbers(rule: str, hyper: Tensor, decoupled: bool) -> list[float]:
     t_star = math.sqrt(1 - root_epsilon) if root_epsilon <= 1 else math.nan
     return [
         lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 0.0 if before else weight_decay, shrink if before else 1.0,
-        epsilon, root_epsilon, t_star, rate, cap, bound, kappa, lam, threshold,
+        epsilon, 1 / (1 + kappa), t_star, rate, cap, bound, kappa, lam, threshold,
     ]  # fmt: skip
 
 
 @triton.jit
 def write_numbers_kernel(
     out_ptr, lr, beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps, decay, shrink,
-    epsilon, root_epsilon, t_star, rate, cap, bound, kappa, lam, threshold,
+    epsilon, keep, t_star, rate, cap, bound, kappa, lam, threshold,
 ):  # fmt: skip
     tl.store(out_ptr, lr)
     tl.store(out_ptr + 1, beta1)
@@ -154,7 +149,7 @@ def write_numbers_kernel(
     tl.store(out_ptr + 6, decay)
     tl.store(out_ptr + 7, shrink)
     tl.store(out_ptr + 8, epsilon)
-    tl.store(out_ptr + 9, root_epsilon)
+    tl.store(out_ptr + 9, keep)
     tl.store(out_ptr + 10, t_star)
     tl.store(out_ptr + 11, rate)
     tl.store(out_ptr + 12, cap)
@@ -172,7 +167,6 @@ def derive_numbers_kernel(out_ptr, hyper_ptr, SPLITTING: tl.constexpr, DECAY_BEF
     beta2 = tl.load(hyper_ptr + 2)
     weight_decay = tl.load(hyper_ptr + 4)
     epsilon = tl.load(hyper_ptr + 5)
-    root_epsilon = tl.sqrt(epsilon)
     tl.store(out_ptr, lr.to(tl.float32))
     tl.store(out_ptr + 1, beta1.to(tl.float32))
     tl.store(out_ptr + 2, (1.0 - beta1).to(tl.float32))
@@ -189,8 +183,8 @@ def derive_numbers_kernel(out_ptr, hyper_ptr, SPLITTING: tl.constexpr, DECAY_BEF
         tl.store(out_ptr + 6, weight_decay.to(tl.float32))
         tl.store(out_ptr + 7, 1.0)
     tl.store(out_ptr + 8, epsilon.to(tl.float32))
-    tl.store(out_ptr + 9, root_epsilon.to(tl.float32))
-    tl.store(out_ptr + 10, tl.sqrt(1.0 - root_epsilon).to(tl.float32))
+    tl.store(out_ptr + 9, (1.0 / (1.0 + tl.load(hyper_ptr + 9))).to(tl.float32))
+    tl.store(out_ptr + 10, tl.sqrt(1.0 - tl.sqrt(epsilon)).to(tl.float32))
     for k in tl.static_range(6):
         tl.store(out_ptr + 11 + k, tl.load(hyper_ptr + 6 + k).to(tl.float32))
 
@@ -256,10 +250,9 @@ def stochastic_bfloat16(x, first, step, index, seed, BLOCK: tl.constexpr):
     random = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
     bits = x.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    largest = tl.where(size > 0x7F7FFFFF, size, 0x7F7FFFFF)  # infinity and NaN as they are
-    rounded = size + random
-    rounded = tl.where(rounded < largest, rounded, largest)
-    return ((bits & 0x80000000 | rounded) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    special = tl.where(size > 0x7F800000, 0x7FC00000, tl.where(size == 0x7F800000, size, 0x7F7F0000))
+    rounded = tl.where(size < 0x7F7F0000, bits + random, bits & 0x80000000 | special)
+    return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -314,19 +307,18 @@ def stam_point(x, d, hi, half, last, limit, lr, shrink, lam, RULE: tl.constexpr,
 
 @triton.jit
 def stam_step(
-    x, d, hi_before, half_before, hi, half, last, limit, lr, shrink, kappa, lam,
+    x, d, hi_before, half_before, hi, half, last, limit, lr, shrink, kappa, keep, lam,
     RULE: tl.constexpr, BINARY: tl.constexpr,
 ):  # fmt: skip
     """(the new latent, the weight)"""
     point = stam_point(x, d, hi_before, half_before, last, limit, lr, shrink, lam, RULE, BINARY)
-    hard = kappa > 3.4e38
     if RULE == "splitting":
         y = maximum(minimum(x * shrink, hi_before), -hi_before)
-        latent = relax(point, project(point, hi, half, last, BINARY), kappa, hard) + (x - y)
+        latent = relax(point, project(point, hi, half, last, BINARY), kappa, keep) + (x - y)
         weight = maximum(minimum(latent * shrink, hi), -hi)
     else:
         latent = point
-        weight = relax(latent, project(latent, hi, half, last, BINARY), kappa, hard)
+        weight = relax(latent, project(latent, hi, half, last, BINARY), kappa, keep)
     return latent, weight
 
 
@@ -334,7 +326,7 @@ def stam_step(
 def step_block(
     row_ptr, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps, decay, shrink,
-    epsilon, root_epsilon, t_star, rate, cap, bound, kappa, lam, threshold,
+    epsilon, keep, t_star, rate, cap, bound, kappa, lam, threshold,
     RULE: tl.constexpr, BINARY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     ADAM: tl.constexpr, HAS_LATENT: tl.constexpr, HAS_SIGMA: tl.constexpr, STOCHASTIC: tl.constexpr,
     PARAM_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ONE_SCALE: tl.constexpr, SMALL: tl.constexpr,
@@ -388,6 +380,7 @@ def step_block(
             hi = tl.load(scale_ptr + at, mask=inside, other=1.0) * level_factor
         half = tl.div_rn(hi, intervals)
         one = 0.0 * half + 1.0
+        nearest = t_star * half  # a weight is feasible from this distance on
 
     if RULE == "base" or RULE == "prox":
         g = g + decay * w
@@ -395,9 +388,8 @@ def step_block(
         w = w * shrink
         offset = w - cell_middle(w, hi, half, last, BINARY)
         safe_lr = tl.where(lr != 0.0, lr, 1.0)
-        least = tl.div_rn(least_step(offset, half, one, epsilon, root_epsilon, rate, cap), safe_lr)
-        constrained = -turned_by(offset, maximum(-turned_by(offset, g), least))
-        g = tl.where(lr != 0.0, constrained, g)
+        least = tl.div_rn(restoring_step(tl.abs(offset), half, one, epsilon, rate, cap), safe_lr)
+        g = tl.where(lr != 0.0, -at_least(-g, offset, least, nearest), g)
 
     d, m, v = base_direction(
         g, m, v, beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1, correction2,
@@ -415,9 +407,8 @@ def step_block(
         w = w * shrink
         velocity = -lr * (d + decay * w)
         offset = w - cell_middle(w, hi, half, last, BINARY)
-        least = least_step(offset, half, one, epsilon, root_epsilon, rate, cap)
-        outward = maximum(turned_by(offset, velocity), least)
-        latent = maximum(minimum(w + turned_by(offset, outward), hi), -hi)
+        least = restoring_step(tl.abs(offset), half, one, epsilon, rate, cap)
+        latent = maximum(minimum(w + at_least(velocity, offset, least, nearest), hi), -hi)
         weight = latent
     elif RULE == "askew_gradient":
         latent = maximum(minimum(w - lr * (d + decay * w), hi), -hi)
@@ -427,13 +418,12 @@ def step_block(
         latent = maximum(minimum(w * shrink - lr * d, limit), -limit)
         middle = cell_middle(latent, hi, half, last, BINARY)
         offset = latent - middle
-        distance = maximum(minimum(tl.abs(offset), half), t_star * half)
+        distance = maximum(minimum(tl.abs(offset), half), nearest)
         if rate <= 3.4028234663852886e38:
             before = read(param_ptr, i, inside, WHOLE)
             reached = tl.abs(before - cell_middle(before, hi, half, last, BINARY))
-            u = u_of(reached, half, one)
-            reached = minimum(distance, reached + restoring_step(reached, u, half, epsilon, rate, cap))
-            distance = tl.where(u > root_epsilon, reached, distance)
+            farthest = reached + restoring_step(reached, half, one, epsilon, rate, cap)
+            distance = tl.where(reached < nearest, minimum(distance, farthest), distance)
         weight = middle + tl.where(offset >= 0.0, 1.0, -1.0) * distance
     elif RULE == "prox":
         p = w * shrink - lr * d
@@ -452,7 +442,7 @@ def step_block(
             hi_before = tl.load(before_ptr + at, mask=inside, other=1.0) * level_factor
         half_before = tl.div_rn(hi_before, intervals)
         latent, weight = stam_step(
-            w, d, hi_before, half_before, hi, half, last, limit, lr, shrink, kappa, lam, RULE, BINARY
+            w, d, hi_before, half_before, hi, half, last, limit, lr, shrink, kappa, keep, lam, RULE, BINARY
         )
 
     if HAS_LATENT:
@@ -493,7 +483,7 @@ def step_kernel(
     decay = tl.load(numbers_ptr + 6)
     shrink = tl.load(numbers_ptr + 7)
     epsilon = tl.load(numbers_ptr + 8)
-    root_epsilon = tl.load(numbers_ptr + 9)
+    keep = tl.load(numbers_ptr + 9)
     t_star = tl.load(numbers_ptr + 10)
     rate = tl.load(numbers_ptr + 11)
     cap = tl.load(numbers_ptr + 12)
@@ -507,7 +497,7 @@ def step_kernel(
             step_block(
                 row_ptr, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps, decay, shrink,
-                epsilon, root_epsilon, t_star, rate, cap, bound, kappa, lam, threshold,
+                epsilon, keep, t_star, rate, cap, bound, kappa, lam, threshold,
                 RULE, BINARY, HAS_MOMENTUM, NESTEROV, ADAM, HAS_LATENT, HAS_SIGMA, STOCHASTIC,
                 PARAM_TYPE, MOMENTUM_TYPE, ONE_SCALE, SMALL, ALIGNED, True, BLOCK,
             )  # fmt: skip
@@ -515,7 +505,7 @@ def step_kernel(
             step_block(
                 row_ptr, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps, decay, shrink,
-                epsilon, root_epsilon, t_star, rate, cap, bound, kappa, lam, threshold,
+                epsilon, keep, t_star, rate, cap, bound, kappa, lam, threshold,
                 RULE, BINARY, HAS_MOMENTUM, NESTEROV, ADAM, HAS_LATENT, HAS_SIGMA, STOCHASTIC,
                 PARAM_TYPE, MOMENTUM_TYPE, ONE_SCALE, SMALL, ALIGNED, False, BLOCK,
             )  # fmt: skip
@@ -541,9 +531,7 @@ def stam_read(
     m = g
     if HAS_MOMENTUM:
         m = read(pointer(row_ptr, MOMENTUM, MOMENTUM_TYPE, ALIGNED), i, inside, False)
-    d, m, v = base_direction(
-        g, m, g, beta1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, HAS_MOMENTUM, NESTEROV, False
-    )
+    d, m, _ = base_direction(g, m, g, beta1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, HAS_MOMENTUM, NESTEROV, False)
     return x, d, m
 
 
@@ -567,6 +555,7 @@ def row_kernel(
     lr = tl.load(numbers_ptr)
     beta1 = tl.load(numbers_ptr + 1)
     shrink = tl.load(numbers_ptr + 7)
+    keep = tl.load(numbers_ptr + 9)
     bound = tl.load(numbers_ptr + 13)
     kappa = tl.load(numbers_ptr + 14)
     lam = tl.load(numbers_ptr + 15)
@@ -598,7 +587,7 @@ def row_kernel(
         hi = scale * level_factor
         half = tl.div_rn(hi, intervals)
         latent, weight = stam_step(
-            x, d, hi_before, half_before, hi, half, last, limit, lr, shrink, kappa, lam, RULE, BINARY
+            x, d, hi_before, half_before, hi, half, last, limit, lr, shrink, kappa, keep, lam, RULE, BINARY
         )
         if HAS_MOMENTUM:
             write(pointer(row_ptr, MOMENTUM, MOMENTUM_TYPE, ALIGNED), i, m, inside, False)
@@ -915,7 +904,9 @@ def fused_step(
                 num_warps=_warps(ROW_BLOCK),
             )
         for table in plan.long.values():
-            finish_kernel[(table.programs,)](**of(table), found_inf_ptr=found_inf, PART=ROW_BLOCK, BLOCK=BLOCK)
+            finish_kernel[(table.programs,)](
+                **of(table), found_inf_ptr=found_inf, PART=ROW_BLOCK, BLOCK=BLOCK
+            )
         for (aligned, one_scale, small), table in plan.chunks.items():
             step_kernel[(table.programs,)](
                 **of(table),

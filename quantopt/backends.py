@@ -39,47 +39,39 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(
-    operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto", *, rule: str = ""
-) -> Choice:
+def choose(operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto") -> Choice:
     """The backend for ``operation`` (one of :data:`OPERATIONS`) on tensors of ``dtype`` on ``device``.
 
-    ``rule`` narrows fused_step. Raises ValueError for an unknown ``requested``, BackendError if it cannot run.
+    Raises ValueError for an unknown ``requested``, BackendError if it cannot run.
     """
     decide = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose  # dynamo traces no cache
     kind = device.type
     # os.environ is slow, and auto does not run Triton's interpreter on the CPU.
     ask = kind != "cpu" or requested != "auto"
-    return decide(
-        operation, kind, dtype, requested, rule, os.environ.get("TRITON_INTERPRET", "0") if ask else "0"
-    )
+    return decide(operation, kind, dtype, requested, os.environ.get("TRITON_INTERPRET", "0") if ask else "0")
 
 
 @functools.cache
-def _choose(
-    operation: str, device: str, dtype: torch.dtype, requested: str, rule: str, interpret: str
-) -> Choice:
+def _choose(operation: str, device: str, dtype: torch.dtype, requested: str, interpret: str) -> Choice:
     if requested == "auto":
         refusals = []
         for name in ("cpu", "cuda", "triton"):
             if (name == "cpu") != (device == "cpu"):
                 continue  # auto does not run Triton's interpreter
-            refusal = _refusal(operation, name, device, dtype, rule, interpret)
+            refusal = _refusal(operation, name, device, dtype, interpret)
             if refusal is None:
                 return Choice(name, f"the best for {device} tensors")
             refusals.append(f"{name}: {refusal}")
         return Choice("reference", "; ".join(refusals) or f"no kernels for {device} tensors")
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: use 'auto' or one of {BACKENDS}")
-    refusal = _refusal(operation, requested, device, dtype, rule, interpret)
+    refusal = _refusal(operation, requested, device, dtype, interpret)
     if refusal is not None:
         raise BackendError(f"backend={requested!r} cannot run {operation}: {refusal}")
     return Choice(requested, "asked for by name")
 
 
-def _refusal(
-    operation: str, backend: str, device: str, dtype: torch.dtype, rule: str, interpret: str
-) -> str | None:
+def _refusal(operation: str, backend: str, device: str, dtype: torch.dtype, interpret: str) -> str | None:
     """Why ``backend`` cannot run the operation, or None if it can."""
     if backend == "reference":
         return None

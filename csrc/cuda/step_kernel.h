@@ -223,10 +223,20 @@ __device__ __forceinline__ Raw<N> narrow_stochastic(const Floats<N>& x, const Ph
     raw.word[0] =
         bfloat16_stochastic(bits_of(x.at[0]), (lane < 4 ? first : last) >> (lane % 2 * 16) & 0xFFFFu);
   } else {
+    const auto round = [&](auto rounded) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      const uint32_t low = bfloat16_stochastic(bits_of(x.at[n]), random[n / 2] & 0xFFFFu);
-      raw.word[n / 2] = low | bfloat16_stochastic(bits_of(x.at[n + 1]), random[n / 2] >> 16) << 16;
+      for (int n = 0; n < N; n += 2) {
+        const uint32_t low = rounded(bits_of(x.at[n]), random[n / 2] & 0xFFFFu);
+        raw.word[n / 2] = low | rounded(bits_of(x.at[n + 1]), random[n / 2] >> 16) << 16;
+      }
+    };
+    bool special = false;
+#pragma unroll
+    for (int n = 0; n < N; ++n) special |= (bits_of(x.at[n]) & 0x7FFFFFFFu) >= kBFloat16Top;
+    if (special) {
+      round([](uint32_t bits, uint32_t half) { return bfloat16_stochastic(bits, half); });
+    } else {
+      round([](uint32_t bits, uint32_t half) { return bfloat16_stochastic_finite(bits, half); });
     }
   }
   return raw;
@@ -571,7 +581,7 @@ __device__ __forceinline__ void step_chunk(const StepParams& params, const StepT
 }
 
 template <class Maker, class D, Storage S>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(S))
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(S, D::kSecond))
     step_kernel(const __grid_constant__ StepTable table, const __grid_constant__ StepParams params,
                 const __grid_constant__ typename Maker::Constants constants) {
   if (skipped(params)) return;

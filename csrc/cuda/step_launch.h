@@ -49,8 +49,8 @@ __host__ __device__ constexpr bool is_bfloat16(Storage storage) {
 __host__ __device__ constexpr int vector_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 8; }
 
 // Blocks that share a processor, at least: as many as the registers allow without spills.
-__host__ __device__ constexpr int blocks_per_processor(Storage storage) {
-  return storage == Storage::kAny ? 2 : 3;
+__host__ __device__ constexpr int blocks_per_processor(Storage storage, bool adam) {
+  return storage == Storage::kAny || (adam && is_bfloat16(storage)) ? 2 : 3;
 }
 
 struct StepTensor {

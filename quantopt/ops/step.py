@@ -79,7 +79,7 @@ def fused_step(
     if not params:
         return
     dtype = momentums[0].dtype if momentums and momentums[0].element_size() == 2 else params[0].dtype
-    choice = backends.choose("fused_step", params[0].device, dtype, backend, rule=rule)
+    choice = backends.choose("fused_step", params[0].device, dtype, backend)
     lists = (params, grads, momentums, seconds, latents, scales, sigmas, steps)
     if choice.name == "reference":
         _reference_step(rule, *lists, hyper, **options)

@@ -11,12 +11,6 @@ import quantopt
 from quantopt import _extension, backends
 
 _PACKAGES = ("numpy", "safetensors", "triton", "scikit-learn", "matplotlib", "pillow", "tqdm")
-_RULES = {
-    "AskewSGD": "askew",
-    "AskewSGD(memory=True)": "askew_memory",
-    "STAM": "alternating",
-    "bits=0": "base",
-}
 
 
 def describe() -> dict[str, Any]:
@@ -70,13 +64,10 @@ def _cuda() -> dict[str, Any]:
 
 
 def _choices(device: str) -> list[tuple[str, backends.Choice]]:
-    rows = []
-    for operation in backends.OPERATIONS:
-        rules = _RULES if operation == "fused_step" else {"": ""}
-        for name, rule in rules.items():
-            choice = backends.choose(operation, torch.device(device), torch.float32, rule=rule)
-            rows.append((f"{operation} {name}".strip(), choice))
-    return rows
+    return [
+        (operation, backends.choose(operation, torch.device(device), torch.float32))
+        for operation in backends.OPERATIONS
+    ]
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -126,12 +126,10 @@ def build(
             lr, weight_decay = lr / variance, weight_decay * variance
         options = dict(recipe.options, momentum=MOMENTUM, weight_decay=weight_decay, backend=backend)
         optimizer = recipe.make(groups, lr=lr, **options)
-        for group in (
-            optimizer.param_groups
-        ):  # a backend that cannot run the rule is refused now, not at the first step
-            rule = optimizer._rule(group) if group["bits"] != 0 else "base"
+        # A backend that cannot run is refused now, not at the first step.
+        for group in optimizer.param_groups:
             weight = group["params"][0]
-            choose("fused_step", weight.device, weight.dtype, backend, rule=rule)
+            choose("fused_step", weight.device, weight.dtype, backend)
         anneal = quantopt.Anneal(optimizer, total_steps=total_steps) if recipe.relaxation else None
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule(step, total_steps, recipe.warmup)
