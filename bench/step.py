@@ -1,6 +1,6 @@
 """Speed of the fused optimizer step against torch's optimizers, torch.compile of the reference, and the reference.
 
-    python bench/step.py [--threads N] [--json FILE] [--only CASE ...]
+    python bench/step.py [--device cuda] [--threads N] [--json FILE] [--only CASE ...]
 
 One process, one device, the peers of a case interleaved, medians. `flat` cases are one buffer, on which all peers work
 (where three large arrays lie relative to each other is worth 20 % on some machines); `list` cases are whole
@@ -225,11 +225,20 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
-    parser.add_argument("--only", nargs="+", metavar="CASE", choices=list(cases()), help="some of the cases")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="some of the cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bench/step_cuda.py")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", module="torch._inductor")
+    if arguments.device == "cuda":
+        import step_cuda
+
+        step_cuda.main(arguments.json, arguments.only)
+        return
+    unknown = set(arguments.only or ()) - set(cases())
+    if unknown:
+        parser.error(f"--only {sorted(unknown)}: the cases are {list(cases())}")
     rows: list[dict[str, Any]] = []
     for name, case in cases().items():
         if arguments.only is None or name in arguments.only:

@@ -1,0 +1,43 @@
+"""Every kind of fused step once, on small tensors on the GPU, for compute-sanitizer; with --profile the main kernels on
+large ones, for ncu.
+
+    compute-sanitizer --tool memcheck python bench/small_steps.py
+    ncu --clock-control none -k regex:_kernel python bench/small_steps.py --profile
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import step_cases
+
+SHAPES = ((5, 13, 3), (129,), (0, 4), (8, 16), (7, 1031), (2, 5000))
+PROFILED = (
+    step_cases.Case("askew", 2, "momentum", "tensor"),
+    step_cases.Case("askew", 2, "momentum", "tensor", step_cases.BF16, step_cases.BF16, seed=1),
+    step_cases.Case("splitting", 2, "momentum", "tensor"),
+    step_cases.Case("alternating", 2, "momentum", "channel", moving_levels=True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", action="store_true")
+    profile = parser.parse_args().profile
+    cases = PROFILED if profile else list(step_cases.all_cases())
+    for case in cases:
+        for offset in (0,) if profile else (0, 1):
+            inputs = step_cases.make(case, [(16384, 4096)] if profile else SHAPES, "cuda", offset)
+            step_cases.run(torch.ops.quantopt.fused_step, case, inputs)
+    torch.cuda.synchronize()
+    print(f"{len(cases)} cases ran")
+
+
+if __name__ == "__main__":
+    main()
