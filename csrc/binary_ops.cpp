@@ -277,7 +277,7 @@ void run_linear(const Weights& w, const at::Tensor& values, const at::Tensor& ro
     check_tiles(layout, p.planes, w.outputs, w.inputs);
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   }
-  if (w.group_size != 0 || !run_on_amx(isa, quantopt::amx::as_conv(p))) run(kernels, p);
+  if (w.group_size != 0 || !run_on_amx(isa, quantopt::as_conv(p))) run(kernels, p);
 }
 
 at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,

@@ -12,24 +12,18 @@
 #include <cstring>
 
 #include "cpu/kernels/amx_tile.h"
+#include "cpu/kernels/binary_expand.h"
 #include "cpu/kernels/binary_finish.h"
-#include "cpu/kernels/binary_linear.h"
 
 namespace quantopt::amx {
 namespace {
 
-constexpr int64_t kTile = 16;  // rows of a tile
-constexpr int64_t kStep = 64;  // bytes of a row of a tile: activations of one product
+constexpr int64_t kTile = kQuarters;  // rows of a tile
 constexpr int64_t kTileBytes = kTile * kStep;
-constexpr int64_t kPanelSteps = 8;          // steps that are expanded together
-constexpr int64_t kStepWords = kStep / 16;  // words of weights of one step
+constexpr int64_t kPanelSteps = 8;  // steps that are expanded together
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
-
-// The activations that make up a row: the channels of each kernel position, filled up to whole words.
-inline int64_t row_words(const BinaryConv& c) { return c.kernel[0] * c.kernel[1] * tile_words(c.channels); }
-inline int64_t row_steps(const BinaryConv& c) { return up(row_words(c), kStepWords) / kStepWords; }
 
 struct Memory {
   int8_t* rows;   // [tile of rows][step][row][byte]
@@ -85,64 +79,6 @@ void gather(const BinaryConv& c, int64_t begin, int64_t end, int8_t* out) {
       }
     }
     for (; word < steps * kStepWords; word += size) copy<size>(nullptr, 0, place());
-  }
-}
-
-// The words of weights `word` (of the row) of 32 rows; zero beyond the last.
-struct Words {
-  const BinaryConv& c;
-  int64_t tile, per_tap, taps, tap_size, band, width;
-
-  Words(const BinaryConv& conv, int64_t tile)
-      : c(conv),
-        tile(tile),
-        per_tap(tile_words(conv.channels)),
-        taps(conv.kernel[0] * conv.kernel[1]),
-        tap_size(tile_count(conv.outputs) * kTileRows * tile_words(conv.channels)),
-        band(tile / kBandTiles * kBandTiles),
-        width(band_tiles(conv.outputs, band)) {}
-
-  __m512i operator()(int64_t plane, int64_t word) const {
-    if (word >= taps * per_tap) return _mm512_setzero_si512();
-    const int64_t tap = word / per_tap, in_tap = word % per_tap, chunk = in_tap / kChunkWords;
-    return _mm512_loadu_si512(c.tiles + (plane * taps + tap) * tap_size +
-                              band_offset(c.outputs, c.channels, 0, chunk * kChunkWidth, band) +
-                              (in_tap % kChunkWords * width + tile - band) * kTileRows);
-  }
-};
-
-// Weights of steps [begin, begin + count) of the 32 rows of a tile, as signed bytes.
-void expand(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, int8_t* panel) {
-  // Quarter t of a word: its nibble t in the four bytes of each row.
-  __m512i spread[2], bit[2];
-  for (int i = 0; i < 2; ++i) {
-    spread[i] =
-        _mm512_broadcast_i32x4(_mm_setr_epi32(0x00000000 + 0x01010101 * i, 0x04040404 + 0x01010101 * i,
-                                              0x08080808 + 0x01010101 * i, 0x0C0C0C0C + 0x01010101 * i));
-    bit[i] = _mm512_set1_epi32(static_cast<int>(0x08040201u << (4 * i)));
-  }
-  for (int64_t step = 0; step < count; ++step, panel += 2 * kTileBytes) {
-    for (int64_t word = 0; word < kStepWords; ++word) {
-      for (int half = 0; half < 2; ++half) {
-        __m512i value[4];
-        for (__m512i& v : value) v = _mm512_setzero_si512();
-        for (int64_t plane = 0; plane < c.planes; ++plane) {
-          const __m512i all = words(plane, (begin + step) * kStepWords + word);
-          const __m512i rows = _mm512_cvtepu16_epi32(half == 0 ? _mm512_castsi512_si256(all)
-                                                               : _mm512_extracti64x4_epi64(all, 1));
-          const char weight = static_cast<char>(c.plane_weights[plane]);
-          const __m512i plus = _mm512_set1_epi8(weight), minus = _mm512_set1_epi8(static_cast<char>(-weight));
-          for (int t = 0; t < 4; ++t) {
-            const __mmask64 ones =
-                _mm512_test_epi8_mask(_mm512_shuffle_epi8(rows, spread[t / 2]), bit[t % 2]);
-            value[t] = _mm512_add_epi8(value[t], _mm512_mask_blend_epi8(ones, minus, plus));
-          }
-        }
-        for (int t = 0; t < 4; ++t) {
-          _mm512_storeu_si512(panel + half * kTileBytes + (4 * word + t) * kStep, value[t]);
-        }
-      }
-    }
   }
 }
 
@@ -208,7 +144,7 @@ void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t til
   const TileConfig last = config_of(least(rest, kTile), rest > kTile ? rest - kTile : 0);
   for (int64_t step = 0; step < steps; step += kPanelSteps) {
     const int64_t count = least(kPanelSteps, steps - step);
-    expand(c, words, step, count, memory.panel);
+    expand<false>(c, words, step, count, memory.panel);
     for (int64_t m = 0; m < rows; m += 2 * kTile) {
       if (m == 0 && pairs > 0) tile_configure(full);
       if (m == pairs) tile_configure(last);
