@@ -95,8 +95,9 @@ NVCC_FLAGS = [
     "-Xfatbin",
     "-compress-all",
 ]
-# First word of a CUDA file -> additional flags. The steps wait for memory: exact, unfused arithmetic is free.
-CUDA_FLAGS = {"step": ["-fmad=false"]}
+# First word of a CUDA file -> additional flags. The steps wait for memory: exact, unfused arithmetic is free. In the
+# products it keeps the quantisation and what follows the sums as on the CPU.
+CUDA_FLAGS = {"step": ["-fmad=false"], "binary": ["-fmad=false"]}
 
 
 def jobs() -> int:
