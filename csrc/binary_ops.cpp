@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "core/activation.h"
+#include "binary_arguments.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/binary_amx.h"
 #include "cpu/kernels/binary_conv.h"
@@ -25,6 +25,7 @@
 
 namespace {
 
+using quantopt::BinaryArguments;
 using quantopt::BinaryConv;
 using quantopt::BinaryLinear;
 using quantopt::Isa;
@@ -128,26 +129,14 @@ at::Tensor binary_tiles_with(const Kernels& kernels, const at::Tensor& bits, int
   return tiles;
 }
 
-// bits [N, ceil(K / 8)] or [P, N, ceil(K / 8)], dense.
-at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
-  TORCH_CHECK_VALUE(in_features >= 0, "quantopt: in_features must be at least 0, not ", in_features);
-  TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, "quantopt: bits must be uint8, not ", bits.scalar_type());
-  TORCH_CHECK_VALUE(bits.dim() == 2 || bits.dim() == 3,
-                    "quantopt: bits must be [N, ceil(K/8)] or [P, N, ceil(K/8)], not ", bits.sizes());
-  TORCH_CHECK_VALUE(bits.size(-1) == (in_features + 7) / 8, "quantopt: bits have ", bits.size(-1),
-                    " bytes per row, in_features=", in_features, " needs ", (in_features + 7) / 8);
-  return bits.contiguous();
-}
-int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : bits.size(0); }
-
 at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
-  const at::Tensor dense = check_bits(bits, in_features);
+  const at::Tensor dense = quantopt::check_bits(bits, in_features);
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
   BinaryLinear ungrouped{};
   // Instruction sets that run on the bits themselves need no tiles.
   if (!kernels.uses_tiles(ungrouped)) return at::empty({0}, at::TensorOptions().dtype(at::kShort));
-  return binary_tiles_with(kernels, dense, planes_of(dense), dense.size(-2), in_features);
+  return binary_tiles_with(kernels, dense, quantopt::planes_of(dense), dense.size(-2), in_features);
 }
 
 void check_tiles(const at::Tensor& tiles, int64_t planes, int64_t outputs, int64_t inputs) {
@@ -155,76 +144,6 @@ void check_tiles(const at::Tensor& tiles, int64_t planes, int64_t outputs, int64
       planes * quantopt::tile_count(outputs) * quantopt::tile_words(inputs) * quantopt::kTileRows;
   TORCH_CHECK_VALUE(tiles.scalar_type() == at::kShort && tiles.is_contiguous() && tiles.numel() == size,
                     "quantopt: tiles do not belong to these bits; derive them anew from the bits");
-}
-
-// What both products are given besides x: checked, dense and fp32.
-struct Weights {
-  at::Tensor bits;
-  at::Tensor scale;
-  at::Tensor bias;  // undefined: none
-  std::vector<int32_t> plane_weights;
-  int64_t outputs;
-  int64_t inputs;
-  int64_t group_size;
-  int64_t groups;
-  bool quantize;  // compute = int8
-  quantopt::Activation activation;
-
-  int64_t planes() const { return static_cast<int64_t>(plane_weights.size()); }
-  int64_t scale_stride() const { return group_size == 0 && scale.numel() == 1 ? 0 : groups; }
-  const float* bias_or_null() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
-};
-
-Weights check_weights(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
-                      const std::optional<at::Tensor>& bias, int64_t in_features,
-                      at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
-                      c10::string_view activation) {
-  Weights w;
-  w.bits = check_bits(bits, in_features);
-  w.outputs = w.bits.size(-2);
-  w.inputs = in_features;
-  w.group_size = group_size;
-  TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
-  w.groups = group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
-  TORCH_CHECK_TYPE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
-      "quantopt: x must be float32, bfloat16 or float16, not ", x.scalar_type());
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "quantopt: scale must be float32, not ",
-                   scale.scalar_type());
-  if (group_size > 0) {
-    TORCH_CHECK_VALUE(scale.dim() == 2 && scale.size(0) == w.outputs && scale.size(1) == w.groups,
-                      "quantopt: with group_size=", group_size, " scale must be [", w.outputs, ", ", w.groups,
-                      "], not ", scale.sizes());
-  } else {
-    TORCH_CHECK_VALUE(scale.dim() == 1 && (scale.size(0) == 1 || scale.size(0) == w.outputs),
-                      "quantopt: scale must be [1] or [", w.outputs, "], not ", scale.sizes());
-  }
-  w.scale = scale.contiguous();
-  if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.outputs, "quantopt: bias must be [", w.outputs,
-                      "], not ", bias->sizes());
-    w.bias = bias->to(at::kFloat).contiguous();
-  }
-  w.quantize = compute == "int8";
-  TORCH_CHECK_VALUE(w.quantize || compute == "exact",
-                    "quantopt: compute must be \"exact\" or \"int8\", not \"", std::string(compute), "\"");
-  TORCH_CHECK_VALUE(quantopt::find_activation(activation, w.activation),
-                    "quantopt: activation must be \"none\", \"relu\", \"gelu\" or \"silu\", not \"",
-                    std::string(activation), "\"");
-  TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == planes_of(w.bits),
-                    "quantopt: ", plane_weights.size(), " plane_weights for ", planes_of(w.bits),
-                    " planes of bits");
-  int64_t total = 0;
-  for (int64_t weight : plane_weights) {
-    TORCH_CHECK_VALUE(weight >= 1 && weight <= 128, "quantopt: plane_weights must be in 1..128, not ",
-                      weight);
-    w.plane_weights.push_back(static_cast<int32_t>(weight));
-    total += weight;
-  }
-  TORCH_CHECK_VALUE(!w.quantize || in_features * 127 * total < (int64_t{1} << 31),
-                    "quantopt: in_features=", in_features,
-                    " is too large for the 32-bit sums of compute=\"int8\"; use compute=\"exact\"");
-  return w;
 }
 
 // Each of `rows` rows of x as int8, and their scales in `row_scale`.
@@ -246,7 +165,7 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, at::Tensor& row_scal
 
 // y = x W^T + b for `rows` rows of values: fp32, or int8 with row_scale. The layout is derived if tiles are
 // not given.
-void run_linear(const Weights& w, const at::Tensor& values, const at::Tensor& row_scale, int64_t rows,
+void run_linear(const BinaryArguments& w, const at::Tensor& values, const at::Tensor& row_scale, int64_t rows,
                 const std::optional<at::Tensor>& tiles, at::Tensor& y) {
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
@@ -284,8 +203,8 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
                          const std::optional<at::Tensor>& bias, int64_t in_features,
                          at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
                          const std::optional<at::Tensor>& tiles, c10::string_view activation) {
-  const Weights w =
-      check_weights(x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation);
+  const BinaryArguments w =
+      quantopt::check_binary(x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
                     "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
                     x.sizes());
@@ -302,7 +221,7 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
 }
 
 // W as fp32 [N, K]: with its scales if grouped, else without.
-at::Tensor dense(const Weights& w) {
+at::Tensor dense(const BinaryArguments& w) {
   at::Tensor result = at::zeros({w.outputs, w.inputs}, at::TensorOptions().dtype(at::kFloat));
   const int64_t bytes = w.bits.size(-1);
   const uint8_t* bits = w.bits.const_data_ptr<uint8_t>();
@@ -333,7 +252,7 @@ void activate_by_library(quantopt::Activation activation, at::Tensor& y) {
 }
 
 // The library's convolution with W expanded, x in fp32 and channels last.
-at::Tensor conv_by_library(const at::Tensor& x, const Weights& w, const at::Tensor& x_scale,
+at::Tensor conv_by_library(const at::Tensor& x, const BinaryArguments& w, const at::Tensor& x_scale,
                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups) {
   const at::Tensor weight = dense(w).view({w.outputs, x.size(1) / groups, kernel[0], kernel[1]});
@@ -362,7 +281,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
                     " does not divide the ", x.size(1), " channels of x");
   const int64_t channels = x.size(1) / groups;
-  const Weights w = check_weights(x, bits, scale, bias, channels * kernel[0] * kernel[1], plane_weights,
+  const BinaryArguments w = quantopt::check_binary(x, bits, scale, bias, channels * kernel[0] * kernel[1], plane_weights,
                                   group_size, compute, activation);
   TORCH_CHECK_VALUE(w.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ", w.outputs,
                     " output channels");

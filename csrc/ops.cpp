@@ -49,7 +49,14 @@ TORCH_LIBRARY(quantopt, m) {
       "int[] padding, "
       "int[] dilation, int groups, int[] plane_weights, int group_size=0, str compute=\"exact\", Tensor? "
       "tiles=None, str activation=\"none\") -> Tensor");
-  // The order of bits that the CPU kernels read, int16 [P, size]; empty where they read bits itself.
+  // binary_linear by a kernel of csrc/cuda/binary_dispatch.h ("gemv", "mma", "library"), mma divided by one
+  // of its shapes into so many parts of K (shape=-1: as planned): for measurements and tests, on CUDA.
+  m.def(
+      "binary_linear_by(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
+      "plane_weights, str kernel, int shape=-1, int splits=1, "
+      "int group_size=0, str compute=\"exact\", Tensor? tiles=None, str activation=\"none\") -> Tensor");
+  // The order of bits that the kernels read: on the CPU int16 [P, size], empty where they read bits itself;
+  // on CUDA int32 [P, size].
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
   // The instruction set that the CPU kernels use now; an error if QUANTOPT_CPU_ISA is unknown or unsupported.
   m.def("cpu_isa() -> str", &cpu_isa);

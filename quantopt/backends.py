@@ -22,9 +22,13 @@ _COVERS = {
     ("fused_step", "cuda"),
     ("fused_step", "triton"),
     ("binary_linear", "cpu"),
+    ("binary_linear", "cuda"),
+    ("binary_linear", "triton"),
+    ("binary_linear_odd_groups", "cpu"),
     ("binary_conv2d", "cpu"),
 }
-OPERATIONS = ("fused_step", "binary_linear", "binary_conv2d")
+# binary_linear_odd_groups: with scales that are not shared by 32, 64, 128, ... weights, or more than 8 planes.
+OPERATIONS = ("fused_step", "binary_linear", "binary_linear_odd_groups", "binary_conv2d")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,30 +52,49 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, requested: 
     kind = device.type
     # os.environ is slow, and auto does not run Triton's interpreter on the CPU.
     ask = kind != "cpu" or requested != "auto"
-    return decide(operation, kind, dtype, requested, os.environ.get("TRITON_INTERPRET", "0") if ask else "0")
+    interpret = os.environ.get("TRITON_INTERPRET", "0") if ask else "0"
+    capability = _capability(device.index) if kind == "cuda" else 0
+    return decide(operation, kind, dtype, requested, interpret, capability)
+
+
+_CAPABILITIES: dict[int | None, int] = {}  # a plain dict, which dynamo traces
+
+
+def _capability(index: int | None) -> int:
+    """Compute capability of a CUDA device: 80, 90, ...; 0 where there is none to ask."""
+    if index not in _CAPABILITIES:
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            return 0
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+        _CAPABILITIES[index] = 10 * int(properties.major) + int(properties.minor)
+    return _CAPABILITIES[index]
 
 
 @functools.cache
-def _choose(operation: str, device: str, dtype: torch.dtype, requested: str, interpret: str) -> Choice:
+def _choose(
+    operation: str, device: str, dtype: torch.dtype, requested: str, interpret: str, capability: int = 0
+) -> Choice:
     if requested == "auto":
         refusals = []
         for name in ("cpu", "cuda", "triton"):
             if (name == "cpu") != (device == "cpu"):
                 continue  # auto does not run Triton's interpreter
-            refusal = _refusal(operation, name, device, dtype, interpret)
+            refusal = _refusal(operation, name, device, dtype, interpret, capability)
             if refusal is None:
                 return Choice(name, f"the best for {device} tensors")
             refusals.append(f"{name}: {refusal}")
         return Choice("reference", "; ".join(refusals) or f"no kernels for {device} tensors")
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: use 'auto' or one of {BACKENDS}")
-    refusal = _refusal(operation, requested, device, dtype, interpret)
+    refusal = _refusal(operation, requested, device, dtype, interpret, capability)
     if refusal is not None:
         raise BackendError(f"backend={requested!r} cannot run {operation}: {refusal}")
     return Choice(requested, "asked for by name")
 
 
-def _refusal(operation: str, backend: str, device: str, dtype: torch.dtype, interpret: str) -> str | None:
+def _refusal(
+    operation: str, backend: str, device: str, dtype: torch.dtype, interpret: str, capability: int
+) -> str | None:
     """Why ``backend`` cannot run the operation, or None if it can."""
     if backend == "reference":
         return None
@@ -91,4 +114,17 @@ def _refusal(operation: str, backend: str, device: str, dtype: torch.dtype, inte
             return f"it runs on {backend} tensors, not {device}"
         if backend == "cuda" and not _extension.build_info()["cuda_archs"]:
             return "the extension was built without CUDA; install the CUDA toolkit and rebuild with QUANTOPT_CUDA=1"
+        if backend == "cuda" and capability and not _built_for(capability):
+            return (
+                f"the extension was built for compute capability {_extension.build_info()['cuda_archs']}, the device "
+                f"has {capability}; rebuild with QUANTOPT_CUDA_ARCHS"
+            )
     return None
+
+
+def _built_for(capability: int) -> bool:
+    """Machine code of the same major version and no newer minor one, or PTX of the newest architecture."""
+    archs = [int(arch) for arch in _extension.build_info()["cuda_archs"] if arch.isdigit()]
+    return any(
+        arch <= capability and (arch // 10 == capability // 10 or arch == max(archs)) for arch in archs
+    )

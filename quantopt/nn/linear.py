@@ -134,13 +134,14 @@ class BinaryModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {"scale": self.scale, "bias": self.bias}
+        before = self.bits.device.type
         super()._apply(fn, recurse)
         for name, old in kept.items():  # scale and bias stay fp32 when a model is moved to bf16
             new = getattr(self, name)
             if new is not None and new.dtype != torch.float32 and not new.is_meta:
                 setattr(self, name, old.to(device=new.device))  # type: ignore[union-attr]
-        if self.tiles is None and self.bits.device.type == "cpu":
-            self.prepare()
+        if self.bits.device.type != before or (self.tiles is None and self.bits.device.type == "cpu"):
+            self.prepare()  # every kind of device has a layout of its own
         return self
 
 

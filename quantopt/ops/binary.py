@@ -5,11 +5,13 @@ One plane is a binary weight; b planes weighted 1, 2, 4, ... the uniform grid of
 ternary weight. Bits are plain row-major, least significant first, 1 = +1, in uint8 [N, ceil(K/8)] or, with P planes,
 [P, N, ceil(K/8)]; bits beyond K are ignored. Everything is derived from these, nothing else is saved.
 
-On the CPU the compiled kernels run; without the extension, on other devices and for float64 the reference does
-(quantopt/reference/binary.py). Source of the plane sum: docs/algorithms.md, section 1.
+On the CPU and on CUDA the compiled kernels run, on other GPUs those in Triton (quantopt/backends.py chooses); without
+them and for float64 the reference does (quantopt/reference/binary.py). conv2d on a GPU is the reference's, that is
+the library's convolution on expanded weights. Source of the plane sum: docs/algorithms.md, section 1.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +114,17 @@ def _check_product(
     return list(plane_weights)
 
 
-def _compiled(x: Tensor) -> bool:
-    return backends.choose("binary_linear", x.device, x.dtype).name == "cpu"
+def operation_of(group_size: int, planes: int) -> str:
+    """Which of :data:`quantopt.backends.OPERATIONS` a product is: the kernels of GPUs do not take all groups."""
+    even = group_size % 32 == 0 and group_size & (group_size - 1) == 0 and planes <= 8
+    return "binary_linear" if even else "binary_linear_odd_groups"
 
 
 def binary_tiles(bits: Tensor, in_features: int) -> Tensor | None:
-    """``bits`` in the order the CPU kernels read, derived once to be passed as ``tiles``; None where it is not used."""
+    """``bits`` in the order the kernels of their device read, to be passed as ``tiles``; None where it is not used."""
     _check_bits(bits, in_features, (2, 3))
-    if bits.device.type != "cpu" or _extension.error is not None:
+    chosen = backends.choose("binary_linear", bits.device, torch.float32).name
+    if chosen not in ("cpu", "cuda"):
         return None
     tiles: Tensor = torch.ops.quantopt.binary_tiles(bits, in_features)
     return tiles if tiles.numel() > 0 else None
@@ -215,22 +220,22 @@ def _forward(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
-    if not _compiled(x):
+    operation = operation_of(group_size, len(plane_weights))
+    backend = backends.choose(operation, x.device, x.dtype).name
+    if backend == "reference":
         return reference.binary_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation
         )
-    y: Tensor = torch.ops.quantopt.binary_linear.default(
-        x,
-        bits,
-        scale if scale.dtype == torch.float32 else scale.float(),
-        bias,
-        in_features,
-        plane_weights,
-        group_size,
-        compute,
-        tiles,
-        activation,
-    )
+    fp32 = scale if scale.dtype == torch.float32 else scale.float()
+    y: Tensor
+    if backend == "triton":
+        y = torch.ops.quantopt.binary_linear_triton(
+            x, bits, fp32, bias, in_features, plane_weights, group_size, compute, activation
+        )
+    else:
+        y = torch.ops.quantopt.binary_linear.default(
+            x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation
+        )
     return y
 
 
@@ -297,9 +302,11 @@ def binary_linear(
         activation: "none", "relu", "gelu" (exact, by erf: torch's approximate="none") or "silu", of the fp32 sums,
             before y is rounded to its type.
 
-    Returns y [..., N] of the type of x. Each sum is taken in an order that depends on K alone: the same bits for any
-    number of threads or rows. In "exact" mode infinities and NaN propagate as in a dense layer. Differentiable with
-    respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
+    Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
+    for any number of threads or rows. On a GPU the order depends on the sizes and the device, never on the run; in
+    "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
+    three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer.
+    Differentiable with respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
     """
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
@@ -407,7 +414,8 @@ def run_conv2d(
 ) -> Tensor:
     """:func:`binary_conv2d` without its checks, for modules that made them once (the operator checks x)."""
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if not _compiled(x) or (torch.is_grad_enabled() and needs_grad):
+    compiled = backends.choose("binary_conv2d", x.device, x.dtype).name == "cpu"
+    if not compiled or (torch.is_grad_enabled() and needs_grad):
         if compute == "int8" and x.requires_grad:  # straight through the rounding
             q, s = reference.quantize_rows(x.detach().flatten(-3))
             x = x + ((q * s).view(x.shape) - x).detach()
@@ -445,6 +453,37 @@ def run_conv2d(
         activation,
     )
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+# torch.library.custom_op would import triton with this module.
+_library = torch.library.Library("quantopt", "FRAGMENT")
+_library.define(
+    "binary_linear_triton(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] plane_weights, "
+    "int group_size, str compute, str activation) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "binary_linear_triton", "CUDA")
+def _(*arguments: Any) -> Tensor:
+    from quantopt.kernels import binary_linear as kernels
+
+    y: Tensor = kernels.binary_linear(*arguments)
+    return y
+
+
+@torch.library.register_fake("quantopt::binary_linear_triton")
+def _(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    plane_weights: list[int],
+    group_size: int,
+    compute: str,
+    activation: str,
+) -> Tensor:
+    return x.new_empty([*x.shape[:-1], bits.shape[-2]])
 
 
 if _extension.error is None:
@@ -494,6 +533,10 @@ if _extension.error is None:
 
     @torch.library.register_fake("quantopt::binary_tiles")
     def _(bits: Tensor, in_features: int) -> Tensor:
+        if bits.device.type == "cuda":
+            planes = bits.shape[0] if bits.dim() == 3 else 1
+            words = -(-bits.shape[-2] // 32) * -(-in_features // 128) * 128
+            return bits.new_empty([planes, words], dtype=torch.int32)
         if torch.ops.quantopt.cpu_isa() == "portable":
             return bits.new_empty([0], dtype=torch.int16)
         planes = bits.shape[0] if bits.dim() == 3 else 1

@@ -1,0 +1,75 @@
+#include "binary_arguments.h"
+
+#include <c10/util/Exception.h>
+
+#include <string>
+
+namespace quantopt {
+
+at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
+  TORCH_CHECK_VALUE(in_features >= 0, "quantopt: in_features must be at least 0, not ", in_features);
+  TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, "quantopt: bits must be uint8, not ", bits.scalar_type());
+  TORCH_CHECK_VALUE(bits.dim() == 2 || bits.dim() == 3,
+                    "quantopt: bits must be [N, ceil(K/8)] or [P, N, ceil(K/8)], not ", bits.sizes());
+  TORCH_CHECK_VALUE(bits.size(-1) == (in_features + 7) / 8, "quantopt: bits have ", bits.size(-1),
+                    " bytes per row, in_features=", in_features, " needs ", (in_features + 7) / 8);
+  return bits.contiguous();
+}
+
+BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                             const std::optional<at::Tensor>& bias, int64_t in_features,
+                             at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
+                             c10::string_view activation) {
+  for (const at::Tensor* tensor : {&bits, &scale, bias ? &*bias : &scale}) {
+    TORCH_CHECK_VALUE(tensor->device() == x.device(), "quantopt: bits, scale and bias must be on ",
+                      x.device(), " like x, not on ", tensor->device());
+  }
+  BinaryArguments w;
+  w.bits = check_bits(bits, in_features);
+  w.outputs = w.bits.size(-2);
+  w.inputs = in_features;
+  w.group_size = group_size;
+  TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
+  w.groups = group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+      "quantopt: x must be float32, bfloat16 or float16, not ", x.scalar_type());
+  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "quantopt: scale must be float32, not ",
+                   scale.scalar_type());
+  if (group_size > 0) {
+    TORCH_CHECK_VALUE(scale.dim() == 2 && scale.size(0) == w.outputs && scale.size(1) == w.groups,
+                      "quantopt: with group_size=", group_size, " scale must be [", w.outputs, ", ", w.groups,
+                      "], not ", scale.sizes());
+  } else {
+    TORCH_CHECK_VALUE(scale.dim() == 1 && (scale.size(0) == 1 || scale.size(0) == w.outputs),
+                      "quantopt: scale must be [1] or [", w.outputs, "], not ", scale.sizes());
+  }
+  w.scale = scale.contiguous();
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.outputs, "quantopt: bias must be [", w.outputs,
+                      "], not ", bias->sizes());
+    w.bias = bias->to(at::kFloat).contiguous();
+  }
+  w.quantize = compute == "int8";
+  TORCH_CHECK_VALUE(w.quantize || compute == "exact",
+                    "quantopt: compute must be \"exact\" or \"int8\", not \"", std::string(compute), "\"");
+  TORCH_CHECK_VALUE(find_activation(activation, w.activation),
+                    "quantopt: activation must be \"none\", \"relu\", \"gelu\" or \"silu\", not \"",
+                    std::string(activation), "\"");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(plane_weights.size()) == planes_of(w.bits),
+                    "quantopt: ", plane_weights.size(), " plane_weights for ", planes_of(w.bits),
+                    " planes of bits");
+  int64_t total = 0;
+  for (int64_t weight : plane_weights) {
+    TORCH_CHECK_VALUE(weight >= 1 && weight <= 128, "quantopt: plane_weights must be in 1..128, not ",
+                      weight);
+    w.plane_weights.push_back(static_cast<int32_t>(weight));
+    total += weight;
+  }
+  TORCH_CHECK_VALUE(!w.quantize || in_features * 127 * total < (int64_t{1} << 31),
+                    "quantopt: in_features=", in_features,
+                    " is too large for the 32-bit sums of compute=\"int8\"; use compute=\"exact\"");
+  return w;
+}
+
+}  // namespace quantopt

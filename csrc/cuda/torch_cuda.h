@@ -1,0 +1,26 @@
+// What the operators ask of torch that only its CUDA has; tests/cuda_blocks_on_host has the same for the
+// host.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include "cuda/device.h"
+
+namespace quantopt {
+
+// A device with its current stream.
+inline CudaPlace cuda_place(at::Device device) {
+  CudaPlace place{};
+  const char* error = describe_device(device.index(), place);
+  TORCH_CHECK(error == nullptr, "quantopt: CUDA: ", error);
+  place.stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  return place;
+}
+
+// a b of 16-bit floats, added up and left in fp32.
+inline at::Tensor float_product(const at::Tensor& a, const at::Tensor& b) { return at::mm(a, b, at::kFloat); }
+
+}  // namespace quantopt
