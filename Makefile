@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-CXX_TESTS = $(wildcard tests/*_on_host/* tests/sanitizers/*)
+CXX_TESTS = $(shell find tests -name '*.h' -o -name '*.cpp')
 
 .PHONY: env demo test bench lint sanitize format clean
 
