@@ -1,6 +1,7 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
     python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|sweep|mlp|models]
+    python bench/gemm.py --device cuda [--json FILE] [--min-time SECONDS] [--only dispatch]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
 several times slower). Every product is checked against float64 before it is timed.
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 
 import common
+import gemm_cuda
 import packed_models
 import torch
 from torch import Tensor, nn
@@ -208,8 +210,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
 def main() -> None:
     parser = common.parser("Products with packed weights against torch's layers.")
     parser.add_argument("--size", type=int, default=4096, help="in and out features (default: 4096)")
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--only", choices=[*PARTS, "dispatch"], help="one part")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     arguments = parser.parse_args()
+    if (arguments.only == "dispatch") != (arguments.only is not None and arguments.device == "cuda"):
+        parser.error('--only: "dispatch" with --device cuda, the others without')
+    if arguments.device == "cuda":
+        gemm_cuda.main(arguments)
+        return
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything a GPU machine is needed for, in one go of under 9 minutes: build, the tests marked gpu,
-# compute-sanitizer on all step kernels, the table of bench/step.py, profiler counters of the main kernels.
+# compute-sanitizer on all kernels, the tables of bench/step.py and bench/gemm.py, profiler counters of the main kernels.
 #
 #   bench/run_gpu.sh [FOLDER]      # where the logs go; the tables go to bench/results/ and are copied there
 #
@@ -58,12 +58,15 @@ if part build 240 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setu
   pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q -m gpu --continue-on-collection-errors)
   part tests 120 "${pytest[@]}" tests --ignore tests/test_triton.py
   TAIL=40 part step 200 "$PYTHON" bench/step.py --device cuda
-  cp bench/results/step-*.json "$LOGS"/ 2>/dev/null
+  TAIL=60 part gemm 120 "$PYTHON" bench/gemm.py --device cuda --min-time 0.2
+  cp bench/results/step-*.json bench/results/gemm-*.json "$LOGS"/ 2>/dev/null
   sanitizer=$(tool compute-sanitizer)
   if [[ -n $sanitizer ]]; then
     for check in memcheck racecheck; do
       part "$check" 70 "$sanitizer" --tool "$check" --error-exitcode 1 \
         "$PYTHON" bench/small_steps.py
+      part "$check-gemm" 60 "$sanitizer" --tool "$check" --error-exitcode 1 \
+        "${pytest[@]}" tests/test_cuda_binary.py -k every_shape_on_the_device
     done
   else
     summary+=("memcheck, racecheck: compute-sanitizer is absent")
