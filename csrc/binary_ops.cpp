@@ -203,8 +203,8 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
                          const std::optional<at::Tensor>& bias, int64_t in_features,
                          at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
                          const std::optional<at::Tensor>& tiles, c10::string_view activation) {
-  const BinaryArguments w =
-      quantopt::check_binary(x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation);
+  const BinaryArguments w = quantopt::check_binary(x, bits, scale, bias, in_features, plane_weights,
+                                                   group_size, compute, activation);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
                     "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
                     x.sizes());
@@ -281,8 +281,8 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
                     " does not divide the ", x.size(1), " channels of x");
   const int64_t channels = x.size(1) / groups;
-  const BinaryArguments w = quantopt::check_binary(x, bits, scale, bias, channels * kernel[0] * kernel[1], plane_weights,
-                                  group_size, compute, activation);
+  const BinaryArguments w = quantopt::check_binary(x, bits, scale, bias, channels * kernel[0] * kernel[1],
+                                                   plane_weights, group_size, compute, activation);
   TORCH_CHECK_VALUE(w.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ", w.outputs,
                     " output channels");
   int64_t size[2];
