@@ -34,6 +34,20 @@ PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// same(a, b): whether two lists hold the same objects in the same order.
+PyObject* same(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "same(a: list, b: list)");
+    return nullptr;
+  }
+  PyObject *a = arguments[0], *b = arguments[1];
+  if (PyList_GET_SIZE(a) != PyList_GET_SIZE(b)) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(a); ++i) {
+    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 // plan_ready(number) and plan_step(number) of csrc/step_plan.h.
 PyObject* plan_ready(PyObject*, PyObject* number) {
   const long long plan = PyLong_AsLongLong(number);
@@ -64,6 +78,8 @@ PyObject* plan_step(PyObject*, PyObject* number) {
 PyMethodDef methods[] = {
     {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(holds)), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
+    {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(same)), METH_FASTCALL,
+     "same(a, b) -> bool: whether two lists hold the same objects in the same order"},
     {"plan_ready", plan_ready, METH_O,
      "plan_ready(number) -> bool: whether the step plan of this number still fits"},
     {"plan_step", plan_step, METH_O, "plan_step(number): one step of the plan"},

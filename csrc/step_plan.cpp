@@ -73,20 +73,29 @@ class StepPlan : public torch::CustomClassHolder {
 
   int64_t number() const { return number_; }
 
-  // Looks up the present gradients. False if the plan is out of date: a parameter has moved or changed, a
-  // gradient is missing or not of its parameter's dtype and layout, or a parameter left out of the plan has a
-  // gradient now.
+  // Looks up the present gradients. False if the plan is out of date: a parameter or its state has moved or
+  // changed, a gradient is missing or not of its parameter's dtype and layout, or a parameter left out of the
+  // plan has a gradient now.
   bool ready() {
     for (const at::Tensor& param : left_out_) {
-      if (param.grad().defined()) return false;
+      if (param.grad().defined() && param.numel() > 0) return false;
     }
     for (StepSegment& segment : segments_) {
-      const at::Tensor& param = params_[segment.index];
+      const size_t i = segment.index;
+      const at::Tensor& param = params_[i];
       const at::Tensor& grad = param.grad();
-      if (!grad.defined() || param.unsafeGetTensorImpl()->data() != segment.param ||
-          param.dtype() != dtype_ || param.numel() != segment.numel || !fits(grad, param)) {
+      if (!grad.defined() || !is_at(param, segment.param) || param.dtype() != dtype_ ||
+          param.numel() != segment.numel || !fits(grad, param)) {
         return false;
       }
+      if (!kept_[0].empty() && !(is_at(kept_[0][i], segment.momentum) && lies_as(kept_[0][i], param)))
+        return false;
+      if (!kept_[1].empty() && !(is_at(kept_[1][i], segment.second) && lies_as(kept_[1][i], param)))
+        return false;
+      if (!kept_[2].empty() && !(is_at(kept_[2][i], segment.latent) && lies_as(kept_[2][i], param)))
+        return false;
+      if (!kept_[3].empty() && !is_at(kept_[3][i], segment.scale)) return false;
+      if (!kept_[4].empty() && !is_at(kept_[4][i], segment.sigma)) return false;
       segment.grad = grad.unsafeGetTensorImpl()->data();
     }
     return true;
@@ -118,10 +127,17 @@ class StepPlan : public torch::CustomClassHolder {
     for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
   }
 
+  static bool is_at(const at::Tensor& tensor, const void* data) {
+    return tensor.unsafeGetTensorImpl()->data() == data;
+  }
+  static bool lies_as(const at::Tensor& tensor, const at::Tensor& param) {
+    return tensor.numel() == param.numel() &&
+           ((tensor.is_contiguous() && param.is_contiguous()) || tensor.strides() == param.strides());
+  }
   static bool fits(const at::Tensor& grad, const at::Tensor& param) {
     return grad.dtype() == param.dtype() && grad.layout() == at::kStrided &&
-           grad.device() == param.device() && grad.strides() == param.strides() &&
-           grad.sizes() == param.sizes();
+           grad.device() == param.device() && grad.sizes() == param.sizes() && lies_as(grad, param) &&
+           !grad.is_neg();
   }
 
   std::vector<at::Tensor> params_;

@@ -13,6 +13,7 @@ import torch
 
 error: str | None = None
 holds: Any = None  # csrc/module.cpp
+same: Any = None
 plan_ready: Any = None
 plan_step: Any = None
 
@@ -23,7 +24,8 @@ if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
 else:
     try:
         _module = importlib.import_module("quantopt._C")
-        holds, plan_ready, plan_step = _module.holds, _module.plan_ready, _module.plan_step
+        holds, same = _module.holds, _module.same
+        plan_ready, plan_step = _module.plan_ready, _module.plan_step
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
     except (ImportError, OSError) as exc:

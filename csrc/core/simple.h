@@ -54,6 +54,7 @@ struct ProxStep {
   QUANTOPT_HOST_DEVICE F step(F w, F d) const {
     const F p = base.step(w, d);
     const F q = project<Binary>(p, grid);
+    if (threshold > 3.4e38f) return q;  // also of an infinite p
     const F gap = p - q;
     const F rest = maximum(absolute(gap) - threshold, fill<F>(0.0f));
     return q + with_sign_of(rest, gap);

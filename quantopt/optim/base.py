@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -93,7 +93,7 @@ class QuantOptimizer(torch.optim.Optimizer):
             "error_if_nonfinite": False,
             "capturable": False,
         }
-        self._plans: dict[int, _GroupStep] = {}
+        self._forget_steps()
         super().__init__(params, {**shared, **defaults})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +102,11 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        self._steps: list[Any] = []  # a _GroupStep for each group
+        self._all_states: list[dict[str, Any]] = []  # the values of `state` that they were made with
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -169,7 +173,9 @@ class QuantOptimizer(torch.optim.Optimizer):
             raise ValueError(f"group_size={group['group_size']!r}: must be a positive int")
         if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**62:
             raise ValueError(f"seed={group['seed']!r}: must be an int in [0, 2**62)")
-        if group["nesterov"] and not self._adam and not group["momentum"] > 0:
+        if group["nesterov"] and self._adam:
+            raise ValueError("nesterov=True: Adam has no Nesterov form here")
+        if group["nesterov"] and not group["momentum"] > 0:
             raise ValueError("nesterov=True needs momentum > 0")
         if group["capturable"] and group["error_if_nonfinite"]:
             raise ValueError(
@@ -235,8 +241,8 @@ class QuantOptimizer(torch.optim.Optimizer):
                 state["sigma"] = _shard_like(sigma.contiguous(), w, name)
         return state
 
-    def _required(self, group: dict[str, Any], p: Tensor) -> set[str]:
-        """The state that the group's options ask for."""
+    def _required(self, group: dict[str, Any], p: Tensor) -> list[str]:
+        """The keys of the state that the group's options ask for, always in the same order."""
         quantised = group["bits"] != 0
         rule = self._rule(group) if quantised else "base"
         latent = rule in _LATENT_RULES
@@ -251,40 +257,62 @@ class QuantOptimizer(torch.optim.Optimizer):
             "scale": quantised,
             "sigma": quantised and self._latent_bound_scale(group),
         }
-        return {key for key, needed in asked.items() if needed}
+        return [key for key, needed in asked.items() if needed]
 
     def _ensure_state(self, group: dict[str, Any], with_grad_only: bool = False) -> list[int]:
-        """Makes missing state; returns the indices of the parameters that take part. All or nothing."""
+        """Makes the state of the parameters that take part what the group's options ask for: what is missing is made,
+        what is of another dtype converted, what nobody updates any more dropped, the rest kept. Returns their indices.
+        All or nothing."""
         made: dict[nn.Parameter, dict[str, Any]] = {}
         taking_part = []
         for i, p in enumerate(group["params"]):
             if p.numel() == 0 or (with_grad_only and p.grad is None):
                 continue
             taking_part.append(i)
-            if not self._required(group, p) <= self.state.get(p, {}).keys():
-                made[p] = self._init_state(group, p, self._name(group, i))
+            if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+                raise ValueError(
+                    f"{self._name(group, i)} is float16: rounding='stochastic' is for bfloat16; use 'master'"
+                )
+            own = self.state.get(p, {})
+            required = self._required(group, p)
+            dtypes = {key: _state_dtype(group, p, key) for key in required}
+            if own.keys() - {"signs"} == set(required) and all(own[k].dtype == dtypes[k] for k in required):
+                continue
+            fresh = own if own.keys() >= set(required) else self._init_state(group, p, self._name(group, i))
+            made[p] = {key: (own if key in own else fresh)[key].to(dtypes[key]) for key in required}
+            if "signs" in own:
+                made[p]["signs"] = own["signs"]
         for p, state in made.items():
-            self.state[p] = {
-                **state,
-                **self.state.get(p, {}),
-            }  # a group whose bits changed keeps its momentum
+            self.state[p] = state
         return taking_part
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim, but float32 state stays float32 whatever the parameter's dtype, and the layout of a state
         follows its parameter. Raises ValueError if the state does not fit the parameters; nothing is changed then.
         """
-        self._check_state_dict(state_dict)
-        saved = self._flat_states(state_dict)
         kept = [{key: group[key] for key in _SCHEDULED if key in group} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own_numbers in zip(self.param_groups, kept, strict=True):
-            _place_numbers(group, own_numbers)
-        for p, state in saved:
-            own = self.state[p]
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    own[key] = _restored(key, value, p)
+        saved: list[tuple[nn.Parameter, dict[str, Any]]] = []
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:  # after the user's hooks
+            self._check_state_dict(given)
+            saved.extend(self._flat_states(given))
+
+        def restore(_: torch.optim.Optimizer) -> None:  # before the user's hooks
+            for group, own_numbers in zip(self.param_groups, kept, strict=True):
+                _place_numbers(group, own_numbers)
+            for p, state in saved:
+                own = self.state[p]
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        own[key] = _restored(key, value, p)
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     def _flat_states(self, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict[str, Any]]]:
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -305,7 +333,9 @@ class QuantOptimizer(torch.optim.Optimizer):
                 f"state_dict has groups of {given} parameters, this optimizer {have}: another model?"
             )
         for own, group in zip(self.param_groups, groups, strict=True):
-            missing = set(self.defaults) - set(group)
+            missing = (
+                set(self.defaults) - set(group) - {"differentiable"}
+            )  # torch adds that to defaults at a load
             if missing:
                 raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
             self._check_group({**own, **group})
@@ -325,7 +355,7 @@ class QuantOptimizer(torch.optim.Optimizer):
 
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             refuse("is not a dict of tensors")
-        missing = self._required({**self.defaults, **group}, p) - {"master"} - state.keys()
+        missing = set(self._required({**self.defaults, **group}, p)) - {"master"} - state.keys()
         if missing:
             refuse(f"lacks {sorted(missing)}")
         channels = p.shape[0] if p.dim() else 1
@@ -390,28 +420,42 @@ class QuantOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self) -> None:
-        plans = [self._plans[i] for i in range(len(self.param_groups)) if i in self._plans]
-        if len(plans) < len(self.param_groups) or not all(plan.ready(self) for plan in plans):
-            plans = self._new_plans()
-        for plan in plans:
-            plan.step(self)
+        groups = self.param_groups
+        for group in groups:
+            if group["error_if_nonfinite"]:
+                self._check_finite(group)
+        steps = self._steps
+        intact = len(steps) == len(groups) and (
+            _extension.same is None or _extension.same(list(self.state.values()), self._all_states)
+        )
+        stale = [i for i, group in enumerate(groups) if not (intact and steps[i].ready(self, group))]
+        if stale:
+            steps = self._renewed(stale if intact else list(range(len(groups))))
+        for step in steps:
+            step.step(self)
 
     @torch.no_grad()
-    def _new_plans(self) -> list["_GroupStep"]:
-        work = [(group, self._ensure_state(group, with_grad_only=True)) for group in self.param_groups]
-        for group, indices in work:
-            self._check_grads(group, indices)
-        plans = [_GroupStep(self, group, indices) for group, indices in work]
-        self._plans = {i: plan for i, plan in enumerate(plans) if plan.lasting}
-        return plans
+    def _renewed(self, stale: list[int]) -> list["_GroupStep"]:
+        """The steps of all groups, those of the groups ``stale`` laid out anew."""
+        groups = [self.param_groups[i] for i in stale]
+        for group in groups:
+            self._check_grads(group)
+        indices = [self._ensure_state(group, with_grad_only=True) for group in groups]
+        steps = self._steps if len(self._steps) == len(self.param_groups) else [None] * len(self.param_groups)
+        for i, group, chosen in zip(stale, groups, indices, strict=True):
+            steps[i] = _GroupStep(self, group, chosen, i)
+        self._steps = steps
+        self._all_states = list(self.state.values())
+        return self._steps
 
     # A compiled training step breaks its graph here: the update is one call of a compiled kernel as it is, and numbers
     # that change (lr, epsilon) cause no recompilation.
     _update_outside_of_graphs = torch._disable_dynamo(_update)  # type: ignore[attr-defined]
 
-    def _check_grads(self, group: dict[str, Any], indices: list[int]) -> None:
-        for i in indices:
-            p = group["params"][i]
+    def _check_grads(self, group: dict[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            if p.grad is None or p.numel() == 0:
+                continue
             if p.grad.layout != torch.strided:
                 raise TypeError(
                     f"{self._name(group, i)} has a sparse gradient; only dense gradients are supported"
@@ -420,7 +464,20 @@ class QuantOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"{self._name(group, i)} has a complex gradient; only real gradients are supported"
                 )
-            if group["error_if_nonfinite"] and not bool(torch.isfinite(_local(p.grad)).all()):
+
+    def _check_finite(self, group: dict[str, Any]) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # GradScaler has seen it, and the step is skipped
+        chosen = [i for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
+        grads = [_local(group["params"][i].grad) for i in chosen]
+        if not grads or any(g.layout != torch.strided for g in grads):
+            return
+        sizes = torch._foreach_norm(grads, float("inf"))
+        if all(bool(torch.isfinite(torch.stack(part)).all()) for part in _by_device(sizes)):
+            return
+        for i, size in zip(chosen, sizes, strict=True):
+            if not bool(torch.isfinite(size)):
                 raise FloatingPointError(
                     f"{self._name(group, i)} has a gradient that is not finite; nothing was changed. Lower the "
                     "learning rate, clip the gradients, or use torch.amp.GradScaler"
@@ -448,7 +505,7 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def _operand(self, p: nn.Parameter) -> Tensor:
         """The full-precision tensor behind a quantised weight (of this rank's shard): latent, master, or itself."""
-        state = self.state[p]
+        state = self.state[p]  # of what _ensure_state keeps there, a latent or master is the weight
         return _local(state.get("latent", state.get("master", p.detach())))
 
     def _outer(self, group: dict[str, Any], p: nn.Parameter) -> tuple[Tensor, int]:
@@ -562,17 +619,20 @@ class _GroupStep:
     # What the lists depend on, beside the tensors.
     STATIC = (
         "bits", "group_size", "nesterov", "maximize", "decoupled_weight_decay", "rounding", "seed", "scale",
-        "error_if_nonfinite", "capturable", "memory", "constrain", "form", "clip", "stochastic",
+        "error_if_nonfinite", "capturable", "momentum_dtype", "memory", "constrain", "form", "clip", "stochastic",
     )  # fmt: skip
 
-    def __init__(self, opt: QuantOptimizer, group: dict[str, Any], indices: list[int]) -> None:
+    def __init__(self, opt: QuantOptimizer, group: dict[str, Any], indices: list[int], number: int) -> None:
         self.group = group
+        self.number = number  # of the group
+        self.backend = opt.backend
         self.static_keys = tuple(key for key in self.STATIC if key in group)
         self.static = tuple(group[key] for key in self.static_keys)
+        self.has_momentum = bool(group.get("momentum"))
         self.quantised = group["bits"] != 0
         self.rule = opt._rule(group) if self.quantised else "base"
+        self.all_params = list(group["params"])
         self.params = [group["params"][i] for i in indices]
-        self.count = len(group["params"])
         self.states = [opt.state[p] for p in self.params]
         self.numbers, _ = _split_numbers(opt._numbers(group))
         self.hyper = hyper_tensor(**self.numbers)
@@ -586,8 +646,9 @@ class _GroupStep:
                 self.buckets.append((*kind, [i]))
             else:
                 bucket[2].append(i)
-        self.plan = self._plan(opt) if self.params else None
-        self.lasting = self.plan is not None or self.count == 0
+        self.kept: list[tuple[list[dict[str, Any]], tuple[str, ...], list[tuple[Tensor, ...]]]] = []
+        self.plans = [self._plan(opt, *bucket) for bucket in self.buckets]
+        self.plan_numbers = [plan.number() for plan in self.plans if plan is not None]
 
     def _options(self, opt: QuantOptimizer, dtype: torch.dtype) -> dict[str, Any]:
         group = self.group
@@ -599,7 +660,8 @@ class _GroupStep:
             "nesterov": group["nesterov"],
             "maximize": group["maximize"],
             "decoupled": group["decoupled_weight_decay"],
-            "seed": group["seed"] if stochastic else -1,
+            # each group its own stream: the kernels count the tensors of a list from 0
+            "seed": (group["seed"] + self.number * 0x9E3779B97F4A7C15) % 2**62 if stochastic else -1,
         }
 
     def _lists(
@@ -616,86 +678,81 @@ class _GroupStep:
             [s["step"] for s in states if "step" in s],
         )
 
-    def _plan(self, opt: QuantOptimizer) -> Any:
-        """A compiled plan, if the CPU kernels step all parameters as they lie in memory."""
-        if len(self.buckets) != 1 or self.group["error_if_nonfinite"]:
+    def _plan(self, opt: QuantOptimizer, dtype: torch.dtype, device: torch.device, chosen: list[int]) -> Any:
+        """A compiled plan, if the compiled kernels step the parameters of a bucket as they lie in memory, or None."""
+        params, states = [self.params[i] for i in chosen], [self.states[i] for i in chosen]
+        if choose("fused_step", device, dtype, opt.backend).name != device.type:
             return None
-        dtype, device, chosen = self.buckets[0]
-        if device.type != "cpu" or choose("fused_step", device, dtype, opt.backend).name != "cpu":
+        if any(type(p) is not nn.Parameter and type(p) is not Tensor for p in params):
             return None
-        if any(type(p) is not nn.Parameter and type(p) is not Tensor for p in self.params):
-            return None
-        with _dense(self.params, self.states) as (weights, grads, companions):
+        with _dense(params, states) as (weights, grads, companions):
             as_they_lie = all(
                 w.data_ptr() == p.data_ptr() and g is p.grad
-                for w, g, p in zip(weights, grads, self.params, strict=True)
+                for w, g, p in zip(weights, grads, params, strict=True)
             )
-            kept = {id(value) for state in self.states for value in state.values()}
+            kept = {id(value) for state in states for value in state.values()}
             as_they_lie &= all(id(t) in kept for tensors in companions.values() for t in tensors)
         if not as_they_lie:
             return None
-        self.keys = tuple(key for key in self.states[0] if key != "signs")
-        if any(tuple(key for key in state if key != "signs") != self.keys for state in self.states):
-            return None
-        self.kept = [tuple(state[key] for key in self.keys) for state in self.states]
+        keys = tuple(key for key in states[0] if key != "signs")
+        self.kept.append((states, keys, [tuple(state[key] for key in keys) for state in states]))
         taking_part = set(map(id, self.params))
-        left_out = [p for p in self.group["params"] if id(p) not in taking_part and p.numel()]
+        left_out = [p for p in self.all_params if id(p) not in taking_part]
         lists = self._lists(opt, companions, chosen)
         options = self._options(opt, dtype).values()
-        plan = torch.classes.quantopt.StepPlan(self.rule, self.params, left_out, *lists, self.hyper, *options)
-        self.number = plan.number()
-        return plan if _extension.plan_ready(self.number) else None
+        plan = torch.classes.quantopt.StepPlan(self.rule, params, left_out, *lists, self.hyper, *options)
+        return plan if _extension.plan_ready(plan.number()) else None
 
-    def ready(self, opt: QuantOptimizer) -> bool:
-        """Whether the plan still fits: same options, same tensors in the state, gradients where they were."""
-        group = self.group
-        if len(group["params"]) != self.count:
+    def ready(self, opt: QuantOptimizer, group: dict[str, Any]) -> bool:
+        """Whether this is still the step of the group: same options, same tensors, gradients where they were."""
+        if group is not self.group or opt.backend != self.backend:
             return False
-        if self.plan is None:
-            return self.count == 0
-        for i in (0, -1):
-            if opt.state.get(self.params[i]) is not self.states[i]:
-                return False
+        if not self.params:
+            same = len(group["params"]) == len(self.all_params)
+            return same and all(p.grad is None or p.numel() == 0 for p in group["params"])
         return bool(
-            _extension.holds([group], self.static_keys, [self.static])
-            and _extension.holds(self.states, self.keys, self.kept)
-            and _extension.plan_ready(self.number)
+            len(self.plan_numbers) == len(self.buckets)
+            and bool(group.get("momentum")) == self.has_momentum
+            and _extension.same(group["params"], self.all_params)
+            and _extension.holds([group], self.static_keys, [self.static])
+            and all(_extension.holds(*kept) for kept in self.kept)
+            and all(map(_extension.plan_ready, self.plan_numbers))
         )
 
     def step(self, opt: QuantOptimizer) -> None:
-        """The update; nothing is checked here."""
+        """The update; nothing is checked here but that a graph may be captured."""
         if not self.params:
             return
         numbers, tensors = opt._numbers(self.group), None
         if self.group["capturable"]:
             numbers, tensors = _split_numbers(numbers)
+        else:
+            self._refuse_capture()
         if numbers != self.numbers:
             self.numbers = numbers
             self.hyper.copy_(hyper_tensor(**numbers))
         if tensors:  # on the device: a CUDA graph reads their values when it is replayed
             torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
         grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
-        if self.plan is not None and grad_scale is None and found_inf is None:
-            _extension.plan_step(self.number)
-        elif self.plan is not None:
-            cpu = torch.device("cpu")
-            self.plan.step(_flag(grad_scale, cpu), _flag(found_inf, cpu))
+        if len(self.plan_numbers) == len(self.buckets) and grad_scale is None and found_inf is None:
+            for number in self.plan_numbers:
+                _extension.plan_step(number)
         else:
-            for dtype, device, chosen in self.buckets:
-                if (
-                    device.type == "cuda"
-                    and not self.group["capturable"]
-                    and torch.cuda.is_current_stream_capturing()
-                ):
-                    raise RuntimeError(
-                        "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed "
-                        "numbers would be those of now at every replay; use capturable=True"
-                    )
-                self._step_lists(
-                    opt, dtype, device, chosen, _flag(grad_scale, device), _flag(found_inf, device)
-                )
+            for plan, (dtype, device, chosen) in zip(self.plans, self.buckets, strict=True):
+                flags = _flag(grad_scale, device), _flag(found_inf, device)
+                if plan is not None:
+                    plan.step(*flags)
+                else:
+                    self._step_lists(opt, dtype, device, chosen, *flags)
         if self.quantised:
             opt._after_step(self.group, self.params)
+
+    def _refuse_capture(self) -> None:
+        if self.params[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed numbers "
+                "would be those of now at every replay; use capturable=True"
+            )
 
     @torch.no_grad()
     def _step_lists(
@@ -720,10 +777,11 @@ class _GroupStep:
                 found_inf=found_inf,
                 **self._options(opt, dtype),
             )
+        torch.autograd.graph.increment_version(params)
 
 
 def _split_numbers(numbers: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    tensors = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
+    tensors = {name: value.reshape(()) for name, value in numbers.items() if isinstance(value, Tensor)}
     return {name: value for name, value in numbers.items() if name not in tensors}, tensors
 
 
@@ -758,6 +816,25 @@ def _place_numbers(group: dict[str, Any], own: dict[str, Any] | None = None) -> 
 def _flag(value: Tensor | None, device: torch.device) -> Tensor | None:
     """grad_scale or found_inf of torch.amp.GradScaler, which it sets for the time of a step."""
     return None if value is None else value.to(device, torch.float32)
+
+
+def _by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The values that can be stacked, together."""
+    parts: dict[Any, list[Tensor]] = {}
+    for value in values:
+        parts.setdefault((value.device, value.dtype), []).append(value)
+    return list(parts.values())
+
+
+def _state_dtype(group: dict[str, Any], p: Tensor, key: str) -> torch.dtype:
+    """The dtype of a state of ``p``: float32 whatever the parameter's type, but for what the group says."""
+    if key == "step":
+        return torch.float32
+    if p.dtype == torch.float64:
+        return torch.float64
+    if key in ("momentum_buffer", "exp_avg"):
+        return torch.bfloat16 if group["momentum_dtype"] == "bfloat16" else torch.float32
+    return torch.float32
 
 
 def _rounds_stochastically(group: dict[str, Any], dtype: torch.dtype, rule: str) -> bool:

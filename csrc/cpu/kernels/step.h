@@ -1,4 +1,5 @@
-// The fused step on a piece of one tensor, compiled for every instruction set; all give the same bits.
+// The fused step on a piece of one tensor, compiled for every instruction set; all give the same bits, but
+// that AVX512-BF16 rounds bfloat16 denormals to zero.
 #pragma once
 
 #include <cstdint>
