@@ -41,7 +41,7 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
 
     curves: for each name of a run, lists with a value per epoch; None where there is none.
     """
-    figure, panels = _figure(2, 2, width=11, height=7.5)
+    figure, panels = new_figure(2, 2, width=11, height=7.5)
     for panel, (key, title, scale) in zip(panels, _PANELS, strict=True):
         for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
             points = [(epoch, value) for epoch, value in enumerate(run[key], 1) if value is not None]
@@ -58,7 +58,7 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
@@ -71,7 +71,7 @@ def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
 
     columns = min(3, len(histograms))
     rows = -(-len(histograms) // columns)
-    figure, panels = _figure(rows, columns, width=4 * columns + 1, height=3.2 * rows + 0.4)
+    figure, panels = new_figure(rows, columns, width=4 * columns + 1, height=3.2 * rows + 0.4)
     image = None
     for panel, (name, counts) in zip(panels, histograms.items(), strict=False):
         share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -92,14 +92,15 @@ def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
         panel.set_visible(False)
     if image is not None:
         figure.colorbar(image, ax=panels, label="weights in the bin, %")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _styles(count: int) -> list[tuple[str, Any]]:
     return [_STYLES[i % len(_STYLES)] for i in range(count)] if count > 1 else [_STYLES[-1]]
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """(figure, its panels row by row), inches wide and high, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -108,7 +109,8 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG, atomically."""
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
