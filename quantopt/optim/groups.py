@@ -1,14 +1,12 @@
 """Which weights are quantised: parameter groups from a model."""
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from quantopt.levels import SCALES, level_count
-
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from quantopt.selection import select_weights
 
 
 def param_groups(
@@ -36,17 +34,7 @@ def param_groups(
     level_count(bits)
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: use one of {SCALES}")
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    names = {id(p): name for name, p in model.named_parameters()}
-    weights = [m.weight for m in model.modules() if isinstance(m, _WEIGHTED)]
-    chosen = {id(w): w for w in weights if id(w) in names}
-    for pattern in skip if chosen else ():
-        if pattern in ("first", "last"):
-            chosen.pop(id(weights[0 if pattern == "first" else -1]), None)
-            continue
-        if not any(fnmatchcase(name, pattern) for name in names.values()):
-            raise ValueError(f"skip={pattern!r} matches no parameter of the model")
-        chosen = {key: w for key, w in chosen.items() if not fnmatchcase(names[key], pattern)}
+    chosen = select_weights(model, skip)
     if not chosen and bits != 0:
         raise ValueError(
             f"skip={skip!r} leaves no linear or convolution weight to quantise; pass skip=() to quantise all"
