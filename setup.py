@@ -352,7 +352,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 setup(
     packages=[*find_packages(include=["quantopt", "quantopt.*"]), "quantopt.kernels"],
     package_dir={"quantopt": "quantopt", "quantopt.kernels": "kernels"},
-    package_data={"quantopt": ["py.typed"]},
+    package_data={"quantopt": ["py.typed", "recipes/*.toml"]},
     ext_modules=[
         CppExtension(
             "quantopt._C",

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import quantopt
 from quantopt.train import cli, data, demo, loop, recipes, report
 from quantopt.train.errors import InputError
 from quantopt.train.loop import Config, Trainer, train
@@ -62,7 +63,7 @@ def assert_equal(a: object, b: object, where: str = "checkpoint") -> None:
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            if key != "seconds":
+            if key not in ("seconds", "update_seconds"):
                 assert_equal(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
@@ -79,7 +80,7 @@ def checkpoint(out: Path) -> dict:
 # ------------------------------------------------------------------------------------------------ results
 
 
-@pytest.mark.parametrize("optimizer", recipes.RECIPES)
+@pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
 def test_every_recipe_learns_and_reports(dataset, optimizer):
     result = run(dataset, optimizer=optimizer, epochs=5)
     written = result.report
@@ -92,27 +93,39 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
         "accuracy_quantized",
         "accuracy_packed",
         "seconds",
+        "optimizer_share",
+        "device",
         "bytes_float",
         "bytes_packed",
     }
     curves = written["curves"]
     assert set(curves) == set(loop.CURVES) and {len(curve) for curve in curves.values()} == {5}
     assert curves["loss"][-1] < 0.5 * curves["loss"][0] and curves["accuracy"][-1] > 90
-    assert written["accuracy_latent"] > 80 and written["seconds"] > 0
+    assert written["seconds"] > 0 and 0 < written["optimizer_share"] < 1 and written["device"] == "cpu"
     assert result.histograms.shape == (6, loop.HISTOGRAM_BINS)
-    if optimizer == "sgd":
-        absent = ("accuracy_quantized", "accuracy_packed", "bytes_float", "bytes_packed")
-        assert all(written[key] is None for key in absent) and result.packed is None
+    if optimizer in recipes.FLOAT:
+        measured, other = "accuracy_latent", "accuracy_quantized"
+        measured, other = (measured, other) if optimizer == "sgd" else (other, measured)
+        absent = (other, "accuracy_packed", "bytes_float", "bytes_packed")
+        assert (
+            written[measured] > 80 and all(written[key] is None for key in absent) and result.packed is None
+        )
         assert set(curves["fraction_feasible"]) == {None}
         return
-    assert written["accuracy_quantized"] > 80
+    assert written["accuracy_quantized"] > 80 and written["accuracy_latent"] > 80
     assert written["accuracy_packed"] == written["accuracy_quantized"]
     assert curves["fraction_feasible"][-1] == 1.0 and all(
         type(flips) is int for flips in curves["sign_flips"]
     )
     assert sum(curves["sign_flips"]) > 0
     assert written["bytes_packed"] < written["bytes_float"] / 3
-    relaxation = {"askew": "epsilon", "stam": "kappa", "binaryrelax": "kappa", "proxquant": "reg_strength"}
+    relaxation = {
+        "askew": "epsilon",
+        "askew-adam": "epsilon",
+        "stam": "kappa",
+        "binaryrelax": "kappa",
+        "proxquant": "reg_strength",
+    }
     for key in ("epsilon", "kappa", "reg_strength"):
         assert (curves[key][0] is not None) == (relaxation.get(optimizer) == key)
     json.dumps(written, allow_nan=False)
@@ -138,6 +151,55 @@ def test_grids_and_scales(dataset, optimizer, bits, scale):
     result = run(dataset, optimizer=optimizer, bits=bits, scale=scale, epochs=5)
     assert result.report["accuracy_packed"] == result.report["accuracy_quantized"] > 80
     assert result.report["config"]["bits"] == bits and result.report["config"]["scale"] == scale
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bfloat16", "channels_last": True},
+        {"optimizer": "askew", "bits": 4, "activations": 4},
+        {"optimizer": "stam", "skip": []},
+    ],
+)
+def test_other_ways_to_train(dataset, tmp_path, changes):
+    result = run(dataset, epochs=5, out=tmp_path, **changes)
+    assert result.report["accuracy_quantized"] > (50 if changes.get("skip") == [] else 80)  # by chance 25
+    assert abs(result.report["accuracy_packed"] - result.report["accuracy_quantized"]) < 4  # of 60 images
+    resumed = train(
+        dataclasses.replace(CONFIG, epochs=5, **changes), dataset, out=tmp_path, resume=True, progress=False
+    )
+    assert_equal(result.model.state_dict(), resumed.model.state_dict())
+    layers = [
+        m
+        for m in result.packed.modules()
+        if isinstance(m, quantopt.nn.BinaryConv2d | quantopt.nn.BinaryLinear)
+    ]
+    assert len(layers) == (4 if changes.get("skip") == [] else 2)
+
+
+def test_channels_last_changes_the_layout_and_not_the_course(dataset):
+    plain, other = (run(dataset, epochs=1, channels_last=layout) for layout in (False, True))
+    weight = other.model[5].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert torch.allclose(plain.model[5].weight, weight, atol=2e-3)
+    assert plain.report["curves"]["loss"] == pytest.approx(other.report["curves"]["loss"], rel=1e-3)
+
+
+def test_training_starts_from_another_run(dataset, tmp_path):
+    run(dataset, optimizer="sgd", epochs=5, out=tmp_path / "float")
+    config = dataclasses.replace(CONFIG, optimizer="proxquant", init=str(tmp_path / "float"), epochs=1)
+    state = checkpoint(tmp_path / "float")
+    trainer = Trainer(config, dataset, state["model"])
+    assert_equal(dict(trainer.model.state_dict()), dict(state["model"]))
+    warm = train(config, dataset, out=tmp_path / "warm", progress=False).report["curves"]["loss"][0]
+    cold = run(dataset, optimizer="proxquant", epochs=1).report["curves"]["loss"][0]
+    assert warm < 0.5 * cold
+    (tmp_path / "float" / "checkpoint.pt").unlink()
+    train(config, dataset, out=tmp_path / "warm", resume=True, progress=False)
+    with pytest.raises(InputError, match=r"--init: .*does not exist"):
+        train(config, dataset, progress=False)
+    with pytest.raises(InputError, match="--init: its network is not this one"):
+        train(dataclasses.replace(config, model="mlp", init=str(tmp_path / "warm")), dataset, progress=False)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])
@@ -227,6 +289,11 @@ def test_infinite_loss_stops_the_run(dataset, tmp_path):
         ({"batch_size": 1}, "--batch-size: 1 is not accepted"),
         ({"bits": 5}, "--optimizer: bits=5"),
         ({"optimizer": "adam"}, "--optimizer: 'adam' is not accepted"),
+        ({"optimizer": "sgd", "bits": 1}, "--bits: 1 is not accepted: sgd"),
+        ({"optimizer": "luq", "activations": 0}, "--activations: 0 is not accepted: luq has 4"),
+        ({"activations": 2}, "--activations: 2 is not accepted"),
+        ({"precision": "float16"}, "--precision: 'float16' is not accepted"),
+        ({"options": {"speed": 1}}, "--optimizer: options=.*speed"),
         ({"backend": "cuda"}, "--backend: backend='cuda' cannot run"),
     ],
 )
@@ -243,7 +310,7 @@ class Interruption(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", recipes.RECIPES)
+@pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
 def test_resume_is_bit_identical(dataset, tmp_path, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=optimizer, augment="crop-flip", seed=5)
     whole = train(config, dataset, out=tmp_path / "whole", progress=False)

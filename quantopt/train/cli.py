@@ -1,7 +1,7 @@
-"""The command line: `quantopt train | eval | pack | env`, also `python -m quantopt`.
+"""The command line: `quantopt train | sweep | eval | pack | env`, also `python -m quantopt`.
 
 Exit status: 0 done, 1 training failed (the loss became infinite), 2 a bad argument or input (named on stderr),
-130 interrupted.
+3 the time given was over (the same command continues), 130 interrupted.
 """
 
 import argparse
@@ -19,13 +19,16 @@ from typing import Any
 import torch
 
 import quantopt
-from quantopt.train import augment, data, environment, models, report
+from quantopt.train import augment, data, environment, models, recipes, report, sweep
 from quantopt.train.errors import InputError
 from quantopt.train.loop import (
     CHECKPOINT,
     MODEL,
+    OUT_OF_TIME,
+    PRECISIONS,
     REPORT,
     Config,
+    OutOfTime,
     Result,
     Trainer,
     TrainingError,
@@ -36,7 +39,6 @@ from quantopt.train.loop import (
     tensor_bytes,
     train,
 )
-from quantopt.train.recipes import RECIPES
 
 _BITS = ("1", "2", "3", "4", "ternary")
 _DATA_HELP = (
@@ -70,26 +72,39 @@ def _positive(text: str) -> float:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `train` and the demo share."""
+    """The options that `train`, `sweep` and the demo share."""
     parser.add_argument(
         "--data", default="digits", metavar="DATA", help=f"{_DATA_HELP} (default %(default)s)"
     )
     parser.add_argument(
-        "--model", default="cnn", choices=tuple(models.MODELS), help="network (default %(default)s)"
+        "--model", choices=tuple(models.MODELS), help=f"network (recipe's; else {Config.model})"
     )
     parser.add_argument(
-        "--epochs", type=_whole(1), default=30, metavar="N", help="passes over the data (%(default)s)"
+        "--epochs", type=_whole(1), metavar="N", help=f"passes over the data (recipe's; else {Config.epochs})"
     )
     parser.add_argument(
         "--batch-size",
         type=_whole(2),
         metavar="B",
-        help="images per step (64 below 10,000 training images, else 128)",
+        help="images per step (recipe's; else 64 below 10,000 training images, else 128)",
     )
+    _add_device(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """--seed."""
     parser.add_argument(
         "--seed", type=_whole(0), default=0, metavar="S", help="of all random numbers (%(default)s)"
     )
-    _add_device(parser)
+
+
+def _add_minutes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        metavar="M",
+        help="stop at a checkpoint, with status 3, where the next epoch would end later",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains networks with quantised weights, packs them and runs them packed.",
     )
     parser.add_argument("--version", action="version", version=f"quantopt {quantopt.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | pack | env")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | sweep | eval | pack | env"
+    )
 
     command = commands.add_parser(
         "train",
@@ -116,21 +133,35 @@ def _parser() -> argparse.ArgumentParser:
         "weights.png and, except for sgd, model.safetensors (packed).",
     )
     add_common_arguments(command)
+    add_seed(command)
     command.add_argument(
-        "--optimizer",
-        default="askew",
-        choices=tuple(RECIPES),
-        help="how the quantised weights are trained; sgd is full precision (default %(default)s)",
+        "--recipe",
+        metavar="NAME_OR_FILE",
+        help="a recipe of the package, e.g. resnet18-askew-1bit, or a TOML file; options given beside it override it",
     )
     command.add_argument(
-        "--bits", default="1", choices=_BITS, help="per quantised weight (default %(default)s)"
+        "--optimizer",
+        choices=tuple(recipes.OPTIMIZERS),
+        help="how the quantised weights are trained, in place of a recipe; sgd is full precision (askew)",
+    )
+    command.add_argument("--bits", choices=_BITS, help="per quantised weight (recipe's; else 1)")
+    command.add_argument(
+        "--activations",
+        type=int,
+        choices=(0, 4),
+        help="bits of the inputs of quantised layers, 0 is float (recipe's; else 0)",
+    )
+    command.add_argument(
+        "--skip",
+        nargs="+",
+        metavar="LAYER",
+        help='layers in full precision: "first", "last", name patterns; "none" quantises all (else first last)',
     )
     command.add_argument(
         "--scale",
-        default="tensor",
         choices=("none", "tensor", "channel"),
         help="levels in units of 1, or of the initial standard deviation of the tensor or of each output channel "
-        "(default %(default)s)",
+        "(recipe's; else tensor)",
     )
     command.add_argument(
         "--lr", type=_positive, metavar="LR", help="learning rate of the quantised weights (recipe's)"
@@ -138,9 +169,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--augment",
         choices=("auto", *augment.MODES),
-        default="auto",
-        help="auto: crop, flip if in colour, none below 16x16",
+        help="auto: crop, flip if in colour, none below 16x16 (recipe's; else auto)",
     )
+    command.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start from the weights of this run of the same network, or of its checkpoint.pt",
+    )
+    command.add_argument(
+        "--precision", choices=PRECISIONS, help="bfloat16 trains under autocast (recipe's; else float32)"
+    )
+    for option, meaning in (
+        ("--channels-last", "images and weights in channels-last memory"),
+        ("--compile", "torch.compile of the network in training"),
+    ):
+        command.add_argument(
+            option, action=argparse.BooleanOptionalAction, help=f"{meaning} (recipe's; else not)"
+        )
     command.add_argument(
         "--backend",
         default="auto",
@@ -150,13 +195,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out",
         metavar="DIR",
-        help="directory to write to; an earlier run in it is replaced (runs/OPTIMIZER)",
+        help="directory to write to; an earlier run in it is replaced (runs/RECIPE or runs/OPTIMIZER)",
     )
     command.add_argument(
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"
     )
+    _add_minutes(command)
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     command.set_defaults(run=_train)
+
+    command = commands.add_parser(
+        "sweep",
+        help="train recipes with several seeds",
+        description="Trains each recipe with each seed in OUT/RECIPE-SEED, and writes accuracy.json (mean and standard "
+        "deviation over the seeds) and curves.png of the finished recipes. The same command continues what was cut.",
+    )
+    command.add_argument("recipes", nargs="+", metavar="RECIPE", help="names, or TOML files")
+    add_common_arguments(command)
+    command.add_argument("--seeds", type=_whole(1), default=3, metavar="N", help="seeds 0..N-1 (%(default)s)")
+    command.add_argument(
+        "--jobs", type=_whole(1), default=1, metavar="N", help="runs at a time (%(default)s)"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="directory to write to")
+    _add_minutes(command)
+    command.set_defaults(run=_sweep)
 
     command = commands.add_parser(
         "eval",
@@ -237,31 +299,61 @@ def write_run(out: Path, result: Result) -> None:
     report.write_json(out / REPORT, result.report)
 
 
+# Options of `train` that a recipe may hold, by the names of Config.
+_OVERRIDES = (
+    *("optimizer", "model", "epochs", "batch_size", "augment", "precision", "channels_last", "compile"),
+    *("bits", "scale", "skip", "activations", "lr"),
+)
+
+
+def _config(
+    arguments: argparse.Namespace, settings: dict[str, Any], device: str, dataset: data.Dataset
+) -> Config:
+    """The recipe's settings, overridden by the options given, on the defaults."""
+    given = {key: getattr(arguments, key) for key in _OVERRIDES if getattr(arguments, key) is not None}
+    if given.get("bits", "ternary") != "ternary":
+        given["bits"] = int(given["bits"])
+    if given.get("skip") == ["none"]:
+        given["skip"] = []
+    settings = {**settings, **given}
+    if settings.get("augment", "auto") == "auto":
+        settings["augment"] = augment.default_mode(*dataset.shape)
+    settings.setdefault("batch_size", default_batch_size(len(dataset.train_labels)))
+    fixed = {"data": arguments.data, "seed": arguments.seed, "device": device, "backend": arguments.backend}
+    return Config(**settings, **fixed, init=arguments.init)
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out or Path("runs") / arguments.optimizer)
+    if arguments.recipe is not None and arguments.optimizer is not None:
+        raise InputError("--optimizer", "is part of the recipe: give --recipe or --optimizer")
+    settings = recipes.load(arguments.recipe or arguments.optimizer or Config.optimizer)
+    out = Path(arguments.out or Path("runs") / Path(arguments.recipe or settings["optimizer"]).stem)
     check_out(out)
     device = resolve_device(arguments.device)
     dataset = data.load(arguments.data, progress=not arguments.quiet)
-    mode = augment.default_mode(*dataset.shape) if arguments.augment == "auto" else arguments.augment
-    config = Config(
-        data=arguments.data,
-        model=arguments.model,
-        optimizer=arguments.optimizer,
-        bits=arguments.bits if arguments.bits == "ternary" else int(arguments.bits),
-        scale=arguments.scale,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size or default_batch_size(len(dataset.train_labels)),
-        lr=arguments.lr,
-        seed=arguments.seed,
-        device=device,
-        augment=mode,
-        backend=arguments.backend,
+    config = _config(arguments, settings, device, dataset)
+    result = train(
+        config,
+        dataset,
+        out=out,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        minutes=arguments.minutes,
     )
-    result = train(config, dataset, out=out, resume=arguments.resume, progress=not arguments.quiet)
     write_run(out, result)
-    print(report.table({arguments.optimizer: result.report}))
-    print(f"\nwritten: {out}/")
+    print(report.table({config.optimizer: result.report}))
+    share = result.report["optimizer_share"]
+    print(f"\noptimizer step: {100 * share:.1f} % of the training time; written: {out}/")
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    check_out(Path(arguments.out))
+    passed_on = ["--data", arguments.data, "--device", resolve_device(arguments.device)]
+    for option in ("model", "epochs", "batch_size"):
+        if (value := getattr(arguments, option)) is not None:
+            passed_on += [f"--{option.replace('_', '-')}", str(value)]
+    return sweep.run(arguments, passed_on)
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -275,9 +367,20 @@ def _read_report(path: Path) -> dict[str, Any]:
             "classes": int(config["classes"]),
             "data": str(config["data"]),
             "optimizer": str(config["optimizer"]),
+            "activations": int(config["activations"]),
+            "skip": [str(pattern) for pattern in config["skip"]],
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError("--model", f"{path} cannot be read as a run's report: {error}") from None
+
+
+def _why_unpacked(optimizer: str) -> str:
+    if optimizer == "luq":
+        return (
+            "it is a run of luq, whose weights lie on the grid -8..7, which is not symmetric as that of packed layers "
+            "is; --optimizer askew --bits 4 --activations 4 trains a network of 4-bit weights and activations to pack"
+        )
+    return "it is a run of sgd, in full precision"
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -285,10 +388,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     file = source / MODEL if source.is_dir() else source
     described = file.parent / REPORT
     known = _read_report(described) if described.is_file() and arguments.arch is None else None
-    if known is not None and known["optimizer"] == "sgd" and not file.exists():
-        raise InputError(
-            "--model", f"{source} is a run of sgd, in full precision: there is no packed network in it"
-        )
+    if known is not None and known["optimizer"] in recipes.FLOAT and not file.exists():
+        raise InputError("--model", f"{source} holds no packed network: {_why_unpacked(known['optimizer'])}")
     if not file.is_file():
         raise InputError("--model", f"{file} does not exist")
     if known is None and arguments.data is None:
@@ -310,6 +411,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     for candidate in [name] if name in models.MODELS else models.MODELS:
         try:
             network = models.build(candidate, shape, classes)
+            if known is not None and known["activations"]:
+                quantopt.nn.quantize_activations(network, skip=known["skip"])
             packed = quantopt.load(file, network).to(device).eval()
             break
         except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -345,8 +448,8 @@ def _pack(arguments: argparse.Namespace) -> int:
         config.check()
     except (TypeError, ValueError) as error:
         raise InputError("--run", f"{checkpoint} has a configuration that cannot be used: {error}") from None
-    if config.optimizer == "sgd":
-        raise InputError("--run", f"{source} is a run of sgd, in full precision: there is nothing to pack")
+    if config.optimizer in recipes.FLOAT:
+        raise InputError("--run", f"{source} cannot be packed: {_why_unpacked(config.optimizer)}")
     trainer = Trainer(config, data.load(config.data))
     trainer.load_weights(state, "--run")
     result = trainer.finish()
@@ -369,6 +472,9 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     """Runs `run` and turns errors that are the user's to mend into a line on stderr and an exit status."""
     try:
         return run()
+    except OutOfTime as stop:
+        print(f"{program}: {stop}; `--resume` continues", file=sys.stderr)
+        return OUT_OF_TIME
     except (InputError, TrainingError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantopt.train import augment, data, report
-from quantopt.train.cli import add_common_arguments, check_out, guarded, write_run
+from quantopt.train.cli import add_common_arguments, add_seed, check_out, guarded, write_run
 from quantopt.train.loop import (
     Config,
     Trainer,
@@ -23,7 +23,8 @@ from quantopt.train.loop import (
     versions,
     weight_bytes,
 )
-from quantopt.train.recipes import RECIPES
+
+OPTIMIZERS = ("sgd", "binaryconnect", "binaryrelax", "proxquant", "askew", "stam")
 
 # Bytes of training images below which a second thread gains nothing: each operation is so short that the threads mostly
 # wait for each other, and for long where the machine is busy.
@@ -31,8 +32,8 @@ _SMALL = 1 << 20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains with every recipe in turn; writes report.json, curves.png and weights.png in --out, and a folder for
-    each run."""
+    """Trains with each of `OPTIMIZERS` in turn; writes report.json, curves.png and weights.png in --out, and a folder
+    for each run."""
     started = time.perf_counter()
     out = Path(arguments.out)
     check_out(out)
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     reports: dict[str, dict[str, Any]] = {}
     histograms: dict[str, Tensor] = {}
     smallest = math.inf
-    for name in RECIPES:
+    for name in OPTIMIZERS:
         config = Config(
             data=arguments.data,
             model=arguments.model,
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m quantopt.train.demo", description=__doc__)
     add_common_arguments(parser)
+    add_seed(parser)
+    parser.set_defaults(model=Config.model, epochs=Config.epochs)
     parser.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="directory to write to (%(default)s)"
     )

@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
+from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, models, recipes
 from quantopt.train.data import Dataset
 from quantopt.train.errors import InputError
@@ -29,6 +30,7 @@ MODEL = "model.safetensors"
 CURVES = ("loss", "accuracy", "epsilon", "kappa", "reg_strength", "fraction_feasible", "sign_flips")
 """Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity."""
 
+PRECISIONS = ("float32", "bfloat16")
 HISTOGRAM_LIMIT = 2.5
 HISTOGRAM_BINS = 101
 
@@ -41,30 +43,76 @@ class TrainingError(RuntimeError):
     """Training cannot go on, through no fault of the arguments' form: the loss is not finite."""
 
 
+OUT_OF_TIME = 3
+"""Exit status of a run or a sweep that stopped because its time was over; the same command continues it."""
+
+
+class OutOfTime(Exception):
+    """The time given is over; the checkpoint holds everything."""
+
+
 @dataclass(frozen=True)
 class Config:
-    """What determines a run. `lr` None means the recipe's; `augment` is one of augment.MODES."""
+    """What determines a run. None means the value of the optimizer's recipe, `recipes.HYPERPARAMETERS` describes them;
+    `augment` is one of augment.MODES. precision: of the network's passes in training, "bfloat16" is autocast. init: the
+    run, or its checkpoint, whose weights training starts from. compile: torch.compile of the network in training."""
 
     data: str = "digits"
     model: str = "cnn"
     optimizer: str = "askew"
-    bits: int | str = 1
-    scale: str = "tensor"
+    bits: int | str | None = None
+    scale: str | None = None
+    skip: list[str] | None = None
+    activations: int | None = None
     epochs: int = 30
     batch_size: int = 64
     lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    warmup: float | None = None
+    float_lr: float | None = None
+    float_weight_decay: float | None = None
+    options: dict[str, Any] | None = None
+    init: str | None = None
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
     seed: int = 0
     device: str = "cpu"
     augment: str = "none"
     backend: str = "auto"
 
+    def resolved(self) -> "Config":
+        """The same with nothing left to the recipe; checked."""
+        self.check()
+        given = asdict(self)
+        missing = {
+            key: value for key, value in recipes.load(self.optimizer).items() if given.get(key) is None
+        }
+        config = replace(self, **missing)
+        config._check_bits()
+        return config
+
+    def _check_bits(self) -> None:
+        if self.optimizer in recipes.FLOAT:
+            bits = 0 if self.optimizer == "sgd" else 4
+            self._require(
+                "--bits", self.bits == bits, f"{self.optimizer} has {bits or 'full precision, no'} bits"
+            )
+        if self.optimizer == "luq":
+            self._require("--activations", self.activations == 4, "luq has 4")
+        self._require("--activations", self.activations in (0, SAWB_BITS), "0 (float) or 4")
+
     def check(self) -> None:
         """Raises InputError, naming the option, for a value outside its range."""
         self._require("--model", self.model in models.MODELS, f"choose from {', '.join(models.MODELS)}")
         self._require(
-            "--optimizer", self.optimizer in recipes.RECIPES, f"choose from {', '.join(recipes.RECIPES)}"
+            "--optimizer",
+            self.optimizer in recipes.OPTIMIZERS,
+            f"choose from {', '.join(recipes.OPTIMIZERS)}",
         )
         self._require("--augment", self.augment in augment.MODES, f"choose from {', '.join(augment.MODES)}")
+        self._require("--precision", self.precision in PRECISIONS, f"choose from {', '.join(PRECISIONS)}")
         self._require("--epochs", self.epochs >= 1, "at least 1")
         self._require("--batch-size", self.batch_size >= 2, "at least 2 (batch norm needs two)")
         self._require("--seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
@@ -152,6 +200,33 @@ class Result:
     histograms: Tensor
 
 
+class _Stopwatch:
+    """Sums the time spent in `with` blocks; on a GPU the time between events of its stream, read at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._start = self._mark()
+
+    def __exit__(self, *error: object) -> None:
+        self._marks.append((self._start, self._mark()))
+
+    def seconds(self) -> float:
+        if self._cuda and self._marks:
+            torch.cuda.synchronize()
+            return float(sum(start.elapsed_time(end) for start, end in self._marks) / 1e3)
+        return float(sum(end - start for start, end in self._marks))
+
+
 class Trainer:
     """A run: network, optimizer, schedules, random numbers and curves, after `epoch` whole epochs.
 
@@ -159,8 +234,9 @@ class Trainer:
     Raises InputError if the network does not fit the images or a value is refused.
     """
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        config.check()
+    def __init__(self, config: Config, dataset: Dataset, initial: dict[str, Any] | None = None) -> None:
+        """initial: the model's state to start from, as a checkpoint holds it, None for random weights."""
+        config = config.resolved()
         self.config = config
         self.dataset = dataset
         self.device = torch.device(config.device)
@@ -178,23 +254,31 @@ class Trainer:
             )
         except ValueError as error:
             raise InputError("--model", str(error)) from None
+        if initial is not None:
+            try:
+                self.model.load_state_dict(initial)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise InputError(
+                    "--init", f"its network is not this one: {str(error).splitlines()[-1].strip()}"
+                ) from None
         self.model.to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
             self.optimizer = recipes.build(
                 config.optimizer,
                 self.model,
                 config.epochs * self.steps_per_epoch,
-                lr=config.lr,
-                bits=config.bits,
-                scale=config.scale,
+                asdict(config),
                 backend=config.backend,
             )
         except BackendError as error:
             raise InputError("--backend", str(error)) from None
         except ValueError as error:
             raise InputError("--optimizer", str(error)) from None
+        self.run_model = torch.compile(self.model) if config.compile else self.model
         self.epoch = 0
-        self.seconds = 0.0
+        self.seconds = self.update_seconds = 0.0
         self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
         self.histograms = self._histogram()[None]
         if self.quantised:
@@ -202,8 +286,8 @@ class Trainer:
 
     @property
     def quantised(self) -> bool:
-        """False for sgd, which trains in full precision."""
-        return self.config.optimizer != "sgd"
+        """Whether the optimizer has levels; not so for sgd and luq."""
+        return self.config.optimizer not in recipes.FLOAT
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
         """One pass over the training images in random order; images beyond the last whole batch are left out."""
@@ -212,15 +296,22 @@ class Trainer:
         order = torch.randperm(len(self.train_labels), generator=self.generator, device=self.device)
         total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         total_correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        stopwatch = _Stopwatch(self.device)
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             images = augment.apply(self.train_images[chosen], self.config.augment, self.generator)
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             labels = self.train_labels[chosen]
             self.optimizer.optimizer.zero_grad(set_to_none=True)
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, labels)
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+            ):
+                logits = self.run_model(images)
+            loss = F.cross_entropy(logits.float(), labels)
             loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.update()
+            with stopwatch:
+                self.optimizer.update()
             if step == self.steps_per_epoch - 1:
                 self._record()  # before the interval or the relaxation moves on
             self.optimizer.advance()
@@ -237,6 +328,7 @@ class Trainer:
             raise TrainingError(f"the loss became {loss_mean} in epoch {self.epoch + 1}: try a smaller --lr")
         self.curves["loss"].append(loss_mean)
         self.curves["accuracy"].append(accuracy)
+        self.update_seconds += stopwatch.seconds()
         self.seconds += time.perf_counter() - started
         self.epoch += 1
         self._show(bar, loss_mean, accuracy, self.curves["fraction_feasible"][-1])
@@ -294,6 +386,7 @@ class Trainer:
             "config": self.describe(),
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "update_seconds": self.update_seconds,
             "model": self.model.state_dict(),
             **self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -332,6 +425,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state)
             self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
+            self.update_seconds = float(state["update_seconds"])
             if not 0 <= self.epoch <= self.config.epochs:
                 raise ValueError(f"epoch {self.epoch} is not in 0..{self.config.epochs}")
             self.curves = {name: list(state["curves"][name]) for name in CURVES}
@@ -349,9 +443,7 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """The configuration with everything resolved; `fingerprint` identifies the data by content."""
-        recipe = recipes.RECIPES[self.config.optimizer]
         resolved = asdict(self.config)
-        resolved["lr"] = recipe.lr if self.config.lr is None else self.config.lr
         resolved["fingerprint"] = self.dataset.fingerprint()
         resolved["images"] = list(self.dataset.shape)
         resolved["classes"] = len(self.dataset.classes)
@@ -365,10 +457,11 @@ class Trainer:
         test_images = self.dataset.test_images.to(self.device)
         test_labels = self.dataset.test_labels.to(self.device)
         optimizer: Any = self.optimizer.optimizer
-        quantized = packed = bytes_packed = None
+        latent = quantized = packed = bytes_packed = None
         if not self.quantised:
             reestimate_batch_norm(self.model, self.train_images)
-            latent = evaluate(self.model, test_images, test_labels)
+            accuracy = evaluate(self.model, test_images, test_labels)
+            latent, quantized = (None, accuracy) if self.config.optimizer == "luq" else (accuracy, None)
         else:
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
             with optimizer.latent():
@@ -393,6 +486,8 @@ class Trainer:
             "accuracy_quantized": quantized,
             "accuracy_packed": None if packed is None else evaluate(packed, test_images, test_labels),
             "seconds": self.seconds,
+            "optimizer_share": self.update_seconds / self.seconds if self.seconds else None,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "bytes_float": None if packed is None else tensor_bytes(self.model),
             "bytes_packed": bytes_packed,
         }
@@ -435,16 +530,25 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[Trainer], None] | None = None,
+    minutes: float | None = None,
 ) -> Result:
     """Trains, with a checkpoint in `out` after every epoch, and measures; see `Result`.
 
     out: a directory, made once the arguments have proved good; None writes nothing. resume: continue from `out`'s
-    checkpoint, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. Raises
-    InputError on a bad value or checkpoint, TrainingError if the loss is not finite.
+    checkpoint, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: where
+    the next epoch would end later, stop after the checkpoint of the last, at least one. Raises InputError on a bad
+    value or checkpoint, TrainingError if the loss is not finite, OutOfTime.
     """
-    trainer = Trainer(config, dataset)
+    started = time.monotonic()
     checkpoint = None if out is None else out / CHECKPOINT
-    if resume and checkpoint is not None and checkpoint.exists():
+    resuming = resume and checkpoint is not None and checkpoint.exists()
+    initial = None
+    if config.init is not None and not resuming:
+        source = Path(config.init)
+        state = read_checkpoint(source / CHECKPOINT if source.is_dir() else source, "--init")
+        initial = state.get("model", {})
+    trainer = Trainer(config, dataset, initial)
+    if resuming and checkpoint is not None:
         trainer.load_state_dict(read_checkpoint(checkpoint, "--resume"))
     elif out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -452,7 +556,11 @@ def train(
             (out / stale).unlink(missing_ok=True)
     if out is not None:
         remove_temporaries(out)
+    longest = 0.0
     while trainer.epoch < config.epochs:
+        begun = time.monotonic()
+        if longest and minutes is not None and begun + longest > started + 60 * minutes:
+            raise OutOfTime(f"{minutes:g} minutes are over after epoch {trainer.epoch} of {config.epochs}")
         with tqdm(
             total=trainer.steps_per_epoch * trainer.batch_size,
             desc=f"epoch {trainer.epoch + 1}/{config.epochs}",
@@ -466,4 +574,5 @@ def train(
             atomic_write(checkpoint, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
         if on_epoch is not None:
             on_epoch(trainer)
+        longest = max(longest, time.monotonic() - begun)
     return trainer.finish()

@@ -1,12 +1,20 @@
-"""How each optimizer of the command line is set up: the defaults of docs/algorithms.md, sections 2 to 4.
+"""Recipes: every hyper-parameter of a training in a TOML file, and the optimizer that a recipe describes.
 
-`sgd` is full precision: plain torch.optim.SGD on every parameter. The others train the quantised weights with
-their own rule and everything else (first and last layer, biases, batch norm) with SGD at `FLOAT_LR`.
+`quantopt/recipes/OPTIMIZER.toml` holds what an optimizer needs on any network (docs/algorithms.md, sections 2 to 4);
+`quantopt/recipes/MODEL-OPTIMIZER-BITS.toml` names one of them as its `base` and says what differs. A base has no base.
+The keys are the fields of `loop.Config`; `[options]` are further arguments of the optimizer's class.
+
+`sgd` is full precision, `luq` trains 4-bit layers: both are plain torch.optim.SGD on every parameter. The others train
+the quantised weights with their own rule and everything else (skipped layers, biases, batch norm) with the base rule at
+`float_lr` and `float_weight_decay`.
 """
 
 import math
+import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,39 +22,91 @@ from torch import nn
 
 import quantopt
 from quantopt.backends import choose
+from quantopt.train.errors import InputError
 
-# Of the parameters that are not quantised. Chosen on validation splits of the digits and of 8,000 CIFAR-10 images with
-# the cnn, for sgd and the quantised recipes alike: at a rate of 0.1 the cnn does not train reliably on CIFAR-10.
-FLOAT_LR = 0.02
-FLOAT_WEIGHT_DECAY = 5e-3
-MOMENTUM = 0.9
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """An optimizer and its schedule.
-
-    make: the optimizer's class; lr, weight_decay: of the quantised weights, for levels one standard deviation
-    from zero; options: further arguments of the class; warmup: fraction of the steps in which the learning
-    rate rises linearly before it falls by a cosine to 0; relaxation: the group key that Anneal drives.
-    """
-
-    make: Callable[..., Any]
-    lr: float
-    weight_decay: float = 0.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    warmup: float = 0.0
-    relaxation: str | None = None
-
-
-RECIPES: dict[str, Recipe] = {
-    "sgd": Recipe(torch.optim.SGD, lr=FLOAT_LR, weight_decay=FLOAT_WEIGHT_DECAY),
-    "binaryconnect": Recipe(quantopt.BinaryConnect, lr=0.5),
-    "binaryrelax": Recipe(quantopt.BinaryRelax, lr=0.3, relaxation="kappa"),
-    "proxquant": Recipe(quantopt.ProxQuant, lr=0.1, relaxation="reg_strength"),
-    "askew": Recipe(quantopt.AskewSGD, lr=1.0, options={"memory": True}, relaxation="epsilon"),
-    "stam": Recipe(quantopt.STAM, lr=1.0, weight_decay=3e-3, warmup=0.03, relaxation="kappa"),
+# Each optimizer's class, and the group key that Anneal drives.
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "sgd": (torch.optim.SGD, None),
+    "binaryconnect": (quantopt.BinaryConnect, None),
+    "binaryrelax": (quantopt.BinaryRelax, "kappa"),
+    "proxquant": (quantopt.ProxQuant, "reg_strength"),
+    "askew": (quantopt.AskewSGD, "epsilon"),
+    "askew-adam": (quantopt.AskewAdam, "epsilon"),
+    "stam": (quantopt.STAM, "kappa"),
+    "luq": (torch.optim.SGD, None),
 }
+FLOAT = ("sgd", "luq")
+"""Optimizers of torch, which have no levels."""
+
+HYPERPARAMETERS: dict[str, tuple[type, ...]] = {
+    "bits": (int, str),
+    "scale": (str,),
+    "skip": (list,),
+    "activations": (int,),
+    "lr": (float,),
+    "weight_decay": (float,),
+    "momentum": (float,),
+    "warmup": (float,),
+    "float_lr": (float,),
+    "float_weight_decay": (float,),
+    "options": (dict,),
+}
+"""What the file of every optimizer holds, with the types. lr, weight_decay: of the quantised weights, for levels one
+standard deviation from zero. warmup: fraction of the steps in which the rate rises linearly before it falls by a cosine
+to 0. skip: the layers in full precision. activations: bits of the inputs of quantised layers, 4 or 0 for float."""
+_RUN: dict[str, tuple[type, ...]] = {
+    "optimizer": (str,),
+    "model": (str,),
+    "epochs": (int,),
+    "batch_size": (int,),
+    "augment": (str,),
+    "precision": (str,),
+    "channels_last": (bool,),
+    "compile": (bool,),
+}
+_DIRECTORY = resources.files("quantopt") / "recipes"
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(
+        file.name.removesuffix(".toml") for file in _DIRECTORY.iterdir() if file.name.endswith(".toml")
+    )
+
+
+def load(name: str) -> dict[str, Any]:
+    """The settings of a recipe: of the package by its name, else of a file. Raises InputError naming --recipe."""
+    settings = _parse(name)
+    base = settings.pop("base", None)
+    if base is not None:
+        inherited = _parse(str(base)) if base in names() else None
+        if inherited is None or "base" in inherited:
+            raise InputError(
+                "--recipe", f"{name}: base = {base!r} must be a recipe of the package without a base"
+            )
+        settings = {**inherited, **settings}
+    allowed = HYPERPARAMETERS | _RUN
+    for key, value in settings.items():
+        if key not in allowed:
+            raise InputError("--recipe", f"{name}: unknown key {key!r}; known: {', '.join(allowed)}")
+        if isinstance(value, bool) != (allowed[key] == (bool,)) or not isinstance(value, allowed[key]):
+            kinds = " or ".join(kind.__name__ for kind in allowed[key])
+            raise InputError("--recipe", f"{name}: {key} = {value!r} must be of type {kinds}")
+    if settings.get("optimizer") not in OPTIMIZERS:
+        raise InputError("--recipe", f"{name}: optimizer must be one of {', '.join(OPTIMIZERS)}")
+    return settings
+
+
+def _parse(name: str) -> dict[str, Any]:
+    file: Any = _DIRECTORY / f"{name}.toml" if name in names() else Path(name)
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "--recipe", f"{name} is neither a recipe of the package nor a readable file ({error})"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("--recipe", f"{name} is not TOML: {error}") from None
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
@@ -91,50 +151,52 @@ class Optimizer:
 
 
 def build(
-    name: str,
-    model: nn.Module,
-    total_steps: int,
-    *,
-    lr: float | None = None,
-    bits: int | str = 1,
-    scale: str = "tensor",
-    backend: str = "auto",
+    name: str, model: nn.Module, total_steps: int, settings: Mapping[str, Any], *, backend: str = "auto"
 ) -> Optimizer:
-    """The optimizer `name` of `RECIPES` for `model`, over `total_steps` steps.
+    """The optimizer `name` of `OPTIMIZERS` for `model`, over `total_steps` steps.
 
-    lr: of the quantised weights (of all weights for sgd), the recipe's if None. bits, scale: as in
-    `quantopt.param_groups`; ignored by sgd. With scale "none" the levels are -1 and 1: the quantised weights are
-    first divided by their standard deviation, which the batch norm behind them undoes, and lr by its square and
-    weight_decay multiplied by it, so that training takes the same course. Raises ValueError on a bad value,
-    BackendError if the backend cannot run the optimizer.
+    settings: a value for each of `HYPERPARAMETERS`. `model` is changed first where they ask for it: SAWB quantisers for
+    activations = 4, the layers of luq. With scale "none" the levels are -1 and 1: the quantised weights are first
+    divided by their standard deviation, which the batch norm behind them undoes, and lr by its square and weight_decay
+    multiplied by it, so that training takes the same course. Raises ValueError on a bad value, BackendError if the
+    backend cannot run the optimizer.
     """
-    recipe = RECIPES[name]
-    lr = recipe.lr if lr is None else lr
+    make, relaxation = OPTIMIZERS[name]
+    lr, weight_decay, momentum = settings["lr"], settings["weight_decay"], settings["momentum"]
+    skip = tuple(settings["skip"])
     optimizer: Any
     anneal = None
-    if name == "sgd":
-        optimizer = recipe.make(
-            model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay
-        )
+    options = dict(settings["options"])
+    repeat = options.pop("repeat", 1) if name == "luq" else 1
+    known = make([nn.Parameter(torch.ones(1))]).defaults
+    if unknown := sorted(options.keys() - known.keys()):
+        raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
+    if name == "luq":
+        quantopt.nn.luq(model, skip=skip, repeat=repeat)
+    elif settings["activations"]:
+        quantopt.nn.quantize_activations(model, skip=skip)
+    if "adam" not in name:
+        options["momentum"] = momentum
+    if name in FLOAT:
+        optimizer = make(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
     else:
+        other = {"lr": settings["float_lr"], "weight_decay": settings["float_weight_decay"]}
         groups = quantopt.param_groups(
-            model, bits=bits, scale=scale, other={"lr": FLOAT_LR, "weight_decay": FLOAT_WEIGHT_DECAY}
+            model, bits=settings["bits"], scale=settings["scale"], skip=skip, other=other
         )
-        weight_decay = recipe.weight_decay
-        if scale == "none":
+        if settings["scale"] == "none":
             variance = _unit_variance(groups[0]["params"])
             lr, weight_decay = lr / variance, weight_decay * variance
-        options = dict(recipe.options, momentum=MOMENTUM, weight_decay=weight_decay, backend=backend)
-        optimizer = recipe.make(groups, lr=lr, **options)
+        optimizer = make(groups, lr=lr, weight_decay=weight_decay, backend=backend, **options)
         # A backend that cannot run is refused now, not at the first step.
         for group in optimizer.param_groups:
             weight = group["params"][0]
             choose("fused_step", weight.device, weight.dtype, backend)
-        anneal = quantopt.Anneal(optimizer, total_steps=total_steps) if recipe.relaxation else None
+        anneal = quantopt.Anneal(optimizer, total_steps=total_steps) if relaxation else None
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, total_steps, recipe.warmup)
+        optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
     )
-    return Optimizer(optimizer, scheduler, anneal, recipe.relaxation)
+    return Optimizer(optimizer, scheduler, anneal, relaxation)
 
 
 @torch.no_grad()

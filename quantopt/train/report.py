@@ -22,12 +22,13 @@ _STYLES = (
     ("#D55E00", (0, ())),
     ("#0072B2", (0, (8, 2))),
 )
-_PANELS = (
+PANELS = (
     ("loss", "training loss", "log"),
     ("accuracy", "training accuracy, %", "linear"),
     ("fraction_feasible", "weights inside their interval, %", "linear"),
     ("sign_flips", "sign flips in the epoch", "symlog"),
 )
+SWEEP_PANELS = (PANELS[1], ("epsilon", "epsilon", "linear"), *PANELS[2:])
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
@@ -36,13 +37,29 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    """Four panels (loss, accuracy, fraction of weights inside their interval, sign flips) against the epoch.
+def mean_curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float | None]]:
+    """The curves of `SWEEP_PANELS`, each the mean of the runs at every epoch; None where a run has no value."""
+    means: dict[str, list[float | None]] = {}
+    for key, _, _ in SWEEP_PANELS:
+        epochs = zip(*(run[key] for run in runs), strict=True)
+        means[key] = [
+            None if None in values else sum(v for v in values if v is not None) / len(runs)
+            for values in epochs
+        ]
+    return means
+
+
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, Mapping[str, Sequence[float | None]]],
+    chosen: Sequence[tuple[str, str, str]] = PANELS,
+) -> None:
+    """Four panels (by default loss, accuracy, fraction of weights inside their interval, sign flips) against the epoch.
 
     curves: for each name of a run, lists with a value per epoch; None where there is none.
     """
     figure, panels = new_figure(2, 2, width=11, height=7.5)
-    for panel, (key, title, scale) in zip(panels, _PANELS, strict=True):
+    for panel, (key, title, scale) in zip(panels, chosen, strict=True):
         for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
             points = [(epoch, value) for epoch, value in enumerate(run[key], 1) if value is not None]
             if points:
@@ -57,7 +74,7 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
         panel.set_yscale(scale)
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     save_figure(figure, path)
 
 

@@ -1,0 +1,117 @@
+"""The recipes: every file is read and builds its network and optimizer; files and overrides on the command line."""
+
+import json
+
+import pytest
+import torch
+
+import quantopt
+from quantopt.train import cli, models, recipes
+from quantopt.train.errors import InputError
+from quantopt.train.loop import Config
+from training_data import write_patterns
+
+NETWORKS = ("vgg11", "vgg16", "resnet18")
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {name: models.build(name, (3, 32, 32), 10) for name in NETWORKS}
+
+
+def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
+    grids = {name: ["1bit"] for name in ("binaryconnect", "binaryrelax", "proxquant")}
+    grids |= {name: ["1bit", "ternary", "2bit", "4bit"] for name in ("askew", "askew-adam", "stam")}
+    expected = {f"{optimizer}-{bits}" for optimizer, all_bits in grids.items() for bits in all_bits}
+    expected |= {"sgd", "luq", "askew-w4a4"}
+    assert set(recipes.names()) == {f"{n}-{rest}" for n in NETWORKS for rest in expected} | set(
+        recipes.OPTIMIZERS
+    )
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_builds(name, networks):
+    settings = recipes.load(name)
+    assert set(recipes.HYPERPARAMETERS) <= set(settings)
+    config = Config(**settings).resolved()
+    assert all(getattr(config, key) == value for key, value in settings.items())
+    if name in recipes.OPTIMIZERS:
+        assert config.optimizer == name
+        return
+    assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= 60
+    with torch.device("meta"):  # what the recipe makes of the network, without its memory
+        model = models.build(config.model, (3, 32, 32), 10)
+    model = model.to_empty(device="cpu")
+    built = recipes.build(config.optimizer, model, 10, settings)
+    if config.optimizer == "luq":
+        layers = [m for m in model.modules() if isinstance(m, quantopt.nn.LUQConv2d | quantopt.nn.LUQLinear)]
+    elif config.activations:
+        layers = [m for m in model.modules() if isinstance(m, quantopt.nn.SAWB)]
+    elif config.optimizer == "sgd":
+        return
+    else:
+        assert built.optimizer.param_groups[0]["bits"] == config.bits
+        layers = built.optimizer.param_groups[0]["params"]
+    inner = (
+        sum(1 for m in networks[config.model].modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+        - 2
+    )
+    assert len(layers) == inner
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer = ", "is not TOML"),
+        ("lr = 1.0", "optimizer must be one of"),
+        ('base = "nothing"', "must be a recipe of the package without a base"),
+        ('base = "vgg11-askew-1bit"', "must be a recipe of the package without a base"),
+        ('base = "askew"\nspeed = 3', "unknown key 'speed'; known: bits"),
+        ('base = "askew"\nlr = "fast"', "lr = 'fast' must be of type float"),
+        ('base = "askew"\nepochs = true', "epochs = True must be of type int"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=f"--recipe: .*{message}"):
+        recipes.load(str(file))
+    with pytest.raises(InputError, match="neither a recipe of the package nor a readable file"):
+        recipes.load(str(tmp_path / "none.toml"))
+
+
+def test_recipe_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    patterns = write_patterns(tmp_path / "patterns")
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "askew"\nbits = 2\nlr = 0.7\nepochs = 9\nmodel = "mlp"\nprecision = "bfloat16"\n')
+    common = ["train", "--data", str(patterns), "--quiet", "--device", "cpu", "--recipe", str(file)]
+    run = [*common, "--out", str(tmp_path / "run"), "--epochs", "2", "--bits", "4", "--activations", "4"]
+    assert cli.main([*run, "--skip", "none"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    config = report["config"]
+    assert (config["lr"], config["model"], config["precision"]) == (0.7, "mlp", "bfloat16")
+    assert (config["epochs"], config["bits"], config["activations"], config["skip"]) == (2, 4, 4, [])
+    assert config["options"] == {"memory": True, "bound": 2.0} and config["batch_size"] == 64
+    capsys.readouterr()
+    assert cli.main(["eval", "--model", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"accuracy {report['accuracy_packed']:.2f} %")
+    assert (
+        cli.main(["pack", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "again.safetensors")]) == 0
+    )
+    assert cli.main([*common, "--optimizer", "stam"]) == 2
+    assert "--optimizer: is part of the recipe" in capsys.readouterr().err
+
+
+def test_luq_has_no_packed_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    patterns, out = write_patterns(tmp_path / "patterns"), str(tmp_path / "luq")
+    assert (
+        cli.main(
+            ["train", "--data", str(patterns), "--quiet", "--epochs", "1", "--optimizer", "luq", "--out", out]
+        )
+        == 0
+    )
+    for command in (["pack", "--run", out], ["eval", "--model", out]):
+        assert cli.main(command) == 2
+        assert "whose weights lie on the grid -8..7" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""Recipes x seeds: rows, figure, cut and continued."""
+
+import json
+
+import pytest
+
+from quantopt.train import cli, sweep
+from quantopt.train.loop import OUT_OF_TIME
+from training_data import write_patterns
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    patterns = write_patterns(tmp_path / "patterns")
+    common = ["--data", str(patterns), "--device", "cpu", "--model", "mlp", "--epochs", "2"]
+    return [*common, "--out", str(tmp_path / "out")]
+
+
+def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
+    out = tmp_path / "out"
+    command = ["sweep", "stam", "luq", "--seeds", "2", *arguments]
+    assert cli.main([*command, "--minutes", "1e-9"]) == OUT_OF_TIME  # no run is begun
+    assert not (out / "accuracy.json").exists()
+    train = ["train", "--quiet", "--recipe", "stam", "--resume", *arguments[:-1], str(out / "stam-0")]
+    assert cli.main([*train, "--minutes", "1e-6"]) == OUT_OF_TIME
+    assert (out / "stam-0" / "checkpoint.pt").exists() and not (out / "stam-0" / "report.json").exists()
+    assert "unfinished: stam-0, stam-1, luq-0, luq-1" in capsys.readouterr().err
+    assert cli.main([*command, "--jobs", "2"]) == 0
+    rows = json.loads((out / "accuracy.json").read_text())["rows"]
+    keys = {"model", "optimizer", "bits", "seeds", "mean", "std", "packed_mean", "epochs", "device"}
+    assert all(keys <= set(row) for row in rows)
+    assert [(row["optimizer"], row["bits"], row["seeds"], row["epochs"]) for row in rows] == [
+        ("stam", 1, 2, 2),
+        ("luq", 4, 2, 2),
+    ]
+    reports = [json.loads((out / f"stam-{seed}" / "report.json").read_text()) for seed in (0, 1)]
+    a, b = (report["accuracy_quantized"] for report in reports)
+    assert rows[0]["mean"] == pytest.approx((a + b) / 2) and rows[0]["std"] == pytest.approx(
+        abs(a - b) / 2**0.5
+    )
+    assert rows[0]["packed_mean"] is not None and rows[1]["packed_mean"] is None
+    assert (out / "curves.png").stat().st_size > 5000
+    before = (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns
+    assert cli.main(command) == 0  # nothing is left to do
+    assert (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns == before
+    reports[0]["config"]["lr"] = 7.0
+    (out / "stam-0" / "report.json").write_text(json.dumps(reports[0]))
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    assert "--out: the runs of stam differ in more than their seed" in capsys.readouterr().err
+
+
+def test_bad_sweeps(tmp_path, arguments, capsys):
+    assert cli.main(["sweep", "nothing", *arguments]) == 2
+    assert "--recipe: nothing is neither" in capsys.readouterr().err
+    assert cli.main(["sweep", "stam", "stam", *arguments]) == 2
+    assert "would share the directory" in capsys.readouterr().err
+    assert (
+        cli.main(["sweep", "stam", "--seeds", "1", *arguments, "--model", "vgg11"]) == 1
+    )  # each run says why
+
+
+def test_the_table_aligns():
+    report = {
+        "config": {"model": "cnn", "optimizer": "sgd", "bits": 0, "activations": 0, "epochs": 3},
+        "accuracy_latent": 90.0,
+        "accuracy_packed": None,
+        "device": "cpu",
+    }
+    row = sweep.row([report])
+    assert row["mean"] == 90 and row["std"] == 0
+    lines = sweep.table([row, {**row, "packed_mean": 89.5, "bits": "ternary", "activations": 4}]).splitlines()
+    assert len({len(line) for line in lines}) == 1
