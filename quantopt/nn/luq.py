@@ -14,7 +14,7 @@ formula gives no positive clip (all :math:`|x|` nearly equal), clip is max\|x\|.
 
 Gradients, with :math:`a = \max|g| / 2^7`, are rounded at random to 0 or :math:`\pm a 2^k`, k = 0..7, such that the mean
 is g: below a to 0 or a, above to one of the two neighbouring powers. These are 17 values, one more than 4 bits
-tell apart, as in the authors' code.
+tell apart.
 """
 
 from collections.abc import Iterable
