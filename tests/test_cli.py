@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantopt.backends import OPERATIONS
 from quantopt.train import cli
 from training_data import write_patterns
 
@@ -139,7 +140,7 @@ def test_env(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
     operations = {row["operation"].split()[0] for row in facts["backends"]}
-    assert operations == {"fused_step", "binary_linear", "binary_conv2d"}
+    assert operations == set(OPERATIONS)
     assert all(
         row["backend"] in ("reference", "cpu", "cuda", "triton") and row["why"] for row in facts["backends"]
     )
