@@ -62,12 +62,14 @@ if part build 240 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setu
   cp bench/results/step-*.json bench/results/gemm-*.json "$LOGS"/ 2>/dev/null
   sanitizer=$(tool compute-sanitizer)
   if [[ -n $sanitizer ]]; then
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else overruns between small tensors stay inside one block
     for check in memcheck racecheck; do
       part "$check" 70 "$sanitizer" --tool "$check" --error-exitcode 1 \
         "$PYTHON" bench/small_steps.py
       part "$check-gemm" 60 "$sanitizer" --tool "$check" --error-exitcode 1 \
         "${pytest[@]}" tests/test_cuda_binary.py -k every_shape_on_the_device
     done
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
   else
     summary+=("memcheck, racecheck: compute-sanitizer is absent")
   fi

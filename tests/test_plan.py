@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import quantopt
+from quantopt.ops.step import HYPER
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -284,3 +285,30 @@ def test_tensor_lr_of_one_element_is_capturable() -> None:
     set_grads([p], 0)
     opt.step()
     assert p._version > 0
+
+
+def test_the_numbers_of_a_capturable_group_stay_where_they_are() -> None:
+    """A captured graph reads them: new parameters and changed options must not move them."""
+    params = parameters([(4, 4), (3, 3)])
+    opt = quantopt.AskewSGD(params, capturable=True)
+    set_grads(params[:1], 0)
+    opt.step()
+    at = opt._steps[0].hyper.data_ptr()
+    set_grads(params, 1)
+    opt.step()
+    opt.param_groups[0]["nesterov"] = True
+    opt.param_groups[0]["weight_decay"] = 0.5
+    opt.step()
+    opt.add_param_group({"params": parameters([(2, 2)])})
+    opt.step()
+    assert opt._steps[0].hyper.data_ptr() == at
+    assert float(opt._steps[0].hyper[HYPER.index("weight_decay")]) == 0.5
+
+
+@pytest.mark.parametrize("make", [quantopt.BinaryConnect, quantopt.BinaryRelax])
+def test_a_vector_is_one_channel_with_one_bound(make: Any) -> None:
+    (p,) = parameters([(16,)])
+    opt = make([p], scale="channel")
+    set_grads([p], 0)
+    opt.step()
+    assert opt.state[p]["sigma"].numel() == opt.state[p]["scale"].numel() == 1

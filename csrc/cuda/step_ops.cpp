@@ -55,6 +55,11 @@ void step_on_device(const StepOptions& options, const std::vector<StepSegment>& 
                     at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
                     const std::optional<at::Tensor>& found_inf, const at::Tensor& param) {
   const at::Device device = param.device();
+  for (const StepSegment& segment : segments) {
+    TORCH_CHECK_VALUE(!moving_levels || segment.sigma == nullptr || segment.sigma_row >= segment.row,
+                      "fused_step: sigmas[", segment.index,
+                      "] is finer than the moving level of its parameter");
+  }
   thread_local std::vector<float*> counters;  // kept between steps
   counters.clear();
   for (const at::Tensor& step : steps) {

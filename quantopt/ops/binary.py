@@ -305,8 +305,9 @@ def binary_linear(
     Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
     for any number of threads or rows. On a GPU the order depends on the sizes and the device, never on the run; in
     "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
-    three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer.
-    Differentiable with respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
+    three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
+    but with several planes an infinity may give NaN: the planes are summed one by one. ``tiles`` must be those of
+    ``bits``, which is not checked. Differentiable with respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
     """
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation

@@ -237,6 +237,8 @@ class QuantOptimizer(torch.optim.Optimizer):
             state["scale"] = _shard_like(scale.contiguous(), w, name)
             if self._latent_bound_scale(group):
                 per_row = "channel" if group["scale"] == "group" else group["scale"]
+                if moving and w.dim() < 2:  # one channel, as its level
+                    per_row = "tensor"
                 sigma = grid.frozen_scale(exact, per_row) * grid.level_factor(level_count(group["bits"]))
                 state["sigma"] = _shard_like(sigma.contiguous(), w, name)
         return state
@@ -441,9 +443,11 @@ class QuantOptimizer(torch.optim.Optimizer):
         for group in groups:
             self._check_grads(group)
         indices = [self._ensure_state(group, with_grad_only=True) for group in groups]
-        steps = self._steps if len(self._steps) == len(self.param_groups) else [None] * len(self.param_groups)
+        count = len(self.param_groups)
+        steps = list(self._steps) if len(self._steps) == count else [None] * count
         for i, group, chosen in zip(stale, groups, indices, strict=True):
-            steps[i] = _GroupStep(self, group, chosen, i)
+            before = next((step for step in self._steps if step is not None and step.group is group), None)
+            steps[i] = _GroupStep(self, group, chosen, i, before)
         self._steps = steps
         self._all_states = list(self.state.values())
         return self._steps
@@ -622,9 +626,18 @@ class _GroupStep:
         "error_if_nonfinite", "capturable", "momentum_dtype", "memory", "constrain", "form", "clip", "stochastic",
     )  # fmt: skip
 
-    def __init__(self, opt: QuantOptimizer, group: dict[str, Any], indices: list[int], number: int) -> None:
+    def __init__(
+        self,
+        opt: QuantOptimizer,
+        group: dict[str, Any],
+        indices: list[int],
+        number: int,
+        before: "_GroupStep | None",
+    ) -> None:
         self.group = group
         self.number = number  # of the group
+        self.numbers: dict[str, float]
+        self.hyper: Tensor
         self.backend = opt.backend
         self.static_keys = tuple(key for key in self.STATIC if key in group)
         self.static = tuple(group[key] for key in self.static_keys)
@@ -634,10 +647,12 @@ class _GroupStep:
         self.all_params = list(group["params"])
         self.params = [group["params"][i] for i in indices]
         self.states = [opt.state[p] for p in self.params]
-        self.numbers, _ = _split_numbers(opt._numbers(group))
-        self.hyper = hyper_tensor(**self.numbers)
-        if group["capturable"] and self.params:
-            self.hyper = self.hyper.to(self.params[0].device)
+        device = self.params[0].device if group["capturable"] and self.params else torch.device("cpu")
+        if before is not None and before.hyper.device == device:  # a captured graph may read it
+            self.numbers, self.hyper = before.numbers, before.hyper
+        else:
+            self.numbers = _split_numbers(opt._numbers(group))[0]
+            self.hyper = hyper_tensor(**self.numbers).to(device)
         self.buckets: list[tuple[torch.dtype, torch.device, list[int]]] = []
         for i, p in enumerate(self.params):
             kind = (p.dtype, p.device)
