@@ -307,7 +307,8 @@ def binary_linear(
     "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
     three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
     but with several planes an infinity may give NaN: the planes are summed one by one. ``tiles`` must be those of
-    ``bits``, which is not checked. Differentiable with respect to x and bias. Raises TypeError or ValueError naming the argument that does not fit.
+    ``bits``, which is not checked. Differentiable with respect to x and bias. Raises TypeError or ValueError naming the
+    argument that does not fit.
     """
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
