@@ -429,7 +429,8 @@ def step_block(
         p = w * shrink - lr * d
         q = project(p, hi, half, last, BINARY)
         gap = p - q
-        latent = q + with_sign_of(maximum(tl.abs(gap) - threshold, 0.0), gap)
+        relaxed = q + with_sign_of(maximum(tl.abs(gap) - threshold, 0.0), gap)
+        latent = tl.where(threshold > 3.4e38, q, relaxed)  # also of an infinite p
         weight = latent
     else:
         limit = float("inf")

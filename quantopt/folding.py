@@ -91,6 +91,11 @@ def _graphs(model: nn.Module) -> tuple[list[tuple[nn.Module, fx.Graph]], Excepti
     return graphs, reason
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks want to see the module's calls, which folding would end."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class _Calls:
     """Which module is called where."""
 
@@ -112,14 +117,19 @@ class _Calls:
                     self.touched.update(id(m) for m in module.modules() if m is not module)
 
     def after(self, module: nn.Module) -> nn.Module | None:
-        """The one module that follows every call of ``module``, if it follows nothing else."""
+        """The one module that follows every call of ``module``, if it follows nothing else and has no hooks."""
         nodes = self.nodes.get(id(module), [])
         followers = [user for node in nodes for user in node.users]
         following = {id(self.modules.get(node)): self.modules.get(node) for node in followers}
         if any(len(node.users) != 1 for node in nodes) or len(following) != 1 or id(module) in self.touched:
             return None
         (follower,) = following.values()
-        if follower is None or id(follower) in self.touched or len(self.nodes[id(follower)]) != len(nodes):
+        if (
+            follower is None
+            or _is_watched(follower)
+            or id(follower) in self.touched
+            or len(self.nodes[id(follower)]) != len(nodes)
+        ):
             return None
         return follower
 

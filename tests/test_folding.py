@@ -239,3 +239,11 @@ def test_folded_modules_survive_pickling() -> None:
     torch.save(fused, file)
     file.seek(0)
     assert repr(torch.load(file, weights_only=False)) == repr(fused)
+
+
+def test_modules_with_hooks_are_kept() -> None:
+    model = fill(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    model[1].register_forward_hook(lambda module, inputs, y: 2 * y - 1)
+    plain, fused = packs(model)
+    x = torch.randn(2, 3, 6, 6)
+    assert folded(fused) == [] and close(fused(x), plain(x))

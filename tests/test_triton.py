@@ -4,6 +4,7 @@ hand."""
 import dataclasses
 import importlib.util
 import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -67,6 +68,15 @@ def test_moving_levels_of_short_and_long_rows(interpreted: ModuleType, rule: str
     ours = step_cases.make(case, shapes)
     step_cases.run(interpreted.fused_step, case, ours)
     step_cases.check(case, ours, step_cases.make(case, shapes))
+
+
+def test_hard_proxquant_keeps_levels_where_the_step_overflows(interpreted: ModuleType) -> None:
+    case = step_cases.Case("prox", 2, "plain", "tensor", threshold=math.inf)
+    inputs = step_cases.make(case, [(1, 64)])
+    inputs.grads[0][0, :2] = torch.tensor([math.inf, -math.inf])
+    step_cases.run(interpreted.fused_step, case, inputs)
+    assert torch.equal(inputs.params[0].abs(), inputs.scales[0].expand(1, 64))
+    assert torch.equal(inputs.params[0][0, :2].sign(), torch.tensor([-1.0, 1.0]))
 
 
 def test_numbers_from_the_device_and_from_the_host_are_the_same(interpreted: ModuleType) -> None:
