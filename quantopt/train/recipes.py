@@ -1,4 +1,4 @@
-"""Recipes: every hyper-parameter of a training in a TOML file, and the optimizer that a recipe describes.
+"""Recipes: the hyper-parameters of a training in a TOML file, and the optimizer that a recipe describes.
 
 `quantopt/recipes/OPTIMIZER.toml` holds what an optimizer needs on any network (docs/algorithms.md, sections 2 to 4);
 `quantopt/recipes/MODEL-OPTIMIZER-BITS.toml` names one of them as its `base` and says what differs. A base has no base.
