@@ -643,7 +643,7 @@ class Table:
 
 class _Staging:
     """Pinned memory from which tables are copied without waiting. It is made before it is needed, as memory cannot be
-    pinned while a CUDA graph is captured."""
+    pinned while a CUDA graph is captured; nor can the kernels be loaded then, so a step comes before the capture."""
 
     BLOCK, RESERVE = 8192, 2048  # rows
 
@@ -742,7 +742,9 @@ def _row_of(lists: dict[str, Sequence[Tensor]], index: int, group_size: int) -> 
 
 
 _PLANS: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_CAPTURED: list[Plan] = []  # the tables of captured graphs stay where they are
+_CAPTURED: set[Plan] = (
+    set()
+)  # a graph may be replayed as long as the process lives: its tables stay where they are
 _KEPT = 64
 
 
@@ -762,10 +764,10 @@ def _plan(lists: dict[str, Sequence[Tensor]], group_size: int, moving_levels: bo
     if plan is None:
         plan = Plan(lists, group_size, moving_levels)
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            _CAPTURED.append(plan)  # filled only when the graph runs: of no use to others
+            _CAPTURED.add(plan)  # filled only when the graph runs: of no use to others
             return plan
     elif on_gpu and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(plan)
+        _CAPTURED.add(plan)
     _PLANS[key] = plan
     while len(_PLANS) > _KEPT:
         _PLANS.popitem(last=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import quantopt
+from quantopt import backends
 from test_optim import MAKERS, every, network, same, train, weights
 
 
@@ -68,6 +69,26 @@ def test_save_and_load_go_on_alike() -> None:
     assert same(weights(model), weights(other))
 
 
+@every
+def test_a_loaded_state_takes_the_place_of_the_present_one(name: str) -> None:
+    """So that a captured graph goes on with it. What was loaded from stays as it was."""
+    model = network()
+    opt = MAKERS[name](quantopt.param_groups(model), lr=0.05, capturable=True)
+    train(model, opt, 3)
+    saved, start = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
+    train(model, opt, 3, first=3)
+    after = weights(model)
+    tensors = [(p, key, value) for p, own in opt.state.items() for key, value in own.items()]
+    kept = copy.deepcopy(saved)
+    model.load_state_dict(start)
+    opt.load_state_dict(saved)
+    assert all(opt.state[p][key] is value for p, key, value in tensors)
+    train(model, opt, 3, first=3)
+    assert same(weights(model), after)
+    for i, own in kept["state"].items():
+        assert all(torch.equal(saved["state"][i][key], value) for key, value in own.items())
+
+
 def test_a_tensor_of_the_user_is_used_as_it_is() -> None:
     model = network()
     lr = torch.tensor(0.0)
@@ -107,28 +128,58 @@ def test_refusals_name_the_remedy_and_add_nothing() -> None:
     assert len(opt.param_groups) == 1
 
 
+def gradients(model: torch.nn.Module, i: int) -> list[Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(i)
+    return [torch.randn(p.shape, device="cuda", generator=generator) * 0.1 for p in model.parameters()]
+
+
+def set_gradients(model: torch.nn.Module, i: int) -> None:
+    for p, g in zip(model.parameters(), gradients(model, i), strict=True):
+        assert p.grad is not None
+        p.grad.copy_(g)
+
+
+def transposed(model: torch.nn.Module) -> None:
+    """Gives the matrices a layout that the kernels take only as a copy, where their scales are per channel."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.t().contiguous().t()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
 @every
-def test_a_replayed_graph_steps_as_eager(name: str) -> None:
+def test_a_replayed_graph_steps_as_eager(name: str, layout: str, backend: str) -> None:
     if name == "binaryconnect-stochastic":
         pytest.skip("draws other random signs in a graph")
-
-    def gradients(model: torch.nn.Module, i: int) -> list[Tensor]:
-        generator = torch.Generator(device="cuda").manual_seed(i)
-        return [torch.randn(p.shape, device="cuda", generator=generator) * 0.1 for p in model.parameters()]
-
+    if (backend == "triton" or layout == "transposed") and name not in ("askew", "stam"):
+        pytest.skip("each would be compiled anew")
+    try:
+        backends.choose("fused_step", torch.device("cuda"), torch.float32, backend)
+    except backends.BackendError as error:
+        pytest.skip(str(error))
     results = []
     for graphed in (False, True):
         model = network().cuda()
-        opt = MAKERS[name](quantopt.param_groups(model), lr=0.05, weight_decay=0.01, capturable=True)
+        scale = "tensor"
+        if layout == "transposed":
+            transposed(model)
+            scale = "channel"
+        opt = MAKERS[name](
+            quantopt.param_groups(model),
+            lr=0.05,
+            weight_decay=0.01,
+            capturable=True,
+            scale=scale,
+            backend=backend,
+        )
         cosine, anneal = schedules(opt)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         graph = None
         for i in range(12):
-            for p, g in zip(model.parameters(), gradients(model, i), strict=True):
-                assert p.grad is not None
-                p.grad.copy_(g)
+            set_gradients(model, i)
             if graphed and i == 3:
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -140,8 +191,52 @@ def test_a_replayed_graph_steps_as_eager(name: str) -> None:
                 opt.step()
             cosine.step()
             anneal.step()
+            if i == 7:  # the graph goes on with what is loaded
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         results.append(weights(model))
     assert same(*results)
+
+
+@pytest.mark.gpu
+def test_an_infinite_gradient_skips_the_step_on_the_device() -> None:
+    """found_inf of a GradScaler, through the plan, without a word to the host but the scaler's own."""
+    model = network().cuda()
+    opt = quantopt.AskewAdam(quantopt.param_groups(model), lr=0.05)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    set_gradients(model, 0)
+    opt.step()
+    before, state = weights(model), copy.deepcopy(opt.state_dict())
+    opt.grad_scale = torch.full((1,), 8.0, device="cuda")
+    opt.found_inf = torch.ones(1, device="cuda")
+    set_gradients(model, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same(weights(model), before)
+    for i, own in state["state"].items():
+        assert all(torch.equal(opt.state_dict()["state"][i][key], value) for key, value in own.items())
+    opt.found_inf.zero_()
+    opt.step()
+    assert not same(weights(model), before)
+
+
+@pytest.mark.gpu
+def test_a_changed_float_does_not_wait_for_the_device() -> None:
+    model = network().cuda()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), capturable=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for group in opt.param_groups:
+            group["weight_decay"] = 0.5
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

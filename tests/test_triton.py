@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import random
 import re
 import sys
 from pathlib import Path
@@ -185,7 +186,7 @@ def step_variant(**changes: Any) -> dict[str, Any]:
     variant |= changes
     for name in ("PARAM_TYPE", "MOMENTUM_TYPE"):
         variant[name] = step.DTYPES[getattr(torch, variant[name])]
-    absent = ["grad_scale_ptr", "found_inf_ptr"]
+    absent = [] if variant.pop("FLAGS", False) else ["grad_scale_ptr", "found_inf_ptr"]
     absent += [] if variant["STOCHASTIC"] else ["steps_ptr"]
     absent += [] if variant["ADAM"] else ["corrections_ptr"]
     return variant | dict.fromkeys(absent)
@@ -206,8 +207,9 @@ def step_variant(**changes: Any) -> dict[str, Any]:
             PARAM_TYPE="float16",
         ),
         dict(RULE="splitting", HAS_LATENT=True),
+        dict(FLAGS=True),
     ],
-    ids=["askew", "stochastic", "memory-adam-groups", "splitting"],
+    ids=["askew", "stochastic", "memory-adam-groups", "splitting", "grad-scale-found-inf"],
 )
 def test_compiles_ahead_of_time(
     architecture: int, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,9 +258,9 @@ def test_kernels_of_moving_levels_compile(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("number", range(0, len(CASES), 3), ids=lambda number: str(CASES[number]))
+@pytest.mark.parametrize("number", range(0, len(CASES), 13), ids=lambda number: str(CASES[number]))
 def test_on_the_device(number: int) -> None:
-    """A third of the cases, as every one is compiled anew; aligned and unaligned by turns."""
+    """Every thirteenth case, as every one is compiled anew; aligned and unaligned by turns."""
     from quantopt.kernels import step
 
     case = CASES[number]
@@ -299,3 +301,33 @@ def test_a_captured_step_follows_changing_numbers(case: step_cases.Case) -> None
         step_cases.run(step.fused_step, case, eager)
         for got, want in zip(captured.changing(), eager.changing(), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_random_launches_give_the_same_bits_on_two_streams() -> None:
+    """200 lists of few kinds, as every kind is compiled anew: on two streams at once, and again alone."""
+    from quantopt.kernels import step
+
+    cases = [
+        step_cases.Case("askew", 2, "momentum", "tensor"),
+        step_cases.Case("alternating", 2, "momentum", "channel", moving_levels=True),
+    ]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    choice = random.Random(0)
+    for _ in range(100):
+        shapes = [
+            (choice.choice([1, 2, 5, 64]), choice.choice([1, 27, 576, 1000, 9000]))
+            for _ in range(choice.randint(1, 8))
+        ]
+        case = choice.choice(cases)
+        both = [step_cases.make(case, shapes, device="cuda") for _ in streams]
+        alone = step_cases.make(case, shapes, device="cuda")
+        torch.cuda.synchronize()
+        for stream, inputs in zip(streams, both, strict=True):
+            with torch.cuda.stream(stream):
+                step_cases.run(step.fused_step, case, inputs)
+        step_cases.run(step.fused_step, case, alone)
+        torch.cuda.synchronize()
+        for inputs in both:
+            pairs = zip(inputs.changing(), alone.changing(), strict=True)
+            assert all(torch.equal(got, want) for got, want in pairs), (case, shapes)

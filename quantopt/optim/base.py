@@ -290,9 +290,18 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim, but float32 state stays float32 whatever the parameter's dtype, and the layout of a state
-        follows its parameter. Raises ValueError if the state does not fit the parameters; nothing is changed then.
+        follows its parameter. In capturable groups the state's tensors stay where they are and take up the loaded
+        values, as a captured graph goes on with them. Raises ValueError if the state does not fit the parameters;
+        nothing is changed then.
         """
         kept = [{key: group[key] for key in _SCHEDULED if key in group} for group in self.param_groups]
+        captured = {
+            p: self.state[p]
+            for group in self.param_groups
+            if group["capturable"]
+            for p in group["params"]
+            if p in self.state
+        }
         saved: list[tuple[nn.Parameter, dict[str, Any]]] = []
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:  # after the user's hooks
@@ -306,7 +315,7 @@ class QuantOptimizer(torch.optim.Optimizer):
                 own = self.state[p]
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        own[key] = _restored(key, value, p)
+                        own[key] = _restored(key, value, p, captured.get(p, {}).get(key))
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -651,8 +660,9 @@ class _GroupStep:
         if before is not None and before.hyper.device == device:  # a captured graph may read it
             self.numbers, self.hyper = before.numbers, before.hyper
         else:
-            self.numbers = _split_numbers(opt._numbers(group))[0]
-            self.hyper = hyper_tensor(**self.numbers).to(device)
+            self.numbers = {}
+            self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
+            self._write(_split_numbers(opt._numbers(group))[0])
         self.buckets: list[tuple[torch.dtype, torch.device, list[int]]] = []
         for i, p in enumerate(self.params):
             kind = (p.dtype, p.device)
@@ -661,7 +671,11 @@ class _GroupStep:
                 self.buckets.append((*kind, [i]))
             else:
                 bucket[2].append(i)
+        taking_part = set(map(id, self.params))
+        self.left_out = [p for p in self.all_params if id(p) not in taking_part]
         self.kept: list[tuple[list[dict[str, Any]], tuple[str, ...], list[tuple[Tensor, ...]]]] = []
+        self.unplanned: list[tuple[torch.dtype, torch.device, list[nn.Parameter]]] = []
+        self.lasting = _extension.error is None  # whether the next step may be like this one
         self.plans = [self._plan(opt, *bucket) for bucket in self.buckets]
         self.plan_numbers = [plan.number() for plan in self.plans if plan is not None]
 
@@ -696,27 +710,29 @@ class _GroupStep:
     def _plan(self, opt: QuantOptimizer, dtype: torch.dtype, device: torch.device, chosen: list[int]) -> Any:
         """A compiled plan, if the compiled kernels step the parameters of a bucket as they lie in memory, or None."""
         params, states = [self.params[i] for i in chosen], [self.states[i] for i in chosen]
-        if choose("fused_step", device, dtype, opt.backend).name != device.type:
-            return None
-        if any(type(p) is not nn.Parameter and type(p) is not Tensor for p in params):
+        keys = tuple(key for key in states[0] if key != "signs")
+        self.kept.append((states, keys, [tuple(state[key] for key in keys) for state in states]))
+        compiled = choose("fused_step", device, dtype, opt.backend).name == device.type
+        if not compiled or any(type(p) is not nn.Parameter and type(p) is not Tensor for p in params):
+            self.unplanned.append((dtype, device, params))
             return None
         with _dense(params, states) as (weights, grads, companions):
             as_they_lie = all(
                 w.data_ptr() == p.data_ptr() and g is p.grad
                 for w, g, p in zip(weights, grads, params, strict=True)
             )
-            kept = {id(value) for state in states for value in state.values()}
-            as_they_lie &= all(id(t) in kept for tensors in companions.values() for t in tensors)
-        if not as_they_lie:
-            return None
-        keys = tuple(key for key in states[0] if key != "signs")
-        self.kept.append((states, keys, [tuple(state[key] for key in keys) for state in states]))
-        taking_part = set(map(id, self.params))
-        left_out = [p for p in self.all_params if id(p) not in taking_part]
-        lists = self._lists(opt, companions, chosen)
-        options = self._options(opt, dtype).values()
-        plan = torch.classes.quantopt.StepPlan(self.rule, params, left_out, *lists, self.hyper, *options)
-        return plan if _extension.plan_ready(plan.number()) else None
+            own = {id(value) for state in states for value in state.values()}
+            as_they_lie &= all(id(t) in own for tensors in companions.values() for t in tensors)
+        if as_they_lie:
+            lists = self._lists(opt, companions, chosen)
+            options = self._options(opt, dtype).values()
+            plan = torch.classes.quantopt.StepPlan(
+                self.rule, params, self.left_out, *lists, self.hyper, *options
+            )
+            if _extension.plan_ready(plan.number()):
+                return plan
+        self.lasting = False
+        return None
 
     def ready(self, opt: QuantOptimizer, group: dict[str, Any]) -> bool:
         """Whether this is still the step of the group: same options, same tensors, gradients where they were."""
@@ -726,12 +742,14 @@ class _GroupStep:
             same = len(group["params"]) == len(self.all_params)
             return same and all(p.grad is None or p.numel() == 0 for p in group["params"])
         return bool(
-            len(self.plan_numbers) == len(self.buckets)
+            self.lasting
             and bool(group.get("momentum")) == self.has_momentum
             and _extension.same(group["params"], self.all_params)
             and _extension.holds([group], self.static_keys, [self.static])
             and all(_extension.holds(*kept) for kept in self.kept)
             and all(map(_extension.plan_ready, self.plan_numbers))
+            and all(_alike(*unplanned) for unplanned in self.unplanned)
+            and not (self.unplanned and any(p.grad is not None and p.numel() for p in self.left_out))
         )
 
     def step(self, opt: QuantOptimizer) -> None:
@@ -744,8 +762,7 @@ class _GroupStep:
         else:
             self._refuse_capture()
         if numbers != self.numbers:
-            self.numbers = numbers
-            self.hyper.copy_(hyper_tensor(**numbers))
+            self._write(numbers)
         if tensors:  # on the device: a CUDA graph reads their values when it is replayed
             torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
         grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
@@ -762,8 +779,24 @@ class _GroupStep:
         if self.quantised:
             opt._after_step(self.group, self.params)
 
+    def _write(self, numbers: dict[str, float]) -> None:
+        if self.hyper.device.type == "cpu":
+            self.hyper.copy_(hyper_tensor(**numbers))
+        else:
+            for name, value in numbers.items():
+                if (
+                    self.numbers.get(name) != value
+                ):  # as the argument of a kernel: a copy waits for the device
+                    self.hyper[HYPER.index(name)].fill_(value)
+        self.numbers = numbers
+
     def _refuse_capture(self) -> None:
-        if self.params[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        device = self.params[0].device
+        if device.type != "cuda":
+            return
+        with torch.cuda.device(device):  # whose current stream the step is launched on
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
             raise RuntimeError(
                 "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed numbers "
                 "would be those of now at every replay; use capturable=True"
@@ -793,6 +826,17 @@ class _GroupStep:
                 **self._options(opt, dtype),
             )
         torch.autograd.graph.increment_version(params)
+
+
+def _alike(dtype: torch.dtype, device: torch.device, params: list[nn.Parameter]) -> bool:
+    """Whether the parameters and their gradients are still of the kind that the op takes."""
+    return all(
+        p.grad is not None
+        and p.grad.layout is torch.strided
+        and p.grad.dtype == p.dtype == dtype
+        and p.device == device
+        for p in params
+    )
 
 
 def _split_numbers(numbers: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -891,10 +935,13 @@ def _count_bits(x: Tensor) -> int:
     return int(ones[x.int()].sum())
 
 
-def _restored(key: str, value: Tensor, p: Tensor) -> Tensor:
-    """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout."""
+def _restored(key: str, value: Tensor, p: Tensor, kept: Tensor | None) -> Tensor:
+    """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout. ``kept``: a
+    tensor to hold it, if it fits."""
     value = value.detach().to(p.device)
-    return torch.empty_like(p, dtype=value.dtype).copy_(value) if key in _COMPANIONS else value.clone()
+    if kept is None or kept.dtype != value.dtype or kept.shape != value.shape or kept.device != p.device:
+        kept = torch.empty_like(p if key in _COMPANIONS else value, dtype=value.dtype)
+    return kept.copy_(value)
 
 
 @contextlib.contextmanager
