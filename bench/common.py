@@ -1,11 +1,8 @@
 """What the benchmarks share: interleaved medians, the table, the JSON report."""
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +10,7 @@ from typing import Any
 
 import torch
 
-import quantopt
-from quantopt import _extension
+from quantopt.train.environment import header
 
 
 def compare(
@@ -51,37 +47,6 @@ def compare(
             times[name].append((time.perf_counter() - start) / count)
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def device_name(device: str = "cpu") -> str:
-    """The processor's name, or the GPU's."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    model = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
-    isa = "" if _extension.error is not None else f", {torch.ops.quantopt.cpu_isa()}"
-    return f"{name}{model}{isa}"
-
-
-def commit() -> str:
-    """The commit of the tree this file is in, with + if the tree differs from it; "unknown" outside git."""
-    root = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if dirty else "")
 
 
 def row(
@@ -131,21 +96,7 @@ def write_json(
     rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
 ) -> dict[str, Any]:
     """Device, date, commit, versions, threads and rows, written to ``json_path`` if there is one."""
-    versions = {
-        "quantopt": quantopt._version.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if device != "cpu":
-        versions["cuda"] = str(torch.version.cuda)
-    result = {
-        "device": device_name(device),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions,
-        "threads": threads,
-        "rows": [dict(r) for r in rows],
-    }
+    result = {**header(device, threads), "rows": [dict(r) for r in rows]}
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
     return result

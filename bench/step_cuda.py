@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import device_name, report, row, write_json
+from common import report, row, write_json
 from step import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ import quantopt
 from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.reference import askew, base
 from quantopt.reference.step import fused_step as reference_step
+from quantopt.train.environment import device_name
 
 Rows = list[dict[str, Any]]
 Functions = dict[str, Sequence[Callable[[], object]]]  # each with one callable per buffer

@@ -127,6 +127,18 @@ def test_eval_agrees_with_the_report(patterns, finished, tmp_path, capsys):
         assert capsys.readouterr().out.startswith(expected)
 
 
+def test_eval_of_quantised_activations_without_a_report(patterns, tmp_path, capsys):
+    options = ["--optimizer", "askew", "--bits", 4, "--activations", 4, "--skip", "none"]
+    assert run("train", "--data", patterns, "--epochs", 1, *options, "--out", tmp_path) == 0
+    expected = json.loads((tmp_path / "report.json").read_text())["accuracy_packed"]
+    (tmp_path / "report.json").unlink()
+    evaluate = ["eval", "--model", tmp_path, "--data", patterns, "--arch", "cnn"]
+    capsys.readouterr()
+    assert run(*evaluate, "--activations", 4, "--skip", "none") == 0
+    assert capsys.readouterr().out.startswith(f"accuracy {expected:.2f} %")
+    assert "cannot be loaded as cnn" in refused(capsys, *evaluate)
+
+
 def test_pack_makes_the_file_that_training_made(finished, tmp_path, capsys):
     assert run("pack", "--run", finished, "--out", tmp_path / "again.safetensors") == 0
     assert "epoch 3 of 3" in capsys.readouterr().out

@@ -48,6 +48,21 @@ def test_digits_split_is_stratified_and_always_the_same():
     assert not any(image in train for image in test)
 
 
+def test_parts_are_balanced_and_disjoint():
+    whole = data.digits()
+    held_out = whole.validation(95)
+    part = held_out.limited(203)
+    assert torch.bincount(part.train_labels).tolist() == [20] * 10
+    assert torch.bincount(held_out.test_labels).tolist() == [9] * 10
+    assert len(held_out.train_labels) + len(held_out.test_labels) == len(whole.train_labels)
+    images = {tuple(image.flatten().tolist()) for image in part.train_images}
+    assert not images & {tuple(image.flatten().tolist()) for image in held_out.test_images}
+    assert torch.equal(part.train_labels, part.limited(203).train_labels)
+    zeros = whole.train_images[whole.train_labels == 0]
+    assert torch.equal(part.train_images[part.train_labels == 0], zeros[:20])  # the first of their class
+    assert torch.equal(held_out.test_images[held_out.test_labels == 0], zeros[-9:].flip(0))  # and the last
+
+
 def test_statistics_are_those_of_the_training_images():
     dataset = data.load("digits")
     mean, deviation = dataset.statistics()

@@ -615,6 +615,37 @@ def test_schedules_are_those_of_the_document() -> None:
     assert r[0] == pytest.approx(0.01) and r[49] == pytest.approx(0.5) and math.isinf(r[80])
 
 
+def test_schedules_take_settings() -> None:
+    p = [nn.Parameter(torch.randn(4, 4))]
+    opt: Any = quantopt.AskewSGD(p, memory=True)
+    anneal = quantopt.Anneal(opt, 10, hold=0.2, last=0.5)  # the end stays at 0.8
+    values = []
+    for _ in range(10):
+        anneal.step()
+        values.append(opt.param_groups[0]["epsilon"])
+    assert values[:2] == [1.0, 1.0] and values[2] < 1 and set(values[7:]) == {(1 - 0.5**2) ** 2}
+    opt = quantopt.STAM(p)
+    quantopt.Anneal(opt, 10, first=1.0)
+    assert opt.param_groups[0]["kappa"] == 1.0
+    opt = quantopt.ProxQuant(p)
+    anneal = quantopt.Anneal(opt, 10, end=0.1)
+    anneal.step()
+    assert math.isinf(opt.param_groups[0]["reg_strength"])
+    for bad in ({"hold": 0.9, "end": 0.9}, {"last": 1.5}):
+        with pytest.raises(ValueError, match="must be 0 <= hold < end <= 1 and 0 < last <= 1"):
+            quantopt.Anneal(quantopt.AskewSGD(p), 10, **bad)
+    with pytest.raises(ValueError, match="must be 0 <= start < end <= 1 and 0 < first <= last < inf"):
+        quantopt.Anneal(quantopt.BinaryRelax(p), 10, first=0.0)
+    with pytest.raises(ValueError, match="must be 0 < end <= 1"):
+        quantopt.Anneal(quantopt.ProxQuant(p), 10, end=0.0)
+    with pytest.raises(ValueError, match="hold=0.5: the schedule of STAM has end, first, last, start"):
+        quantopt.Anneal(quantopt.STAM(p), 10, hold=0.5)
+    with pytest.raises(ValueError, match="end=0.5: the schedule of BinaryConnect has no settings"):
+        quantopt.Anneal(quantopt.BinaryConnect(p), 10, end=0.5)
+    with pytest.raises(ValueError, match="leave out schedule="):
+        quantopt.Anneal(quantopt.STAM(p), 10, quantopt.STAM(p).annealed, end=0.5)
+
+
 def test_anneal_takes_the_authors_schedule_and_refuses_nonsense() -> None:
     opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4, 4))])
     anneal = quantopt.Anneal(

@@ -11,12 +11,12 @@ from quantopt.train.errors import InputError
 from quantopt.train.loop import Config
 from training_data import write_patterns
 
-NETWORKS = ("vgg11", "vgg16", "resnet18")
+NETWORKS = ("vgg11", "vgg16", "resnet18")  # those of the GPU; cnn is for the CPU
 
 
 @pytest.fixture(scope="module")
 def networks():
-    return {name: models.build(name, (3, 32, 32), 10) for name in NETWORKS}
+    return {name: models.build(name, (3, 32, 32), 10) for name in (*NETWORKS, "cnn")}
 
 
 def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
@@ -24,8 +24,11 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
     grids |= {name: ["1bit", "ternary", "2bit", "4bit"] for name in ("askew", "askew-adam", "stam")}
     expected = {f"{optimizer}-{bits}" for optimizer, all_bits in grids.items() for bits in all_bits}
     expected |= {"sgd", "luq", "askew-w4a4"}
-    assert set(recipes.names()) == {f"{n}-{rest}" for n in NETWORKS for rest in expected} | set(
-        recipes.OPTIMIZERS
+    small = {f"{optimizer}-1bit" for optimizer in (*grids, "askew-adam")} | {"sgd"}
+    assert set(recipes.names()) == (
+        {f"{n}-{rest}" for n in NETWORKS for rest in expected}
+        | {f"cnn-{rest}" for rest in small}
+        | set(recipes.OPTIMIZERS)
     )
 
 
@@ -38,7 +41,9 @@ def test_every_recipe_builds(name, networks):
     if name in recipes.OPTIMIZERS:
         assert config.optimizer == name
         return
-    assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= 60
+    assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= (
+        20 if config.model == "cnn" else 60
+    )
     with torch.device("meta"):  # what the recipe makes of the network, without its memory
         model = models.build(config.model, (3, 32, 32), 10)
     model = model.to_empty(device="cpu")
@@ -57,6 +62,16 @@ def test_every_recipe_builds(name, networks):
         - 2
     )
     assert len(layers) == inner
+
+
+@pytest.mark.parametrize("name", [name for name, (_, key) in recipes.OPTIMIZERS.items() if key])
+def test_recipes_of_the_optimizers_state_the_schedule_of_the_class(name):
+    settings = recipes.load(name)
+    built = recipes.build(name, models.build("mlp", (1, 8, 8), 4), 100, settings)
+    group = built.optimizer.param_groups[0]
+    assert settings["anneal"]
+    for step in range(101):
+        assert built.anneal.schedule(group, step, 100) == built.optimizer.annealed(group, step, 100)
 
 
 @pytest.mark.parametrize(

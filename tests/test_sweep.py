@@ -28,7 +28,9 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
     assert (out / "stam-0" / "checkpoint.pt").exists() and not (out / "stam-0" / "report.json").exists()
     assert "unfinished: stam-0, stam-1, luq-0, luq-1" in capsys.readouterr().err
     assert cli.main([*command, "--jobs", "2"]) == 0
-    rows = json.loads((out / "accuracy.json").read_text())["rows"]
+    results = json.loads((out / "accuracy.json").read_text())
+    assert {"device", "date", "commit", "versions", "threads"} < set(results)
+    rows = results["rows"]
     keys = {"model", "optimizer", "bits", "seeds", "mean", "std", "packed_mean", "epochs", "device"}
     assert all(keys <= set(row) for row in rows)
     assert [(row["optimizer"], row["bits"], row["seeds"], row["epochs"]) for row in rows] == [
@@ -40,7 +42,10 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
     assert rows[0]["mean"] == pytest.approx((a + b) / 2) and rows[0]["std"] == pytest.approx(
         abs(a - b) / 2**0.5
     )
-    assert rows[0]["packed_mean"] is not None and rows[1]["packed_mean"] is None
+    packed = [report["accuracy_packed"] for report in reports]
+    assert rows[0]["packed_mean"] == pytest.approx(sum(packed) / 2) and rows[1]["packed_mean"] is None
+    assert rows[0]["packed_difference"] == max(abs(packed[0] - a), abs(packed[1] - b))
+    assert rows[0]["speedup"] > 0 and rows[0]["bytes_float"] > rows[0]["bytes_packed"] > 0
     assert (out / "curves.png").stat().st_size > 5000
     before = (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns
     assert cli.main(command) == 0  # nothing is left to do
@@ -64,12 +69,19 @@ def test_bad_sweeps(tmp_path, arguments, capsys):
 
 def test_the_table_aligns():
     report = {
-        "config": {"model": "cnn", "optimizer": "sgd", "bits": 0, "activations": 0, "epochs": 3},
+        "config": {
+            **{"model": "cnn", "optimizer": "sgd", "bits": 0, "activations": 0, "epochs": 3},
+            **{"limit": None, "validation": None},
+        },
         "accuracy_latent": 90.0,
         "accuracy_packed": None,
         "device": "cpu",
+        "bytes_float": None,
+        "bytes_packed": None,
     }
     row = sweep.row([report])
     assert row["mean"] == 90 and row["std"] == 0
-    lines = sweep.table([row, {**row, "packed_mean": 89.5, "bits": "ternary", "activations": 4}]).splitlines()
+    packed = {"packed_mean": 89.5, "bits": "ternary", "bytes_float": 99, "bytes_packed": 9, "speedup": 12.3}
+    lines = sweep.table({"sgd": row, "resnet18-askew-adam-ternary": {**row, **packed}}).splitlines()
+    assert "11.0x" in lines[2] and "12.30x" in lines[2]
     assert len({len(line) for line in lines}) == 1

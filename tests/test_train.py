@@ -93,10 +93,13 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
         "accuracy_quantized",
         "accuracy_packed",
         "seconds",
+        "images_per_second",
         "optimizer_share",
         "device",
         "bytes_float",
         "bytes_packed",
+        "images_per_second_float",
+        "images_per_second_packed",
     }
     curves = written["curves"]
     assert set(curves) == set(loop.CURVES) and {len(curve) for curve in curves.values()} == {5}
@@ -106,7 +109,7 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
     if optimizer in recipes.FLOAT:
         measured, other = "accuracy_latent", "accuracy_quantized"
         measured, other = (measured, other) if optimizer == "sgd" else (other, measured)
-        absent = (other, "accuracy_packed", "bytes_float", "bytes_packed")
+        absent = (other, "accuracy_packed", "bytes_float", "bytes_packed", "images_per_second_packed")
         assert (
             written[measured] > 80 and all(written[key] is None for key in absent) and result.packed is None
         )
@@ -183,6 +186,53 @@ def test_channels_last_changes_the_layout_and_not_the_course(dataset):
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     assert torch.allclose(plain.model[5].weight, weight, atol=2e-3)
     assert plain.report["curves"]["loss"] == pytest.approx(other.report["curves"]["loss"], rel=1e-3)
+
+
+def test_compiled_training_takes_the_same_course(dataset, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_without_inductor(model):
+        compiled.append(model)
+        return torch._dynamo.optimize("aot_eager")(model)
+
+    plain = run(dataset, epochs=2)
+    monkeypatch.setattr(torch, "compile", compile_without_inductor)
+    other = run(dataset, epochs=2, compile=True, out=tmp_path)
+    assert len(compiled) == 1
+    assert plain.report["curves"]["loss"] == pytest.approx(other.report["curves"]["loss"], rel=1e-3)
+    assert checkpoint(tmp_path)["model"].keys() == plain.model.state_dict().keys()
+
+
+def test_test_accuracy_is_measured_when_its_turn_comes(dataset):
+    curves = {every: run(dataset, epochs=3, test_every=every).report["curves"] for every in (0, 1, 2)}
+    assert curves[0]["test_accuracy"] == [None] * 3 and curves[1]["test_accuracy"][-1] > 60
+    assert curves[2]["test_accuracy"] == [None, *curves[1]["test_accuracy"][1:]]  # the last always
+    assert all(curve["loss"] == curves[0]["loss"] for curve in curves.values())
+
+
+def test_part_of_the_images(dataset):
+    trainer = Trainer(dataclasses.replace(CONFIG, limit=42, validation=20), dataset)
+    assert len(trainer.train_labels) == 40 and len(trainer.test_labels) == 20
+    assert torch.equal(trainer.test_images, dataset.validation(20).test_images)
+    assert len(Trainer(CONFIG, dataset).train_labels) == 160
+
+
+def graphed_and_eager(dataset, optimizer, device):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, device=device, augment="crop", epochs=3)
+    return [
+        train(dataclasses.replace(config, cuda_graph=graph), dataset, progress=False)
+        for graph in (False, True)
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
+def test_captured_training_takes_the_same_course(dataset, optimizer):
+    eager, graphed = graphed_and_eager(dataset, optimizer, "cuda")
+    if optimizer != "luq":  # whose random gradients a graph draws at other places
+        assert graphed.report["curves"]["loss"] == pytest.approx(eager.report["curves"]["loss"], rel=0.05)
+    assert graphed.report["curves"]["loss"][-1] < 0.5 * graphed.report["curves"]["loss"][0]
+    assert graphed.report["optimizer_share"] is None
 
 
 def test_training_starts_from_another_run(dataset, tmp_path):
@@ -292,6 +342,13 @@ def test_infinite_loss_stops_the_run(dataset, tmp_path):
         ({"optimizer": "sgd", "bits": 1}, "--bits: 1 is not accepted: sgd"),
         ({"optimizer": "luq", "activations": 0}, "--activations: 0 is not accepted: luq has 4"),
         ({"activations": 2}, "--activations: 2 is not accepted"),
+        ({"cuda_graph": True}, "--cuda-graph: True is not accepted: needs --device cuda"),
+        ({"test_every": -1}, "--test-every: -1 is not accepted"),
+        ({"limit": 3}, "--limit: 3 is not one image for each of 4 classes"),
+        ({"validation": 3}, "--validation: 3 is not one image for each of 4 classes"),
+        ({"validation": 160}, "--validation: 160 leaves no training images"),
+        ({"anneal": {"start": 0.1}}, "--optimizer: start=0.1: the schedule of AskewSGD has end, hold, last"),
+        ({"optimizer": "sgd", "anneal": {"end": 0.1}}, "--optimizer: anneal=.*: sgd has nothing to anneal"),
         ({"precision": "float16"}, "--precision: 'float16' is not accepted"),
         ({"options": {"speed": 1}}, "--optimizer: options=.*speed"),
         ({"backend": "cuda"}, "--backend: backend='cuda' cannot run"),

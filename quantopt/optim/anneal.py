@@ -1,5 +1,7 @@
 """The schedule of epsilon and of the relaxation weight."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +36,18 @@ class Anneal:
     Args:
         optimizer: one of this package. total_steps: how many steps the training has, at least 1.
         schedule: (group, step, total_steps) -> values of group keys, in place of the optimizer's own.
+        settings: of the optimizer's own schedule, what is left out is as above. AskewSGD, AskewAdam: ``hold``, ``end``
+            (fractions of the training) and ``last`` (of t*). STAM, BinaryRelax: ``start``, ``end``, ``first``, ``last``
+            (of kappa). ProxQuant: ``end``, from where it is hard.
     """
 
-    def __init__(self, optimizer: QuantOptimizer, total_steps: int, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: QuantOptimizer,
+        total_steps: int,
+        schedule: Schedule | None = None,
+        **settings: float,
+    ) -> None:
         if not isinstance(optimizer, QuantOptimizer):
             raise TypeError(
                 f"optimizer={type(optimizer).__name__}: Anneal drives the optimizers of quantopt only"
@@ -45,7 +56,19 @@ class Anneal:
             raise ValueError(f"total_steps={total_steps!r}: must be an int of at least 1")
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self.schedule = schedule or optimizer.annealed
+        own: Any = optimizer.annealed
+        known = inspect.signature(own).parameters.values()
+        names = sorted(argument.name for argument in known if argument.kind is argument.KEYWORD_ONLY)
+        if unknown := sorted(settings.keys() - set(names)):
+            raise ValueError(
+                f"{unknown[0]}={settings[unknown[0]]!r}: the schedule of {type(optimizer).__name__} has "
+                f"{', '.join(names) or 'no settings'}"
+            )
+        if schedule is not None and settings:
+            raise ValueError(
+                f"{sorted(settings)} are settings of the optimizer's schedule: leave out schedule="
+            )
+        self.schedule: Schedule = schedule or functools.partial(own, **settings)
         self.last_step = 0
         self._apply()
 

@@ -12,6 +12,8 @@ MEMORY_ANNEAL = (0.5, 0.8, 1.0)
 
 def interval_epsilon(progress: float, hold: float, end: float, last: float) -> float:
     """e = (1 - t*^2)^2 with t* = 0 until ``hold``, linear to ``last`` at ``end``, then constant."""
+    if not (0 <= hold < end <= 1 and 0 < last <= 1):
+        raise ValueError(f"{hold=}, {end=}, {last=}: must be 0 <= hold < end <= 1 and 0 < last <= 1")
     t = last * min(max((progress - hold) / (end - hold), 0.0), 1.0)
     return float(((1 - t) * (1 + t)) ** 2)
 
@@ -44,12 +46,20 @@ class _Askew(QuantOptimizer):
         if group["memory"] and group["constrain"] == "gradient":
             raise ValueError("constrain='gradient' has no form with memory=True; use constrain='velocity'")
 
-    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        return {
-            "epsilon": interval_epsilon(
-                step / total_steps, *(MEMORY_ANNEAL if group["memory"] else PLAIN_ANNEAL)
-            )
-        }
+    def annealed(
+        self,
+        group: dict[str, Any],
+        step: int,
+        total_steps: int,
+        *,
+        hold: float | None = None,
+        end: float | None = None,
+        last: float | None = None,
+    ) -> dict[str, float]:
+        default = MEMORY_ANNEAL if group["memory"] else PLAIN_ANNEAL
+        given = (hold, end, last)
+        chosen = (own if value is None else value for value, own in zip(given, default, strict=True))
+        return {"epsilon": interval_epsilon(step / total_steps, *chosen)}
 
 
 class AskewSGD(_Askew):

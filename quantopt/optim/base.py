@@ -127,7 +127,9 @@ class QuantOptimizer(torch.optim.Optimizer):
         return False
 
     def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        """Values of the group's annealed keys after ``step`` of ``total_steps`` steps; :class:`Anneal` sets them."""
+        """Values of the group's annealed keys after ``step`` of ``total_steps`` steps; :class:`Anneal` sets them.
+
+        Keyword arguments of the subclasses are the schedule's settings, fractions of the training and values."""
         return {}
 
     # ---- groups --------------------------------------------------------------------------------------------------

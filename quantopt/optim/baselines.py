@@ -104,8 +104,18 @@ class BinaryRelax(_LatentClipped):
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"kappa": number(group, "kappa"), "bound": group["clip"]}
 
-    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        return {"kappa": geometric(step / total_steps, 0.0, 0.8, 1.0, 100.0)}
+    def annealed(
+        self,
+        group: dict[str, Any],
+        step: int,
+        total_steps: int,
+        *,
+        start: float = 0.0,
+        end: float = 0.8,
+        first: float = 1.0,
+        last: float = 100.0,
+    ) -> dict[str, float]:
+        return {"kappa": geometric(step / total_steps, start, end, first, last)}
 
 
 class ProxQuant(QuantOptimizer):
@@ -144,8 +154,12 @@ class ProxQuant(QuantOptimizer):
             return {"threshold": torch.where(strength.isinf(), math.inf, lr * strength)}
         return {"threshold": math.inf if math.isinf(strength) else lr * strength}
 
-    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        return {"reg_strength": math.inf if step >= 0.8 * total_steps else group["reg"] * (step + 1)}
+    def annealed(
+        self, group: dict[str, Any], step: int, total_steps: int, *, end: float = 0.8
+    ) -> dict[str, float]:
+        if not 0 < end <= 1:
+            raise ValueError(f"{end=}: must be 0 < end <= 1")
+        return {"reg_strength": math.inf if step >= end * total_steps else group["reg"] * (step + 1)}
 
 
 __all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]

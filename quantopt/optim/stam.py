@@ -5,12 +5,23 @@ from typing import Any
 
 from quantopt.optim.base import QuantOptimizer, number
 
+# The anneal of kappa: (fraction of the training at which it leaves 0, at which it becomes infinite, its first value,
+# its last finite one).
+ALTERNATING_ANNEAL = (0.0, 0.8, 0.01, 100.0)
+SPLITTING_ANNEAL = (0.7, 0.95, 1e-3, 1.0)
+
 
 def geometric(progress: float, start: float, end: float, first: float, last: float) -> float:
-    """``first`` at ``start``, ``last`` at ``end``, geometric between; infinite from ``end`` on."""
+    """0 before ``start``, ``first`` there, ``last`` at ``end``, geometric between; infinite from ``end`` on."""
+    if not (0 <= start < end <= 1 and 0 < first <= last < math.inf):
+        raise ValueError(
+            f"{start=}, {end=}, {first=}, {last=}: must be 0 <= start < end <= 1 and 0 < first <= last < inf"
+        )
+    if progress < start:
+        return 0.0
     if progress >= end:
         return math.inf
-    return float(first * (last / first) ** (max(progress - start, 0.0) / (end - start)))
+    return float(first * (last / first) ** ((progress - start) / (end - start)))
 
 
 class STAM(QuantOptimizer):
@@ -89,9 +100,18 @@ class STAM(QuantOptimizer):
                 f"scale='channel-mean' is for bits=1, not bits={group['bits']!r}; use scale='channel'"
             )
 
-    def annealed(self, group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        if group["form"] == "alternating":
-            return {"kappa": geometric(step / total_steps, 0.0, 0.8, 0.01, 100.0)}
-        return {
-            "kappa": 0.0 if step < 0.7 * total_steps else geometric(step / total_steps, 0.7, 0.95, 1e-3, 1.0)
-        }
+    def annealed(
+        self,
+        group: dict[str, Any],
+        step: int,
+        total_steps: int,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        first: float | None = None,
+        last: float | None = None,
+    ) -> dict[str, float]:
+        default = SPLITTING_ANNEAL if group["form"] == "splitting" else ALTERNATING_ANNEAL
+        given = (start, end, first, last)
+        chosen = (own if value is None else value for value, own in zip(given, default, strict=True))
+        return {"kappa": geometric(step / total_steps, *chosen)}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import quantopt
+from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, data, environment, models, recipes, report, sweep
 from quantopt.train.errors import InputError
 from quantopt.train.loop import (
@@ -88,6 +89,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="images per step (recipe's; else 64 below 10,000 training images, else 128)",
     )
+    parser.add_argument(
+        "--limit",
+        type=_whole(2),
+        metavar="N",
+        help="train on N images, as many of each class (all); the test images stay",
+    )
+    parser.add_argument(
+        "--validation",
+        type=_whole(2),
+        metavar="N",
+        help="measure on N training images, held out, in place of the test images: for choosing hyper-parameters",
+    )
     _add_device(parser)
 
 
@@ -104,6 +117,22 @@ def _add_minutes(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="M",
         help="stop at a checkpoint, with status 3, where the next epoch would end later",
+    )
+
+
+def _add_quantised(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument(
+        "--activations",
+        type=int,
+        choices=(0, SAWB_BITS),
+        help=f"bits of the inputs of quantised layers, 0 is float ({source}0)",
+    )
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        metavar="LAYER",
+        help='layers in full precision: "first", "last", name patterns; "none" quantises all '
+        f"({source}first last)",
     )
 
 
@@ -145,18 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how the quantised weights are trained, in place of a recipe; sgd is full precision (askew)",
     )
     command.add_argument("--bits", choices=_BITS, help="per quantised weight (recipe's; else 1)")
-    command.add_argument(
-        "--activations",
-        type=int,
-        choices=(0, 4),
-        help="bits of the inputs of quantised layers, 0 is float (recipe's; else 0)",
-    )
-    command.add_argument(
-        "--skip",
-        nargs="+",
-        metavar="LAYER",
-        help='layers in full precision: "first", "last", name patterns; "none" quantises all (else first last)',
-    )
+    _add_quantised(command, "recipe's; else ")
     command.add_argument(
         "--scale",
         choices=("none", "tensor", "channel"),
@@ -179,9 +197,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--precision", choices=PRECISIONS, help="bfloat16 trains under autocast (recipe's; else float32)"
     )
+    command.add_argument(
+        "--test-every",
+        type=_whole(0),
+        metavar="N",
+        help="test accuracy for the curves after every N epochs, 0 for none (recipe's; else 1)",
+    )
     for option, meaning in (
         ("--channels-last", "images and weights in channels-last memory"),
         ("--compile", "torch.compile of the network in training"),
+        (
+            "--cuda-graph",
+            "capture the training iteration and replay it; without time of the optimizer's step",
+        ),
     ):
         command.add_argument(
             option, action=argparse.BooleanOptionalAction, help=f"{meaning} (recipe's; else not)"
@@ -239,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(models.MODELS),
         help="the network in the file, needed where no report.json of a run lies beside it",
     )
+    _add_quantised(command, "the report's; else ")
     _add_device(command)
     command.set_defaults(run=_eval)
 
@@ -301,9 +330,24 @@ def write_run(out: Path, result: Result) -> None:
 
 # Options of `train` that a recipe may hold, by the names of Config.
 _OVERRIDES = (
-    *("optimizer", "model", "epochs", "batch_size", "augment", "precision", "channels_last", "compile"),
+    *(
+        "optimizer",
+        "model",
+        "epochs",
+        "batch_size",
+        "augment",
+        "precision",
+        "channels_last",
+        "compile",
+        "cuda_graph",
+    ),
+    "test_every",
     *("bits", "scale", "skip", "activations", "lr"),
 )
+
+
+def _skipped(patterns: list[str]) -> list[str]:
+    return [] if patterns == ["none"] else patterns
 
 
 def _config(
@@ -313,14 +357,15 @@ def _config(
     given = {key: getattr(arguments, key) for key in _OVERRIDES if getattr(arguments, key) is not None}
     if given.get("bits", "ternary") != "ternary":
         given["bits"] = int(given["bits"])
-    if given.get("skip") == ["none"]:
-        given["skip"] = []
+    if "skip" in given:
+        given["skip"] = _skipped(given["skip"])
     settings = {**settings, **given}
     if settings.get("augment", "auto") == "auto":
         settings["augment"] = augment.default_mode(*dataset.shape)
-    settings.setdefault("batch_size", default_batch_size(len(dataset.train_labels)))
+    settings.setdefault("batch_size", default_batch_size(len(dataset.train_labels), arguments.limit))
     fixed = {"data": arguments.data, "seed": arguments.seed, "device": device, "backend": arguments.backend}
-    return Config(**settings, **fixed, init=arguments.init)
+    parts = {"limit": arguments.limit, "validation": arguments.validation}
+    return Config(**settings, **fixed, **parts, init=arguments.init)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -342,18 +387,19 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     write_run(out, result)
     print(report.table({config.optimizer: result.report}))
-    share = result.report["optimizer_share"]
-    print(f"\noptimizer step: {100 * share:.1f} % of the training time; written: {out}/")
+    speed, share = result.report["images_per_second"], result.report["optimizer_share"]
+    step = "" if share is None else f"; optimizer step: {100 * share:.1f} % of the time"
+    print(f"\ntraining: {speed:,.0f} images/s{step}; written: {out}/")
     return 0
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
     check_out(Path(arguments.out))
-    passed_on = ["--data", arguments.data, "--device", resolve_device(arguments.device)]
-    for option in ("model", "epochs", "batch_size"):
+    passed_on = ["--data", arguments.data]
+    for option in ("model", "epochs", "batch_size", "limit", "validation"):
         if (value := getattr(arguments, option)) is not None:
             passed_on += [f"--{option.replace('_', '-')}", str(value)]
-    return sweep.run(arguments, passed_on)
+    return sweep.run(arguments, resolve_device(arguments.device), passed_on)
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -406,13 +452,17 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{dataset.name} has images {shape} in {classes} classes; the network was trained on {known['images']} in "
             f"{known['classes']}",
         )
+    activations, skip = arguments.activations, arguments.skip
+    if activations is None:
+        activations = 0 if known is None else known["activations"]
+    skip = _skipped(skip) if skip is not None else ["first", "last"] if known is None else known["skip"]
     packed = None
     reasons = []
     for candidate in [name] if name in models.MODELS else models.MODELS:
         try:
             network = models.build(candidate, shape, classes)
-            if known is not None and known["activations"]:
-                quantopt.nn.quantize_activations(network, skip=known["skip"])
+            if activations:
+                quantopt.nn.quantize_activations(network, skip=skip)
             packed = quantopt.load(file, network).to(device).eval()
             break
         except (ValueError, RuntimeError, OSError, KeyError) as error:

@@ -19,7 +19,7 @@ import pickle
 import sys
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,37 @@ class Dataset:
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+    def limited(self, images: int) -> "Dataset":
+        """The same with the first `images` // classes training images of each class; all of a class that has fewer."""
+        return self._split(images)[0]
+
+    def validation(self, images: int) -> "Dataset":
+        """The last `images` // classes training images of each class in place of the test images, for choosing
+        hyper-parameters; the others train."""
+        reversed_order = replace(
+            self, train_images=self.train_images.flip(0), train_labels=self.train_labels.flip(0)
+        )
+        chosen, others = reversed_order._split(images)
+        return replace(
+            others,
+            train_images=others.train_images.flip(0),
+            train_labels=others.train_labels.flip(0),
+            test_images=chosen.train_images,
+            test_labels=chosen.train_labels,
+        )
+
+    def _split(self, images: int) -> "tuple[Dataset, Dataset]":
+        """(with the first `images` // classes training images of each class, with the others)."""
+        each = images // len(self.classes)
+        first = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            first[(self.train_labels == label).nonzero()[:each, 0]] = True
+        chosen, others = (
+            replace(self, train_images=self.train_images[mask], train_labels=self.train_labels[mask])
+            for mask in (first, ~first)
+        )
+        return chosen, others
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from quantopt.train import augment, data, report
 from quantopt.train.cli import add_common_arguments, add_seed, check_out, guarded, write_run
+from quantopt.train.environment import versions
 from quantopt.train.loop import (
     Config,
     Trainer,
     default_batch_size,
     resolve_device,
     train,
-    versions,
     weight_bytes,
 )
 
@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
             model=arguments.model,
             optimizer=name,
             epochs=arguments.epochs,
-            batch_size=arguments.batch_size or default_batch_size(len(dataset.train_labels)),
+            batch_size=arguments.batch_size or default_batch_size(len(dataset.train_labels), arguments.limit),
+            limit=arguments.limit,
+            validation=arguments.validation,
             seed=arguments.seed,
             device=device,
             augment=augment.default_mode(*dataset.shape),

@@ -1,16 +1,78 @@
-"""What `quantopt env` prints: versions, the processor, the GPU, and what would run each operation and why."""
+"""Where a result comes from, as every file of results says it, and what `quantopt env` prints: versions, the
+processor, the GPU, and what would run each operation and why."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import quantopt
 from quantopt import _extension, backends
 
 _PACKAGES = ("numpy", "safetensors", "triton", "scikit-learn", "matplotlib", "pillow", "tqdm")
+
+
+def header(device: str, threads: int) -> dict[str, Any]:
+    """What a file of results says above its rows. device: "cpu", "cuda" or "cuda:N"."""
+    return {
+        "device": device_name(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "threads": threads,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {
+        "quantopt": quantopt.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def device_name(device: str = "cpu") -> str:
+    """The processor's name, or the GPU's."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    model = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    isa = "" if _extension.error is not None else f", {torch.ops.quantopt.cpu_isa()}"
+    return f"{name}{model}{isa}"
+
+
+def commit() -> str:
+    """The commit of the tree the package runs from, with + if the tree differs from it; "unknown" if installed."""
+    root = Path(quantopt.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *command], cwd=root, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changes else "")
 
 
 def describe() -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Training with everything that a run needs to be stopped, continued, packed and measured."""
 
 import math
-import platform
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,21 +19,37 @@ from quantopt.backends import BackendError
 from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, models, recipes
 from quantopt.train.data import Dataset
+from quantopt.train.environment import versions
 from quantopt.train.errors import InputError
 from quantopt.train.files import atomic_write, remove_temporaries
+from quantopt.train.graph import Graphed
 
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
 MODEL = "model.safetensors"
 
-CURVES = ("loss", "accuracy", "epsilon", "kappa", "reg_strength", "fraction_feasible", "sign_flips")
-"""Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity."""
+CURVES = (
+    "loss",
+    "accuracy",
+    "test_accuracy",
+    "epsilon",
+    "kappa",
+    "reg_strength",
+    "fraction_feasible",
+    "sign_flips",
+)
+"""Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity. accuracy: of
+the training images as they were seen; test_accuracy: of the network as it runs in training, with its running batch-norm
+statistics, after the epoch (None where `Config.test_every` says so)."""
 
 PRECISIONS = ("float32", "bfloat16")
 HISTOGRAM_LIMIT = 2.5
 HISTOGRAM_BINS = 101
 
-_EVALUATION_BATCH = 500
+_EVALUATION_BATCH = {
+    "cpu": 100,
+    "cuda": 1000,
+}  # larger ones leave the caches of a CPU, smaller ones leave a GPU idle
 _STATISTICS_BATCH = 250
 _STATISTICS_IMAGES = 20_000
 
@@ -54,8 +69,14 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Config:
     """What determines a run. None means the value of the optimizer's recipe, `recipes.HYPERPARAMETERS` describes them;
-    `augment` is one of augment.MODES. precision: of the network's passes in training, "bfloat16" is autocast. init: the
-    run, or its checkpoint, whose weights training starts from. compile: torch.compile of the network in training."""
+    `augment` is one of augment.MODES.
+
+    precision: of the network's passes in training, "bfloat16" is autocast. init: the run, or its checkpoint, whose
+    weights training starts from. compile: torch.compile of the network in training. cuda_graph: the iteration is
+    captured and replayed (`graph.Graphed`). test_every: the test accuracy of the curves is measured after every so many
+    epochs and the last, 0: never. limit: train on that many images (`Dataset.limited`), None: on all. validation:
+    measure on that many training images, held out (`Dataset.validation`), None: on the test images.
+    """
 
     data: str = "digits"
     model: str = "cnn"
@@ -73,10 +94,15 @@ class Config:
     float_lr: float | None = None
     float_weight_decay: float | None = None
     options: dict[str, Any] | None = None
+    anneal: dict[str, float] | None = None
     init: str | None = None
     precision: str = "float32"
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
+    test_every: int = 1
+    limit: int | None = None
+    validation: int | None = None
     seed: int = 0
     device: str = "cpu"
     augment: str = "none"
@@ -115,6 +141,8 @@ class Config:
         self._require("--precision", self.precision in PRECISIONS, f"choose from {', '.join(PRECISIONS)}")
         self._require("--epochs", self.epochs >= 1, "at least 1")
         self._require("--batch-size", self.batch_size >= 2, "at least 2 (batch norm needs two)")
+        self._require("--cuda-graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
+        self._require("--test-every", self.test_every >= 0, "at least 0")
         self._require("--seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
         if self.lr is not None:
             self._require("--lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
@@ -137,9 +165,9 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def default_batch_size(images: int) -> int:
+def default_batch_size(images: int, limit: int | None = None) -> int:
     """64 for less than 10,000 training images, which would make too few steps otherwise, else 128."""
-    return 64 if images < 10_000 else 128
+    return 64 if min(images, limit or images) < 10_000 else 128
 
 
 @torch.no_grad()
@@ -147,12 +175,12 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Percentage of `images` that `model`, in evaluation mode, classifies as `labels`. Leaves the mode as it was."""
     training = model.training
     model.eval()
-    correct = 0
-    for start in range(0, len(images), _EVALUATION_BATCH):
-        part = slice(start, start + _EVALUATION_BATCH)
-        correct += int((model(images[part]).argmax(1) == labels[part]).sum())
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    size = _EVALUATION_BATCH[images.device.type]
+    for batch, expected in zip(images.split(size), labels.split(size), strict=True):
+        correct += (model(batch).argmax(1) == expected).sum()
     model.train(training)
-    return 100 * correct / len(images)
+    return 100 * int(correct) / len(images)
 
 
 def reestimate_batch_norm(model: nn.Module, images: Tensor) -> None:
@@ -188,6 +216,23 @@ def weight_bytes(model: nn.Module, packed: nn.Module) -> tuple[int, int]:
     return before, after
 
 
+@torch.no_grad()
+def images_per_second(networks: Sequence[nn.Module], images: Tensor) -> list[float]:
+    """Of each of `networks`, in evaluation mode: the median over up to ten batches, for which they take turns."""
+    times: list[list[float]] = [[] for _ in networks]
+    size = min(_EVALUATION_BATCH[images.device.type], len(images))
+    for batch in (images[:size], *images.split(size)[:10]):  # the first is a warm-up
+        if len(batch) < size:
+            break
+        for network, seconds in zip(networks, times, strict=True):
+            start = time.perf_counter()
+            network(batch)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            seconds.append(time.perf_counter() - start)
+    return [size / statistics.median(seconds[1:]) for seconds in times]
+
+
 @dataclass
 class Result:
     """A finished run: its report (what report.json holds), the float and the packed network (None for sgd), and
@@ -201,10 +246,12 @@ class Result:
 
 
 class _Stopwatch:
-    """Sums the time spent in `with` blocks; on a GPU the time between events of its stream, read at the end."""
+    """Sums the time spent in `with` blocks; on a GPU the time between events of its stream, read at the end. Nothing is
+    measured inside a CUDA graph."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, graphed: bool) -> None:
         self._cuda = device.type == "cuda"
+        self._graphed = graphed
         self._marks: list[tuple[Any, Any]] = []
 
     def _mark(self) -> Any:
@@ -215,16 +262,20 @@ class _Stopwatch:
         return event
 
     def __enter__(self) -> None:
-        self._start = self._mark()
+        if not self._graphed:
+            self._start = self._mark()
 
     def __exit__(self, *error: object) -> None:
-        self._marks.append((self._start, self._mark()))
+        if not self._graphed:
+            self._marks.append((self._start, self._mark()))
 
-    def seconds(self) -> float:
-        if self._cuda and self._marks:
+    def read(self) -> float:
+        """Seconds since the last call."""
+        marks, self._marks = self._marks, []
+        if self._cuda and marks:
             torch.cuda.synchronize()
-            return float(sum(start.elapsed_time(end) for start, end in self._marks) / 1e3)
-        return float(sum(end - start for start, end in self._marks))
+            return float(sum(start.elapsed_time(end) for start, end in marks) / 1e3)
+        return float(sum(end - start for start, end in marks))
 
 
 class Trainer:
@@ -238,10 +289,24 @@ class Trainer:
         """initial: the model's state to start from, as a checkpoint holds it, None for random weights."""
         config = config.resolved()
         self.config = config
+        for name in ("validation", "limit"):
+            images = getattr(config, name)
+            if images is not None and images < len(dataset.classes):
+                raise InputError(
+                    f"--{name}", f"{images} is not one image for each of {len(dataset.classes)} classes"
+                )
+        if config.validation is not None:
+            dataset = dataset.validation(config.validation)
+            if len(dataset.train_labels) == 0:
+                raise InputError("--validation", f"{config.validation} leaves no training images")
+        if config.limit is not None:
+            dataset = dataset.limited(config.limit)
         self.dataset = dataset
         self.device = torch.device(config.device)
         self.train_images = dataset.train_images.to(self.device)
         self.train_labels = dataset.train_labels.to(self.device)
+        self.test_images = dataset.test_images.to(self.device)
+        self.test_labels = dataset.test_labels.to(self.device)
         if len(self.train_labels) < 2:
             raise InputError("--data", "at least two training images are needed")
         self.batch_size = min(config.batch_size, len(self.train_labels))
@@ -271,12 +336,17 @@ class Trainer:
                 config.epochs * self.steps_per_epoch,
                 asdict(config),
                 backend=config.backend,
+                capturable=config.cuda_graph,
             )
         except BackendError as error:
             raise InputError("--backend", str(error)) from None
         except ValueError as error:
             raise InputError("--optimizer", str(error)) from None
         self.run_model = torch.compile(self.model) if config.compile else self.model
+        self._graphed: Graphed | None = None
+        self._stopwatch = _Stopwatch(self.device, config.cuda_graph)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.epoch = 0
         self.seconds = self.update_seconds = 0.0
         self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
@@ -289,53 +359,77 @@ class Trainer:
         """Whether the optimizer has levels; not so for sgd and luq."""
         return self.config.optimizer not in recipes.FLOAT
 
+    def _iteration(self, chosen: Tensor) -> None:
+        """One step of the weights on the images `chosen`; adds to the sums of the epoch."""
+        images = augment.apply(self.train_images[chosen], self.config.augment, self.generator)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        labels = self.train_labels[chosen]
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.run_model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        with self._stopwatch:
+            self.optimizer.update()
+        self._loss += loss.detach()
+        self._correct += (logits.detach().argmax(1) == labels).sum()
+
     def train_epoch(self, bar: "tqdm[Any]") -> None:
         """One pass over the training images in random order; images beyond the last whole batch are left out."""
         started = time.perf_counter()
         self.model.train()
         order = torch.randperm(len(self.train_labels), generator=self.generator, device=self.device)
-        total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        total_correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        stopwatch = _Stopwatch(self.device)
+        self._loss.zero_()
+        self._correct.zero_()
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images = augment.apply(self.train_images[chosen], self.config.augment, self.generator)
-            if self.config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            labels = self.train_labels[chosen]
-            self.optimizer.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
-            ):
-                logits = self.run_model(images)
-            loss = F.cross_entropy(logits.float(), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            with stopwatch:
-                self.optimizer.update()
+            if self.config.cuda_graph:
+                self._graphed = self._graphed or Graphed(self._iteration, chosen, self.generator)
+                self._graphed(chosen)
+            else:
+                self._iteration(chosen)
             if step == self.steps_per_epoch - 1:
                 self._record()  # before the interval or the relaxation moves on
             self.optimizer.advance()
-            total_loss += loss.detach()
-            total_correct += (logits.detach().argmax(1) == labels).sum()
             if bar.update(
                 self.batch_size
             ):  # true when the bar is due to be drawn: the sums are read only then
                 seen = (step + 1) * self.batch_size
-                self._show(bar, float(total_loss) / (step + 1), 100 * int(total_correct) / seen, None)
+                self._show(bar, float(self._loss) / (step + 1), 100 * int(self._correct) / seen, None)
         seen = self.steps_per_epoch * self.batch_size
-        loss_mean, accuracy = float(total_loss) / self.steps_per_epoch, 100 * int(total_correct) / seen
+        loss_mean = float(self._loss) / self.steps_per_epoch
+        accuracy = 100 * int(self._correct) / seen
         if not math.isfinite(loss_mean):
             raise TrainingError(f"the loss became {loss_mean} in epoch {self.epoch + 1}: try a smaller --lr")
         self.curves["loss"].append(loss_mean)
         self.curves["accuracy"].append(accuracy)
-        self.update_seconds += stopwatch.seconds()
+        self.update_seconds += self._stopwatch.read()
         self.seconds += time.perf_counter() - started
         self.epoch += 1
         self._show(bar, loss_mean, accuracy, self.curves["fraction_feasible"][-1])
 
+    def test(self) -> None:
+        """Appends the test accuracy after an epoch to the curves, if its turn has come."""
+        every, accuracy = self.config.test_every, None
+        if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
+            with self._autocast():
+                accuracy = evaluate(self.model, self.test_images, self.test_labels)
+        self.curves["test_accuracy"].append(accuracy)
+
+    def _autocast(self) -> torch.autocast:
+        # weights that autocast has cast and kept would be those of the capture in every replay of a graph
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.precision == "bfloat16",
+            cache_enabled=not self.config.cuda_graph,
+        )
+
     def _record(self) -> None:
         """Appends to the curves what describes the quantised weights, and their histogram."""
-        values: dict[str, Any] = {name: None for name in CURVES if name not in ("loss", "accuracy")}
+        measured = ("loss", "accuracy", "test_accuracy")
+        values: dict[str, Any] = {name: None for name in CURVES if name not in measured}
         if self.quantised:
             metrics = self._metrics()
             weights = sum(group["numel"] for group in metrics)
@@ -454,10 +548,10 @@ class Trainer:
 
         Batch-norm statistics are re-estimated for each; those of the projected network stay in the model.
         """
-        test_images = self.dataset.test_images.to(self.device)
-        test_labels = self.dataset.test_labels.to(self.device)
+        test_images, test_labels = self.test_images, self.test_labels
         optimizer: Any = self.optimizer.optimizer
         latent = quantized = packed = bytes_packed = None
+        speeds: list[float | None] = [None, None]
         if not self.quantised:
             reestimate_batch_norm(self.model, self.train_images)
             accuracy = evaluate(self.model, test_images, test_labels)
@@ -474,6 +568,7 @@ class Trainer:
                 quantized = evaluate(self.model, test_images, test_labels)
             packed = quantopt.pack(self.model.eval(), optimizer, fold_batchnorm=True)
             bytes_packed = tensor_bytes(packed)
+            speeds = [*images_per_second([self.model.eval(), packed.eval()], test_images)]
         report = {
             "config": self.describe(),
             "versions": versions(),
@@ -486,23 +581,19 @@ class Trainer:
             "accuracy_quantized": quantized,
             "accuracy_packed": None if packed is None else evaluate(packed, test_images, test_labels),
             "seconds": self.seconds,
-            "optimizer_share": self.update_seconds / self.seconds if self.seconds else None,
+            "images_per_second": self.epoch * self.steps_per_epoch * self.batch_size / self.seconds
+            if self.seconds
+            else None,
+            "optimizer_share": self.update_seconds / self.seconds
+            if self.seconds and not self.config.cuda_graph
+            else None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "bytes_float": None if packed is None else tensor_bytes(self.model),
             "bytes_packed": bytes_packed,
+            "images_per_second_float": speeds[0],
+            "images_per_second_packed": speeds[1],
         }
         return Result(report, self.model, packed, self.histograms)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {
-        "quantopt": quantopt.__version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
 
 
 def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
@@ -569,6 +660,7 @@ def train(
             disable=not progress,
         ) as bar:
             trainer.train_epoch(bar)
+        trainer.test()
         if checkpoint is not None:
             state = trainer.state_dict()
             atomic_write(checkpoint, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]

@@ -2,7 +2,8 @@
 
 `quantopt/recipes/OPTIMIZER.toml` holds what an optimizer needs on any network (docs/algorithms.md, sections 2 to 4);
 `quantopt/recipes/MODEL-OPTIMIZER-BITS.toml` names one of them as its `base` and says what differs. A base has no base.
-The keys are the fields of `loop.Config`; `[options]` are further arguments of the optimizer's class.
+The keys are the fields of `loop.Config`; `[options]` are further arguments of the optimizer's class, `[anneal]` the
+settings of its schedule (`quantopt.Anneal`).
 
 `sgd` is full precision, `luq` trains 4-bit layers: both are plain torch.optim.SGD on every parameter. The others train
 the quantised weights with their own rule and everything else (skipped layers, biases, batch norm) with the base rule at
@@ -50,6 +51,7 @@ HYPERPARAMETERS: dict[str, tuple[type, ...]] = {
     "float_lr": (float,),
     "float_weight_decay": (float,),
     "options": (dict,),
+    "anneal": (dict,),
 }
 """What the file of every optimizer holds, with the types. lr, weight_decay: of the quantised weights, for levels one
 standard deviation from zero. warmup: fraction of the steps in which the rate rises linearly before it falls by a cosine
@@ -63,6 +65,8 @@ _RUN: dict[str, tuple[type, ...]] = {
     "precision": (str,),
     "channels_last": (bool,),
     "compile": (bool,),
+    "cuda_graph": (bool,),
+    "test_every": (int,),
 }
 _DIRECTORY = resources.files("quantopt") / "recipes"
 
@@ -151,15 +155,21 @@ class Optimizer:
 
 
 def build(
-    name: str, model: nn.Module, total_steps: int, settings: Mapping[str, Any], *, backend: str = "auto"
+    name: str,
+    model: nn.Module,
+    total_steps: int,
+    settings: Mapping[str, Any],
+    *,
+    backend: str = "auto",
+    capturable: bool = False,
 ) -> Optimizer:
     """The optimizer `name` of `OPTIMIZERS` for `model`, over `total_steps` steps.
 
     settings: a value for each of `HYPERPARAMETERS`. `model` is changed first where they ask for it: SAWB quantisers for
     activations = 4, the layers of luq. With scale "none" the levels are -1 and 1: the quantised weights are first
     divided by their standard deviation, which the batch norm behind them undoes, and lr by its square and weight_decay
-    multiplied by it, so that training takes the same course. Raises ValueError on a bad value, BackendError if the
-    backend cannot run the optimizer.
+    multiplied by it, so that training takes the same course. capturable: for a step
+    captured in a CUDA graph. Raises ValueError on a bad value, BackendError if the backend cannot run the optimizer.
     """
     make, relaxation = OPTIMIZERS[name]
     lr, weight_decay, momentum = settings["lr"], settings["weight_decay"], settings["momentum"]
@@ -178,6 +188,11 @@ def build(
     if "adam" not in name:
         options["momentum"] = momentum
     if name in FLOAT:
+        if settings["anneal"]:
+            raise ValueError(f"anneal={settings['anneal']!r}: {name} has nothing to anneal")
+        if capturable:  # the fused kernel alone reads a rate that is a tensor on the device
+            options["fused"] = True
+            lr = torch.tensor(lr, device=next(model.parameters()).device)
         optimizer = make(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
     else:
         other = {"lr": settings["float_lr"], "weight_decay": settings["float_weight_decay"]}
@@ -187,12 +202,15 @@ def build(
         if settings["scale"] == "none":
             variance = _unit_variance(groups[0]["params"])
             lr, weight_decay = lr / variance, weight_decay * variance
-        optimizer = make(groups, lr=lr, weight_decay=weight_decay, backend=backend, **options)
+        optimizer = make(
+            groups, lr=lr, weight_decay=weight_decay, backend=backend, capturable=capturable, **options
+        )
         # A backend that cannot run is refused now, not at the first step.
         for group in optimizer.param_groups:
             weight = group["params"][0]
             choose("fused_step", weight.device, weight.dtype, backend)
-        anneal = quantopt.Anneal(optimizer, total_steps=total_steps) if relaxation else None
+        if relaxation or settings["anneal"]:
+            anneal = quantopt.Anneal(optimizer, total_steps=total_steps, **settings["anneal"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
     )

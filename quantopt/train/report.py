@@ -21,14 +21,17 @@ _STYLES = (
     ("#009E73", (0, (1.5, 1))),
     ("#D55E00", (0, ())),
     ("#0072B2", (0, (8, 2))),
+    ("#CC79A7", (0, (3, 1, 1, 1))),
+    ("#999999", (0, (5, 1, 1, 1, 1, 1))),
 )
 PANELS = (
     ("loss", "training loss", "log"),
     ("accuracy", "training accuracy, %", "linear"),
+    ("test_accuracy", "test accuracy at the weights of the epoch, %", "linear"),
+    ("epsilon", "epsilon", "linear"),
     ("fraction_feasible", "weights inside their interval, %", "linear"),
     ("sign_flips", "sign flips in the epoch", "symlog"),
 )
-SWEEP_PANELS = (PANELS[1], ("epsilon", "epsilon", "linear"), *PANELS[2:])
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
@@ -38,9 +41,9 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def mean_curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float | None]]:
-    """The curves of `SWEEP_PANELS`, each the mean of the runs at every epoch; None where a run has no value."""
+    """The curves of `PANELS`, each the mean of the runs at every epoch; None where a run has no value."""
     means: dict[str, list[float | None]] = {}
-    for key, _, _ in SWEEP_PANELS:
+    for key, _, _ in PANELS:
         epochs = zip(*(run[key] for run in runs), strict=True)
         means[key] = [
             None if None in values else sum(v for v in values if v is not None) / len(runs)
@@ -49,17 +52,13 @@ def mean_curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[st
     return means
 
 
-def plot_curves(
-    path: Path,
-    curves: Mapping[str, Mapping[str, Sequence[float | None]]],
-    chosen: Sequence[tuple[str, str, str]] = PANELS,
-) -> None:
-    """Four panels (by default loss, accuracy, fraction of weights inside their interval, sign flips) against the epoch.
+def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """The panels of `PANELS` against the epoch.
 
     curves: for each name of a run, lists with a value per epoch; None where there is none.
     """
-    figure, panels = new_figure(2, 2, width=11, height=7.5)
-    for panel, (key, title, scale) in zip(panels, chosen, strict=True):
+    figure, panels = new_figure(2, 3, width=15, height=7.5)
+    for panel, (key, title, scale) in zip(panels, PANELS, strict=True):
         for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
             points = [(epoch, value) for epoch, value in enumerate(run[key], 1) if value is not None]
             if points:

@@ -6,11 +6,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantopt.train import recipes, report
+import torch
+
+from quantopt.train import environment, recipes, report
 from quantopt.train.errors import InputError
 from quantopt.train.loop import OUT_OF_TIME, REPORT
 
@@ -18,12 +20,21 @@ RESULTS = "accuracy.json"
 
 
 def row(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation, over the runs of a recipe, of the quantised test accuracy (of the float one for sgd)
-    and the mean of the packed one, in percent."""
+    """What `accuracy.json` says of the runs of a recipe.
+
+    mean, std: over the runs, of the quantised test accuracy (of the float one for sgd), in percent; packed_mean: of the
+    packed network; packed_difference: the largest between the packed and the projected network of a run. bytes: of the
+    whole network. speedup: images per second of the packed over those of the float network, mean of the runs. limit,
+    validation: as in `loop.Config`.
+    """
     config = reports[0]["config"]
     key = "accuracy_latent" if config["optimizer"] == "sgd" else "accuracy_quantized"
     values = [run[key] for run in reports]
     packed = [run["accuracy_packed"] for run in reports]
+    is_packed = None not in packed
+    speedups = [
+        run["images_per_second_packed"] / run["images_per_second_float"] for run in reports if is_packed
+    ]
     return {
         "model": config["model"],
         "optimizer": config["optimizer"],
@@ -32,29 +43,43 @@ def row(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(reports),
         "mean": statistics.mean(values),
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "packed_mean": None if None in packed else statistics.mean(packed),
+        "packed_mean": statistics.mean(packed) if is_packed else None,
+        "packed_difference": max(abs(p - q) for p, q in zip(packed, values, strict=True))
+        if is_packed
+        else None,
         "epochs": config["epochs"],
+        "limit": config["limit"],
+        "validation": config["validation"],
         "device": reports[0]["device"],
+        "bytes_float": reports[0]["bytes_float"],
+        "bytes_packed": reports[0]["bytes_packed"],
+        "speedup": statistics.mean(speedups) if is_packed else None,
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text."""
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows, by the names of their recipes, as text: packed is the mean accuracy of the packed networks, smaller and
+    faster are float over packed bytes and packed over float speed."""
+    width = max(6, *(len(name) for name in rows))
     lines = [
-        f"{'model':10}{'optimizer':15}{'bits':>8}{'activations':>13}{'seeds':>7}{'mean':>8}{'std':>7}{'packed':>8}"
+        f"{'recipe':{width}}{'model':>10}{'bits':>8}{'seeds':>7}{'mean':>8}{'std':>7}{'packed':>8}{'smaller':>9}"
+        f"{'faster':>8}"
     ]
-    for r in rows:
-        packed = "-" if r["packed_mean"] is None else f"{r['packed_mean']:.2f}"
+    for name, r in rows.items():
+        packed, smaller, faster = "-", "-", "-"
+        if r["packed_mean"] is not None:
+            packed = f"{r['packed_mean']:.2f}"
+            smaller, faster = f"{r['bytes_float'] / r['bytes_packed']:.1f}x", f"{r['speedup']:.2f}x"
         lines.append(
-            f"{r['model']:10}{r['optimizer']:15}{r['bits']!s:>8}{r['activations'] or '-':>13}{r['seeds']:7}"
-            f"{r['mean']:8.2f}{r['std']:7.2f}{packed:>8}"
+            f"{name:{width}}{r['model']:>10}{r['bits']!s:>8}{r['seeds']:7}{r['mean']:8.2f}{r['std']:7.2f}{packed:>8}"
+            f"{smaller:>9}{faster:>8}"
         )
     return "\n".join(lines)
 
 
-def run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace, device: str, passed_on: Sequence[str]) -> int:
     """Runs what is missing until --minutes have passed; writes the table, accuracy.json and curves.png of the recipes
-    of which all seeds are finished. passed_on: options of `quantopt train` for every run."""
+    of which all seeds are finished. device: "cpu" or "cuda". passed_on: further options of every run."""
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     out = Path(arguments.out)
     stems: dict[str, str] = {}
@@ -81,7 +106,8 @@ def run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> int:
                     break
                 name, seed, directory = waiting.pop(0)
                 command = [sys.executable, "-m", "quantopt", "train", "--quiet", "--resume", "--recipe", name]
-                command += ["--seed", str(seed), "--out", str(directory), *passed_on]
+                command += ["--seed", str(seed), "--out", str(directory)]
+                command += ["--device", device, *passed_on]
                 if left is not None:
                     command += ["--minutes", f"{left:.4f}"]
                 print(f"{directory.name} ...", file=sys.stderr, flush=True)
@@ -95,8 +121,8 @@ def run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> int:
         for _, process in running:
             process.terminate()
             process.wait()
-    rows, unfinished = [], []
-    curves, versions = {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    unfinished, curves = [], {}
     for stem in stems:
         files = [out / f"{stem}-{seed}" / REPORT for seed in range(arguments.seeds)]
         missing = [file.parent.name for file in files if not file.is_file()]
@@ -110,13 +136,13 @@ def run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> int:
                 "--out",
                 f"the runs of {stem} differ in more than their seed: remove those of earlier settings",
             )
-        rows.append(row(reports))
+        rows[stem] = {"recipe": stem, **row(reports)}
         curves[stem] = report.mean_curves([r["curves"] for r in reports])
-        versions = reports[0]["versions"]
     if rows:
         print(table(rows))
-        report.write_json(out / RESULTS, {"versions": versions, "rows": rows})
-        report.plot_curves(out / report.CURVES_PNG, curves, report.SWEEP_PANELS)
+        head = environment.header(device, torch.get_num_threads())
+        report.write_json(out / RESULTS, {**head, "rows": list(rows.values())})
+        report.plot_curves(out / report.CURVES_PNG, curves)
         print(f"\nwritten: {out}/{RESULTS}, {report.CURVES_PNG}")
     if unfinished:
         print(f"unfinished: {', '.join(unfinished)}; the same command continues", file=sys.stderr)
