@@ -120,6 +120,21 @@ def _add_minutes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_SPEED = {
+    "channels_last": "images and weights in channels-last memory",
+    "compile": "torch.compile of the network in training",
+    "cuda_graph": "capture the training iteration and replay it; the optimizer's step is then not timed",
+}
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    for name, meaning in _SPEED.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(
+            option, action=argparse.BooleanOptionalAction, help=f"{meaning} (recipe's; else not)"
+        )
+
+
 def _add_quantised(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument(
         "--activations",
@@ -203,17 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="test accuracy for the curves after every N epochs, 0 for none (recipe's; else 1)",
     )
-    for option, meaning in (
-        ("--channels-last", "images and weights in channels-last memory"),
-        ("--compile", "torch.compile of the network in training"),
-        (
-            "--cuda-graph",
-            "capture the training iteration and replay it; without time of the optimizer's step",
-        ),
-    ):
-        command.add_argument(
-            option, action=argparse.BooleanOptionalAction, help=f"{meaning} (recipe's; else not)"
-        )
+    _add_speed(command)
     command.add_argument(
         "--backend",
         default="auto",
@@ -245,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_whole(1), default=1, metavar="N", help="runs at a time (%(default)s)"
     )
     command.add_argument("--out", required=True, metavar="DIR", help="directory to write to")
+    _add_speed(command)
     _add_minutes(command)
     command.set_defaults(run=_sweep)
 
@@ -399,6 +405,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     for option in ("model", "epochs", "batch_size", "limit", "validation"):
         if (value := getattr(arguments, option)) is not None:
             passed_on += [f"--{option.replace('_', '-')}", str(value)]
+    for option in _SPEED:
+        if (value := getattr(arguments, option)) is not None:
+            passed_on.append(f"--{'' if value else 'no-'}{option.replace('_', '-')}")
     return sweep.run(arguments, resolve_device(arguments.device), passed_on)
 
 
