@@ -1,4 +1,4 @@
-"""Training speed: images per second, and the share of the optimizer's step in an iteration; on random CIFAR-sized images.
+"""Training speed on random CIFAR-sized images: images per second, and the share of the optimizer's step.
 
     python bench/train.py --model resnet18 --device cuda --modes eager compile graph
 
