@@ -1,5 +1,6 @@
 """The recipes: every file is read and builds its network and optimizer; files and overrides on the command line."""
 
+import copy
 import json
 
 import pytest
@@ -72,6 +73,26 @@ def test_recipes_of_the_optimizers_state_the_schedule_of_the_class(name):
     assert settings["anneal"]
     for step in range(101):
         assert built.anneal.schedule(group, step, 100) == built.optimizer.annealed(group, step, 100)
+
+
+@pytest.mark.parametrize("name", recipes.OPTIMIZERS)
+def test_rates_in_tensors_take_the_same_course(name):
+    ends = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        model = models.build("mlp", (1, 8, 8), 4)
+        built = recipes.build(name, model, 6, recipes.load(name), capturable=capturable)
+        rate = built.optimizer.param_groups[0]["lr"]
+        assert isinstance(rate, torch.Tensor) == capturable
+        for step in range(6):
+            if step == 3:
+                built.load_state_dict(copy.deepcopy(built.state_dict()))
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            built.update()
+            built.advance()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*ends, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

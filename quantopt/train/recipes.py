@@ -149,6 +149,9 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # torch leaves a rate that is a tensor where the state was
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].to(group["params"][0].device)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.anneal is not None:
             self.anneal.load_state_dict(state["anneal"])
