@@ -98,6 +98,12 @@ NVCC_FLAGS = [
 # First word of a CUDA file -> additional flags. The steps wait for memory: exact, unfused arithmetic is free. In the
 # products it keeps the quantisation and what follows the sums as on the CPU.
 CUDA_FLAGS = {"step": ["-fmad=false"], "binary": ["-fmad=false"]}
+# CUDA file -> (architecture, what must be compiled for to have it, macro): instructions that exist on one processor only
+# are compiled for it alone, and the file holds no kernel where that is not asked for.
+SPECIFIC = {"binary_wgmma": ("90a", ("90", "90a"), "-DQUANTOPT_HAVE_SM90A")}
+# What ptxas reports when a kernel compiles but cannot run as written: C7508 (setmaxnreg ignored), C7510 (wgmma
+# serialised) and their kind.
+SLOW_CODE = re.compile(r"^.*(?:\(C75\d\d\)|wgmma\S* .*serializ|setmaxnreg.* ignored).*$", re.MULTILINE)
 
 
 def jobs() -> int:
@@ -181,11 +187,15 @@ class Toolkit:
         sys.exit(f"quantopt: libcudart_static.a, part of the CUDA toolkit, was not found under {top}")
 
     def flags(self, name: str) -> list[str]:
+        flags = [*NVCC_FLAGS, *CUDA_FLAGS.get(name.split("_")[0], [])]
+        if name in SPECIFIC:
+            arch, wanted, macro = SPECIFIC[name]
+            if not set(wanted).isdisjoint(self.archs):
+                return [*flags, macro, "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         newest = max(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"arch=compute_{newest},code=compute_{newest}")
-        gencode = [word for code in codes for word in ("-gencode", code)]
-        return [*NVCC_FLAGS, *CUDA_FLAGS.get(name.split("_")[0], []), *gencode]
+        return [*flags, *(word for code in codes for word in ("-gencode", code))]
 
 
 class BuildQuantopt(BuildExtension):
@@ -296,6 +306,8 @@ class BuildQuantopt(BuildExtension):
             stamp.unlink(missing_ok=True)
             print(shlex.join(command), flush=True)
             output = run(command, f"compiling {source.relative_to(ROOT)}")
+            if slow := SLOW_CODE.search(output):
+                sys.exit(f"quantopt: {source.relative_to(ROOT)}: {slow[0]}")
             if output:
                 print(output, flush=True)
             target.with_suffix(".log").write_text(output)

@@ -22,7 +22,7 @@ from quantopt.reference import binary as reference
 from test_cuda_build import cuobjdump, extension_file, needs_cuda_build  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("gemv", "mma", "library")
+KERNELS = ("gemv", "mma", "library", "wgmma")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((8, 32, 1024), (8, 128, 256), (16, 128, 256), (32, 256, 128), (64, 256, 128))  # tokens, rows, depth
 
@@ -37,12 +37,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = ROOT / "tests/cuda_blocks_on_host"
     common = [compiler, "-std=c++20", "-fPIC", "-ffp-contract=off", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
     with_torch = ["-O0", "-g0", *(f"-I{path}" for path in include_paths())]
+    device = ["-O2", "-w", "-DQUANTOPT_HAVE_SM90A", "-x", "c++"]
     commands = [
         [*common, *with_torch, "-c", str(source), "-o", str(objects / f"{source.stem}.o")]
         for source in (folder / "driver.cpp", ROOT / "csrc/binary_arguments.cpp")
     ]
     commands += [
-        [*common, "-O2", "-w", "-x", "c++", "-c", str(source), "-o", str(objects / f"{source.stem}.o")]
+        [*common, *device, "-c", str(source), "-o", str(objects / f"{source.stem}.o")]
         for source in sorted((ROOT / "csrc/cuda").glob("binary_*.cu"))
     ]
     running = [subprocess.Popen(command) for command in commands]
@@ -189,6 +190,65 @@ def test_every_number_of_rows(host: Any, int8: bool) -> None:
         case.check(y)
         if int8:
             case.check_bits(y)
+
+
+WGMMA_TOKENS, WGMMA_ROWS = (64, 128), 256
+
+
+@pytest.mark.parametrize("compute", ["int8", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", range(len(WGMMA_TOKENS)))
+def test_wgmma_at_its_edges(host: Any, shape: int, compute: str) -> None:
+    """One block of everything and one more of each, K in parts; few processors, so that blocks take many tiles."""
+    tokens, int8 = WGMMA_TOKENS[shape], compute == "int8"
+    dtype = torch.float32 if int8 else getattr(torch, compute)
+    for m, n, k, splits in [
+        (tokens, WGMMA_ROWS, 128, 1),
+        (1, 1, 1, 1),
+        (tokens - 1, WGMMA_ROWS - 1, 127, 1),
+        (tokens + 1, WGMMA_ROWS + 33, 5 * 128 + 72, 1),
+        (3, 36, 136, 2),
+        (tokens + 9, 130, 3 * 128 + 8, 3),
+        (5, 300, 9 * 128, 8),
+    ]:
+        case = Case(m, n, k, int8=int8, dtype=dtype)
+        y = case.run(host, "wgmma", shape, splits, processors=3)
+        case.check(y)
+        if int8:
+            case.check_bits(y)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_wgmma_takes_tile_after_tile(host: Any, int8: bool) -> None:
+    """More tiles than processors; the stages of the ring come round at another place in every tile."""
+    case = Case(300, 600, 5 * 128, int8=int8)
+    for processors in (1, 2, 9):
+        y = case.run(host, "wgmma", 1, processors=processors)
+        case.check(y)
+        if int8:
+            case.check_bits(y)
+
+
+def test_wgmma_planes_types_and_strides(host: Any) -> None:
+    for dtype, int8 in itertools.product(DTYPES, (False, True)):
+        case = Case(70, 50, 300, dtype=dtype, int8=int8, plane_weights=(1, 2, 4), activation="relu")
+        y = case.run(host, "wgmma")
+        expected = case.expected()[0].relu()
+        torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-4 * 300)
+        wide = torch.randn(70, 200).to(dtype)
+        for x in (wide[:, 8:72], wide[::2, :65], wide[3:4, 1:66]):
+            case = Case(len(x), 40, x.shape[1], x=x, int8=int8)
+            case.check(case.run(host, "wgmma"))
+
+
+def test_wgmma_refuses_what_it_cannot_do(host: Any) -> None:
+    with pytest.raises(ValueError, match="does not take"):
+        Case(70, 50, 128, group=64).run(host, "wgmma")
+    with pytest.raises(ValueError, match="does not take"):
+        Case(70, 50, 128).run(host, "wgmma", capability=100)
+    with pytest.raises(ValueError, match=r"splits in 1\.\.2"):
+        Case(70, 50, 200).run(host, "wgmma", 1, 3)
+    with pytest.raises(ValueError, match="shape must be less than 2"):
+        Case(70, 50, 200).run(host, "wgmma", 2)
 
 
 INPUTS = (1, 5, 8, 31, 32, 33, 120, 127, 128, 129, 136, 255, 257, 520, 1023, 1025, 4097)

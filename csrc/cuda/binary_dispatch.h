@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "cuda/binary_linear.h"
+#include "cuda/binary_wgmma.h"
 
 namespace quantopt {
 
@@ -13,12 +14,13 @@ enum class BinaryKernel : int32_t {
   kGemv,     // dp4a, one row of x (binary_gemv.cu)
   kMma,      // tensor cores on the packed weights (binary_mma.cu)
   kLibrary,  // W expanded into scratch memory, the library's product, binary_finish_on_cuda
+  kWgmma,    // Hopper's tensor cores on the packed weights (binary_wgmma.cu)
 };
 
 // From its name; false if there is none of that name.
 inline bool find_binary_kernel(std::string_view name, BinaryKernel& kernel) {
-  constexpr std::string_view kNames[] = {"gemv", "mma", "library"};
-  for (int i = 0; i < 3; ++i) {
+  constexpr std::string_view kNames[] = {"gemv", "mma", "library", "wgmma"};
+  for (int i = 0; i < 4; ++i) {
     if (name != kNames[i]) continue;
     kernel = static_cast<BinaryKernel>(i);
     return true;
@@ -48,23 +50,31 @@ constexpr int64_t kAnyRows = INT64_MAX;
 // - int8, 1 row: 64 issue slots of gemv against 96 of mma per 4096 weights; from 2 rows on mma has fewer.
 // - int8, 256 rows: mma 28 us; expanding 16-20, product 25, quantising and scaling 7.
 // - exact, 512 rows: mma 115 us; expanding 31, product 87, scaling 10.
+// - int8, more than 256 rows: wgmma has the library's product alone, if it runs at its speed: 20-25 us less.
+// Exact,
+//   the same holds, but there the library's product is tuned and what it costs besides is 3 % from 4096 rows
+//   on: the library stays until it has been measured (docs/kernels-gemm.md).
 constexpr BinaryDispatch kBinaryDispatch[] = {
-    {80, true, 1, BinaryKernel::kGemv},
-    {80, true, 256, BinaryKernel::kMma},
-    {80, true, kAnyRows, BinaryKernel::kLibrary},
-    {80, false, 512, BinaryKernel::kMma},
-    {80, false, kAnyRows, BinaryKernel::kLibrary},
+    {80, true, 1, BinaryKernel::kGemv},         {80, true, 256, BinaryKernel::kMma},
+    {90, true, kAnyRows, BinaryKernel::kWgmma}, {80, true, kAnyRows, BinaryKernel::kLibrary},
+    {80, false, 512, BinaryKernel::kMma},       {80, false, kAnyRows, BinaryKernel::kLibrary},
 };
 
 // What a kernel can be given.
-inline bool binary_kernel_fits(BinaryKernel kernel, const BinaryWeights& w, bool int8, int64_t rows) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < w.planes; ++i) total += w.plane_weights[i];
+inline bool binary_kernel_fits(BinaryKernel kernel, const BinaryWeights& w, bool int8, int64_t rows,
+                               int capability) {
+  int64_t total = 0, largest = 0;
+  for (int64_t i = 0; i < w.planes; ++i) {
+    total += w.plane_weights[i];
+    largest = std::max<int64_t>(largest, w.plane_weights[i]);
+  }
   switch (kernel) {
     case BinaryKernel::kGemv: return int8 && rows == 1 && w.group_scale == nullptr && w.inputs <= kGemvInputs;
     case BinaryKernel::kMma: return true;  // BinaryWeights hold no more than it can do
     case BinaryKernel::kLibrary:           // W holds whole numbers up to `total` as int8 or bfloat16
       return w.group_scale == nullptr && total <= (int8 ? 127 : 256);
+    case BinaryKernel::kWgmma:  // each plane by itself
+      return binary_wgmma_available(capability) && w.group_scale == nullptr && largest <= (int8 ? 127 : 256);
   }
   return false;
 }
@@ -72,7 +82,7 @@ inline bool binary_kernel_fits(BinaryKernel kernel, const BinaryWeights& w, bool
 inline BinaryKernel choose_binary_kernel(const BinaryWeights& w, bool int8, int64_t rows, int capability) {
   for (const BinaryDispatch& d : kBinaryDispatch) {
     if (capability >= d.capability && int8 == d.int8 && rows <= d.rows &&
-        binary_kernel_fits(d.kernel, w, int8, rows)) {
+        binary_kernel_fits(d.kernel, w, int8, rows, capability)) {
       return d.kernel;
     }
   }
@@ -103,6 +113,19 @@ inline MmaPlan plan_mma(const BinaryWeights& w, const MmaTokens& tokens, int pro
   return plan;
 }
 
+inline MmaPlan plan_wgmma(const BinaryWeights& w, const MmaTokens& tokens, int processors) {
+  // A block has a multiprocessor to itself. Splits are blocks of a cluster, which has to find its place among
+  // 16 or 18 multiprocessors: powers of two.
+  constexpr int kLeastBlocks = 4, kMostSplits = 8;
+  MmaPlan plan{tokens.rows <= kWgmmaTokens[0] ? 0 : 1, 1};
+  const WgmmaGrid grid = wgmma_grid(w, tokens.rows, kWgmmaTokens[plan.shape], 1);
+  while (plan.splits < kMostSplits && 2 * plan.splits * grid.tiles <= processors &&
+         2 * plan.splits * kLeastBlocks <= grid.depth) {
+    plan.splits *= 2;
+  }
+  return plan;
+}
+
 // x as `kernel` reads it, quantised or in parts of 16 bits.
 struct BinaryProduct {
   BinaryWeights weights;
@@ -111,10 +134,10 @@ struct BinaryProduct {
   BinaryEpilogue epilogue;  // x_scale is filled in here
 };
 
-// y by the tensor cores, divided as plan_mma says or as `forced`. allocate(bytes) gives memory that lives
-// until the product has been computed.
+// y by the tensor cores, of Hopper (`wgmma`) or any; divided as plan_wgmma or plan_mma says or as `forced`.
+// allocate(bytes) gives memory that lives until the product has been computed.
 template <class Allocate>
-const char* multiply_by_mma(BinaryProduct p, const CudaPlace& place, const Allocate& allocate,
+const char* multiply_by_mma(BinaryProduct p, bool wgmma, const CudaPlace& place, const Allocate& allocate,
                             const MmaPlan* forced = nullptr) {
   const CudaRows& x = p.x;
   const int64_t padded = tile_block_count(x.inputs) * kTileDepth;
@@ -143,13 +166,14 @@ const char* multiply_by_mma(BinaryProduct p, const CudaPlace& place, const Alloc
       tokens = {copy, tokens.type, parts * x.rows, padded, 2 * padded, true};
     }
   }
-  const MmaPlan plan = forced != nullptr ? *forced : plan_mma(p.weights, tokens, place.processors);
-  const int splits = mma_parts(plan, place);
-  if (splits == 1 && parts == 1) {
-    return binary_mma_on_cuda(p.weights, tokens, plan, p.epilogue, nullptr, place);
-  }
+  const MmaPlan plan = forced != nullptr ? *forced
+                       : wgmma           ? plan_wgmma(p.weights, tokens, place.processors)
+                                         : plan_mma(p.weights, tokens, place.processors);
+  const auto run = wgmma ? binary_wgmma_on_cuda : binary_mma_on_cuda;
+  const int splits = wgmma ? 1 : mma_parts(plan, place);
+  if (splits == 1 && parts == 1) return run(p.weights, tokens, plan, p.epilogue, nullptr, place);
   void* const sums = allocate(splits * tokens.rows * p.weights.outputs * 4);
-  if (const char* error = binary_mma_on_cuda(p.weights, tokens, plan, p.epilogue, sums, place)) return error;
+  if (const char* error = run(p.weights, tokens, plan, p.epilogue, sums, place)) return error;
   const bool whole = p.int8 && p.weights.group_scale == nullptr;
   return binary_finish_on_cuda(
       {sums, whole, splits, parts, x.rows, p.weights.outputs, p.weights.outputs, true}, p.epilogue, place);

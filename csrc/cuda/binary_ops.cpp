@@ -153,10 +153,10 @@ at::Tensor multiply(const at::Tensor& x, const BinaryArguments& arguments, int64
   BinaryKernel chosen = choose_binary_kernel(w, p.int8, multiplied, place.capability);
   if (!kernel.empty()) {
     TORCH_CHECK_VALUE(find_binary_kernel({kernel.data(), kernel.size()}, chosen),
-                      "quantopt: kernel must be \"gemv\", \"mma\" or \"library\", not \"",
+                      "quantopt: kernel must be \"gemv\", \"mma\", \"library\" or \"wgmma\", not \"",
                       std::string(kernel), "\"");
-    TORCH_CHECK_VALUE(binary_kernel_fits(chosen, w, p.int8, multiplied), "quantopt: the kernel ",
-                      std::string(kernel), " does not take this product");
+    TORCH_CHECK_VALUE(binary_kernel_fits(chosen, w, p.int8, multiplied, place.capability),
+                      "quantopt: the kernel ", std::string(kernel), " does not take this product");
   }
   if (chosen == BinaryKernel::kLibrary) {
     multiply_by_library(p, arguments.bits, place);
@@ -183,10 +183,12 @@ at::Tensor multiply(const at::Tensor& x, const BinaryArguments& arguments, int64
     return memory.back().mutable_data_ptr();
   };
   const MmaPlan plan{static_cast<int>(shape), static_cast<int>(splits)};
-  TORCH_CHECK_VALUE(
-      shape < static_cast<int64_t>(std::size(kMmaShapes)) && (shape < 0 || (splits > 0 && splits < 65536)),
-      "quantopt: shape must be less than ", std::size(kMmaShapes), ", splits in 1..65535");
-  check(multiply_by_mma(p, place, allocate, shape >= 0 ? &plan : nullptr));
+  const bool wgmma = chosen == BinaryKernel::kWgmma;
+  const int64_t shapes = static_cast<int64_t>(wgmma ? std::size(kWgmmaTokens) : std::size(kMmaShapes));
+  const int64_t most_splits = wgmma ? std::min<int64_t>(8, tile_block_count(inputs)) : 65535;
+  TORCH_CHECK_VALUE(shape < shapes && (shape < 0 || (splits > 0 && splits <= most_splits)),
+                    "quantopt: shape must be less than ", shapes, ", splits in 1..", most_splits);
+  check(multiply_by_mma(p, wgmma, place, allocate, shape >= 0 ? &plan : nullptr));
   return y;
 }
 

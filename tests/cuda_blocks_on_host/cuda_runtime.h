@@ -52,6 +52,9 @@ inline uint32_t __float_as_uint(float x) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
 
 // ---- threads ----
 
@@ -80,7 +83,7 @@ switch_stack:
 namespace emulator {
 
 constexpr size_t kStack = 128 << 10;
-constexpr int kCluster = 8, kThreads = 256 * kCluster;
+constexpr int kCluster = 8, kThreads = 384 * kCluster;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "CUDA on the host: %s\n", what);
@@ -237,9 +240,9 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline size_t allowed_shared = 48 << 10;
+inline size_t allowed_shared = 48 << 10, most_shared = 163 << 10;  // the latter of sm_80
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  if (bytes > 163 << 10) return cudaErrorInvalidValue;  // what sm_80 has
+  if (static_cast<size_t>(bytes) > most_shared) return cudaErrorInvalidValue;
   allowed_shared = static_cast<size_t>(bytes);
   return cudaSuccess;
 }

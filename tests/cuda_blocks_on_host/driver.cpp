@@ -55,6 +55,7 @@ TORCH_LIBRARY(quantopt_host, m) {
   m.def("device(int capability, int processors) -> ()", [](int64_t capability, int64_t processors) {
     quantopt::host_place.capability = static_cast<int>(capability);
     quantopt::host_place.processors = static_cast<int>(processors);
+    most_shared = (capability >= 90 ? 227 : 163) << 10;
   });
   m.def("launches() -> int", [] { return launches; });
   // The kernel that the table names, by its place in BinaryKernel.
