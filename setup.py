@@ -98,8 +98,8 @@ NVCC_FLAGS = [
 # First word of a CUDA file -> additional flags. The steps wait for memory: exact, unfused arithmetic is free. In the
 # products it keeps the quantisation and what follows the sums as on the CPU.
 CUDA_FLAGS = {"step": ["-fmad=false"], "binary": ["-fmad=false"]}
-# CUDA file -> (architecture, what must be compiled for to have it, macro): instructions that exist on one processor only
-# are compiled for it alone, and the file holds no kernel where that is not asked for.
+# CUDA file -> (architecture, those of the build that include it, macro): a file of instructions that exist on one
+# processor alone is compiled for that, and holds no kernel where the build is for others.
 SPECIFIC = {"binary_wgmma": ("90a", ("90", "90a"), "-DQUANTOPT_HAVE_SM90A")}
 # What ptxas reports when a kernel compiles but cannot run as written: C7508 (setmaxnreg ignored), C7510 (wgmma
 # serialised) and their kind.

@@ -1,7 +1,7 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
     python bench/gemm.py [--json FILE] [--threads N] [--min-time SECONDS] [--only linear|rotated|conv|sweep|mlp|models]
-    python bench/gemm.py --device cuda [--json FILE] [--min-time SECONDS] [--only dispatch]
+    python bench/gemm.py --device cuda [--json FILE] [--min-time SECONDS] [--only dispatch|wgmma]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
 several times slower). Every product is checked against float64 before it is timed.
@@ -205,16 +205,17 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
     "mlp": lambda a: mlp(a.size, 4, 1, a.min_time),
     "models": lambda a: packed_models.rows(a.min_time),
 }
+CUDA_PARTS = ("dispatch", "wgmma")  # of gemm_cuda
 
 
 def main() -> None:
     parser = common.parser("Products with packed weights against torch's layers.")
     parser.add_argument("--size", type=int, default=4096, help="in and out features (default: 4096)")
-    parser.add_argument("--only", choices=[*PARTS, "dispatch"], help="one part")
+    parser.add_argument("--only", choices=[*PARTS, *CUDA_PARTS], help="one part")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     arguments = parser.parse_args()
-    if (arguments.only == "dispatch") != (arguments.only is not None and arguments.device == "cuda"):
-        parser.error('--only: "dispatch" with --device cuda, the others without')
+    if (arguments.only in CUDA_PARTS) != (arguments.only is not None and arguments.device == "cuda"):
+        parser.error(f"--only: {', '.join(CUDA_PARTS)} with --device cuda, the others without")
     if arguments.device == "cuda":
         gemm_cuda.main(arguments)
         return

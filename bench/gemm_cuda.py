@@ -3,7 +3,7 @@
 Every time is that of a CUDA graph of calls in a row, each with weights of its own, so many that they do not fit the
 second-level cache; x is random, the contenders take turns, and medians are compared. Every product is checked against
 float64 before it is timed. `--only dispatch` times the kernels by name: csrc/cuda/binary_dispatch.h takes its
-thresholds from there.
+thresholds from there. `--only wgmma` times the kernel for Hopper.
 """
 
 import argparse
@@ -266,6 +266,8 @@ def dispatch(min_time: float) -> Iterator[dict[str, Any]]:
                         )
             if m >= 32:
                 chosen["library"] = product.ours(mode, "library")
+                if hopper():
+                    chosen["wgmma"] = product.ours(mode, "wgmma")
             for name, (_, function) in chosen.items():
                 product.check(name, function(0), mode == "int8")
             seconds = compare(chosen, min_time)
@@ -281,6 +283,39 @@ def dispatch(min_time: float) -> Iterator[dict[str, Any]]:
             torch.cuda.empty_cache()
 
 
+def hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+# Rows of x -> times faster than torch's bf16 layer that wgmma is to be.
+WGMMA_INT8 = {64: 3.0, 128: 1.8, 256: 1.3, 1024: 1.6, 4096: 1.75, 16384: 1.75}
+WGMMA_EXACT = {64: None, 128: None, 256: None, 1024: 1.0, 4096: 1.0, 16384: 1.0}
+
+
+def wgmma(min_time: float) -> Iterator[dict[str, Any]]:
+    """Our kernel for Hopper against torch's bf16 layer and our other kernels: where the table is to name it."""
+    if not hopper():
+        raise SystemExit("--only wgmma: the device is not of compute capability 9.0")
+    outputs, inputs = SQUARE
+    for m in WGMMA_INT8:
+        product = Product(m, outputs, inputs)
+        chosen = {"torch bf16": product.torch_bf16()}
+        others = ("library", *(("mma",) if m <= 256 else ()))
+        for mode in ops.COMPUTE:
+            for kernel in ("wgmma", *others):
+                chosen[f"{kernel} {mode}"] = product.ours(mode, kernel)
+        for name, (_, function) in chosen.items():
+            product.check(name, function(0), "int8" in name)
+        seconds = compare(chosen, min_time)
+        for mode, targets in (("int8", WGMMA_INT8), ("exact", WGMMA_EXACT)):
+            case, ours = f"M={m} {outputs}x{inputs} wgmma {mode}", seconds[f"wgmma {mode}"]
+            yield common.row(case, "torch bf16", ours, seconds["torch bf16"], targets[m])
+            for kernel in others:
+                yield common.row(case, f"our {kernel}", ours, seconds[f"{kernel} {mode}"], 1.0)
+        del product, chosen
+        torch.cuda.empty_cache()
+
+
 def main(arguments: argparse.Namespace) -> None:
     """``arguments``: json, min_time, only."""
     if not torch.cuda.is_available():
@@ -289,11 +324,11 @@ def main(arguments: argparse.Namespace) -> None:
     if choice.name != "cuda":
         raise SystemExit(f"the CUDA kernels do not run here: {choice.why}")
     torch.manual_seed(0)
-    part = dispatch if arguments.only == "dispatch" else products
+    part = {"dispatch": dispatch, "wgmma": wgmma}.get(arguments.only, products)
     with torch.inference_mode():
         rows = list(part(arguments.min_time))
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    kind = "dispatch" if arguments.only == "dispatch" else "gemm"
+    kind = arguments.only or "gemm"
     path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"{kind}-{name}.json")
     common.report(rows, path, arguments.threads, device=DEVICE)
     short = [r for r in rows if r["ok"] is False]

@@ -240,7 +240,7 @@ def test_wgmma_planes_types_and_strides(host: Any) -> None:
             case.check(case.run(host, "wgmma"))
 
 
-def test_wgmma_refuses_what_it_cannot_do(host: Any) -> None:
+def test_wgmma_refuses_what_it_cannot_do(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="does not take"):
         Case(70, 50, 128, group=64).run(host, "wgmma")
     with pytest.raises(ValueError, match="does not take"):
@@ -249,6 +249,12 @@ def test_wgmma_refuses_what_it_cannot_do(host: Any) -> None:
         Case(70, 50, 200).run(host, "wgmma", 1, 3)
     with pytest.raises(ValueError, match="shape must be less than 2"):
         Case(70, 50, 200).run(host, "wgmma", 2)
+    host.device(90, 4)
+    assert KERNELS[host.chosen(True, 1000, 4096, False)] == "wgmma"
+    monkeypatch.setenv("QUANTOPT_WGMMA", "0")
+    assert KERNELS[host.chosen(True, 1000, 4096, False)] == "library"
+    with pytest.raises(ValueError, match="does not take"):
+        Case(70, 50, 128).run(host, "wgmma")
 
 
 INPUTS = (1, 5, 8, 31, 32, 33, 120, 127, 128, 129, 136, 255, 257, 520, 1023, 1025, 4097)
@@ -440,6 +446,10 @@ def test_tiles_are_the_same_bits(host: Any) -> None:
 
 def test_the_table(host: Any) -> None:
     """Every row of it is reached, and what a kernel cannot do goes to the next."""
+    for capability, many in ((80, "library"), (90, "wgmma"), (100, "library")):
+        host.device(capability, 4)
+        assert [KERNELS[host.chosen(True, rows, 4096, False)] for rows in (256, 257)] == ["mma", many]
+    host.device(80, 4)
     names = {
         (int8, rows): KERNELS[host.chosen(int8, rows, 4096, False)]
         for int8, rows in itertools.product((False, True), (1, 2, 256, 257, 512, 513))
@@ -567,6 +577,46 @@ def test_shapes_without_a_device() -> None:
             assert y.shape == (2, 3, 70) and y.dtype == torch.float16 and y.device.type == "cuda"
 
 
+@needs_cuda_build
+@pytest.mark.skipif("90" not in _extension.build_info().get("cuda_archs", []), reason="not built for sm_90")
+def test_wgmma_machine_code() -> None:
+    """Hopper's products with W from registers, boxes copied by the copy engine, and no register in memory. setup.py
+    stops where the compiler had to serialise the products or could not move registers between warpgroups."""
+    command = [cuobjdump(), "-sass", "-arch", "sm_90a", str(extension_file())]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction : |\Z)", sass, re.DOTALL)
+    assert len(kernels) == 3 * len(WGMMA_TOKENS)  # and nothing else was compiled for sm_90a alone
+    for name, code in kernels:
+        assert "wgmma_kernel" in name
+        assert not re.search(r"\b(STL|LDL)\b", code), name
+        tokens = int(re.search(r"ELi(\d+)E", name)[1])  # type: ignore[index]
+        bytes_ = "Bytes" in name
+        multiply = (
+            rf"{'IGMMA' if bytes_ else 'HGMMA'}\.64x{tokens}x{32 if bytes_ else 16}\S* R\d+, R\d+, gdesc"
+        )
+        assert len(re.findall(multiply, code)) == (8 if bytes_ else 16), (
+            name
+        )  # those of a block of K, once each
+        # after two of each row half the oldest are waited for; all of them once, after the last
+        waits = [int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", code)]
+        assert sorted(waits) == [0, *[1] * (2 if bytes_ else 4)], name
+        assert code.count("UTMALDG.2D") >= 1 and code.count("USETMAXREG") == 2, name
+        assert "LDG.E.128" in code, name
+
+
+@needs_cuda_build
+def test_build_stops_at_slow_code() -> None:
+    """By what ptxas says; whole words of it, as it reports them."""
+    text = (ROOT / "setup.py").read_text()
+    pattern = re.compile(re.search(r'SLOW_CODE = re.compile\(r"(.*)", re.MULTILINE\)', text)[1], re.MULTILINE)  # type: ignore[index]
+    for slow in (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...",
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum requirements.",
+    ):
+        assert pattern.search(f"ptxas info    : 0 bytes gmem\n{slow}\n")[0] == slow  # type: ignore[index]
+    assert not pattern.search("ptxas info    : Used 168 registers, used 16 barriers\nCompile time = 75.10 ms")
+
+
 # ---- with a GPU
 
 
@@ -605,6 +655,39 @@ def test_every_shape_on_the_device(int8: bool) -> None:
         for splits in (1, 3):
             case = Case(tokens + 1, rows + 1, 3 * depth + 8, int8=int8)
             case.check(case.run(torch.ops.quantopt, "mma", shape, splits, device="cuda"))
+
+
+@pytest.mark.gpu
+@needs_cuda_build
+@pytest.mark.parametrize("compute", ["int8", "bfloat16", "float16"])
+def test_wgmma_on_the_device(compute: str) -> None:
+    """All around its tiles, more of them than processors, K in parts; again with the same bits."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is Hopper's")
+    int8 = compute == "int8"
+    dtype = torch.bfloat16 if int8 else getattr(torch, compute)
+    for m, n, k, shape, splits in [
+        (1, 1, 1, 0, 1),
+        (64, 256, 128, 0, 1),
+        (65, 257, 136, 0, 1),
+        (127, 255, 1024, 1, 1),
+        (129, 300, 1160, 1, 1),
+        (129, 300, 1160, 1, 2),
+        (100, 520, 2048, 0, 4),
+        (100, 520, 2055, 1, 8),
+        (600, 9000, 1032, 1, 1),
+        (64, 8192, 8192, -1, 1),
+        (1000, 4096, 4096, -1, 1),
+    ]:
+        case = Case(m, n, k, int8=int8, dtype=dtype)
+        y = case.run(torch.ops.quantopt, "wgmma", shape, splits, device="cuda")
+        case.check(y)
+        if int8:
+            case.check_bits(y)
+        for _ in range(3):
+            assert torch.equal(case.run(torch.ops.quantopt, "wgmma", shape, splits, device="cuda"), y)
+    planes = Case(70, 50, 300, int8=int8, dtype=dtype, plane_weights=(1, 2, 4))
+    planes.check(planes.run(torch.ops.quantopt, "wgmma", device="cuda"))
 
 
 def device_layer(m: int, int8: bool, size: int = 1024) -> tuple[Tensor, Any]:

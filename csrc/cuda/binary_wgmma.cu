@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "cuda/binary_epilogue.h"
 #include "cuda/binary_wgmma.h"
@@ -416,9 +418,10 @@ cudaError_t run_shape(const MmaTokens& x, const Arguments& arguments, const MmaP
 
 }  // namespace
 
-bool binary_wgmma_available(int capability) {
+bool binary_wgmma_available([[maybe_unused]] int capability) {
 #ifdef QUANTOPT_HAVE_SM90A
-  return capability == 90;
+  const char* const choice = std::getenv("QUANTOPT_WGMMA");
+  return capability == 90 && (choice == nullptr || std::string_view(choice) != "0");
 #else
   return false;
 #endif

@@ -110,7 +110,7 @@ constexpr int kWgmmaTokens[] = {64, 128};
 // y, or the sums alone [tokens, N] if `sums` is not null. No grouped scales, no fp32 tokens.
 const char* binary_wgmma_on_cuda(const BinaryWeights& weights, const MmaTokens& tokens, const MmaPlan& plan,
                                  const BinaryEpilogue& epilogue, void* sums, const CudaPlace& place);
-// Whether it was compiled for such a device.
+// Whether it was compiled for such a device, and QUANTOPT_WGMMA=0 does not turn it off.
 bool binary_wgmma_available(int capability);
 
 }  // namespace quantopt
