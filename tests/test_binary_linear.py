@@ -281,6 +281,20 @@ def test_tiny_and_huge_values(isa: str) -> None:
                 check(y, *product(x, w, torch.ones(20), None, int8=compute == "int8"))
 
 
+@pytest.mark.parametrize("k", [1, 15, 64, 65, 200])
+def test_rounding_to_int8_is_that_of_the_reference(isa: str, k: int) -> None:
+    """Of ties too, of quotients near them, and with scales too small for full precision."""
+    w = torch.ones(k + 1, k)
+    w[1:].fill_diagonal_(-1)  # row 0 less row 1 + i: twice element i
+    for size in (127.0, 3.7, 1e-30, 1e-37, 1e-43):
+        x = torch.randint(-254, 255, (3, k)) * (size / 254)
+        x[:, 0] = size
+        x[2, 1:] = torch.linspace(-size, size, k - 1)
+        q, s = reference.quantize_rows(x)
+        y = ops.binary_linear(x, ops.pack_signs(w), torch.ones(1), in_features=k, compute="int8").double()
+        assert torch.equal(((y[:, :1] - y[:, 1:]) / (2 * s.double().view(-1, 1))).round().float(), q)
+
+
 def test_infinities_and_nan_propagate(isa: str) -> None:
     for k in (64, 67):
         w = torch.randn(50, k)

@@ -15,19 +15,23 @@ namespace {
 // 1, `scale_stride` is 0 for one scale of all.
 inline void finish_row(float* y, int64_t begin, int64_t end, const float* scale, int64_t scale_stride,
                        float x_scale, const float* bias, Activation activation) {
-  if (scale == nullptr || scale_stride == 0) {
-    const float factor = (scale == nullptr ? 1.0f : *scale) * x_scale;
-    for (int64_t n = begin; n < end; ++n) y[n] *= factor;
-  } else {
-    for (int64_t n = begin; n < end; ++n) y[n] *= scale[n] * x_scale;
-  }
-  if (bias != nullptr) {
-    for (int64_t n = begin; n < end; ++n) y[n] += bias[n];
-  }
-  if (activation == Activation::none) return;
+  const bool each = scale != nullptr && scale_stride != 0;
+  const Vec all = fill<Vec>((scale == nullptr ? 1.0f : *scale) * x_scale), row = fill<Vec>(x_scale);
+  const auto finish = [&](int64_t n, auto read, auto write) __attribute__((always_inline)) {
+    Vec v = read(y + n) * (each ? read(scale + n) * row : all);
+    if (bias != nullptr) v += read(bias + n);
+    if (activation != Activation::none) v = activate(activation, v);
+    write(y + n, v);
+  };
   int64_t n = begin;
-  for (; n + kWidth <= end; n += kWidth) store(y + n, activate(activation, load(y + n)));
-  for (; n < end; ++n) y[n] = activate(activation, y[n]);
+  for (; n + kWidth <= end; n += kWidth) {
+    finish(n, [](const float* p) { return load(p); }, [](float* p, Vec v) { store(p, v); });
+  }
+  if (n == end) return;
+  const int count = static_cast<int>(end - n);
+  finish(
+      n, [=](const float* p) { return load_part(p, count); },
+      [=](float* p, Vec v) { store_part(p, v, count); });
 }
 
 }  // namespace

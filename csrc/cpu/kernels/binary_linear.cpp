@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cpu/kernels/binary_finish.h"
 #include "cpu/kernels/binary_lookup.h"
@@ -273,50 +274,73 @@ void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end
 #if defined(__AVX512VNNI__)
 
 // With few outputs, tables of sums take longer to make than to use: weights that were expanded to bytes, 0
-// for -1, are then faster. On Zen 4, 4096 inputs: 64 outputs take as long from 8 rows, 2/3 of the time from
-// 64 rows; 32 outputs half of it; 96 outputs 30 % more with 8 rows, 13 % less with 64.
+// for -1, are then faster. On Zen 4, 4096 inputs, times of the lookups over those of bytes: 32 outputs 1.0
+// with 3 rows, 1.5 with 4; 64 outputs 0.85 with 6, 1.1 with 8, 1.6 with 64; 96 outputs 0.8 with 8, 1.15 with
+// 32, 1.2 with 64; 128 outputs 0.7 with 8, 1.0 with 64. With 64 rows and 64, 96, 128 outputs: 300 inputs 1.4,
+// 1.1, 0.9; 30 inputs, whose tables are soon made, 1.0, 0.8, 0.7.
 inline bool few_outputs(const BinaryLinear& p) {
   int64_t most = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) most += p.plane_weights[plane];
-  const int64_t few = p.rows >= 64 ? 96 : 64;
-  return p.q != nullptr && p.group == 0 && p.rows >= 8 && p.outputs <= few && most <= 255;
+  int64_t few = 0;
+  if (p.rows >= 4) few = 32;
+  if (p.rows >= 8) few = 64;
+  if (p.rows >= 32 && p.inputs >= 256) few = 96;
+  return p.q != nullptr && p.group == 0 && p.outputs <= few && most <= 255;
 }
 
-// sums[i] += weights of `width` inputs from a panel times row i of q.
-template <int MR>
+// The sum of a row of q.
+inline int32_t sum_of(const int8_t* q, int64_t inputs) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < inputs; k += 64) {
+    const __mmask64 mask = inputs - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (inputs - k)) - 1;
+    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(mask, q + k));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// sums[i] += weights of `width` inputs from a panel times row i of q, for the first 16 H outputs of a tile.
+template <int MR, int H>
 void multiply_bytes(const int8_t* q, int64_t row, const int8_t* panel, int64_t width,
                     int32_t (*sums)[kTileRows]) {
-  __m512i acc[MR][2];
+  __m512i acc[MR][H];
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    for (int h = 0; h < 2; ++h) acc[i][h] = _mm512_loadu_si512(sums[i] + 16 * h);
+    for (int h = 0; h < H; ++h) acc[i][h] = _mm512_loadu_si512(sums[i] + 16 * h);
   }
-  const auto add = [&](const int8_t* weights, auto four) __attribute__((always_inline)) {
-    const __m512i first = _mm512_loadu_si512(weights), second = _mm512_loadu_si512(weights + kHalfBytes);
+  const auto add = [&](int64_t k, auto four) __attribute__((always_inline)) {
+    const int8_t* weights = panel + k / kStep * 2 * kHalfBytes + k % kStep / 4 * kStep;
+    __m512i w[H];
+    for (int h = 0; h < H; ++h) w[h] = _mm512_loadu_si512(weights + h * kHalfBytes);
     QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-      const __m512i x = _mm512_set1_epi32(four(i));
-      acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], first, x);
-      acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], second, x);
+      const __m512i x = four(q + i * row + k);
+      for (int h = 0; h < H; ++h) acc[i][h] = _mm512_dpbusd_epi32(acc[i][h], w[h], x);
     }
   };
-  const auto at = [&](int64_t k) { return panel + k / kStep * 2 * kHalfBytes + k % kStep / 4 * kStep; };
   int64_t k = 0;
   for (; k + 4 <= width; k += 4) {
-    add(at(k), [&](int i) {
+    add(k, [](const int8_t* p) {
       int32_t x;
-      std::memcpy(&x, q + i * row + k, sizeof x);
-      return x;
+      std::memcpy(&x, p, sizeof x);
+      return _mm512_set1_epi32(x);
     });
   }
   if (k < width) {
-    add(at(k), [&](int i) {
-      int32_t x = 0;
-      std::memcpy(&x, q + i * row + k, static_cast<size_t>(width - k));
-      return x;
-    });
+    const __mmask16 mask = static_cast<__mmask16>((1u << (width - k)) - 1);
+    add(k, [=](const int8_t* p) { return _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(mask, p)); });
   }
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    for (int h = 0; h < 2; ++h) _mm512_storeu_si512(sums[i] + 16 * h, acc[i][h]);
+    for (int h = 0; h < H; ++h) _mm512_storeu_si512(sums[i] + 16 * h, acc[i][h]);
   }
+}
+
+template <int H>
+void multiply_rows(const int8_t* q, int64_t rows, int64_t row, const int8_t* panel, int64_t width,
+                   int32_t (*sums)[kTileRows]) {
+  constexpr int kMost = 16 / H;  // two sums of 16 outputs would take 34 registers with 16 rows
+  int64_t m = 0;
+  for (; m + kMost <= rows; m += kMost) multiply_bytes<kMost, H>(q + m * row, row, panel, width, sums + m);
+  for (; m + 4 <= rows; m += 4) multiply_bytes<4, H>(q + m * row, row, panel, width, sums + m);
+  for (; m < rows; ++m) multiply_bytes<1, H>(q + m * row, row, panel, width, sums + m);
 }
 
 void linear_by_bytes(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
@@ -330,39 +354,134 @@ void linear_by_bytes(const BinaryLinear& p, int64_t row_begin, int64_t row_end, 
   for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
   for (int64_t first = row_begin; first < row_end; first += kRows) {
     const int64_t rows = least(kRows, row_end - first);
-    for (int64_t m = 0; m < rows; ++m) {
-      row_sums[m] = 0;
-      for (int64_t k = 0; k < p.inputs; ++k) row_sums[m] += p.q[(first + m) * p.inputs + k];
-    }
+    for (int64_t m = 0; m < rows; ++m) row_sums[m] = weight * sum_of(p.q + (first + m) * p.inputs, p.inputs);
     for (int64_t tile = begin / kTileRows; tile < tile_count(end); ++tile) {
+      const int64_t n = tile * kTileRows, count = least(kTileRows, p.outputs - n);
       const Words words(c, tile);
-      std::memset(sums, 0, sizeof sums);
+      std::memset(sums, 0, sizeof sums[0] * static_cast<size_t>(rows));
       for (int64_t step = 0; step < row_steps(c); step += kSteps) {
         expand<true>(c, words, step, least(kSteps, row_steps(c) - step), panel);
         const int64_t width = least(kSteps * kStep, p.inputs - step * kStep);
-        for (int64_t m = 0; m < rows;) {
-          const int8_t* q = p.q + (first + m) * p.inputs + step * kStep;
-          if (rows - m >= 8) {
-            multiply_bytes<8>(q, p.inputs, panel, width, sums + m);
-            m += 8;
-          } else if (rows - m >= 4) {
-            multiply_bytes<4>(q, p.inputs, panel, width, sums + m);
-            m += 4;
-          } else {
-            multiply_bytes<1>(q, p.inputs, panel, width, sums + m);
-            m += 1;
-          }
+        const int8_t* q = p.q + first * p.inputs + step * kStep;
+        if (count > 16) {
+          multiply_rows<2>(q, rows, p.inputs, panel, width, sums);
+        } else {
+          multiply_rows<1>(q, rows, p.inputs, panel, width, sums);
         }
       }
-      const int64_t n = tile * kTileRows, count = least(kTileRows, p.outputs - n);
       for (int64_t m = 0; m < rows; ++m) {
         float* y = p.y + (first + m) * p.outputs;
-        for (int64_t i = 0; i < count; ++i)
-          y[n + i] = static_cast<float>(2 * sums[m][i] - weight * row_sums[m]);
+        for (int64_t i = 0; i < count; i += 16) {
+          const __m512i sum = _mm512_loadu_si512(sums[m] + i);
+          const __m512 v = _mm512_cvtepi32_ps(
+              _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(row_sums[m])));
+          store_part(y + n + i, (Vec)v, static_cast<int>(least(16, count - i)));
+        }
         finish_row(y, n, n + count, p.scale, p.scale_stride, p.x_scale[first + m], p.bias, p.activation);
       }
     }
   }
+}
+
+#endif
+
+// ---- rounding to int8 ---
+
+// A quotient by the reciprocal is a few units in the last place off: the division decides only near ties.
+constexpr float kNearTie = 0.4999f;
+constexpr int64_t kRoundBlock = 64;
+
+#if defined(__AVX512BW__)
+
+// q = x / scale rounded half to even, within +-127, for |x| up to 127 scale.
+void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
+  const __m512 divisor = _mm512_set1_ps(scale), reciprocal = _mm512_set1_ps(1.0f / scale);
+  int64_t k = 0;
+  if (scale >= std::numeric_limits<float>::min()) {  // its quotients round to 127 at most
+    // Two times two vectors are packed within their quarters.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (; k + kRoundBlock <= inputs; k += kRoundBlock) {
+      __m512i whole[4];
+      __m512 furthest = _mm512_setzero_ps();
+      for (int i = 0; i < 4; ++i) {
+        const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + k + 16 * i), reciprocal);
+        whole[i] = _mm512_cvtps_epi32(v);
+        constexpr int kLargerSize = 0b1011;
+        furthest = _mm512_range_ps(furthest, _mm512_sub_ps(v, _mm512_cvtepi32_ps(whole[i])), kLargerSize);
+      }
+      if (_mm512_cmp_ps_mask(furthest, _mm512_set1_ps(kNearTie), _CMP_GT_OQ) != 0) {
+        for (int i = 0; i < 4; ++i) {
+          whole[i] = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + k + 16 * i), divisor));
+        }
+      }
+      const __m512i packed =
+          _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+      _mm512_storeu_si512(q + k, _mm512_permutexvar_epi32(order, packed));
+    }
+  }
+  const __m512 bound = _mm512_set1_ps(127.0f), lower = _mm512_set1_ps(-127.0f);
+  for (; k < inputs; k += 16) {
+    const __mmask16 mask = static_cast<__mmask16>(inputs - k >= 16 ? 0xFFFF : (1u << (inputs - k)) - 1);
+    const __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + k), divisor);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(v, bound), lower));
+    _mm512_mask_cvtepi32_storeu_epi8(q + k, mask, whole);
+  }
+}
+
+// The largest of the bits of |x|.
+uint32_t largest_bits(const float* x, int64_t inputs) {
+  const __m512i size = _mm512_set1_epi32(0x7FFFFFFF);
+  __m512i most[4] = {};
+  int64_t k = 0;
+  for (; k + kRoundBlock <= inputs; k += kRoundBlock) {
+    for (int i = 0; i < 4; ++i) {
+      most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(size, _mm512_loadu_si512(x + k + 16 * i)));
+    }
+  }
+  for (; k < inputs; k += 16) {
+    const __mmask16 mask = static_cast<__mmask16>(inputs - k >= 16 ? 0xFFFF : (1u << (inputs - k)) - 1);
+    most[0] = _mm512_max_epu32(most[0], _mm512_and_si512(size, _mm512_maskz_loadu_epi32(mask, x + k)));
+  }
+  return _mm512_reduce_max_epu32(
+      _mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3])));
+}
+
+#else
+
+// q = x / scale rounded half to even, within +-127.
+void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
+  const float reciprocal = 1.0f / scale;
+  for (int64_t first = 0; first < inputs; first += kRoundBlock) {
+    const int64_t count = least(kRoundBlock, inputs - first);
+    const float* from = x + first;
+    float rounded[kRoundBlock];
+    int32_t near = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const float v = from[k] * reciprocal;
+      rounded[k] = __builtin_rintf(v);
+      near |= !(std::fabs(v - rounded[k]) <= kNearTie);
+    }
+    if (near != 0) {
+      for (int64_t k = 0; k < count; ++k) rounded[k] = __builtin_rintf(from[k] / scale);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const float v = rounded[k];
+      q[first + k] =
+          static_cast<int8_t>(static_cast<int32_t>(v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v)));
+    }
+  }
+}
+
+// The largest of the bits of |x|.
+uint32_t largest_bits(const float* x, int64_t inputs) {
+  uint32_t most = 0;
+  for (int64_t k = 0; k < inputs; ++k) {
+    uint32_t size;
+    std::memcpy(&size, x + k, sizeof size);
+    size &= 0x7FFFFFFFu;
+    most = size > most ? size : most;
+  }
+  return most;
 }
 
 #endif
@@ -464,13 +583,7 @@ void binary_linear(const BinaryLinear& p, int64_t row_begin, int64_t row_end, in
 
 float quantize_row(const float* x, int64_t inputs, int8_t* q) {
   // As integers, magnitudes order like floats, and infinities and NaN come last.
-  uint32_t most = 0;
-  for (int64_t k = 0; k < inputs; ++k) {
-    uint32_t size;
-    std::memcpy(&size, x + k, sizeof size);
-    size &= 0x7FFFFFFFu;
-    most = size > most ? size : most;
-  }
+  const uint32_t most = largest_bits(x, inputs);
   float largest;
   std::memcpy(&largest, &most, sizeof largest);
   const float scale = most < 0x7F800000u ? largest / 127.0f : 0.0f;
@@ -478,28 +591,7 @@ float quantize_row(const float* x, int64_t inputs, int8_t* q) {
     std::memset(q, 0, static_cast<size_t>(inputs));
     return most < 0x7F800000u ? 0.0f : NAN;
   }
-  // By the reciprocal, which is a few units in the last place off: the division decides only near ties.
-  constexpr int64_t kBlock = 64;
-  const float reciprocal = 1.0f / scale;
-  for (int64_t first = 0; first < inputs; first += kBlock) {
-    const int64_t count = least(kBlock, inputs - first);
-    const float* from = x + first;
-    float rounded[kBlock];
-    int32_t near = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const float v = from[k] * reciprocal;
-      rounded[k] = __builtin_rintf(v);
-      near |= !(std::fabs(v - rounded[k]) <= 0.4999f);
-    }
-    if (near != 0) {
-      for (int64_t k = 0; k < count; ++k) rounded[k] = __builtin_rintf(from[k] / scale);
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      const float v = rounded[k];
-      q[first + k] =
-          static_cast<int8_t>(static_cast<int32_t>(v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v)));
-    }
-  }
+  quantize_by(scale, x, inputs, q);
   return scale;
 }
 

@@ -42,6 +42,23 @@ inline __attribute__((always_inline)) Vec load(const float* p) {
   return x;
 }
 inline __attribute__((always_inline)) void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+// The first `count` of the floats, with zeros behind them.
+inline __attribute__((always_inline)) Vec load_part(const float* p, int count) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  Vec x = {};
+  std::memcpy(&x, p, sizeof(float) * static_cast<size_t>(count));
+  return x;
+#endif
+}
+inline __attribute__((always_inline)) void store_part(float* p, Vec x, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)x);
+#else
+  std::memcpy(p, &x, sizeof(float) * static_cast<size_t>(count));
+#endif
+}
 // Past the caches, to an address that is a multiple of the vector's size.
 inline __attribute__((always_inline)) void store_past_caches(float* p, Vec x) {
 #if defined(__AVX512F__)
