@@ -1,16 +1,60 @@
 #include "binary_arguments.h"
 
+#include <c10/core/StorageImpl.h>
 #include <c10/util/Exception.h>
 
 #include <string>
+#include <utility>
 
 namespace quantopt {
+namespace {
+
+// Sizes of rows are multiplied below; such bits do not exist.
+constexpr int64_t kMostInputs = int64_t{1} << 40;
+
+// The memory of tiles, and what they were derived from.
+struct Tied {
+  c10::DataPtr memory;
+  c10::Storage bits;
+  const void* data;
+  std::vector<int64_t> sizes, strides;
+  int64_t version;
+  TilesForm form;
+};
+
+void delete_tied(void* tied) { delete static_cast<Tied*>(tied); }
+
+}  // namespace
+
+void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form) {
+  if (tiles.numel() == 0 || bits.is_inference()) return;  // inference tensors do not count what is written
+  c10::StorageImpl* const storage = tiles.storage().unsafeGetStorageImpl();
+  void* const data = storage->mutable_data();
+  auto* const tied = new Tied{{},
+                              bits.storage(),
+                              bits.const_data_ptr(),
+                              bits.sizes().vec(),
+                              bits.strides().vec(),
+                              static_cast<int64_t>(bits._version()),
+                              form};
+  tied->memory = storage->set_data_ptr({data, tied, &delete_tied, tiles.device()});
+}
+
+bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form) {
+  if (!tiles.has_storage() || !bits.has_storage() || bits.is_inference()) return false;
+  const auto* const tied = tiles.storage().data_ptr().cast_context<Tied>(&delete_tied);
+  return tied != nullptr && tied->form == form && tied->bits.is_alias_of(bits.storage()) &&
+         tied->data == bits.const_data_ptr() && tied->version == static_cast<int64_t>(bits._version()) &&
+         bits.sizes() == at::IntArrayRef(tied->sizes) && bits.strides() == at::IntArrayRef(tied->strides);
+}
 
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
-  TORCH_CHECK_VALUE(in_features >= 0, "quantopt: in_features must be at least 0, not ", in_features);
+  TORCH_CHECK_VALUE(in_features >= 0 && in_features <= kMostInputs, "quantopt: in_features must be in 0..",
+                    kMostInputs, ", not ", in_features);
   TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, "quantopt: bits must be uint8, not ", bits.scalar_type());
   TORCH_CHECK_VALUE(bits.dim() == 2 || bits.dim() == 3,
                     "quantopt: bits must be [N, ceil(K/8)] or [P, N, ceil(K/8)], not ", bits.sizes());
+  TORCH_CHECK_VALUE(bits.dim() == 2 || bits.size(0) > 0, "quantopt: bits have no planes");
   TORCH_CHECK_VALUE(bits.size(-1) == (in_features + 7) / 8, "quantopt: bits have ", bits.size(-1),
                     " bytes per row, in_features=", in_features, " needs ", (in_features + 7) / 8);
   return bits.contiguous();
@@ -30,7 +74,7 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
   w.inputs = in_features;
   w.group_size = group_size;
   TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
-  w.groups = group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
+  w.groups = group_size > 0 ? in_features / group_size + (in_features % group_size != 0) : 1;
   TORCH_CHECK_TYPE(
       x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
       "quantopt: x must be float32, bfloat16 or float16, not ", x.scalar_type());
@@ -46,13 +90,16 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
   }
   w.scale = scale.contiguous();
   if (bias) {
+    TORCH_CHECK_TYPE(at::isFloatingType(bias->scalar_type()), "quantopt: bias must be floating, not ",
+                     bias->scalar_type());
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.outputs, "quantopt: bias must be [", w.outputs,
                       "], not ", bias->sizes());
     w.bias = bias->to(at::kFloat).contiguous();
   }
-  w.quantize = compute == "int8";
-  TORCH_CHECK_VALUE(w.quantize || compute == "exact",
-                    "quantopt: compute must be \"exact\" or \"int8\", not \"", std::string(compute), "\"");
+  w.quantize = compute == "int8";  // "auto" is exact: what loses accuracy is asked for by name
+  TORCH_CHECK_VALUE(w.quantize || compute == "exact" || compute == "auto",
+                    "quantopt: compute must be \"auto\", \"exact\" or \"int8\", not \"", std::string(compute),
+                    "\"");
   TORCH_CHECK_VALUE(find_activation(activation, w.activation),
                     "quantopt: activation must be \"none\", \"relu\", \"gelu\" or \"silu\", not \"",
                     std::string(activation), "\"");

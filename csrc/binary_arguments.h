@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -32,6 +33,17 @@ struct BinaryArguments {
 // bits [N, ceil(K / 8)] or [P, N, ceil(K / 8)], dense.
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features);
 inline int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : bits.size(0); }
+
+// What a layout of bits for kernels was made for: the length of a row, and whatever else it depends on.
+using TilesForm = std::array<int64_t, 4>;
+
+// Lets `tiles`, which were derived from `bits`, remember that: their storage holds that of the bits, so that
+// no other bits can take its place. A copy of tiles remembers nothing.
+void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
+
+// Whether `tiles` were derived in this form from these very bits, and the bits were not written to since (in
+// ways that torch counts). Costs some nanoseconds, on any device.
+bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
 
 BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                              const std::optional<at::Tensor>& bias, int64_t in_features,

@@ -12,12 +12,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "binary_arguments.h"
+#include "core/quantize.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/binary_amx.h"
 #include "cpu/kernels/binary_conv.h"
@@ -29,6 +31,7 @@ using quantopt::BinaryArguments;
 using quantopt::BinaryConv;
 using quantopt::BinaryLinear;
 using quantopt::Isa;
+using quantopt::TilesForm;
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -113,6 +116,8 @@ void run(const Kernels& kernels, const BinaryLinear& p) {
                    });
 }
 
+TilesForm linear_form(int64_t inputs) { return {inputs, 1, 1, 0}; }
+
 at::Tensor binary_tiles_with(const Kernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
                              int64_t inputs) {
   const int64_t count = quantopt::tile_count(outputs);
@@ -129,21 +134,73 @@ at::Tensor binary_tiles_with(const Kernels& kernels, const at::Tensor& bits, int
   return tiles;
 }
 
+// The layout is the same for all instruction sets, also those that run on the bits themselves: a layer may be
+// packed under another than it runs under.
 at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   const at::Tensor dense = quantopt::check_bits(bits, in_features);
-  const Isa isa = quantopt::active_isa();
-  const Kernels kernels = kernels_of(isa);
-  BinaryLinear ungrouped{};
-  // Instruction sets that run on the bits themselves need no tiles.
-  if (!kernels.uses_tiles(ungrouped)) return at::empty({0}, at::TensorOptions().dtype(at::kShort));
-  return binary_tiles_with(kernels, dense, quantopt::planes_of(dense), dense.size(-2), in_features);
+  const at::Tensor tiles = binary_tiles_with(kernels_of(quantopt::active_isa()), dense,
+                                             quantopt::planes_of(dense), dense.size(-2), in_features);
+  quantopt::tie_tiles(tiles, bits, linear_form(in_features));
+  return tiles;
 }
 
-void check_tiles(const at::Tensor& tiles, int64_t planes, int64_t outputs, int64_t inputs) {
+// Whether a convolution runs on tiles, if the instruction set has such a kernel: not with scales for groups
+// of weights, and not with small groups. With less than a quarter of the 32 outputs or 16 channels that are
+// taken together, the library's convolution is faster.
+bool conv_takes_tiles(int64_t outputs, int64_t channels, int64_t groups) {
+  return groups == 1 || 4 * outputs * channels >= (outputs + 31) / 32 * 32 * ((channels + 15) / 16 * 16);
+}
+
+// Tiles of [groups, planes, kernel positions] times [outputs, channels] of a group. Empty if none are used.
+at::Tensor derive_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+  const at::Tensor dense = quantopt::check_bits(bits, channels * taps);
+  const int64_t planes = quantopt::planes_of(dense), outputs = dense.size(-2) / groups;
+  if (!conv_takes_tiles(outputs, channels, groups))
+    return at::empty({0}, at::TensorOptions().dtype(at::kShort));
+  const int64_t row = dense.size(-1), bytes = (channels + 7) / 8;
+  const at::Tensor by_tap =
+      at::zeros({groups * planes * taps * outputs, bytes}, at::TensorOptions().dtype(at::kByte));
+  const uint8_t* from = dense.const_data_ptr<uint8_t>();
+  auto* to = by_tap.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, planes * groups * outputs, 1 + 32768 / (8 * row + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i % outputs, group = i / outputs % groups, plane = i / outputs / groups;
+      const uint8_t* in = from + i * row;
+      uint8_t* out = to + ((group * planes + plane) * taps * outputs + n) * bytes;
+      for (int64_t c = 0, k = 0; c < channels; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap, ++k) {
+          const int bit = (in[k / 8] >> (k % 8)) & 1;
+          out[tap * outputs * bytes + c / 8] |= static_cast<uint8_t>(bit << (c % 8));
+        }
+      }
+    }
+  });
+  return binary_tiles_with(kernels_of(quantopt::active_isa()), by_tap, groups * planes * taps, outputs,
+                           channels);
+}
+
+at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+  TORCH_CHECK_VALUE(channels >= 0 && channels <= INT32_MAX && taps >= 1 && taps <= INT32_MAX,
+                    "quantopt: channels must be in 0..2^31-1 and taps in 1..2^31-1, not ", channels, " and ",
+                    taps);
+  TORCH_CHECK_VALUE(bits.dim() >= 2 && groups >= 1 && bits.size(-2) % groups == 0,
+                    "quantopt: groups=", groups, " must be at least 1 and divide the rows of bits");
+  const at::Tensor tiles = derive_conv_tiles(bits, channels, taps, groups);
+  quantopt::tie_tiles(tiles, bits, {channels * taps, taps, groups, 0});
+  return tiles;
+}
+
+// `tiles` if they were derived from `bits` as these are now; else what `derive` returns, for this call alone.
+template <class Derive>
+at::Tensor layout_of(const std::optional<at::Tensor>& tiles, const at::Tensor& bits, const TilesForm& form,
+                     int64_t matrices, int64_t outputs, int64_t inputs, const Derive& derive) {
+  if (!tiles || tiles->numel() == 0) return derive();
   const int64_t size =
-      planes * quantopt::tile_count(outputs) * quantopt::tile_words(inputs) * quantopt::kTileRows;
-  TORCH_CHECK_VALUE(tiles.scalar_type() == at::kShort && tiles.is_contiguous() && tiles.numel() == size,
+      matrices * quantopt::tile_count(outputs) * quantopt::tile_words(inputs) * quantopt::kTileRows;
+  TORCH_CHECK_VALUE(tiles->device() == bits.device() && tiles->scalar_type() == at::kShort &&
+                        tiles->is_contiguous() && tiles->numel() == size,
                     "quantopt: tiles do not belong to these bits; derive them anew from the bits");
+  return quantopt::tiles_fit(*tiles, bits, form) ? *tiles : derive();
 }
 
 // Each of `rows` rows of x as int8, and their scales in `row_scale`.
@@ -163,10 +220,9 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, at::Tensor& row_scal
   return q;
 }
 
-// y = x W^T + b for `rows` rows of values: fp32, or int8 with row_scale. The layout is derived if tiles are
-// not given.
+// y = x W^T + b for `rows` rows of values: fp32, or int8 with row_scale. `tiles` may be those of `bits`.
 void run_linear(const BinaryArguments& w, const at::Tensor& values, const at::Tensor& row_scale, int64_t rows,
-                const std::optional<at::Tensor>& tiles, at::Tensor& y) {
+                const at::Tensor& bits, const std::optional<at::Tensor>& tiles, at::Tensor& y) {
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
   BinaryLinear p{};
@@ -190,10 +246,8 @@ void run_linear(const BinaryArguments& w, const at::Tensor& values, const at::Te
   p.activation = w.activation;
   at::Tensor layout;
   if (kernels.uses_tiles(p)) {
-    layout = tiles && tiles->numel() > 0
-                 ? *tiles
-                 : binary_tiles_with(kernels, w.bits, w.planes(), w.outputs, w.inputs);
-    check_tiles(layout, p.planes, w.outputs, w.inputs);
+    layout = layout_of(tiles, bits, linear_form(w.inputs), p.planes, w.outputs, w.inputs,
+                       [&] { return binary_tiles_with(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   }
   if (w.group_size != 0 || !run_on_amx(isa, quantopt::as_conv(p))) run(kernels, p);
@@ -210,14 +264,18 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
                     x.sizes());
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.outputs;
-  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)));
   at::Tensor y = at::empty(shape, at::TensorOptions().dtype(at::kFloat));
   if (y.numel() > 0) {
+    const int64_t rows = y.numel() / w.outputs;
     at::Tensor values = x.to(at::kFloat).contiguous(), row_scale;
     if (w.quantize) values = quantize_rows(values, rows, row_scale);
-    run_linear(w, values, row_scale, rows, tiles, y);
+    run_linear(w, values, row_scale, rows, bits, tiles, y);
   }
   return y.to(x.scalar_type());
+}
+
+bool all_finite(const at::Tensor& x) {
+  return quantopt::largest_magnitude(x.const_data_ptr<float>(), x.numel()) < INFINITY;
 }
 
 // W as fp32 [N, K]: with its scales if grouped, else without.
@@ -277,7 +335,14 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     const int64_t least = pair.data() == padding.data() ? 0 : 1;
     TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, "quantopt: ", name,
                       " must be two integers of at least ", least, ", not ", pair);
+    // So that no product or sum below leaves 64 bits.
+    TORCH_CHECK_VALUE(pair[0] <= INT32_MAX && pair[1] <= INT32_MAX, "quantopt: ", name,
+                      " must be less than 2^31, not ", pair);
   }
+  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX &&
+                        kernel[0] * kernel[1] <= INT32_MAX,
+                    "quantopt: the sizes of x and the positions of the kernel must be less than 2^31, not ",
+                    x.sizes(), " and ", kernel);
   TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
                     " does not divide the ", x.size(1), " channels of x");
   const int64_t channels = x.size(1) / groups;
@@ -310,17 +375,22 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     }
     const int64_t pixels = size[0] * size[1];
     if (w.quantize) x_scale = x_scale.unsqueeze(1).expand({x.size(0), pixels}).contiguous();
-    run_linear(w, values, x_scale, x.size(0) * pixels, tiles, y);
+    run_linear(w, values, x_scale, x.size(0) * pixels, bits, tiles, y);
     return y.to(x.scalar_type());
   }
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
-  if (group_size > 0 || !kernels.conv_available() || !tiles || tiles->numel() == 0) {
+  const int64_t taps = kernel[0] * kernel[1], outputs = w.outputs / groups;
+  // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels.
+  const bool by_levels = w.planes() > 1 && !w.quantize && !all_finite(values);
+  if (group_size > 0 || by_levels || !kernels.conv_available() ||
+      !conv_takes_tiles(outputs, channels, groups)) {
     return conv_by_library(values.to(at::kFloat), w, x_scale, kernel, stride, padding, dilation, groups)
         .to(x.scalar_type());
   }
-  const int64_t matrices = w.planes() * kernel[0] * kernel[1], outputs = w.outputs / groups;
-  check_tiles(*tiles, groups * matrices, outputs, channels);
+  const at::Tensor layout =
+      layout_of(tiles, bits, {w.inputs, taps, groups, 0}, groups * w.planes() * taps, outputs, channels,
+                [&] { return derive_conv_tiles(w.bits, channels, taps, groups); });
   BinaryConv c{};
   c.images = x.size(0);
   c.height = x.size(2);
@@ -343,8 +413,8 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   c.activation = w.activation;
   if (w.quantize) c.x_scale = x_scale.const_data_ptr<float>();
   for (int64_t group = 0; group < groups; ++group) {
-    c.tiles = reinterpret_cast<const uint16_t*>(tiles->const_data_ptr<int16_t>()) +
-              group * (tiles->numel() / groups);
+    c.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>()) +
+              group * (layout.numel() / groups);
     c.scale = w.scale.const_data_ptr<float>() + group * outputs * c.scale_stride;
     c.bias = w.bias.defined() ? w.bias_or_null() + group * outputs : nullptr;
     if (w.quantize) {
@@ -370,6 +440,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
 
 TORCH_LIBRARY_IMPL(quantopt, CPU, m) {
   m.impl("binary_tiles", &binary_tiles);
+  m.impl("binary_conv_tiles", &binary_conv_tiles);
   m.impl("binary_linear", &binary_linear);
   m.impl("binary_conv2d", &binary_conv2d);
 }

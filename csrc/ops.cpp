@@ -55,9 +55,13 @@ TORCH_LIBRARY(quantopt, m) {
       "binary_linear_by(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
       "plane_weights, str kernel, int shape=-1, int splits=1, "
       "int group_size=0, str compute=\"exact\", Tensor? tiles=None, str activation=\"none\") -> Tensor");
-  // The order of bits that the kernels read: on the CPU int16 [P, size], empty where they read bits itself;
-  // on CUDA int32 [P, size].
+  // The order of bits that the kernels read: on the CPU int16 [P, size], on CUDA int32 [P, size]. They are
+  // taken in place of a new derivation only with the very bits they come from, as long as nothing is written
+  // to those.
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
+  // The same for a convolution with so many channels and outputs in each group and positions of the kernel;
+  // empty where the library's convolution is faster.
+  m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");
   // The instruction set that the CPU kernels use now; an error if QUANTOPT_CPU_ISA is unknown or unsupported.
   m.def("cpu_isa() -> str", &cpu_isa);
   m.def("cpu_isa_supported(str name) -> bool",

@@ -5,6 +5,7 @@ channel of the layer before it: scale -> |f| scale, bias -> f (bias - mean) + be
 sign where f < 0, so that scales stay positive.
 """
 
+import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -18,11 +19,26 @@ FOLDABLE = {kind.__name__: kind for kind in (*NORMS, nn.ReLU, nn.GELU, nn.SiLU)}
 
 
 class Folded(nn.Identity):
-    """What stands where a batch norm or an activation was folded into the packed layer before it."""
+    """What stands where a batch norm or an activation was folded into the packed layer before it.
 
-    def __init__(self, kind: str) -> None:
+    Has the arguments (num_features, eps, inplace, ...) of the module it replaces.
+    """
+
+    def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind = type(replaced).__name__
+        for name, value in vars(replaced).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of three dimensions the norm's channels are the second, not the outputs that it was folded into.
+        if self.kind == "BatchNorm1d" and x.dim() != 2:
+            raise ValueError(
+                f"a BatchNorm1d was folded into the layer before for [batch, features], not {list(x.shape)}: "
+                "pack with fold_batchnorm=False"
+            )
+        return x
 
     def extra_repr(self) -> str:
         return self.kind
@@ -65,32 +81,6 @@ def fold(
     return bits, (scale.double() * size).to(torch.float32), shift.to(torch.float32)
 
 
-class _Sequentials(fx.Tracer):
-    """Looks into nn.Sequential alone, whose forward is known."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is not nn.Sequential
-
-
-def _graphs(model: nn.Module) -> tuple[list[tuple[nn.Module, fx.Graph]], Exception | None]:
-    """(module, its graph): of the model; or, with the reason, of its Sequentials if it cannot be traced."""
-    try:
-        return [(model, fx.Tracer().trace(model))], None
-    except Exception as error:  # whatever the model's own code makes of a proxy
-        reason = error
-    graphs = []
-
-    def visit(module: nn.Module, inside: bool) -> None:
-        sequential = type(module) is nn.Sequential
-        if sequential and not inside:
-            graphs.append((module, _Sequentials().trace(module)))
-        for child in module.children():
-            visit(child, sequential)
-
-    visit(model, False)
-    return graphs, reason
-
-
 def _is_watched(module: nn.Module) -> bool:
     """Whether hooks want to see the module's calls, which folding would end."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -99,22 +89,20 @@ def _is_watched(module: nn.Module) -> bool:
 class _Calls:
     """Which module is called where."""
 
-    def __init__(self, graphs: list[tuple[nn.Module, fx.Graph]], whole: bool) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.modules: dict[fx.Node, nn.Module] = {}
         self.nodes: dict[int, list[fx.Node]] = {}
         self.touched: set[int] = set()  # modules that are used in other ways than by a call in a graph
-        for root, graph in graphs:
-            named = dict(root.named_modules(remove_duplicate=False))
-            for node in graph.nodes:
-                if node.op == "get_attr":
-                    self.touched.add(id(named.get(str(node.target).rpartition(".")[0])))
-                if node.op != "call_module":
-                    continue
-                module = named[str(node.target)]
-                self.modules[node] = module
-                self.nodes.setdefault(id(module), []).append(node)
-                if whole:  # else what is inside a module has a graph of its own
-                    self.touched.update(id(m) for m in module.modules() if m is not module)
+        named = dict(root.named_modules(remove_duplicate=False))
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                self.touched.add(id(named.get(str(node.target).rpartition(".")[0])))
+            if node.op != "call_module":
+                continue
+            module = named[str(node.target)]
+            self.modules[node] = module
+            self.nodes.setdefault(id(module), []).append(node)
+            self.touched.update(id(m) for m in module.modules() if m is not module)
 
     def after(self, module: nn.Module) -> nn.Module | None:
         """The one module that follows every call of ``module``, if it follows nothing else and has no hooks."""
@@ -122,6 +110,8 @@ class _Calls:
         followers = [user for node in nodes for user in node.users]
         following = {id(self.modules.get(node)): self.modules.get(node) for node in followers}
         if any(len(node.users) != 1 for node in nodes) or len(following) != 1 or id(module) in self.touched:
+            return None
+        if _is_watched(module):
             return None
         (follower,) = following.values()
         if (
@@ -137,21 +127,26 @@ class _Calls:
 def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> list[Chain]:
     """What can be folded into each of ``layers``, modules of ``model``.
 
-    The forward pass is traced by torch.fx. Where that fails, the members of every nn.Sequential are taken, which must
-    not be called in other ways. Raises ValueError if there are none, or if a batch norm to be folded is in training.
+    The forward pass is traced by torch.fx. Where that fails, nothing is known of what else is called with a layer's
+    output: nothing is folded, and a warning gives the reason. Raises ValueError if a batch norm to be folded is in
+    training.
     """
-    graphs, reason = _graphs(model)
-    if not graphs:
-        raise ValueError(
-            f"fold_batchnorm=True: torch.fx cannot trace the model ({reason}), and it has no nn.Sequential. "
-            "Put each layer, its batch norm and its activation into an nn.Sequential, or pack without folding"
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # whatever the model's own code makes of a proxy
+        warnings.warn(
+            f"fold_batchnorm=True folded nothing: torch.fx cannot trace the model ({error}), so that what follows a "
+            "layer is not known. Make its forward traceable, or pack without folding",
+            stacklevel=3,
         )
-    calls = _Calls(graphs, whole=reason is None)
+        return []
+    calls = _Calls(model, graph)
     chains = []
     for layer in layers:
         norm: Any = calls.after(layer)
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        if type(norm) not in NORMS or norm.running_mean is None or norm.num_features != outputs:
+        kind = nn.BatchNorm1d if isinstance(layer, nn.Linear) else nn.BatchNorm2d
+        if type(norm) is not kind or norm.running_mean is None or norm.num_features != outputs:
             norm = None
         if norm is not None and norm.training:
             raise ValueError(

@@ -126,14 +126,14 @@ def _skeleton(
 
 
 def pack(
-    model: nn.Module, opt: _Optimizer, *, compute: str = "exact", fold_batchnorm: bool = False
+    model: nn.Module, opt: _Optimizer, *, compute: str = "auto", fold_batchnorm: bool = False
 ) -> nn.Module:
     """A copy of ``model`` in which every Linear and Conv2d whose weight ``opt`` quantises is packed.
 
     Args:
         model: any module, itself a Linear included; it is not changed.
         opt: an optimizer of this package; ``opt.quantization(weight)`` gives levels, codes and scales.
-        compute: "exact" or "int8", for all packed layers.
+        compute: "auto" (which is "exact"), "exact" or "int8", for all packed layers.
         fold_batchnorm: take a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into its
             scale and bias, and a following ReLU, GELU or SiLU module into its epilogue; quantopt.folding.Folded stands
             where they were. The model must be in evaluation mode. Only modules that follow the layer wherever it is
@@ -147,8 +147,7 @@ def pack(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not callable(getattr(opt, "quantization", None)):
         raise TypeError(f"opt must be an optimizer of quantopt, not {type(opt).__name__}")
-    if compute not in ops.COMPUTE:
-        raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+    ops.arithmetic(compute)
     if not isinstance(fold_batchnorm, bool):
         raise TypeError(f"fold_batchnorm must be True or False, not {fold_batchnorm!r}")
     quantizations: dict[int, Any] = {}
@@ -180,6 +179,12 @@ def pack(
         _, norm, activation = chains.get(id(module), (module, None, None))
         if norm is not None:
             bits, scale, bias = folding.fold(bits, scale, bias, weight[0].numel(), norm)
+            if not bool(scale.isfinite().all()):
+                name = next(n for n, m in model.named_modules() if m is norm)
+                raise ValueError(
+                    f"fold_batchnorm=True: the batch norm {name} gives a scale that is not finite; "
+                    "see its weight and running_var"
+                )
         kind = "group" if quantization.group_size else ("tensor" if scale.numel() == 1 else "channel")
         packed = _skeleton(
             module,
@@ -194,7 +199,7 @@ def pack(
         replaced[id(module)] = packed.train(module.training)
         for gone in (norm, activation):
             if gone is not None:
-                replaced[id(gone)] = folding.Folded(type(gone).__name__).train(gone.training)
+                replaced[id(gone)] = folding.Folded(gone)
     result: nn.Module = copy.deepcopy(model, replaced)
     copies = dict(result.named_parameters(remove_duplicate=False))
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -232,11 +237,18 @@ def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
 def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a packed model to ``path`` (safetensors), in one step: a file of that name is whole, old or new.
 
-    Raises ValueError if nothing in ``packed`` is packed, OSError if the file cannot be written.
+    Raises ValueError if nothing in ``packed`` is packed or :func:`load` would refuse a scale, OSError if the file cannot be written.
     """
     layers = _binary_layers(packed)
     if not layers:
         raise ValueError("the model has no packed layers: call quantopt.pack(model, opt) first")
+    for name, layer in layers.items():
+        if not bool((layer.scale.isfinite() & (layer.scale >= 0)).all()):
+            raise ValueError(f"layer {name}: a scale is negative or not finite, which load refuses")
+        if layer.scale.dtype != torch.float32 or (
+            layer.bias is not None and layer.bias.dtype != torch.float32
+        ):
+            raise ValueError(f"layer {name}: scale and bias must be float32 to be saved")
     stored: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -444,7 +456,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
                 raise reader.fail("it holds no packed layers")
             for name, kind in reader.json_object(metadata, "folded").items():
                 module = reader.folded(model, name, kind)
-                replaced.setdefault(id(module), folding.Folded(kind).train(module.training))
+                replaced.setdefault(id(module), folding.Folded(module))
             aliases = reader.json_object(metadata, "aliases")
             expected = _expected(model, replaced)
             reader.check_layout(file, expected, aliases)

@@ -521,7 +521,7 @@ def test_reference_when_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch
         ({"group_size": 4}, ValueError, r"scale must have shape \[4, 3\]"),
         ({"group_size": -1}, ValueError, "group_size must be an integer of at least 0"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must have shape \[4\]"),
-        ({"compute": "fp8"}, ValueError, 'compute must be "exact" or "int8"'),
+        ({"compute": "fp8"}, ValueError, 'compute must be "auto", "exact" or "int8"'),
         (
             {"activation": "tanh"},
             ValueError,

@@ -24,7 +24,7 @@ def test_from_linear(bias: bool) -> None:
     expected = nn.functional.linear(x, binarised(linear.weight), linear.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.weight, binarised(linear.weight))
-    assert not layer.training and layer.compute == "exact" and not list(layer.parameters())
+    assert not layer.training and layer.compute == "auto" and not list(layer.parameters())
     rough = BinaryLinear.from_linear(linear, compute="int8")(x)
     assert not torch.equal(rough, expected)
     torch.testing.assert_close(rough, expected, rtol=0, atol=0.05)
@@ -144,8 +144,8 @@ def test_meta_device_then_real() -> None:
 def test_repr() -> None:
     text = repr(BinaryLinear(8, 4, levels=4, scale="group", group_size=32, compute="int8"))
     assert "activation" not in text
-    assert "compute=exact, activation=gelu" in repr(BinaryLinear(8, 4, activation="gelu"))
-    assert "compute=exact, activation=relu" in repr(BinaryConv2d(3, 4, 3, activation="relu"))
+    assert "compute=auto, activation=gelu" in repr(BinaryLinear(8, 4, activation="gelu"))
+    assert "compute=auto, activation=relu" in repr(BinaryConv2d(3, 4, 3, activation="relu"))
     assert (
         "in_features=8, out_features=4, bias=True, levels=4, scale=group, group_size=32, compute=int8" in text
     )

@@ -182,18 +182,45 @@ class Untraceable(nn.Module):
         return x
 
 
-def test_members_of_sequentials_where_tracing_fails() -> None:
-    def block() -> nn.Sequential:
-        return nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.ReLU())
+def test_nothing_is_folded_where_tracing_fails() -> None:
+    """Members of a Sequential may be called alone by code that cannot be followed."""
 
-    model = fill(Untraceable(nn.Sequential(*block(), Untraceable(block()))))
-    plain, fused = packs(model)
+    class Alone(Untraceable):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.members[0](x)
+
+    model = fill(Alone(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())))
+    with pytest.warns(UserWarning, match=r"folded nothing: torch.fx cannot trace the model \("):
+        plain, fused = packs(model)
     x = torch.randn(5, 8)
-    assert close(fused(x), plain(x)) and len(folded(fused)) == 4
-    with pytest.raises(
-        ValueError, match=r"torch.fx cannot trace the model \(.*\), and it has no nn.Sequential"
-    ):
-        packs(fill(Untraceable(nn.Linear(8, 8), nn.BatchNorm1d(8))))
+    assert folded(fused) == [] and torch.equal(fused(x), plain(x))
+
+
+def test_a_norm_of_another_dimension() -> None:
+    """Of [B, L, C] BatchNorm1d takes L for channels, also where L = C: an error, not another result."""
+    plain, fused = packs(fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))))
+    plain(torch.randn(2, 8, 8))
+    with pytest.raises(ValueError, match=r"folded into the layer before for \[batch, features\]"):
+        fused(torch.randn(2, 8, 8))
+    assert folded(packs(fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm2d(8))))[1]) == []
+
+
+def test_folded_modules_keep_the_arguments_of_what_they_replace() -> None:
+    fused = packs(fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, eps=1e-3), nn.ReLU(inplace=True))))[1]
+    assert (fused[1].num_features, fused[1].eps, fused[2].inplace, fused[1].training) == (
+        8,
+        1e-3,
+        True,
+        False,
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("running_var", torch.nan), ("weight", torch.inf)])
+def test_a_norm_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    model = fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    getattr(model[1], name).data[3] = value
+    with pytest.raises(ValueError, match="the batch norm 1 gives a scale that is not finite"):
+        packs(model)
 
 
 def test_a_model_in_training_is_refused() -> None:

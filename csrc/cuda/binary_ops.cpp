@@ -43,7 +43,9 @@ at::Tensor make_tiles(const at::Tensor& bits, int64_t inputs, const CudaPlace& p
 at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   const at::Tensor dense = check_bits(bits, in_features);
   const c10::DeviceGuard guard(dense.device());
-  return make_tiles(dense, in_features, cuda_place(dense.device()));
+  const at::Tensor tiles = make_tiles(dense, in_features, cuda_place(dense.device()));
+  tie_tiles(tiles, bits, {in_features, 1, 1, 0});
+  return tiles;
 }
 
 // Rows of x that the library multiplies at a time: their sums stay in the second-level cache (of an H200: 60
@@ -100,10 +102,12 @@ void multiply_by_library(BinaryProduct p, const at::Tensor& bits, const CudaPlac
   }
 }
 
-// kernel: "" for the one that the table names. shape, splits: how mma divides the product; -1: as planned.
-at::Tensor multiply(const at::Tensor& x, const BinaryArguments& arguments, int64_t in_features,
-                    at::IntArrayRef plane_weights, const std::optional<at::Tensor>& tiles,
-                    c10::string_view kernel, int64_t shape, int64_t splits) {
+// `bits` as they were given. kernel: "" for the one that the table names. shape, splits: how mma divides the
+// product; -1: as planned.
+at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArguments& arguments,
+                    int64_t in_features, at::IntArrayRef plane_weights,
+                    const std::optional<at::Tensor>& tiles, c10::string_view kernel, int64_t shape,
+                    int64_t splits) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
                     "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
                     x.sizes());
@@ -168,10 +172,9 @@ at::Tensor multiply(const at::Tensor& x, const BinaryArguments& arguments, int64
                           tiles->device() == x.device() &&
                           tiles->numel() == w.planes * tile_plane_words(w.outputs, w.inputs),
                       "quantopt: tiles do not belong to these bits; derive them anew from the bits");
-    layout = *tiles;
-  } else {
-    layout = make_tiles(arguments.bits, inputs, place);
   }
+  layout = tiles && tiles_fit(*tiles, bits, {inputs, 1, 1, 0}) ? *tiles
+                                                               : make_tiles(arguments.bits, inputs, place);
   w.tiles = reinterpret_cast<const uint32_t*>(layout.const_data_ptr<int32_t>());
   if (chosen == BinaryKernel::kGemv) {
     check(binary_gemv_on_cuda(w, p.x, p.epilogue, place));
@@ -198,7 +201,7 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
                          const std::optional<at::Tensor>& tiles, c10::string_view activation) {
   const BinaryArguments arguments =
       check_binary(x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation);
-  return multiply(x, arguments, in_features, plane_weights, tiles, "", -1, 1);
+  return multiply(x, bits, arguments, in_features, plane_weights, tiles, "", -1, 1);
 }
 
 at::Tensor binary_linear_by(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
@@ -208,7 +211,7 @@ at::Tensor binary_linear_by(const at::Tensor& x, const at::Tensor& bits, const a
                             const std::optional<at::Tensor>& tiles, c10::string_view activation) {
   const BinaryArguments arguments =
       check_binary(x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation);
-  return multiply(x, arguments, in_features, plane_weights, tiles, kernel, shape, splits);
+  return multiply(x, bits, arguments, in_features, plane_weights, tiles, kernel, shape, splits);
 }
 
 }  // namespace

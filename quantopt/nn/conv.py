@@ -37,7 +37,7 @@ class BinaryConv2d(BinaryModule):
         levels: int = 2,
         scale: str = "channel",
         group_size: int = 0,
-        compute: str = "exact",
+        compute: str = "auto",
         activation: str = "none",
         device: torch.device | str | None = None,
     ) -> None:
@@ -73,6 +73,7 @@ class BinaryConv2d(BinaryModule):
 
     def prepare(self) -> Self:
         """Derives the kernels' layout from ``bits``."""
+        super().prepare()
         usable = not self.bits.is_meta and (not self.group_size or self.kernel_size == (1, 1))
         self.tiles = (
             ops.conv_tiles(self.bits, self.in_channels // self.groups, self.kernel_size, self.groups)
@@ -88,7 +89,7 @@ class BinaryConv2d(BinaryModule):
         return weight
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, compute: str = "exact") -> Self:
+    def from_conv2d(cls, conv: nn.Conv2d, compute: str = "auto") -> Self:
         """Binarises a layer: W = a sgn(weight), a = mean|weight| of each output channel."""
         weight = conv.weight.detach().flatten(1)
         module = cls.like(conv, compute=compute)
@@ -103,7 +104,7 @@ class BinaryConv2d(BinaryModule):
         levels: int = 2,
         scale: str = "channel",
         group_size: int = 0,
-        compute: str = "exact",
+        compute: str = "auto",
         activation: str = "none",
         bias: bool | None = None,
         device: torch.device | str = "meta",
@@ -128,6 +129,10 @@ class BinaryConv2d(BinaryModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if (
+            x.dim() not in (3, 4) or x.shape[-3] != self.in_channels
+        ):  # bits do not show one channel more or less
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], batched or not, not {list(x.shape)}")
         padding: tuple[int, int] = (0, 0)
         if not self.explicit:
             padding = self.padding  # type: ignore[assignment]

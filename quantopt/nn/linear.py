@@ -16,7 +16,9 @@ class BinaryModule(nn.Module):
     """Packed weights as buffers: bits, scale and bias are in the state_dict, the kernels' layout is derived from them.
 
     bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] where levels > 2. scale: fp32 [1] | [N] | [N, ceil(K/group_size)].
-    The layout is derived anew when a state_dict is loaded; after writing to ``bits`` otherwise, call :meth:`prepare`.
+    The layout is derived anew when a state_dict is loaded, the module moved or copied. It serves only the bits it comes
+    from: after writing to ``bits``, and with other bits (torch.func.functional_call), each call derives its own, which
+    takes longer, until :meth:`prepare`. Writes that torch does not count (through ``bits.data``) are not seen.
     """
 
     bits: Tensor
@@ -37,8 +39,7 @@ class BinaryModule(nn.Module):
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
-        if compute not in ops.COMPUTE:
-            raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+        ops.arithmetic(compute)
         ops.check_activation(activation)
         if scale not in SCALES:
             raise ValueError(f'scale must be "tensor", "channel" or "group", not {scale!r}')
@@ -68,6 +69,9 @@ class BinaryModule(nn.Module):
 
     def prepare(self) -> Self:
         """Derives the kernels' layout from ``bits``."""
+        if self.bits.is_inference():  # torch counts no writes to those
+            with torch.inference_mode(False):
+                self.bits = self.bits.clone()
         self.tiles = None if self.bits.is_meta else ops.binary_tiles(self.bits, self.row_length)
         return self
 
@@ -134,15 +138,22 @@ class BinaryModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {"scale": self.scale, "bias": self.bias}
-        before = self.bits.device.type
         super()._apply(fn, recurse)
         for name, old in kept.items():  # scale and bias stay fp32 when a model is moved to bf16
             new = getattr(self, name)
             if new is not None and new.dtype != torch.float32 and not new.is_meta:
                 setattr(self, name, old.to(device=new.device))  # type: ignore[union-attr]
-        if self.bits.device.type != before or (self.tiles is None and self.bits.device.type == "cpu"):
-            self.prepare()  # every kind of device has a layout of its own
+        self.prepare()  # of the bits where they are now
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**self._buffers, "tiles": None}  # derived anew by __setstate__
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
 
 
 class BinaryLinear(BinaryModule):
@@ -155,7 +166,7 @@ class BinaryLinear(BinaryModule):
         levels: 2 (binary), 3 (ternary), 4, 8 or 16 uniform levels: 1, 2, 2, 3 or 4 bit planes.
         scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].
         group_size: consecutive weights of a row that share a scale, with scale="group".
-        compute: "exact", or "int8": x is rounded per row to 8 bits; see :func:`quantopt.binary_linear`.
+        compute: "auto", which is "exact", or "int8": x is rounded per row to 8 bits; see :func:`quantopt.binary_linear`.
         activation: "none", "relu", "gelu" (by erf) or "silu".
 
     A new module has all weights -1 until a state_dict is loaded. For inference: gradients flow to x only.
@@ -170,7 +181,7 @@ class BinaryLinear(BinaryModule):
         levels: int = 2,
         scale: str = "channel",
         group_size: int = 0,
-        compute: str = "exact",
+        compute: str = "auto",
         activation: str = "none",
         device: torch.device | str | None = None,
     ) -> None:
@@ -182,7 +193,7 @@ class BinaryLinear(BinaryModule):
         self.prepare()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, compute: str = "exact") -> Self:
+    def from_linear(cls, linear: nn.Linear, compute: str = "auto") -> Self:
         """Binarises a layer: W = a sgn(weight), a = mean|weight| of each row."""
         weight = linear.weight.detach()
         module = cls(

@@ -19,7 +19,7 @@ from torch import Tensor
 from quantopt import _extension, backends
 from quantopt.reference import binary as reference
 
-COMPUTE = ("exact", "int8")
+COMPUTE = ("exact", "int8")  # and "auto", see arithmetic
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
@@ -29,6 +29,13 @@ def plane_weights_of(levels: int) -> list[int]:
     if weights is None:
         raise ValueError(f"levels must be 2, 3, 4, 8 or 16, not {levels!r}")
     return weights
+
+
+def arithmetic(compute: str) -> str:
+    """The mode that ``compute`` stands for: "auto" is "exact", what loses accuracy is asked for by name."""
+    if compute not in (*COMPUTE, "auto"):
+        raise ValueError(f'compute must be "auto", "exact" or "int8", not {compute!r}')
+    return "exact" if compute == "auto" else compute
 
 
 def check_activation(activation: str) -> None:
@@ -86,8 +93,7 @@ def _check_product(
     _check_bits(bits, in_features, (2, 3))
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, not {_kind(x)}")
-    if compute not in COMPUTE:
-        raise ValueError(f'compute must be "exact" or "int8", not {compute!r}')
+    arithmetic(compute)
     check_activation(activation)
     if not isinstance(group_size, int) or group_size < 0:
         raise ValueError(f"group_size must be an integer of at least 0 (0: no groups), not {group_size!r}")
@@ -99,12 +105,16 @@ def _check_product(
         wanted = " or ".join(map(str, shapes))
         hint = "; scales per group need group_size" if scale.dim() == 2 and not group_size else ""
         raise ValueError(f"scale must have shape {wanted}, not {list(scale.shape)}{hint}")
+    if bias is not None and (not isinstance(bias, Tensor) or not bias.is_floating_point()):
+        raise TypeError(f"bias must be a floating tensor or None, not {_kind(bias)}")
     if bias is not None and list(bias.shape) != [outputs]:
         raise ValueError(f"bias must have shape [{outputs}], not {list(bias.shape)}")
     for name, tensor in (("bits", bits), ("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
     planes = bits.shape[0] if bits.dim() == 3 else 1
+    if planes == 0:
+        raise ValueError("bits must have at least one plane")
     if plane_weights is None:
         return [1 << i for i in range(planes)]
     if len(plane_weights) != planes or not all(isinstance(w, int) and 1 <= w <= 128 for w in plane_weights):
@@ -121,7 +131,11 @@ def operation_of(group_size: int, planes: int) -> str:
 
 
 def binary_tiles(bits: Tensor, in_features: int) -> Tensor | None:
-    """``bits`` in the order the kernels of their device read, to be passed as ``tiles``; None where it is not used."""
+    """``bits`` in the order the kernels of their device read, to be passed as ``tiles``; None where it is not used.
+
+    They remember these very bits, whose memory they keep: with other bits, or when these were written to since, the
+    products derive the order anew at each call. The same holds for a copy of the tiles.
+    """
     _check_bits(bits, in_features, (2, 3))
     chosen = backends.choose("binary_linear", bits.device, torch.float32).name
     if chosen not in ("cpu", "cuda"):
@@ -140,15 +154,8 @@ def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: 
     _check_bits(bits, channels * taps, (2, 3))
     if bits.device.type != "cpu" or _extension.error is not None:
         return None
-    outputs = bits.shape[-2] // groups
-    if groups > 1 and 4 * outputs * channels < -(-outputs // 32) * 32 * -(-channels // 16) * 16:
-        return None
-    signs = reference.unpack_signs(
-        bits if bits.dim() == 3 else bits.unsqueeze(0), channels * taps, torch.int8
-    )
-    signs = signs.unflatten(2, (channels, taps)).unflatten(1, (groups, outputs))
-    by_tap = reference.pack_signs(signs.permute(1, 0, 4, 2, 3))  # [groups, P, taps, outputs, channels]
-    return binary_tiles(by_tap.flatten(0, 2), channels)
+    tiles: Tensor = torch.ops.quantopt.binary_conv_tiles(bits, channels, taps, groups)
+    return tiles if tiles.numel() > 0 else None
 
 
 def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
@@ -195,7 +202,7 @@ class _Linear(torch.autograd.Function):
         grad_y = grad.to(wide)
         in_features, plane_weights, group_size, compute, activation = ctx.form  # type: ignore[attr-defined]
         if activation != "none":
-            y = _forward(
+            y = run_linear(  # differentiable, for second derivatives
                 x.to(wide), bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, "none"
             )
             grad_y = _pre_activation_grad(grad_y, y, activation)
@@ -220,6 +227,7 @@ def _forward(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
+    compute = arithmetic(compute)
     operation = operation_of(group_size, len(plane_weights))
     backend = backends.choose(operation, x.device, x.dtype).name
     if backend == "reference":
@@ -277,7 +285,7 @@ def binary_linear(
     bias: Tensor | None = None,
     *,
     in_features: int,
-    compute: str = "exact",
+    compute: str = "auto",
     group_size: int = 0,
     plane_weights: Sequence[int] | None = None,
     tiles: Tensor | None = None,
@@ -292,7 +300,7 @@ def binary_linear(
         scale: [1], [N], or [N, ceil(K/group_size)] with ``group_size``.
         bias: [N] or None.
         in_features: K.
-        compute: "exact": fp32 accumulation of x as it is, y rounded once to the type of x. "int8": x is first rounded,
+        compute: "auto" is "exact". "exact": fp32 accumulation of x as it is, y rounded once to the type of x. "int8": x is first rounded,
             row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are exact, so the error is that of
             the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about 0.4 % of its size in practice. A
             row of x with an infinity or NaN gives NaN.
@@ -306,8 +314,8 @@ def binary_linear(
     for any number of threads or rows. On a GPU the order depends on the sizes and the device, never on the run; in
     "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
     three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
-    but with several planes an infinity may give NaN: the planes are summed one by one. ``tiles`` must be those of
-    ``bits``, which is not checked. Differentiable with respect to x and bias. Raises TypeError or ValueError naming the
+    on the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
+    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias. Raises TypeError or ValueError naming the
     argument that does not fit.
     """
     weights = _check_product(
@@ -338,7 +346,7 @@ def binary_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    compute: str = "exact",
+    compute: str = "auto",
     group_size: int = 0,
     plane_weights: Sequence[int] | None = None,
     tiles: Tensor | None = None,
@@ -415,6 +423,7 @@ def run_conv2d(
     activation: str,
 ) -> Tensor:
     """:func:`binary_conv2d` without its checks, for modules that made them once (the operator checks x)."""
+    compute = arithmetic(compute)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     compiled = backends.choose("binary_conv2d", x.device, x.dtype).name == "cpu"
     if not compiled or (torch.is_grad_enabled() and needs_grad):
@@ -539,8 +548,6 @@ if _extension.error is None:
             planes = bits.shape[0] if bits.dim() == 3 else 1
             words = -(-bits.shape[-2] // 32) * -(-in_features // 128) * 128
             return bits.new_empty([planes, words], dtype=torch.int32)
-        if torch.ops.quantopt.cpu_isa() == "portable":
-            return bits.new_empty([0], dtype=torch.int16)
         planes = bits.shape[0] if bits.dim() == 3 else 1
         words = -(-in_features // 16)
         return bits.new_empty([planes, -(-bits.shape[-2] // 32) * words * 32], dtype=torch.int16)

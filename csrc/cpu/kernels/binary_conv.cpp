@@ -18,7 +18,9 @@ namespace {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of the image from the first to the last that a row of y meets.
-inline int64_t ring_rows(const BinaryConv& c) { return (c.kernel[0] - 1) * c.dilation[0] + 1; }
+inline int64_t ring_rows(const BinaryConv& c) {
+  return least((c.kernel[0] - 1) * c.dilation[0] + 1, c.height);
+}
 
 // Types of the exact and of the whole-number form.
 struct Exact {

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "core/quantize.h"
 #include "cpu/kernels/binary_finish.h"
 #include "cpu/kernels/binary_lookup.h"
 #if defined(__AVX512VNNI__)
@@ -387,11 +388,11 @@ void linear_by_bytes(const BinaryLinear& p, int64_t row_begin, int64_t row_end, 
 
 // ---- rounding to int8 ---
 
-// A quotient by the reciprocal is a few units in the last place off: the division decides only near ties.
-constexpr float kNearTie = 0.4999f;
 constexpr int64_t kRoundBlock = 64;
 
 #if defined(__AVX512BW__)
+
+constexpr float kNearTie = 0.4999f;  // as near_tie of core/quantize.h
 
 // q = x / scale rounded half to even, within +-127, for |x| up to 127 scale.
 void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
@@ -428,8 +429,8 @@ void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
   }
 }
 
-// The largest of the bits of |x|.
-uint32_t largest_bits(const float* x, int64_t inputs) {
+// largest_magnitude of core/quantize.h.
+float row_magnitude(const float* x, int64_t inputs) {
   const __m512i size = _mm512_set1_epi32(0x7FFFFFFF);
   __m512i most[4] = {};
   int64_t k = 0;
@@ -442,8 +443,11 @@ uint32_t largest_bits(const float* x, int64_t inputs) {
     const __mmask16 mask = static_cast<__mmask16>(inputs - k >= 16 ? 0xFFFF : (1u << (inputs - k)) - 1);
     most[0] = _mm512_max_epu32(most[0], _mm512_and_si512(size, _mm512_maskz_loadu_epi32(mask, x + k)));
   }
-  return _mm512_reduce_max_epu32(
+  const uint32_t bits = _mm512_reduce_max_epu32(
       _mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3])));
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  return largest;
 }
 
 #else
@@ -457,32 +461,20 @@ void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
     float rounded[kRoundBlock];
     int32_t near = 0;
     for (int64_t k = 0; k < count; ++k) {
-      const float v = from[k] * reciprocal;
-      rounded[k] = __builtin_rintf(v);
-      near |= !(std::fabs(v - rounded[k]) <= kNearTie);
+      const float quotient = from[k] * reciprocal;
+      rounded[k] = __builtin_rintf(quotient);
+      near |= near_tie(quotient, rounded[k]);
     }
     if (near != 0) {
-      for (int64_t k = 0; k < count; ++k) rounded[k] = __builtin_rintf(from[k] / scale);
+      for (int64_t k = 0; k < count; ++k) rounded[k] = quantized(from[k], scale);
     }
     for (int64_t k = 0; k < count; ++k) {
-      const float v = rounded[k];
-      q[first + k] =
-          static_cast<int8_t>(static_cast<int32_t>(v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v)));
+      q[first + k] = static_cast<int8_t>(static_cast<int32_t>(clamp(rounded[k], -127.0f, 127.0f)));
     }
   }
 }
 
-// The largest of the bits of |x|.
-uint32_t largest_bits(const float* x, int64_t inputs) {
-  uint32_t most = 0;
-  for (int64_t k = 0; k < inputs; ++k) {
-    uint32_t size;
-    std::memcpy(&size, x + k, sizeof size);
-    size &= 0x7FFFFFFFu;
-    most = size > most ? size : most;
-  }
-  return most;
-}
+float row_magnitude(const float* x, int64_t inputs) { return largest_magnitude(x, inputs); }
 
 #endif
 
@@ -576,22 +568,27 @@ void binary_linear(const BinaryLinear& p, int64_t row_begin, int64_t row_end, in
   if (few_outputs(p)) return linear_by_bytes(p, row_begin, row_end, begin, end);
 #endif
 #if defined(QUANTOPT_LOOKUPS)
-  if (binary_uses_tiles(p)) return linear_by_lookups(p, row_begin, row_end, begin, end);
+  if (p.tiles != nullptr && binary_uses_tiles(p)) {
+    linear_by_lookups(p, row_begin, row_end, begin, end);
+    if (p.planes == 1 || p.q != nullptr) return;
+    // Summed plane by plane, an infinity becomes NaN where planes differ: such rows are multiplied by levels.
+    for (int64_t m = row_begin; m < row_end; ++m) {
+      if (row_magnitude(p.x + m * p.inputs, p.inputs) < INFINITY) continue;
+      linear_by_panels(p, m, m + 1, begin, end);
+    }
+    return;
+  }
 #endif
   linear_by_panels(p, row_begin, row_end, begin, end);
 }
 
 float quantize_row(const float* x, int64_t inputs, int8_t* q) {
-  // As integers, magnitudes order like floats, and infinities and NaN come last.
-  const uint32_t most = largest_bits(x, inputs);
-  float largest;
-  std::memcpy(&largest, &most, sizeof largest);
-  const float scale = most < 0x7F800000u ? largest / 127.0f : 0.0f;
-  if (scale == 0.0f) {
+  const float scale = quantization_scale(row_magnitude(x, inputs));
+  if (!(scale > 0.0f)) {
     std::memset(q, 0, static_cast<size_t>(inputs));
-    return most < 0x7F800000u ? 0.0f : NAN;
+  } else {
+    quantize_by(scale, x, inputs, q);
   }
-  quantize_by(scale, x, inputs, q);
   return scale;
 }
 

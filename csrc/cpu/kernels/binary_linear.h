@@ -20,7 +20,7 @@ struct BinaryLinear {
   int64_t inputs;                // K
   int64_t planes;                // P
   const uint8_t* bits;           // [P, N, ceil(K / 8)], bit k % 8 of byte k / 8 is weight k: 1 = +1, 0 = -1
-  const uint16_t* tiles;         // the same as tiles (see below), or null
+  const uint16_t* tiles;         // the same as tiles (see below), or null: the bits are used
   const int32_t* plane_weights;  // [P]
   const float* scale;            // [1], [N] or [N, ceil(K / group)]
   int64_t scale_stride;          // elements from one row's scale to the next: 0 for one scale of all
