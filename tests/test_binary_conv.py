@@ -61,6 +61,30 @@ def test_groups(isa: str, compute: str) -> None:
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_far_apart(isa: str) -> None:
+    """Kernel positions further apart than the image is high take no more memory than the image."""
+    far = 2**30
+    x, bits = torch.randn(1, 16, 3, 4), ops.pack_signs(torch.randn(32, 16 * 9))
+    y = ops.binary_conv2d(
+        x, bits, torch.ones(1), kernel_size=3, padding=far, dilation=far, stride=far, tiles=None
+    )
+    expected = F.conv2d(x, ops.unpack_signs(bits, 144).view(32, 16, 3, 3)[:, :, 1:2, 1:2], stride=far)
+    torch.testing.assert_close(y[:, :, 1:2, 1:2], expected)
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, 2]])
+def test_infinities_with_several_planes(isa: str, weights: list[int]) -> None:
+    x, bits = torch.randn(2, 16, 4, 5), ops.pack_signs(torch.randn(2, 33, 144))
+    x[0, 3, 1, 1], x[1, 2, 3, 3] = torch.inf, -torch.inf
+    dense = reference.dense_weight(bits, torch.ones(1), 144, weights, 0, torch.float32)
+    y = ops.binary_conv2d(
+        x, bits, torch.ones(1), kernel_size=3, plane_weights=weights, tiles=ops.conv_tiles(bits, 16, (3, 3))
+    )
+    expected = F.conv2d(x, dense.view(33, 16, 3, 3))
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-4)
+    assert bool(y.isinf().any())
+
+
 def test_1x1_is_linear(isa: str, compute: str) -> None:
     w, scale, bias = torch.randn(40, 48, 1, 1), torch.rand(40), torch.randn(40)
     for stride in (1, (2, 3)):
@@ -186,6 +210,11 @@ def test_opcheck(compute: str) -> None:
     [
         ({0: torch.randn(3, 9, 9)}, r"x must be \[B, C, H, W\]"),
         ({4: [3]}, "kernel_size must be two integers"),
+        ({4: [2**62, 2]}, "kernel_size must be less than"),
+        ({4: [2**31 - 1, 2**31 - 1]}, "positions of the kernel must be less than"),
+        ({5: [2**62, 1]}, "stride must be less than"),
+        ({6: [2**62, 1]}, "padding must be less than"),
+        ({7: [2**62, 1]}, "dilation must be less than"),
         ({5: [0, 1]}, "stride must be two integers of at least 1"),
         ({6: [-1, 1]}, "padding must be two integers of at least 0"),
         ({7: [9, 1]}, "larger than the padded image"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import supported_isas
 from quantopt import _extension
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
@@ -311,6 +312,85 @@ def test_infinities_and_nan_propagate(isa: str) -> None:
         assert bool(y[1:5].isnan().all()) and bool(y[[0, 5]].isfinite().all())
 
 
+@pytest.mark.parametrize("levels", [3, 4, 16])
+@pytest.mark.parametrize("group_size", [0, 16, 7])
+def test_infinities_with_several_planes(isa: str, levels: int, group_size: int) -> None:
+    """As in a product with the levels: inf times a level, NaN only for 0 inf and inf - inf."""
+    weights, k, n = ops.plane_weights_of(levels), 67, 50
+    bits = ops.pack_signs(torch.randn(len(weights), n, k))
+    scale = torch.rand(n, -(-k // group_size)) + 0.1 if group_size else torch.rand(n) + 0.1
+    x = torch.randn(7, k)
+    x[1, 5], x[2, k - 1], x[3, 0] = torch.inf, -torch.inf, torch.nan
+    x[5, 7], x[5, 60] = torch.inf, torch.inf
+    dense = reference.dense_weight(bits, scale, k, weights, group_size, torch.float32)
+    y = ops.binary_linear(x, bits, scale, in_features=k, plane_weights=weights, group_size=group_size)
+    torch.testing.assert_close(y, x @ dense.T, rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert bool(y[1:3].isinf().any()) and bool(y[3].isnan().all()) and bool(y[[0, 4, 6]].isfinite().all())
+
+
+@given(st.data())
+def test_random_strides_and_offsets(data: st.DataObject) -> None:
+    """Every instruction set on the same views of x, one element or byte off as they come."""
+    draw = data.draw
+    m, n, k = draw(st.integers(1, 9)), draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    row, column, offset = draw(st.integers(0, 80)), draw(st.integers(0, 3)), draw(st.integers(0, 7))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    storage = torch.randn(offset + m * row + k * column + 1).to(dtype)
+    x = storage.as_strided((m, k), (row, column), offset)
+    w, scale = torch.randn(n, k), (torch.rand(n + offset) + 0.5)[offset:]
+    bits = torch.zeros(n * ((k + 7) // 8) + offset, dtype=torch.uint8)[offset:].view(n, -1)
+    bits.copy_(ops.pack_signs(w))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in supported_isas():
+            patch.setenv("QUANTOPT_CPU_ISA", name)
+            for compute in ops.COMPUTE:
+                y = ops.binary_linear(x, bits, scale, in_features=k, compute=compute)
+                check(y, *product(x, w, scale, None, int8=compute == "int8"))
+
+
+def test_tiles_serve_only_their_own_bits(isa: str) -> None:
+    """With other bits, other spare bits, bits written to since, and as a copy, tiles change nothing."""
+    x, w, scale, _ = make(2, 40, 90)
+    bits, other = ops.pack_signs(w), ops.pack_signs(torch.randn(40, 90))
+
+    def run(bits: Tensor, tiles: Tensor | None, k: int = 90) -> Tensor:
+        return ops.binary_linear(x[:, :k], bits, scale, in_features=k, tiles=tiles)
+
+    tiles = ops.binary_tiles(bits, 90)
+    assert tiles is not None
+    first = run(bits, tiles)
+    for its in (tiles, tiles.clone(), ops.binary_tiles(other, 90), None):
+        assert torch.equal(run(bits, its), first)
+        assert torch.equal(run(other, its), run(other, None)) and not torch.equal(run(other, its), first)
+    assert torch.equal(run(bits, tiles, 89), run(bits, None, 89))
+    bits.copy_(other)
+    assert torch.equal(run(bits, tiles), run(other, None))
+
+
+def test_auto_is_exact() -> None:
+    x, w, scale, bias = make(5, 40, 90)
+    bits = ops.pack_signs(w)
+    exact = ops.binary_linear(x, bits, scale, bias, in_features=90, compute="exact")
+    assert torch.equal(ops.binary_linear(x, bits, scale, bias, in_features=90), exact)
+    for values in (x, x.double()):
+        y = ops.binary_linear(values, bits, scale, bias, in_features=90, compute="auto")
+        torch.testing.assert_close(y.float(), exact)
+    if _extension.error is None:
+        y = torch.ops.quantopt.binary_linear(x, bits, scale, bias, 90, [1], 0, "auto")
+        assert torch.equal(y, exact)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_second_derivatives(activation: str) -> None:
+    w, scale = torch.randn(5, 9), torch.full((1,), 0.3)
+    x = torch.randn(3, 9, dtype=torch.double, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return ops.binary_linear(x, ops.pack_signs(w), scale, in_features=9, activation=activation)
+
+    assert torch.autograd.gradgradcheck(run, (x,))
+
+
 def test_spare_bits_do_not_matter(isa: str) -> None:
     for k in (1, 5, 77, 81, 250):
         x, w, scale, bias = make(3, 40, k)
@@ -367,8 +447,6 @@ def test_threads_rows_and_layout_give_the_same_bits(isa: str, compute: str) -> N
 
 def test_instruction_sets_agree_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact sums and the same rounding after them: the same bits everywhere."""
-    from conftest import supported_isas  # type: ignore[import-not-found]
-
     x, w, scale, bias = make(7, 90, 1000)
     results = []
     for name in supported_isas():
@@ -530,6 +608,8 @@ def test_reference_when_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch
         ({"in_features": -1}, ValueError, "in_features must be an integer"),
         ({"plane_weights": [1, 2]}, ValueError, "plane_weights must be 1 integers"),
         ({"plane_weights": [0]}, ValueError, "plane_weights"),
+        ({"bias": torch.ones(4, dtype=torch.int64)}, TypeError, "bias must be a floating tensor"),
+        ({"bits": torch.zeros(0, 4, 2, dtype=torch.uint8)}, ValueError, "at least one plane"),
         ({"x": torch.randn(3, 10, device="meta")}, ValueError, "bits is on cpu, x on meta"),
     ],
 )

@@ -99,12 +99,46 @@ def test_activation_of_a_module() -> None:
     torch.testing.assert_close(other(x), nn.functional.gelu(conv(x)))
 
 
-def test_writing_bits_in_place_needs_prepare() -> None:
-    layer = BinaryLinear(64, 32, bias=False)
-    x = torch.rand(1, 64)
+@pytest.mark.parametrize("make", [lambda: BinaryLinear(64, 32), lambda: BinaryConv2d(32, 32, (1, 2))])
+def test_other_bits_are_seen(make: Callable[[], BinaryLinear | BinaryConv2d]) -> None:
+    """Written in place, by functional_call, by assignment; in a compiled and an exported module too."""
+    torch.compiler.reset()
+    layer = make().eval()
+    x = torch.rand(1, 64) if isinstance(layer, BinaryLinear) else torch.rand(1, 32, 1, 2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(layer, (x,)).module()
+    minus = layer(x)
+    assert torch.equal(compiled(x), minus) and torch.equal(exported(x), minus)
+    plus = torch.full_like(layer.bits, 255)
+    torch.testing.assert_close(torch.func.functional_call(layer, {"bits": plus}, (x,)), -minus)
+    exported.load_state_dict({**exported.state_dict(), "bits": plus})
+    torch.testing.assert_close(exported(x), -minus)
     layer.bits.fill_(255)
-    layer.prepare()
-    torch.testing.assert_close(layer(x), x.sum().expand(1, 32))
+    for run in (layer, compiled):
+        torch.testing.assert_close(run(x), -minus)
+    layer.bits = torch.zeros_like(plus)
+    for run in (layer, compiled, layer.prepare()):
+        torch.testing.assert_close(run(x), minus)
+    with torch.inference_mode():
+        layer.bits = plus.clone()
+        torch.testing.assert_close(layer(x), -minus)
+        layer.prepare().bits.zero_()
+        torch.testing.assert_close(layer(x), minus)
+
+
+def test_packed_under_another_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTOPT_CPU_ISA", "portable")
+    layer = BinaryConv2d.from_conv2d(nn.Conv2d(16, 32, 3))
+    x = torch.randn(1, 16, 5, 5)
+    slow = layer(x)
+    assert layer.tiles is not None
+    monkeypatch.delenv("QUANTOPT_CPU_ISA")
+    torch.testing.assert_close(layer(x), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_a_channel_too_many_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"x must be \[B, 6, H, W\]"):
+        BinaryConv2d(6, 4, 1)(torch.randn(1, 7, 2, 2))  # 6 and 7 bits fill a byte both
 
 
 def test_moving_to_a_16_bit_type_keeps_the_scale() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantopt import packing
@@ -414,18 +416,33 @@ def test_extra_tensor(net: Net, tmp_path: Path) -> None:
     refuse(tmp_path / "m", "tensor backdoor is not the model's")
 
 
-def test_spare_bits_and_scales_are_checked(net: Net, tmp_path: Path) -> None:
+def overwrite(path: Path, name: str, index: tuple[int, ...], value: float) -> None:
+    """Sets one number of a tensor in the file."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors[name][index] = value
+    save_file(tensors, str(path), metadata)
+
+
+def test_spare_bits_and_scales_are_checked(saved: Path) -> None:
+    original = saved.read_bytes()
+    for name, index, value, message in [
+        ("inner.fc.bits", (3, -1), 0x80, "the spare bits"),  # 297 weights: the last byte has one
+        ("body.0.scale", (1,), torch.nan, "not finite"),
+        ("body.0.scale", (1,), -0.5, "negative"),
+    ]:
+        saved.write_bytes(original)
+        overwrite(saved, name, index, value)
+        refuse(saved, f"tensor {name}: {message}")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -0.5])
+def test_save_refuses_what_load_would(net: Net, tmp_path: Path, value: float) -> None:
     packed = pack(net, Fake(quantised_params(net)))
-    packed.inner["fc"].bits[3, -1] |= 0x80  # 297 weights: the last byte has one
-    save(packed, tmp_path / "bits")
-    refuse(tmp_path / "bits", "tensor inner.fc.bits: the spare bits")
-    packed = pack(net, Fake(quantised_params(net)))
-    packed.body[0].scale[1] = torch.nan
-    save(packed, tmp_path / "scale")
-    refuse(tmp_path / "scale", "tensor body.0.scale: not finite")
-    packed.body[0].scale[1] = -0.5
-    save(packed, tmp_path / "scale")
-    refuse(tmp_path / "scale", "tensor body.0.scale: negative")
+    packed.body[0].scale[1] = value
+    with pytest.raises(ValueError, match=r"layer body\.0: a scale is negative or not finite"):
+        save(packed, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_another_model(saved: Path, net: Net) -> None:
