@@ -60,16 +60,16 @@ def test_groups(isa: str, compute: str) -> None:
             check(x, w, size, bias, compute, stride=(1, 2), padding=1, groups=groups)
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
 def test_far_apart(isa: str) -> None:
     """Kernel positions further apart than the image is high take no more memory than the image."""
+    if isa == "portable":
+        pytest.skip("the library's convolution runs here")
     far = 2**30
     x, bits = torch.randn(1, 16, 3, 4), ops.pack_signs(torch.randn(32, 16 * 9))
-    y = ops.binary_conv2d(
-        x, bits, torch.ones(1), kernel_size=3, padding=far, dilation=far, stride=far, tiles=None
-    )
-    expected = F.conv2d(x, ops.unpack_signs(bits, 144).view(32, 16, 3, 3)[:, :, 1:2, 1:2], stride=far)
-    torch.testing.assert_close(y[:, :, 1:2, 1:2], expected)
+    y = ops.binary_conv2d(x, bits, torch.ones(1), kernel_size=3, padding=far, dilation=far, stride=far)
+    center = ops.unpack_signs(bits, 144).view(32, 16, 3, 3)[:, :, 1:2, 1:2]
+    assert y.shape == (1, 32, 1, 1)
+    torch.testing.assert_close(y, F.conv2d(x, center)[:, :, :1, :1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 2]])
@@ -85,6 +85,7 @@ def test_infinities_with_several_planes(isa: str, weights: list[int]) -> None:
     assert bool(y.isinf().any())
 
 
+@pytest.mark.parametrize("compute", ops.COMPUTE)
 def test_1x1_is_linear(isa: str, compute: str) -> None:
     w, scale, bias = torch.randn(40, 48, 1, 1), torch.rand(40), torch.randn(40)
     for stride in (1, (2, 3)):

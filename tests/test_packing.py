@@ -419,7 +419,7 @@ def test_extra_tensor(net: Net, tmp_path: Path) -> None:
 def overwrite(path: Path, name: str, index: tuple[int, ...], value: float) -> None:
     """Sets one number of a tensor in the file."""
     with safetensors.safe_open(str(path), framework="pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     tensors[name][index] = value
     save_file(tensors, str(path), metadata)
 

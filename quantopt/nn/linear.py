@@ -166,7 +166,8 @@ class BinaryLinear(BinaryModule):
         levels: 2 (binary), 3 (ternary), 4, 8 or 16 uniform levels: 1, 2, 2, 3 or 4 bit planes.
         scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].
         group_size: consecutive weights of a row that share a scale, with scale="group".
-        compute: "auto", which is "exact", or "int8": x is rounded per row to 8 bits; see :func:`quantopt.binary_linear`.
+        compute: "auto" (which is "exact"), "exact", or "int8": x is rounded per row to 8 bits; see
+            :func:`quantopt.binary_linear`.
         activation: "none", "relu", "gelu" (by erf) or "silu".
 
     A new module has all weights -1 until a state_dict is loaded. For inference: gradients flow to x only.

@@ -164,7 +164,8 @@ def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
         return torch.ops.aten.threshold_backward(grad, y, 0)  # type: ignore[no-any-return]
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, y)  # type: ignore[no-any-return]
-    return torch.ops.aten.silu_backward(grad, y)  # type: ignore[no-any-return]
+    s = torch.sigmoid(y)  # silu_backward has no derivative
+    return grad * (s * (1 + y * (1 - s)))
 
 
 class _Linear(torch.autograd.Function):
@@ -300,8 +301,8 @@ def binary_linear(
         scale: [1], [N], or [N, ceil(K/group_size)] with ``group_size``.
         bias: [N] or None.
         in_features: K.
-        compute: "auto" is "exact". "exact": fp32 accumulation of x as it is, y rounded once to the type of x. "int8": x is first rounded,
-            row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are exact, so the error is that of
+        compute: "auto" is "exact". "exact": fp32 accumulation of x as it is, y rounded once to the type of x.
+            "int8": x is first rounded, row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are exact, so the error is that of
             the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about 0.4 % of its size in practice. A
             row of x with an infinity or NaN gives NaN.
         group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
@@ -315,8 +316,8 @@ def binary_linear(
     "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
     three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
     on the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
-    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias. Raises TypeError or ValueError naming the
-    argument that does not fit.
+    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias.
+    Raises TypeError or ValueError naming the argument that does not fit.
     """
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
