@@ -119,4 +119,50 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
   return w;
 }
 
+ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
+                         c10::string_view compute, c10::string_view activation) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "quantopt: x must be [B, C, H, W], not ", x.sizes());
+  const std::pair<const char*, at::IntArrayRef> pairs[] = {
+      {"kernel_size", kernel}, {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
+  for (const auto& [name, pair] : pairs) {
+    const int64_t least = pair.data() == padding.data() ? 0 : 1;
+    TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, "quantopt: ", name,
+                      " must be two integers of at least ", least, ", not ", pair);
+    // So that no product or sum below leaves 64 bits.
+    TORCH_CHECK_VALUE(pair[0] <= INT32_MAX && pair[1] <= INT32_MAX, "quantopt: ", name,
+                      " must be less than 2^31, not ", pair);
+  }
+  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX &&
+                        kernel[0] * kernel[1] <= INT32_MAX,
+                    "quantopt: the sizes of x and the positions of the kernel must be less than 2^31, not ",
+                    x.sizes(), " and ", kernel);
+  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
+                    " does not divide the ", x.size(1), " channels of x");
+  ConvArguments c;
+  c.channels = x.size(1) / groups;
+  c.weights = check_binary(x, bits, scale, bias, c.channels * kernel[0] * kernel[1], plane_weights,
+                           group_size, compute, activation);
+  TORCH_CHECK_VALUE(c.weights.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ",
+                    c.weights.outputs, " output channels");
+  c.outputs = c.weights.outputs / groups;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, "quantopt: kernel_size=", kernel, " with dilation=", dilation,
+                      " is larger than the padded image of x");
+    c.size[i] = room / stride[i] + 1;
+  }
+  return c;
+}
+
+void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+  TORCH_CHECK_VALUE(channels >= 0 && channels <= INT32_MAX && taps >= 1 && taps <= INT32_MAX,
+                    "quantopt: channels must be in 0..2^31-1 and taps in 1..2^31-1, not ", channels, " and ",
+                    taps);
+  TORCH_CHECK_VALUE(bits.dim() >= 2 && groups >= 1 && bits.size(-2) % groups == 0,
+                    "quantopt: groups=", groups, " must be at least 1 and divide the rows of bits");
+}
+
 }  // namespace quantopt

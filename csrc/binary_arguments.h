@@ -50,4 +50,18 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
                              at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
                              c10::string_view activation);
 
+// The same for a convolution of x [B, C, H, W].
+struct ConvArguments {
+  BinaryArguments weights;
+  int64_t channels, outputs;  // of a group
+  int64_t size[2];            // of y
+};
+ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
+                         c10::string_view compute, c10::string_view activation);
+// What binary_conv_tiles is called with.
+void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups);
+
 }  // namespace quantopt

@@ -180,11 +180,7 @@ at::Tensor derive_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t t
 }
 
 at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
-  TORCH_CHECK_VALUE(channels >= 0 && channels <= INT32_MAX && taps >= 1 && taps <= INT32_MAX,
-                    "quantopt: channels must be in 0..2^31-1 and taps in 1..2^31-1, not ", channels, " and ",
-                    taps);
-  TORCH_CHECK_VALUE(bits.dim() >= 2 && groups >= 1 && bits.size(-2) % groups == 0,
-                    "quantopt: groups=", groups, " must be at least 1 and divide the rows of bits");
+  quantopt::check_conv_form(bits, channels, taps, groups);
   const at::Tensor tiles = derive_conv_tiles(bits, channels, taps, groups);
   quantopt::tie_tiles(tiles, bits, {channels * taps, taps, groups, 0});
   return tiles;
@@ -328,35 +324,11 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                          int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
                          c10::string_view compute, const std::optional<at::Tensor>& tiles,
                          c10::string_view activation) {
-  TORCH_CHECK_VALUE(x.dim() == 4, "quantopt: x must be [B, C, H, W], not ", x.sizes());
-  const std::pair<const char*, at::IntArrayRef> pairs[] = {
-      {"kernel_size", kernel}, {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
-  for (const auto& [name, pair] : pairs) {
-    const int64_t least = pair.data() == padding.data() ? 0 : 1;
-    TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, "quantopt: ", name,
-                      " must be two integers of at least ", least, ", not ", pair);
-    // So that no product or sum below leaves 64 bits.
-    TORCH_CHECK_VALUE(pair[0] <= INT32_MAX && pair[1] <= INT32_MAX, "quantopt: ", name,
-                      " must be less than 2^31, not ", pair);
-  }
-  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX &&
-                        kernel[0] * kernel[1] <= INT32_MAX,
-                    "quantopt: the sizes of x and the positions of the kernel must be less than 2^31, not ",
-                    x.sizes(), " and ", kernel);
-  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
-                    " does not divide the ", x.size(1), " channels of x");
-  const int64_t channels = x.size(1) / groups;
-  const BinaryArguments w = quantopt::check_binary(x, bits, scale, bias, channels * kernel[0] * kernel[1],
-                                                   plane_weights, group_size, compute, activation);
-  TORCH_CHECK_VALUE(w.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ", w.outputs,
-                    " output channels");
-  int64_t size[2];
-  for (int i = 0; i < 2; ++i) {
-    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0, "quantopt: kernel_size=", kernel, " with dilation=", dilation,
-                      " is larger than the padded image of x");
-    size[i] = room / stride[i] + 1;
-  }
+  const quantopt::ConvArguments conv =
+      quantopt::check_conv(x, bits, scale, bias, kernel, stride, padding, dilation, groups, plane_weights,
+                           group_size, compute, activation);
+  const BinaryArguments& w = conv.weights;
+  const int64_t channels = conv.channels, outputs = conv.outputs, *const size = conv.size;
   at::Tensor y = at::empty({x.size(0), w.outputs, size[0], size[1]}, at::TensorOptions().dtype(at::kFloat),
                            at::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y.to(x.scalar_type());
@@ -380,7 +352,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   }
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
-  const int64_t taps = kernel[0] * kernel[1], outputs = w.outputs / groups;
+  const int64_t taps = kernel[0] * kernel[1];
   // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels.
   const bool by_levels = w.planes() > 1 && !w.quantize && !all_finite(values);
   if (group_size > 0 || by_levels || !kernels.conv_available() ||

@@ -237,8 +237,8 @@ def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
 def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a packed model to ``path`` (safetensors), in one step: a file of that name is whole, old or new.
 
-    Raises ValueError if nothing in ``packed`` is packed or :func:`load` would refuse a scale, OSError if the file cannot
-    be written.
+    Raises ValueError if nothing in ``packed`` is packed or :func:`load` would refuse a scale, OSError if the file
+    cannot be written.
     """
     layers = _binary_layers(packed)
     if not layers:

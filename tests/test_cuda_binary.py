@@ -192,6 +192,198 @@ def test_every_number_of_rows(host: Any, int8: bool) -> None:
             case.check_bits(y)
 
 
+# ---- convolutions
+
+
+class ConvCase:
+    """A convolution with random weights, and its exact result."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        outputs: int,
+        kernel: tuple[int, int] = (3, 3),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        int8: bool = False,
+        plane_weights: Sequence[int] = (1,),
+        bias: bool = True,
+        activation: str = "none",
+        channels_last: bool = True,
+    ) -> None:
+        self.x = torch.randn(shape).to(dtype)
+        if channels_last:
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
+        self.channels, self.taps = shape[1] // groups, kernel[0] * kernel[1]
+        self.form = (kernel, stride, padding, dilation, groups, list(plane_weights))
+        self.int8, self.activation = int8, activation
+        k = self.channels * self.taps
+        self.bits = ops.pack_signs(torch.randn(len(plane_weights), outputs, k))
+        if k % 8:
+            self.bits[..., -1] |= (0xFF << (k % 8)) & 0xFF  # bits beyond K must not matter
+        self.scale = torch.rand(outputs) + 0.5
+        self.bias = torch.randn(outputs) if bias else None
+
+    def run(
+        self, host: Any, *, tiles: bool = True, capability: int = 90, processors: int = 4, device: str = "cpu"
+    ) -> Tensor:
+        tensors = [self.x, self.bits, self.scale, self.bias]
+        if device == "cpu":
+            host.device(capability, processors)
+            host.guard(True)
+        try:
+            move = guarded_copy if device == "cpu" else lambda t: t.to(device)
+            x, bits, scale, bias = (None if t is None else move(t) for t in tensors)
+            derived = host.binary_conv_tiles(bits, self.channels, self.taps, self.form[4]) if tiles else None
+            compute = "int8" if self.int8 else "exact"
+            y = host.binary_conv2d(x, bits, scale, bias, *self.form, 0, compute, derived, self.activation)
+        finally:
+            if device == "cpu":
+                host.guard(False)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        return y.cpu().clone()
+
+    def check(self, y: Tensor) -> None:
+        def result(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, weights: Any) -> Tensor:
+            return reference.binary_conv2d(x, bits, scale, bias, *self.form[:5], weights, 0, compute)
+
+        compute = "int8" if self.int8 else "exact"
+        bias = None if self.bias is None else self.bias.double()
+        x = self.x.float().double() if self.int8 else self.x.double()
+        if self.int8:
+            q, s = reference.quantize_rows(self.x.float().flatten(1))
+            x = (q.double() * s.double()).view(self.x.shape)
+            compute = "exact"
+        expected = result(x, self.bits, self.scale.double(), bias, self.form[5])
+        ones = torch.full_like(self.bits, 255)
+        size = result(x.abs(), ones, self.scale.double(), None if bias is None else bias.abs(), self.form[5])
+        if self.activation == "relu":
+            expected = expected.relu()
+        rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[y.dtype]
+        assert y.dtype == self.x.dtype and y.shape == expected.shape
+        error, allowed = (y.double() - expected).abs(), 1e-6 * size + rounding * expected.abs() + 1e-30
+        assert bool((error <= allowed).all()), float((error / allowed).max())
+
+    def check_bits(self, y: Tensor) -> None:
+        """Whole sums, then one rounding for the scales, the product, the bias and the type each."""
+        q, s = reference.quantize_rows(self.x.float().flatten(1))
+        one = torch.ones(1, dtype=torch.float64)
+        sums = reference.binary_conv2d(q.double().view(self.x.shape), self.bits, one, None, *self.form)
+        expected = sums.float() * (self.scale.view(1, -1, 1, 1) * s.view(-1, 1, 1, 1))
+        if self.bias is not None:
+            expected = expected + self.bias.view(1, -1, 1, 1)
+        if self.activation == "relu":
+            expected = expected.relu()
+        assert torch.equal(y, expected.to(y.dtype))
+
+
+CONVS: list[tuple[Any, ...]] = [
+    ((2, 64, 5, 6), 32),
+    ((1, 3, 7, 7), 5, (3, 3), (2, 2)),
+    ((1, 130, 4, 3), 33, (3, 2), (1, 2), (2, 0), (2, 1)),
+    ((3, 65, 3, 3), 129, (1, 1), (1, 1), (0, 0)),
+    ((1, 16, 9, 11), 260, (5, 3), (3, 1), (4, 2), (1, 3)),
+    ((2, 48, 4, 5), 40, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    ((1, 128, 2, 2), 8, (7, 7), (1, 1), (3, 3)),
+    ((2, 8, 12, 12), 24, (3, 3), (1, 1), (0, 0), (5, 5)),
+]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("number", range(len(CONVS)))
+def test_convolutions(host: Any, number: int, int8: bool) -> None:
+    """Stride, padding, dilation, groups, channels and outputs around every boundary, in parts of K and whole."""
+    for i, dtype in enumerate(DTYPES):
+        if CONVS[number][6:] and dtype == torch.float32 and not int8:
+            continue  # not taken
+        case = ConvCase(
+            *CONVS[number], dtype=dtype, int8=int8, bias=i != 1, activation=("none", "relu")[i % 2],
+            channels_last=i != 2, plane_weights=((1,), (1, 2), (1, 1))[i],
+        )  # fmt: skip
+        y = case.run(host, processors=1)
+        case.check(y)
+        if int8:
+            case.check_bits(y)
+        for capability in (80, 90):
+            divided = case.run(host, capability=capability, processors=64, tiles=i != 0)
+            case.check(divided)
+            if int8:
+                assert torch.equal(divided, y)
+
+
+def test_convolutions_of_many_places(host: Any) -> None:
+    for outputs in (100, 300):
+        for int8 in (False, True):
+            case = ConvCase((2, 24, 9, 8), outputs, int8=int8)
+            case.check(case.run(host))
+
+
+def test_convolutions_without_pixels_and_with_a_nan(host: Any) -> None:
+    case = ConvCase((2, 4, 0, 3), 6, padding=(2, 1))
+    y = case.run(host)
+    assert case.bias is not None and y.shape == (2, 6, 2, 3)
+    assert torch.equal(y, case.bias.bfloat16().view(1, 6, 1, 1).expand_as(y))
+    case = ConvCase((2, 16, 4, 4), 6, int8=True, dtype=torch.float32)
+    case.x[1, 3, 2, 2] = float("nan")
+    y = case.run(host)
+    assert bool(y[1].isnan().all()) and not bool(y[0].isnan().any())
+    case = ConvCase((1, 16, 4, 4), 6, dtype=torch.float32)
+    case.x[0, 3, 0, 0] = float("inf")
+    y = case.run(host)
+    assert bool(y[..., :2, :2].isinf().all()) and bool(y[..., 2:, 2:].isfinite().all())
+
+
+def test_convolutions_that_are_not_taken(host: Any) -> None:
+    case = ConvCase((1, 16, 4, 4), 8, groups=2, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="groups"):
+        case.run(host)
+    assert not ops.conv_on_cuda(torch.float32, 8, 8, 2, 0, 1, "exact")
+
+
+@pytest.mark.gpu
+@needs_cuda_build
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("number", range(len(CONVS)))
+def test_convolutions_on_the_device(number: int, int8: bool) -> None:
+    for i, dtype in enumerate(DTYPES):
+        if CONVS[number][6:] and dtype == torch.float32 and not int8:
+            continue
+        case = ConvCase(*CONVS[number], dtype=dtype, int8=int8, plane_weights=((1,), (1, 2), (1, 1))[i])
+        y = case.run(torch.ops.quantopt, device="cuda")
+        case.check(y)
+        assert torch.equal(case.run(torch.ops.quantopt, device="cuda", tiles=False), y)
+        if int8:
+            case.check_bits(y)
+
+
+@pytest.mark.gpu
+@needs_cuda_build
+def test_a_captured_convolution() -> None:
+    case = ConvCase((4, 64, 8, 8), 128, int8=True, dtype=torch.float16)
+    x, bits, scale = case.x.cuda(), case.bits.cuda(), case.scale.cuda()
+    tiles = torch.ops.quantopt.binary_conv_tiles(bits, case.channels, case.taps, 1)
+
+    def run() -> Tensor:
+        y: Tensor = torch.ops.quantopt.binary_conv2d(x, bits, scale, None, *case.form, 0, "int8", tiles)
+        return y
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, run())
+
+
 WGMMA_TOKENS, WGMMA_ROWS = (64, 128), 256
 
 

@@ -143,7 +143,8 @@ struct MmaShape {
   int blocks;  // that a multiprocessor runs at least, by their registers and shared memory
 };
 constexpr MmaShape kMmaShapes[] = {
-    {8, 32, 1024, 2}, {8, 128, 256, 2}, {16, 128, 256, 2}, {32, 256, 128, 1}, {64, 256, 128, 1},
+    {8, 32, 1024, 2},  {8, 128, 256, 2},  {16, 128, 256, 2},
+    {32, 256, 128, 1}, {64, 256, 128, 1}, {64, 128, 256, 1},  // the last for convolutions alone
 };
 // y if `sums` is null (mma_parts is 1), else the sums [mma_parts, tokens, N] alone, for
 // binary_finish_on_cuda: int32 of ungrouped whole numbers, else fp32.

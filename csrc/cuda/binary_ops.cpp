@@ -15,20 +15,11 @@
 
 #include "binary_arguments.h"
 #include "cuda/binary_dispatch.h"
+#include "cuda/binary_torch.h"
 #include "cuda/torch_cuda.h"
 
 namespace quantopt {
 namespace {
-
-void check(const char* error) { TORCH_CHECK(error == nullptr, "quantopt: CUDA: ", error); }
-
-Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kFloat16;
-    default: return Dtype::kFloat32;
-  }
-}
 
 at::Tensor make_tiles(const at::Tensor& bits, int64_t inputs, const CudaPlace& place) {
   const int64_t count = planes_of(bits), outputs = bits.size(-2);

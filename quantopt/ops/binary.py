@@ -6,8 +6,9 @@ ternary weight. Bits are plain row-major, least significant first, 1 = +1, in ui
 [P, N, ceil(K/8)]; bits beyond K are ignored. Everything is derived from these, nothing else is saved.
 
 On the CPU and on CUDA the compiled kernels run, on other GPUs those in Triton (quantopt/backends.py chooses); without
-them and for float64 the reference does (quantopt/reference/binary.py). conv2d on a GPU is the reference's, that is
-the library's convolution on expanded weights. Source of the plane sum: docs/algorithms.md, section 1.
+them and for float64 the reference does (quantopt/reference/binary.py). conv2d runs on the compiled kernels of the CPU
+and of CUDA; elsewhere it is the reference's, that is the library's convolution on expanded weights. Source of the
+plane sum: docs/algorithms.md, section 1.
 """
 
 from collections.abc import Sequence
@@ -152,10 +153,34 @@ def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: 
     """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
-    if bits.device.type != "cpu" or _extension.error is not None:
+    chosen = backends.choose("binary_conv2d", bits.device, torch.float32).name
+    if chosen not in ("cpu", "cuda"):
+        return None
+    if chosen == "cuda" and not conv_on_cuda(
+        torch.bfloat16,
+        channels,
+        bits.shape[-2] // groups,
+        groups,
+        0,
+        bits.shape[0] if bits.dim() == 3 else 1,
+        "int8",
+    ):
         return None
     tiles: Tensor = torch.ops.quantopt.binary_conv_tiles(bits, channels, taps, groups)
     return tiles if tiles.numel() > 0 else None
+
+
+def conv_on_cuda(
+    dtype: torch.dtype, channels: int, outputs: int, groups: int, group_size: int, planes: int, compute: str
+) -> bool:
+    """Whether the CUDA kernel takes a convolution of so many channels and outputs in a group, and is worth it: each
+    group is a launch that fills channels up to 64 and outputs to 32. Else the reference runs it."""
+    if group_size or planes > 8:
+        return False
+    if groups == 1:
+        return True
+    readable = compute == "int8" or (dtype != torch.float32 and channels % 8 == 0)
+    return readable and groups <= 32 and channels >= 16 and outputs >= 8
 
 
 def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
@@ -302,9 +327,9 @@ def binary_linear(
         bias: [N] or None.
         in_features: K.
         compute: "auto" is "exact". "exact": fp32 accumulation of x as it is, y rounded once to the type of x.
-            "int8": x is first rounded, row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are exact, so the error is that of
-            the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about 0.4 % of its size in practice. A
-            row of x with an infinity or NaN gives NaN.
+            "int8": x is first rounded, row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are
+            exact, so the error is that of the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about
+            0.4 % of its size in practice. A row of x with an infinity or NaN gives NaN.
         group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
         plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1.
         tiles: :func:`binary_tiles` of these bits, if derived before (saves time when x has few rows).
@@ -362,7 +387,8 @@ def binary_conv2d(
         kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
         compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W).
 
-    A kernel of 1x1 without padding and groups is a linear layer. Else, with ``tiles`` (see :func:`conv_tiles`; modules
+    On CUDA one kernel takes all of them, but for scales of groups of weights, more than 8 planes, and many or small
+    groups (conv_on_cuda). On the CPU a kernel of 1x1 without padding and groups is a linear layer. Else, with ``tiles`` (see :func:`conv_tiles`; modules
     keep them), scales per tensor or row, and a processor with AVX2, the product runs on the packed weights too. Where
     neither holds, W is expanded to ±1 (exact in every type) for each call, and the library's convolution runs in fp32:
     that saves memory but no time.
@@ -426,7 +452,19 @@ def run_conv2d(
     """:func:`binary_conv2d` without its checks, for modules that made them once (the operator checks x)."""
     compute = arithmetic(compute)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    compiled = backends.choose("binary_conv2d", x.device, x.dtype).name == "cpu"
+    chosen = backends.choose("binary_conv2d", x.device, x.dtype).name
+    compiled = chosen == "cpu" or (
+        chosen == "cuda"
+        and conv_on_cuda(
+            x.dtype,
+            x.shape[-3] // groups,
+            bits.shape[-2] // groups,
+            groups,
+            group_size,
+            len(plane_weights),
+            compute,
+        )
+    )
     if not compiled or (torch.is_grad_enabled() and needs_grad):
         if compute == "int8" and x.requires_grad:  # straight through the rounding
             q, s = reference.quantize_rows(x.detach().flatten(-3))

@@ -11,6 +11,7 @@
 
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) TORCH_LIBRARY_FRAGMENT(quantopt_host, m)
+#include "cuda/binary_conv_ops.cpp"
 #include "cuda/binary_ops.cpp"
 
 namespace {
@@ -71,6 +72,11 @@ TORCH_LIBRARY(quantopt_host, m) {
               quantopt::choose_binary_kernel(w, int8, rows, quantopt::host_place.capability));
         });
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
+  m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");
+  m.def(
+      "binary_conv2d(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, int[] plane_weights, int group_size=0, str "
+      "compute=\"exact\", Tensor? tiles=None, str activation=\"none\") -> Tensor");
   m.def(
       "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
       "plane_weights, "

@@ -1,0 +1,215 @@
+// quantopt::binary_conv2d and binary_conv_tiles on CUDA: checks and memory around the kernels of
+// binary_conv.h.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "binary_arguments.h"
+#include "cuda/binary_conv.h"
+#include "cuda/binary_dispatch.h"
+#include "cuda/binary_torch.h"
+#include "cuda/torch_cuda.h"
+
+namespace quantopt {
+namespace {
+
+at::Tensor make_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
+                           const CudaPlace& place) {
+  const int64_t planes = planes_of(bits), outputs = bits.size(-2) / groups;
+  const int64_t inputs = taps * conv_channels(channels);
+  at::Tensor tiles =
+      at::empty({groups * planes, tile_plane_words(outputs, inputs)}, bits.options().dtype(at::kInt));
+  if (tiles.numel() == 0) return tiles;
+  const at::Tensor ordered = at::empty({groups * planes * outputs, inputs / 8}, bits.options());
+  check(conv_bits_on_cuda(bits.const_data_ptr<uint8_t>(), planes, groups, outputs, channels, taps,
+                          ordered.mutable_data_ptr<uint8_t>(), place));
+  check(binary_tiles_on_cuda(ordered.const_data_ptr<uint8_t>(), groups * planes, outputs, inputs,
+                             reinterpret_cast<uint32_t*>(tiles.mutable_data_ptr<int32_t>()), place));
+  return tiles;
+}
+
+at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+  check_conv_form(bits, channels, taps, groups);
+  const at::Tensor dense = check_bits(bits, channels * taps);
+  const c10::DeviceGuard guard(dense.device());
+  const at::Tensor tiles = make_conv_tiles(dense, channels, taps, groups, cuda_place(dense.device()));
+  tie_tiles(tiles, bits, {channels * taps, taps, groups, 0});
+  return tiles;
+}
+
+// Why no kernel takes the convolution, or null. ops/binary.py asks the same before it comes here.
+const char* unsupported(const at::Tensor& x, const ConvArguments& c, int64_t groups) {
+  const BinaryArguments& w = c.weights;
+  if (w.group_size > 0) return "the CUDA convolution takes scales per tensor or row (group_size=0)";
+  if (w.planes() > kMaxPlanes) return "the CUDA kernels take at most 8 planes";
+  if (groups > 1 && !w.quantize && (x.scalar_type() == at::kFloat || c.channels % 8 != 0)) {
+    return "the CUDA convolution takes groups with compute=\"int8\", or 16-bit x of a multiple of 8 channels";
+  }
+  return nullptr;
+}
+
+// How the places are divided: few channels of the output by blocks of as many rows.
+MmaPlan plan_conv(const BinaryWeights& w, int64_t tokens, bool may_split, int processors) {
+  constexpr int64_t kLeastStages = 4;
+  MmaPlan plan{tokens <= kMmaShapes[1].tokens ? 1 : w.outputs <= kMmaShapes[5].rows ? 5 : 4, 1};
+  if (!may_split) return plan;
+  const MmaShape& shape = kMmaShapes[plan.shape];
+  const int64_t blocks = ceil_divide(w.outputs, shape.rows) * ceil_divide(tokens, shape.tokens);
+  const int64_t stages = ceil_divide(w.inputs, shape.depth);
+  const int64_t wanted = std::clamp<int64_t>(int64_t{processors} * shape.blocks / blocks, 1,
+                                             std::max<int64_t>(1, stages / kLeastStages));
+  plan.splits = static_cast<int>(ceil_divide(stages, ceil_divide(stages, wanted)));
+  return plan;
+}
+
+at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
+                         c10::string_view compute, const std::optional<at::Tensor>& tiles,
+                         c10::string_view activation) {
+  const ConvArguments conv = check_conv(x, bits, scale, bias, kernel, stride, padding, dilation, groups,
+                                        plane_weights, group_size, compute, activation);
+  const BinaryArguments& a = conv.weights;
+  const char* reason = unsupported(x, conv, groups);
+  TORCH_CHECK_NOT_IMPLEMENTED(reason == nullptr, "quantopt: ", reason);
+  const c10::DeviceGuard guard(x.device());
+  at::Tensor y = at::empty({x.size(0), a.outputs, conv.size[0], conv.size[1]}, x.options(),
+                           at::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+
+  const CudaPlace place = cuda_place(x.device());
+  const Dtype dtype = dtype_of(x);
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2, pixels = x.size(2) * x.size(3);
+  const int64_t taps = kernel[0] * kernel[1], padded = conv_channels(conv.channels);
+  if (x.numel() == 0) {  // nothing to add up
+    const at::Tensor sums = at::zeros({y.numel()}, x.options().dtype(at::kFloat));
+    const BinaryEpilogue epilogue{a.scale.const_data_ptr<float>(),
+                                  a.scale_stride(),
+                                  nullptr,
+                                  a.bias_or_null(),
+                                  a.activation,
+                                  dtype,
+                                  y.mutable_data_ptr()};
+    check(binary_finish_on_cuda(
+        {sums.const_data_ptr(), false, 1, 1, y.numel() / a.outputs, a.outputs, a.outputs, false}, epilogue,
+        place));
+    return y;
+  }
+  const at::Tensor dense = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const TilesForm form{conv.channels * taps, taps, groups, 0};
+  BinaryWeights w{};
+  w.outputs = conv.outputs;
+  w.inputs = taps * padded;
+  w.planes = a.planes();
+  std::copy(a.plane_weights.begin(), a.plane_weights.end(), w.plane_weights);
+  const int64_t group_words = w.planes * tile_plane_words(w.outputs, w.inputs);
+  if (tiles && tiles->numel() > 0) {
+    TORCH_CHECK_VALUE(tiles->scalar_type() == at::kInt && tiles->is_contiguous() &&
+                          tiles->device() == x.device() && tiles->numel() == groups * group_words,
+                      "quantopt: tiles do not belong to these bits; derive them anew from the bits");
+  }
+  const at::Tensor layout = tiles && tiles->numel() > 0 && tiles_fit(*tiles, bits, form)
+                                ? *tiles
+                                : make_conv_tiles(a.bits, conv.channels, taps, groups, place);
+
+  // The tokens that one launch takes, and the parts in which they are added up.
+  const int64_t parts = !a.quantize && dtype == Dtype::kFloat32 ? 3 : 1;
+  const bool readable = !a.quantize && parts == 1 && conv.channels % 8 == 0 &&
+                        reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
+  TORCH_CHECK_NOT_IMPLEMENTED(readable || a.quantize || groups == 1,
+                              "quantopt: the CUDA convolution takes groups of x at an address that is a "
+                              "multiple of 16");
+  ConvGeometry g{x.size(0),
+                 static_cast<int32_t>(x.size(2)),
+                 static_cast<int32_t>(x.size(3)),
+                 static_cast<int32_t>(conv.size[0]),
+                 static_cast<int32_t>(conv.size[1]),
+                 static_cast<int32_t>(kernel[0]),
+                 static_cast<int32_t>(kernel[1]),
+                 {static_cast<int32_t>(stride[0]), static_cast<int32_t>(stride[1])},
+                 {static_cast<int32_t>(padding[0]), static_cast<int32_t>(padding[1])},
+                 {static_cast<int32_t>(dilation[0]), static_cast<int32_t>(dilation[1])}};
+  constexpr int64_t kLaunch = int64_t{65535} * 64;  // blocks along y, of places each
+  TORCH_CHECK_NOT_IMPLEMENTED(conv.size[0] <= INT32_MAX / conv.size[1] && parts * g.places() <= kLaunch &&
+                                  w.inputs <= INT32_MAX && pixels <= INT32_MAX,
+                              "quantopt: the CUDA convolution takes images of at most ", kLaunch / parts,
+                              " places of the output");
+  for (const int i : {0, 1}) {  // so that no coordinate leaves 32 bits
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        (kernel[i] - 1) * dilation[i] + x.size(2 + i) + 2 * padding[i] <= INT32_MAX,
+        "quantopt: the CUDA convolution takes padded images of less than 2^31 pixels");
+  }
+  const int64_t most = std::clamp<int64_t>(kLaunch / (parts * g.places()), 1, x.size(0));
+  const auto bytes = [&](int64_t count) { return at::empty({count}, x.options().dtype(at::kByte)); };
+  const at::Tensor values = bytes(a.quantize ? most * pixels * groups * padded
+                                  : readable ? 0
+                                             : parts * most * pixels * padded * 2);
+  const at::Tensor row_scale = bytes(a.quantize ? most * g.places() * 4 : 0);
+  const at::Tensor largest = bytes(a.quantize ? most * kConvParts * 4 : 0);
+  const MmaPlan plan = plan_conv(w, parts * most * g.places(), groups == 1, place.processors);
+  const int64_t splits = mma_parts(plan, place);
+  const bool direct = splits == 1 && parts == 1;
+  const at::Tensor sums = bytes(direct ? 0 : splits * parts * most * g.places() * w.outputs * 4);
+
+  for (int64_t first = 0; first < x.size(0); first += most) {
+    g.images = std::min(most, x.size(0) - first);
+    const auto* const from =
+        static_cast<const uint8_t*>(dense.const_data_ptr()) + first * pixels * x.size(1) * size;
+    auto* const to = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * g.places() * a.outputs * size;
+    ConvTokens tokens{
+        values.const_data_ptr(), MmaTokens::Type::kInt8, parts, padded, padded, groups * padded, true};
+    if (a.quantize) {
+      check(quantize_images_on_cuda({from, dtype, g.images, pixels, groups, conv.channels},
+                                    static_cast<float*>(largest.mutable_data_ptr()),
+                                    static_cast<int8_t*>(values.mutable_data_ptr()),
+                                    static_cast<float*>(row_scale.mutable_data_ptr()), g.places(), place));
+    } else {
+      tokens.type = dtype == Dtype::kFloat16 ? MmaTokens::Type::kFloat16 : MmaTokens::Type::kBFloat16;
+      if (readable) {
+        tokens.x = from;
+        tokens.channel_bytes = 2 * conv.channels;
+        tokens.pixel_bytes = 2 * x.size(1);
+        tokens.fresh = false;  // the weights may be
+      } else {
+        check(split_rows_on_cuda({from, dtype, g.images * pixels, conv.channels, conv.channels},
+                                 values.mutable_data_ptr(), padded, place));
+        tokens.channel_bytes = tokens.pixel_bytes = 2 * padded;
+      }
+    }
+    const auto* const first_token = static_cast<const uint8_t*>(tokens.x);
+    for (int64_t group = 0; group < groups; ++group) {
+      w.tiles = reinterpret_cast<const uint32_t*>(layout.const_data_ptr<int32_t>()) + group * group_words;
+      tokens.x = first_token + group * tokens.channel_bytes;
+      const BinaryEpilogue epilogue{
+          a.scale.const_data_ptr<float>() + group * w.outputs * a.scale_stride(),
+          a.scale_stride(),
+          a.quantize ? static_cast<const float*>(row_scale.const_data_ptr()) : nullptr,
+          a.bias.defined() ? a.bias_or_null() + group * w.outputs : nullptr,
+          a.activation,
+          dtype,
+          to + group * w.outputs * size};
+      check(binary_conv_on_cuda(w, tokens, g, plan, epilogue, a.outputs,
+                                direct ? nullptr : sums.mutable_data_ptr(), place));
+      if (direct) continue;
+      check(binary_finish_on_cuda({sums.const_data_ptr(), a.quantize, splits, parts, g.images * g.places(),
+                                   w.outputs, w.outputs, true},
+                                  epilogue, place));
+    }
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace quantopt
+
+TORCH_LIBRARY_IMPL(quantopt, CUDA, m) {
+  m.impl("binary_conv_tiles", &quantopt::binary_conv_tiles);
+  m.impl("binary_conv2d", &quantopt::binary_conv2d);
+}
