@@ -75,9 +75,9 @@ class Product:
             raise SystemExit(f"{name}: relative error {error}")
 
     def ours(self, mode: str, kernel: str = "", shape: int = -1, splits: int = 1) -> tuple[int, Function]:
-        tiles = self.copies(self.tiles)
-        bits = self.copies(self.bits)[: len(tiles)]
-        count = min(len(tiles), len(bits))
+        bits = self.copies(self.bits)
+        tiles = [ops.binary_tiles(b, self.inputs) for b in bits]  # they serve the bits they come from
+        count = len(bits)
         head = (None, self.inputs, [1])
 
         def call(i: int) -> Tensor:

@@ -138,7 +138,8 @@ def pack(
             scale and bias, and a following ReLU, GELU or SiLU module into its epilogue; quantopt.folding.Folded stands
             where they were. The model must be in evaluation mode. Only modules that follow the layer wherever it is
             called, and nothing else, are folded: not a ReLU after an addition, not one that is shared or a function.
-            BatchNorm1d after a Linear is taken to be of [batch, features].
+            BatchNorm1d after a Linear takes [batch, features] alone: other inputs are then an error. A model that
+            torch.fx cannot trace is left unfolded, with a warning that gives the reason.
 
     Layers and weights that are shared stay shared. A quantised weight of any other kind of layer keeps its type, with
     the projected values. The outputs are those of the model inside ``opt.quantized()``, to rounding.
