@@ -25,7 +25,7 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
     grids |= {name: ["1bit", "ternary", "2bit", "4bit"] for name in ("askew", "askew-adam", "stam")}
     expected = {f"{optimizer}-{bits}" for optimizer, all_bits in grids.items() for bits in all_bits}
     expected |= {"sgd", "luq", "askew-w4a4"}
-    small = {f"{optimizer}-1bit" for optimizer in (*grids, "askew-adam")} | {"sgd"}
+    small = {f"{optimizer}-1bit" for optimizer in (*grids, "askew-adam")} | {"sgd", "stam-early-1bit"}
     assert set(recipes.names()) == (
         {f"{n}-{rest}" for n in NETWORKS for rest in expected}
         | {f"cnn-{rest}" for rest in small}

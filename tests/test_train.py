@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import quantopt
-from quantopt.train import cli, data, demo, loop, recipes, report
+from quantopt.train import augment, cli, data, demo, loop, recipes, report
 from quantopt.train.errors import InputError
 from quantopt.train.loop import Config, Trainer, train
 from training_data import write_patterns
@@ -294,6 +294,19 @@ def test_batch_norm_is_reestimated_for_the_projected_weights(dataset):
     handle.remove()
     assert torch.allclose(found, inputs[0].mean((0, 2, 3)), atol=1e-4)
     assert found.abs().max() > 0.01
+
+
+def test_batch_norm_is_reestimated_on_images_as_in_training(dataset):
+    norms = {}
+    for mode in ("none", "crop"):
+        trainer = Trainer(dataclasses.replace(CONFIG, augment=mode), dataset)
+        trainer.finish()
+        norms[mode] = next(m for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d))
+    images = augment.apply(dataset.train_images, "crop", torch.Generator().manual_seed(1))  # other shifts
+    with torch.no_grad():
+        mean = trainer.model[:2](images).mean((0, 2, 3))  # of the first convolution
+    distance = {mode: (norm.running_mean - mean).norm() for mode, norm in norms.items()}
+    assert distance["crop"] < 0.2 * distance["none"]
 
 
 def test_runs_with_one_seed_agree_and_with_another_differ(dataset):
