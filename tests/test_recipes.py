@@ -43,7 +43,7 @@ def test_every_recipe_builds(name, networks):
         assert config.optimizer == name
         return
     assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= (
-        20 if config.model == "cnn" else 60
+        12 if config.model == "cnn" else 60
     )
     with torch.device("meta"):  # what the recipe makes of the network, without its memory
         model = models.build(config.model, (3, 32, 32), 10)
