@@ -174,7 +174,7 @@ def linear_kernel(
         tl.store(out_ptr + where, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "rows_of_scale"])
 def finish_kernel(
     sums_ptr,
     scale_ptr,
@@ -184,6 +184,7 @@ def finish_kernel(
     rows,
     outputs,
     splits,
+    rows_of_scale,  # that share one scale of x
     ONE_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -194,7 +195,8 @@ def finish_kernel(
     total = tl.load(sums_ptr + m[:, None] * outputs + n[None, :], mask=mask, other=0)
     for part in range(1, splits):
         total += tl.load(sums_ptr + (part * rows + m[:, None]) * outputs + n[None, :], mask=mask, other=0)
-    y = finish(total, scale_ptr, bias_ptr, x_scale_ptr, m, n, rows, outputs, ONE_SCALE, ACTIVATION)
+    of_scale = m // rows_of_scale
+    y = finish(total, scale_ptr, bias_ptr, x_scale_ptr, of_scale, n, rows, outputs, ONE_SCALE, ACTIVATION)
     tl.store(y_ptr + m[:, None] * outputs + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -291,6 +293,7 @@ def binary_linear(
                 rows=rows,
                 outputs=outputs,
                 splits=splits,
+                rows_of_scale=1,
                 BLOCK=block,
                 enable_fp_fusion=False,
                 **arguments,

@@ -1,17 +1,15 @@
 """The products with packed weights in Triton: in its interpreter, compiled for GPUs not at hand, and on a GPU."""
 
-import importlib.util
 import itertools
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from interpreted_kernels import interpreted_kernels
 from torch import Tensor
 
 from quantopt.ops import binary as ops
@@ -24,34 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
-    """quantopt.kernels.binary_linear, loaded a second time with its kernels in Triton's interpreter."""
-    from triton.runtime import interpreter
-
-    source = importlib.util.find_spec("quantopt.kernels.binary_linear")
-    assert source is not None and source.origin is not None
-
-    def numbers(handle: Any) -> Any:
-        if handle.dtype.scalar != triton.language.bfloat16:
-            return handle.data
-        return (handle.data.astype(np.uint32) << 16).view(np.float32)
-
-    def dot(builder: Any, a: Any, b: Any, sums: Any, *rest: Any) -> Any:
-        """The interpreter's own multiplies the bits of bfloat16 as whole numbers, and whole numbers slowly."""
-        if a.dtype.scalar == triton.language.int8:
-            product = (numbers(a).astype(np.float64) @ numbers(b).astype(np.float64)).astype(np.int32)
-        else:
-            product = np.matmul(numbers(a), numbers(b), dtype=np.float32)
-        return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
-
-    spec = importlib.util.spec_from_file_location("interpreted_binary_linear", source.origin)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-        patch.delenv("TRITON_INTERPRET")
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    with interpreted_kernels("binary_linear") as (module,):
         yield module
 
 

@@ -1,0 +1,235 @@
+"""conv2d with packed weights in Triton: in its interpreter, compiled for GPUs not at hand, and on a GPU."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from interpreted_kernels import interpreted_kernels
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantopt.nn import BinaryConv2d
+from quantopt.ops import binary as ops
+from quantopt.reference import binary as reference
+
+triton = pytest.importorskip("triton")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Pair = tuple[int, int]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[ModuleType]:
+    with interpreted_kernels("binary_linear", "binary_conv") as (_, module):
+        yield module
+
+
+def compare(
+    kernels: ModuleType,
+    shape: tuple[int, int, int, int],
+    outputs: int,
+    kernel: Pair = (3, 3),
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    levels: int = 2,
+    dtype: torch.dtype = torch.float32,
+    compute: str = "exact",
+    activation: str = "none",
+    x: Tensor | None = None,
+    device: str = "cpu",
+) -> None:
+    """Against the convolution in float64."""
+    weights = ops.plane_weights_of(levels)
+    x = torch.randn(shape).to(dtype) if x is None else x
+    features = x.shape[1] // groups * kernel[0] * kernel[1]
+    bits = ops.pack_signs(torch.randn(len(weights), outputs, features))
+    if features % 8:
+        bits[..., -1] |= (0xFF << (features % 8)) & 0xFF
+    scale, bias = torch.rand(outputs) + 0.5, torch.randn(outputs)
+    geometry = (kernel, stride, padding, dilation, groups)
+    on_device = [t.to(device) for t in (x, bits, scale, bias)]
+    y = kernels.binary_conv2d(*on_device, *geometry, weights, compute, activation).cpu()
+    wide = x.double() if compute == "exact" else x.float()
+    expected = reference.binary_conv2d(
+        wide, bits, scale, bias, *geometry, weights, 0, compute, activation
+    ).double()
+    dense = reference.dense_weight(bits, scale, features, weights, 0, torch.float64).abs()
+    size = F.conv2d(x.double().abs(), dense.view(outputs, -1, *kernel), None, *geometry[1:])
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    allowed = 2e-6 * (size + bias.abs().view(-1, 1, 1)) + rounding * expected.abs() + 1e-6
+    assert y.dtype == dtype and y.shape == expected.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    error = (y.double() - expected).abs()
+    assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_geometry(interpreted: ModuleType, compute: str) -> None:
+    cases = itertools.product(
+        [(3, 3), (1, 1), (2, 5)], [(1, 1), (2, 3)], [(0, 0), (2, 1)], [(1, 1), (2, 1)], [1, 3]
+    )
+    for kernel, stride, padding, dilation, groups in cases:
+        compare(
+            interpreted,
+            (2, 9, 7, 8),
+            6,
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            compute=compute,
+        )
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes(interpreted: ModuleType, dtype: torch.dtype, compute: str) -> None:
+    """Around every block: pixels of 16, 32, 64, 128, outputs of 16 to 128, steps of 32 to 128 channels, parts of K."""
+    for width in (1, 4, 5, 9, 16, 17, 33):  # times 4 pixels
+        compare(interpreted, (1, 33, 4, width), 65, padding=(1, 1), dtype=dtype, compute=compute)
+    for outputs in (1, 16, 17, 64, 129):
+        compare(interpreted, (3, 20, 3, 5), outputs, padding=(1, 1), dtype=dtype, compute=compute)
+    for channels in (1, 7, 8, 31, 32, 64, 65, 127, 129, 300):
+        compare(interpreted, (2, channels, 3, 3), 20, padding=(1, 1), dtype=dtype, compute=compute)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_planes_groups_activations(interpreted: ModuleType, compute: str) -> None:
+    for levels, activation in zip((3, 4, 16), ("relu", "gelu", "silu"), strict=True):
+        form = {"padding": (1, 1), "levels": levels, "activation": activation, "compute": compute}
+        compare(interpreted, (2, 66, 4, 5), 34, groups=2, **form)  # type: ignore[arg-type]
+        compare(interpreted, (1, 520, 2, 2), 20, **form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_layouts_and_no_elements(interpreted: ModuleType, compute: str) -> None:
+    x = torch.randn(3, 20, 7, 6)
+    for view in (
+        x.to(memory_format=torch.channels_last),
+        x.transpose(2, 3),
+        x[:, ::2],
+        x[:, :, ::2],
+        x[:0],
+        x[:, :0],
+    ):
+        compare(interpreted, (0, 0, 0, 0), 20, (2, 2), x=view, compute=compute)
+
+
+def test_whole_sums_are_exact(interpreted: ModuleType) -> None:
+    """With s = 1 for both images, and another s for the third, the sums are whole numbers."""
+    x = torch.randint(-126, 127, (3, 300, 4, 5)).float()
+    x[:2, 7, 3, 4], x[2, 0, 0, 0] = 127, -254
+    bits = ops.pack_signs(torch.randn(2, 40, 300 * 9))
+    signs = reference.expand_planes(bits, 300 * 9, [3, 128], torch.float64).view(40, 300, 3, 3)
+    one = torch.ones(1)
+    y = interpreted.binary_conv2d(
+        x, bits, one, None, (3, 3), (1, 1), (1, 1), (1, 1), 1, [3, 128], "int8", "none"
+    )
+    values = torch.cat([x[:2], (x[2:] / 2).round()]).double()
+    expected = F.conv2d(values, signs, padding=1) * torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1, 1)
+    assert expected.abs().max() < 2**25 and torch.equal(y, expected.float())
+
+
+def test_images_of_many_blocks_share_one_scale(interpreted: ModuleType) -> None:
+    x = torch.randn(3, 40, 33, 17).contiguous(memory_format=torch.channels_last)
+    x[1] *= 100
+    q, s = interpreted.quantize_images(x)
+    expected, scale = reference.quantize_rows(x.flatten(1))
+    assert torch.equal(s, scale.flatten()) and torch.equal(q.flatten(1).float(), expected)
+
+
+def test_infinities_and_nan(interpreted: ModuleType) -> None:
+    x = torch.randn(4, 5, 4, 4)
+    x[1, 2, 1, 1], x[2, 0, 3, 3] = torch.inf, torch.nan
+    x[3] = 0
+    w = torch.randn(6, 5, 3, 3)
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1, [1])
+    arguments = (ops.pack_signs(w.flatten(1)), torch.ones(1), None, *geometry)
+    y = interpreted.binary_conv2d(x, *arguments, "exact", "none")
+    expected = F.conv2d(x, torch.where(w >= 0, 1.0, -1.0), padding=1)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    y = interpreted.binary_conv2d(x, *arguments, "int8", "none")
+    assert bool(y[1:3].isnan().all()) and bool(y[0].isfinite().all()) and bool((y[3] == 0).all())
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("rows", "kind"), [(49, "*bf16"), (49, "*i8"), (3136, "*fp16"), (3136, "*i8")])
+def test_compiles_ahead_of_time(
+    architecture: int, rows: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To tensor-core instructions with asynchronous copies of x, and no spilled register."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from quantopt.kernels import binary_conv as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = kernels.block_for(rows, 256, 256)
+    constants: dict[str, Any] = {
+        "PLANE_WEIGHTS": (1,),
+        "ONE_SCALE": False,
+        "INT8": kind == "*i8",
+        "PARTIAL": False,
+        "ACTIVATION": "relu",
+        "ROWS": config.rows,
+        "OUTPUTS": config.outputs,
+        "INPUTS": config.inputs,
+        **{name: 1 for name in ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")},
+    }
+    if kind != "*i8":
+        constants["x_scale_ptr"] = None
+    names = kernels.conv_kernel.arg_names
+    types = {"x_ptr": kind, "bits_ptr": "*u8", "out_ptr": "*fp16"}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    even = ("all_channels", "channels", "all_outputs", "outputs")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in constants and (name.endswith("_ptr") or name in even)
+    }
+    compiled = triton.compile(
+        ASTSource(kernels.conv_kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": False,
+        },
+    )
+    assert compiled.asm["cubin"][:4] == b"\x7fELF"
+    ptx = compiled.asm["ptx"]
+    assert re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)
+    assert "cp.async" in ptx and ".local" not in ptx
+    assert compiled.metadata.shared < 100 << 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_the_device(dtype: torch.dtype, compute: str) -> None:
+    from quantopt.kernels import binary_conv as kernels
+
+    form = {"dtype": dtype, "compute": compute, "device": "cuda"}
+    for shape, outputs in (
+        ((1, 64, 7, 7), 65),
+        ((2, 256, 14, 14), 256),
+        ((3, 33, 28, 9), 20),
+        ((1, 512, 7, 7), 512),
+    ):
+        compare(kernels, shape, outputs, padding=(1, 1), **form)  # type: ignore[arg-type]
+    compare(kernels, (2, 66, 9, 8), 34, stride=(2, 2), groups=2, levels=4, **form)  # type: ignore[arg-type]
+    compare(kernels, (2, 48, 9, 8), 34, (1, 1), **form)  # type: ignore[arg-type]
