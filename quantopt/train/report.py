@@ -127,7 +127,8 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG, atomically."""
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    options: dict[str, Any] = {"format": "png", "dpi": 90, "pil_kwargs": {"optimize": True}}
+    atomic_write(path, lambda file: figure.savefig(file, **options))
 
 
 _COLUMNS = (
