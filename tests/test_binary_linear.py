@@ -411,6 +411,7 @@ def test_threads_rows_and_layout_give_the_same_bits(isa: str, compute: str) -> N
     try:
         for m, n, k, group_size in [
             (1, 700, 333, 0),
+            (2, 2100, 900, 0),
             (3, 300, 1000, 0),
             (70, 260, 500, 0),
             (70, 130, 256, 64),

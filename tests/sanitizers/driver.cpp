@@ -259,6 +259,7 @@ void check_products(const Kernels& kernels) {
 
 struct ConvCase {
   int64_t images, height, width, channels, outputs, kernel[2], stride[2], padding[2], dilation[2], planes;
+  int64_t groups = 1;  // of which the last is computed
 };
 
 void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
@@ -266,7 +267,9 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
   const Weights w(v.planes * taps * v.outputs, v.channels, 1);  // [planes, taps, outputs, channels]
   const Array<uint16_t> tiles = tiles_of(kernels, w.bits.data(), v.planes * taps, v.outputs, v.channels);
   const Array<float> scale = random_floats(v.outputs), bias = random_floats(v.outputs);
-  Array<float> x = random_floats(v.images * v.height * v.width * v.channels);
+  const int64_t x_stride = v.groups * v.channels, y_stride = v.groups * v.outputs;
+  const int64_t first = (v.groups - 1) * v.channels, first_output = (v.groups - 1) * v.outputs;
+  Array<float> x = random_floats(v.images * v.height * v.width * x_stride);
   Array<int8_t> q(0);
   const Array<float> x_scale = quantized ? quantize(kernels, x, q, v.images) : Array<float>(0);
   Array<int32_t> plane_weights(v.planes);
@@ -277,8 +280,8 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
   c.width = v.width;
   c.channels = v.channels;
   c.outputs = v.outputs;
-  c.x_stride = v.channels;
-  c.y_stride = v.outputs;
+  c.x_stride = x_stride;
+  c.y_stride = y_stride;
   int64_t* const out[] = {&c.out_height, &c.out_width};
   for (int i = 0; i < 2; ++i) {
     c.kernel[i] = v.kernel[i];
@@ -289,17 +292,17 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
                   v.stride[i] +
               1;
   }
-  Array<float> y(v.images * c.out_height * c.out_width * v.outputs, NAN);
+  Array<float> y(v.images * c.out_height * c.out_width * y_stride, NAN);
   c.planes = v.planes;
   c.tiles = tiles.data();
   c.plane_weights = plane_weights.data();
   c.scale = scale.data();
   c.scale_stride = 1;
   c.bias = bias.data();
-  c.x = quantized ? nullptr : x.data();
-  c.q = quantized ? q.data() : nullptr;
+  c.x = quantized ? nullptr : x.data() + first;
+  c.q = quantized ? q.data() + first : nullptr;
   c.x_scale = quantized ? x_scale.data() : nullptr;
-  c.y = y.data();
+  c.y = y.data() + first_output;
   c.activation = Activation::relu;
   const int64_t rows = c.images * c.out_height;
   for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, rows / 2}, {rows / 2, rows}}) {
@@ -308,16 +311,20 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
     kernels.conv2d(c, begin, end, memory.get());
   }
   for (int64_t i = 0; i < y.size(); ++i) {
-    const int64_t n = i % v.outputs, ox = i / v.outputs % c.out_width,
-                  oy = i / v.outputs / c.out_width % c.out_height,
-                  image = i / v.outputs / c.out_width / c.out_height;
+    const int64_t n = i % y_stride - first_output, ox = i / y_stride % c.out_width,
+                  oy = i / y_stride / c.out_width % c.out_height,
+                  image = i / y_stride / c.out_width / c.out_height;
+    if (n < 0) {
+      expect(std::isnan(y[i]), "binary_conv2d writes to another group");
+      continue;
+    }
     double sum = 0.0, size = 1.0;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t iy = oy * v.stride[0] - v.padding[0] + tap / v.kernel[1] * v.dilation[0];
       const int64_t ix = ox * v.stride[1] - v.padding[1] + tap % v.kernel[1] * v.dilation[1];
       if (iy < 0 || iy >= v.height || ix < 0 || ix >= v.width) continue;
       for (int64_t k = 0; k < v.channels; ++k) {
-        const double value = x[((image * v.height + iy) * v.width + ix) * v.channels + k] * scale[n] *
+        const double value = x[((image * v.height + iy) * v.width + ix) * x_stride + first + k] * scale[n] *
                              (quantized ? x_scale[image] : 1.0f);
         for (int64_t p = 0; p < v.planes; ++p) {
           const int byte = w.bits[((p * taps + tap) * v.outputs + n) * bytes + k / 8];
@@ -340,6 +347,7 @@ void check_convolutions(const Kernels& kernels) {
       {1, 6, 5, 257, 65, {3, 2}, {1, 1}, {2, 1}, {2, 1}, 1},
       {1, 1, 1, 300, 7, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
       {1, 2, 2, 5, 4130, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1},
+      {2, 4, 5, 20, 35, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 2, 3},
   };
   for (const ConvCase& v : cases) {
     for (bool quantized : {false, true}) check_conv(kernels, v, quantized);
