@@ -29,7 +29,9 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
     assert "unfinished: stam-0, stam-1, luq-0, luq-1" in capsys.readouterr().err
     assert cli.main([*command, "--jobs", "2"]) == 0
     results = json.loads((out / "accuracy.json").read_text())
-    assert {"device", "date", "commit", "versions", "threads"} < set(results)
+    assert {"device", "date", "commit", "versions", "threads"} < set(results) and results[
+        "data"
+    ] == "patterns"
     rows = results["rows"]
     keys = {"model", "optimizer", "bits", "seeds", "mean", "std", "packed_mean", "epochs", "device"}
     assert all(keys <= set(row) for row in rows)

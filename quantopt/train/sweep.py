@@ -141,6 +141,7 @@ def run(arguments: argparse.Namespace, device: str, passed_on: Sequence[str]) ->
     if rows:
         print(table(rows))
         head = environment.header(device, torch.get_num_threads())
+        head["data"] = Path(arguments.data).name
         report.write_json(out / RESULTS, {**head, "rows": list(rows.values())})
         report.plot_curves(out / report.CURVES_PNG, curves)
         print(f"\nwritten: {out}/{RESULTS}, {report.CURVES_PNG}")
