@@ -94,7 +94,7 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
                      bias->scalar_type());
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.outputs, "quantopt: bias must be [", w.outputs,
                       "], not ", bias->sizes());
-    w.bias = bias->to(at::kFloat).contiguous();
+    w.bias = as_type(*bias, at::kFloat).contiguous();
   }
   w.quantize = compute == "int8";  // "auto" is exact: what loses accuracy is asked for by name
   TORCH_CHECK_VALUE(w.quantize || compute == "exact" || compute == "auto",

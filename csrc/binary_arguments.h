@@ -30,6 +30,11 @@ struct BinaryArguments {
   const float* bias_or_null() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
 };
 
+// The tensor in another type. `to` passes the dispatcher even where there is nothing to do.
+inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 // bits [N, ceil(K / 8)] or [P, N, ceil(K / 8)], dense.
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features);
 inline int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : bits.size(0); }

@@ -1,10 +1,10 @@
 // quantopt::binary_linear, binary_conv2d and binary_tiles on the CPU: checks, conversions and threads around
 // the kernels of cpu/kernels/binary_linear.h.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
@@ -27,6 +27,7 @@
 
 namespace {
 
+using quantopt::as_type;
 using quantopt::BinaryArguments;
 using quantopt::BinaryConv;
 using quantopt::BinaryLinear;
@@ -199,11 +200,16 @@ at::Tensor layout_of(const std::optional<at::Tensor>& tiles, const at::Tensor& b
   return quantopt::tiles_fit(*tiles, bits, form) ? *tiles : derive();
 }
 
+// A new dense tensor; at::empty passes the dispatcher twice.
+at::Tensor dense_tensor(at::IntArrayRef shape, at::ScalarType type,
+                        at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return at::detail::empty_cpu(shape, type, /*pin_memory=*/false, format);
+}
+
 // Each of `rows` rows of x as int8, and their scales in `row_scale`.
-at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
-  const Kernels kernels = kernels_of(quantopt::active_isa());
-  at::Tensor q = at::empty_like(x, at::TensorOptions().dtype(at::kChar));
-  row_scale = at::empty({rows}, x.options());
+at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
+  at::Tensor q = dense_tensor(x.sizes(), at::kChar, x.suggest_memory_format());
+  row_scale = dense_tensor({rows}, at::kFloat);
   const int64_t length = x.numel() / rows;
   const float* from = x.const_data_ptr<float>();
   int8_t* to = q.mutable_data_ptr<int8_t>();
@@ -217,10 +223,9 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, at::Tensor& row_scal
 }
 
 // y = x W^T + b for `rows` rows of values: fp32, or int8 with row_scale. `tiles` may be those of `bits`.
-void run_linear(const BinaryArguments& w, const at::Tensor& values, const at::Tensor& row_scale, int64_t rows,
-                const at::Tensor& bits, const std::optional<at::Tensor>& tiles, at::Tensor& y) {
-  const Isa isa = quantopt::active_isa();
-  const Kernels kernels = kernels_of(isa);
+void run_linear(Isa isa, const Kernels& kernels, const BinaryArguments& w, const at::Tensor& values,
+                const at::Tensor& row_scale, int64_t rows, const at::Tensor& bits,
+                const std::optional<at::Tensor>& tiles, at::Tensor& y) {
   BinaryLinear p{};
   p.rows = rows;
   p.outputs = w.outputs;
@@ -260,14 +265,16 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
                     x.sizes());
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.outputs;
-  at::Tensor y = at::empty(shape, at::TensorOptions().dtype(at::kFloat));
+  at::Tensor y = dense_tensor(shape, at::kFloat);
   if (y.numel() > 0) {
+    const Isa isa = quantopt::active_isa();
+    const Kernels kernels = kernels_of(isa);
     const int64_t rows = y.numel() / w.outputs;
-    at::Tensor values = x.to(at::kFloat).contiguous(), row_scale;
-    if (w.quantize) values = quantize_rows(values, rows, row_scale);
-    run_linear(w, values, row_scale, rows, bits, tiles, y);
+    at::Tensor values = as_type(x, at::kFloat).contiguous(), row_scale;
+    if (w.quantize) values = quantize_rows(kernels, values, rows, row_scale);
+    run_linear(isa, kernels, w, values, row_scale, rows, bits, tiles, y);
   }
-  return y.to(x.scalar_type());
+  return as_type(y, x.scalar_type());
 }
 
 bool all_finite(const at::Tensor& x) {
@@ -329,17 +336,19 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                            group_size, compute, activation);
   const BinaryArguments& w = conv.weights;
   const int64_t channels = conv.channels, outputs = conv.outputs, *const size = conv.size;
-  at::Tensor y = at::empty({x.size(0), w.outputs, size[0], size[1]}, at::TensorOptions().dtype(at::kFloat),
-                           at::MemoryFormat::ChannelsLast);
-  if (y.numel() == 0) return y.to(x.scalar_type());
+  at::Tensor y =
+      dense_tensor({x.size(0), w.outputs, size[0], size[1]}, at::kFloat, at::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return as_type(y, x.scalar_type());
   if (x.numel() == 0) {
     y.zero_();
     if (w.bias.defined()) y.add_(w.bias.view({-1, 1, 1}));
     activate_by_library(w.activation, y);
-    return y.to(x.scalar_type());
+    return as_type(y, x.scalar_type());
   }
-  at::Tensor values = x.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
-  if (w.quantize) values = quantize_rows(values, x.size(0), x_scale);
+  const Isa isa = quantopt::active_isa();
+  const Kernels kernels = kernels_of(isa);
+  at::Tensor values = as_type(x, at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
+  if (w.quantize) values = quantize_rows(kernels, values, x.size(0), x_scale);
   if (kernel[0] * kernel[1] == 1 && padding[0] + padding[1] == 0 && groups == 1) {
     if (stride[0] * stride[1] > 1) {
       values = values.slice(2, 0, x.size(2), stride[0]).slice(3, 0, x.size(3), stride[1]);
@@ -347,11 +356,9 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     }
     const int64_t pixels = size[0] * size[1];
     if (w.quantize) x_scale = x_scale.unsqueeze(1).expand({x.size(0), pixels}).contiguous();
-    run_linear(w, values, x_scale, x.size(0) * pixels, bits, tiles, y);
-    return y.to(x.scalar_type());
+    run_linear(isa, kernels, w, values, x_scale, x.size(0) * pixels, bits, tiles, y);
+    return as_type(y, x.scalar_type());
   }
-  const Isa isa = quantopt::active_isa();
-  const Kernels kernels = kernels_of(isa);
   const int64_t taps = kernel[0] * kernel[1];
   // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels.
   const bool by_levels = w.planes() > 1 && !w.quantize && !all_finite(values);
@@ -405,7 +412,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                        kernels.conv2d(c, begin, end, memory.mutable_data_ptr());
                      });
   }
-  return y.to(x.scalar_type());
+  return as_type(y, x.scalar_type());
 }
 
 }  // namespace
