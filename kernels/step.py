@@ -742,9 +742,8 @@ def _row_of(lists: dict[str, Sequence[Tensor]], index: int, group_size: int) -> 
 
 
 _PLANS: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_CAPTURED: set[Plan] = (
-    set()
-)  # a graph may be replayed as long as the process lives: its tables stay where they are
+# A graph may be replayed as long as the process lives: its tables stay where they are.
+_CAPTURED: set[Plan] = set()
 _KEPT = 64
 
 

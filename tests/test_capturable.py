@@ -9,6 +9,8 @@ from torch import Tensor
 
 import quantopt
 from quantopt import backends
+from quantopt.ops.step import HYPER
+from quantopt.optim import base
 from test_optim import MAKERS, every, network, same, train, weights
 
 
@@ -20,6 +22,11 @@ def run(model: torch.nn.Module, opt: Any, steps: int, cosine: Any, anneal: Any, 
     for i in range(first, first + steps):
         train(model, opt, 1, first=i, anneal=anneal)
         cosine.step()
+
+
+def set_decay(opt: Any, value: float) -> None:
+    for group in opt.param_groups:
+        group["weight_decay"] = value
 
 
 @every
@@ -79,14 +86,42 @@ def test_a_loaded_state_takes_the_place_of_the_present_one(name: str) -> None:
     train(model, opt, 3, first=3)
     after = weights(model)
     tensors = [(p, key, value) for p, own in opt.state.items() for key, value in own.items()]
+    hypers = [step.hyper for step in opt._steps]
     kept = copy.deepcopy(saved)
     model.load_state_dict(start)
     opt.load_state_dict(saved)
     assert all(opt.state[p][key] is value for p, key, value in tensors)
     train(model, opt, 3, first=3)
     assert same(weights(model), after)
+    assert all(step.hyper is hyper for step, hyper in zip(opt._steps, hypers, strict=True))
     for i, own in kept["state"].items():
         assert all(torch.equal(saved["state"][i][key], value) for key, value in own.items())
+
+
+def test_a_load_of_another_dtype_leaves_the_old_tensors_alone() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), capturable=True)
+    train(model, opt, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    momentum = saved["state"][0]["momentum_buffer"]
+    saved["state"][0]["momentum_buffer"] = torch.ones_like(momentum, dtype=torch.float64)
+    p = opt.param_groups[0]["params"][0]
+    opt.load_state_dict(saved)
+    assert bool((opt.state[p]["momentum_buffer"] == 1).all())
+
+
+def test_a_load_without_state_begins_anew() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), capturable=True)
+    unseen = copy.deepcopy(opt.state_dict())
+    train(model, opt, 2)
+    before = {p: own["momentum_buffer"] for p, own in opt.state.items()}
+    opt.load_state_dict(unseen)
+    assert not opt.state
+    train(model, opt, 1)
+    for p, old in before.items():
+        momentum = opt.state[p]["momentum_buffer"]
+        assert momentum is not old and torch.equal(momentum, p.grad)
 
 
 def test_a_tensor_of_the_user_is_used_as_it_is() -> None:
@@ -112,6 +147,78 @@ def test_a_float_that_changes_is_noticed() -> None:
         train(model, opt, 2, first=2)
         results.append(weights(model))
     assert same(*results)
+
+
+def test_floats_that_a_graph_writes_are_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float that first changes while a graph is captured is written by every replay of it."""
+    results = []
+    for replayed in (False, True):
+        model = network()
+        opt = quantopt.AskewSGD(quantopt.param_groups(model), lr=0.05, capturable=True)
+        train(model, opt, 1)
+        set_decay(opt, 0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "_is_capturing", lambda _, now=replayed: now)
+            train(model, opt, 1, first=1)
+        for i in (2, 3):
+            for step in opt._steps if replayed else ():
+                step.hyper[HYPER.index("weight_decay")] = 0.7  # as a replay of another graph would
+            train(model, opt, 1, first=i)
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_capture_is_looked_for_on_the_device_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[Any] = [torch.device("cuda:0")]
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: current[-1] == torch.device("cuda:1")
+    )
+    assert base._is_capturing(torch.device("cuda:1"))
+    assert not base._is_capturing(torch.device("cuda:0"))
+    assert not base._is_capturing(torch.device("cpu"))
+
+
+def odd_layouts(device: str) -> list[torch.nn.Parameter]:
+    """One parameter that is not dense, one whose gradient lies otherwise, one plain."""
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    params = [
+        torch.nn.Parameter(normal(4, 8)[:, :4]),
+        torch.nn.Parameter(normal(6, 5)),
+        torch.nn.Parameter(normal(7)),
+    ]
+    params[0].grad = normal(4, 4) * 0.1
+    params[1].grad = (normal(5, 6) * 0.1).t()
+    params[2].grad = normal(7) * 0.1
+    return params
+
+
+def test_odd_layouts_step_as_plain_ones() -> None:
+    odd = odd_layouts("cpu")
+    plain = [torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in odd]
+    for p, q in zip(plain, odd, strict=True):
+        assert q.grad is not None
+        p.grad = q.grad.contiguous()
+    for params in (odd, plain):
+        opt = quantopt.AskewSGD(params, lr=0.05, scale="none", capturable=True)
+        for _ in range(3):
+            opt.step()
+    assert same([p.detach() for p in odd], [p.detach() for p in plain])
 
 
 def test_refusals_name_the_remedy_and_add_nothing() -> None:
@@ -146,6 +253,13 @@ def transposed(model: torch.nn.Module) -> None:
             p.data = p.data.t().contiguous().t()
 
 
+def needs(backend: str) -> None:
+    try:
+        backends.choose("fused_step", torch.device("cuda"), torch.float32, backend)
+    except backends.BackendError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("layout", ["dense", "transposed"])
@@ -155,10 +269,7 @@ def test_a_replayed_graph_steps_as_eager(name: str, layout: str, backend: str) -
         pytest.skip("draws other random signs in a graph")
     if (backend == "triton" or layout == "transposed") and name not in ("askew", "stam"):
         pytest.skip("each would be compiled anew")
-    try:
-        backends.choose("fused_step", torch.device("cuda"), torch.float32, backend)
-    except backends.BackendError as error:
-        pytest.skip(str(error))
+    needs(backend)
     results = []
     for graphed in (False, True):
         model = network().cuda()
@@ -226,17 +337,92 @@ def test_an_infinite_gradient_skips_the_step_on_the_device() -> None:
 @pytest.mark.gpu
 def test_a_changed_float_does_not_wait_for_the_device() -> None:
     model = network().cuda()
-    opt = quantopt.AskewSGD(quantopt.param_groups(model), capturable=True)
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), weight_decay=0.1, capturable=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     opt.step()
+    set_decay(opt, 0.5)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for group in opt.param_groups:
-            group["weight_decay"] = 0.5
         opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert float(opt._steps[0].hyper[HYPER.index("weight_decay")]) == 0.5
+
+
+@pytest.mark.gpu
+def test_a_float_first_changed_in_a_capture() -> None:
+    """Replays step with the float of the capture, steps between them with the present one."""
+    results = []
+    for graphed in (False, True):
+        model = network().cuda()
+        opt = quantopt.AskewSGD(quantopt.param_groups(model), lr=0.05, capturable=True)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        set_gradients(model, 0)
+        opt.step()
+        graph = torch.cuda.CUDAGraph()
+        if graphed:
+            set_decay(opt, 0.3)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                opt.step()
+        for decay in (0.1, 0.3, 0.1):
+            if graphed and decay == 0.3:
+                graph.replay()
+            else:
+                set_decay(opt, decay)
+                opt.step()
+        results.append(weights(model))
+    assert same(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_odd_layouts_in_a_replayed_graph(backend: str) -> None:
+    needs(backend)
+    results = []
+    for graphed in (False, True):
+        params = odd_layouts("cuda")
+        opt = quantopt.AskewSGD(params, lr=0.05, scale="none", capturable=True, backend=backend)
+        opt.step()
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                opt.step()
+        for _ in range(3):
+            opt.param_groups[0]["lr"].mul_(0.5)
+            if graphed:
+                graph.replay()
+            else:
+                opt.step()
+        results.append([p.detach().clone() for p in params])
+    assert same(*results)
+
+
+@pytest.mark.gpu
+def test_a_graph_goes_on_after_a_load() -> None:
+    model = network().cuda()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), lr=0.05, capturable=True)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, 0.01 * (i + 1))
+    opt.step()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        opt.step()
+    saved, at = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in model.parameters()]
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append([p.detach().clone() for p in model.parameters()])
+        opt.load_state_dict(copy.deepcopy(saved))
+        for p, value in zip(model.parameters(), at, strict=True):
+            p.data.copy_(value)
+    opt.step()
+    results.append([p.detach() for p in model.parameters()])
+    assert same(results[0], results[1]) and same(results[0], results[2])
 
 
 @pytest.mark.gpu

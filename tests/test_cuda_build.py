@@ -516,6 +516,36 @@ def test_a_plan_makes_the_step_of_the_op() -> None:
 
 @pytest.mark.gpu
 @needs_cuda_build
+def test_a_plan_follows_found_inf_and_grad_scale() -> None:
+    """On the device: nothing changes while found_inf is set, and nothing waits."""
+    case = step_cases.Case("askew", 2, "momentum", "tensor", grad_scale=8.0, found_inf=1.0)
+    planned, eager = (step_cases.make(case, device="cuda") for _ in range(2))
+    params = [torch.nn.Parameter(p) for p in planned.params]
+    for p, grad in zip(params, planned.grads, strict=True):
+        p.grad = grad
+    lists = [planned.momentums, [], [], planned.scales, [], []]
+    options = step_cases.options(case).values()
+    plan = torch.classes.quantopt.StepPlan(case.rule, params, [], *lists, planned.hyper, *options)
+    for found in (1.0, 0.0, 1.0):
+        assert planned.found_inf is not None and eager.found_inf is not None
+        planned.found_inf.fill_(found)
+        eager.found_inf.fill_(found)
+        before = [p.detach().clone() for p in params]
+        assert _extension.plan_ready(plan.number())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan.step(planned.grad_scale, planned.found_inf)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        unchanged = [torch.equal(p, old) for p, old in zip(params, before, strict=True) if p.numel()]
+        assert all(unchanged) if found else not any(unchanged)
+        step_cases.run(torch.ops.quantopt.fused_step, case, eager)
+    planned.params = [p.detach() for p in params]
+    assert same(planned, step_cases.to_cpu(eager))
+
+
+@pytest.mark.gpu
+@needs_cuda_build
 def test_the_second_gpu_while_the_first_is_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import quantopt
+from quantopt import _extension
 from quantopt.ops.step import HYPER
 
 
@@ -95,6 +96,34 @@ def test_memory_may_end() -> None:
         setter(memory=False, rate=0.1)(opt)
 
     compare(lambda p, **k: quantopt.AskewSGD(p, memory=True, **k), change)
+
+
+@pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
+def test_a_group_without_a_plan_is_laid_out_once() -> None:
+    """Until another parameter has a gradient, one has another dtype, or a gradient is sparse."""
+    a, b = nn.Parameter(torch.randn(4, 8)[:, :4]), parameters([(4, 4)])[0]  # a is not dense
+    opt = quantopt.AskewSGD([a, b], lr=0.1)
+    set_grads([a], 0)
+    opt.step()
+    first = opt._steps[0]
+    assert first.plan_numbers == []
+    for i in (1, 2):
+        set_grads([a], i)
+        before = a.detach().clone()
+        opt.step()
+        assert opt._steps[0] is first and not torch.equal(a, before)
+    untouched = b.detach().clone()
+    set_grads([a, b], 3)
+    opt.step()
+    second = opt._steps[0]
+    assert second is not first and not torch.equal(b, untouched)
+    a.grad = torch.ones(4, 4).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        opt.step()
+    b.data = b.data.bfloat16()
+    set_grads([a, b], 4)
+    opt.step()
+    assert opt._steps[0] is not second and "master" in opt.state[b]
 
 
 def test_groups_may_be_removed() -> None:

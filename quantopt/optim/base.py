@@ -292,14 +292,15 @@ class QuantOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim, but float32 state stays float32 whatever the parameter's dtype, and the layout of a state
-        follows its parameter. In capturable groups the state's tensors stay where they are and take up the loaded
-        values, as a captured graph goes on with them. Raises ValueError if the state does not fit the parameters;
-        nothing is changed then.
+        follows its parameter. In capturable groups the tensors stay where they are and take up the loaded values, where
+        shape and dtype are the same, as a captured graph goes on with them. Raises ValueError if the state does not
+        fit the parameters; nothing is changed then.
         """
-        kept = [{key: group[key] for key in _SCHEDULED if key in group} for group in self.param_groups]
-        captured = {
+        groups, steps = self.param_groups, self._steps
+        kept = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+        present = {
             p: self.state[p]
-            for group in self.param_groups
+            for group in groups
             if group["capturable"]
             for p in group["params"]
             if p in self.state
@@ -317,7 +318,12 @@ class QuantOptimizer(torch.optim.Optimizer):
                 own = self.state[p]
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        own[key] = _restored(key, value, p, captured.get(p, {}).get(key))
+                        own[key] = _restored(key, value, p, present.get(p, {}).get(key))
+            # Each group is another dict since the load. Its step is laid out anew with the numbers that it has.
+            loaded = dict(zip(map(id, groups), self.param_groups, strict=True))
+            for step in steps:
+                step.group, step.lasting = loaded.get(id(step.group)), False
+            self._steps = steps
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -647,8 +653,9 @@ class _GroupStep:
     ) -> None:
         self.group = group
         self.number = number  # of the group
-        self.numbers: dict[str, float]
+        self.numbers: dict[str, float]  # the floats that `hyper` holds; empty where that is not known
         self.hyper: Tensor
+        self.replayed: bool  # whether the replay of a graph writes floats into `hyper`
         self.backend = opt.backend
         self.static_keys = tuple(key for key in self.STATIC if key in group)
         self.static = tuple(group[key] for key in self.static_keys)
@@ -656,15 +663,16 @@ class _GroupStep:
         self.quantised = group["bits"] != 0
         self.rule = opt._rule(group) if self.quantised else "base"
         self.all_params = list(group["params"])
+        self.indices = indices
         self.params = [group["params"][i] for i in indices]
         self.states = [opt.state[p] for p in self.params]
         device = self.params[0].device if group["capturable"] and self.params else torch.device("cpu")
-        if before is not None and before.hyper.device == device:  # a captured graph may read it
-            self.numbers, self.hyper = before.numbers, before.hyper
+        if before is not None and before.hyper.device == device:  # a captured graph may read it, and write it
+            self.numbers, self.hyper, self.replayed = before.numbers, before.hyper, before.replayed
         else:
             self.numbers = {}
             self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
-            self._write(_split_numbers(opt._numbers(group))[0])
+            self.replayed = False
         self.buckets: list[tuple[torch.dtype, torch.device, list[int]]] = []
         for i, p in enumerate(self.params):
             kind = (p.dtype, p.device)
@@ -673,11 +681,8 @@ class _GroupStep:
                 self.buckets.append((*kind, [i]))
             else:
                 bucket[2].append(i)
-        taking_part = set(map(id, self.params))
-        self.left_out = [p for p in self.all_params if id(p) not in taking_part]
         self.kept: list[tuple[list[dict[str, Any]], tuple[str, ...], list[tuple[Tensor, ...]]]] = []
-        self.unplanned: list[tuple[torch.dtype, torch.device, list[nn.Parameter]]] = []
-        self.lasting = _extension.error is None  # whether the next step may be like this one
+        self.lasting = True  # whether the next step may be as this one
         self.plans = [self._plan(opt, *bucket) for bucket in self.buckets]
         self.plan_numbers = [plan.number() for plan in self.plans if plan is not None]
 
@@ -714,26 +719,26 @@ class _GroupStep:
         params, states = [self.params[i] for i in chosen], [self.states[i] for i in chosen]
         keys = tuple(key for key in states[0] if key != "signs")
         self.kept.append((states, keys, [tuple(state[key] for key in keys) for state in states]))
-        compiled = choose("fused_step", device, dtype, opt.backend).name == device.type
-        if not compiled or any(type(p) is not nn.Parameter and type(p) is not Tensor for p in params):
-            self.unplanned.append((dtype, device, params))
+        if choose("fused_step", device, dtype, opt.backend).name != device.type:
+            return None
+        if any(type(p) is not nn.Parameter and type(p) is not Tensor for p in params):
             return None
         with _dense(params, states) as (weights, grads, companions):
-            as_they_lie = all(
-                w.data_ptr() == p.data_ptr() and g is p.grad
-                for w, g, p in zip(weights, grads, params, strict=True)
-            )
+            as_they_lie = all(w.data_ptr() == p.data_ptr() for w, p in zip(weights, params, strict=True))
             own = {id(value) for state in states for value in state.values()}
             as_they_lie &= all(id(t) in own for tensors in companions.values() for t in tensors)
-        if as_they_lie:
+            grads_as_they_lie = all(g is p.grad for g, p in zip(grads, params, strict=True))
+        if not as_they_lie:
+            return None
+        if grads_as_they_lie:
+            taking_part = set(map(id, self.params))
+            left_out = [p for p in self.all_params if id(p) not in taking_part]
             lists = self._lists(opt, companions, chosen)
             options = self._options(opt, dtype).values()
-            plan = torch.classes.quantopt.StepPlan(
-                self.rule, params, self.left_out, *lists, self.hyper, *options
-            )
+            plan = torch.classes.quantopt.StepPlan(self.rule, params, left_out, *lists, self.hyper, *options)
             if _extension.plan_ready(plan.number()):
                 return plan
-        self.lasting = False
+        self.lasting = False  # with gradients that lie as the parameters do there is a plan
         return None
 
     def ready(self, opt: QuantOptimizer, group: dict[str, Any]) -> bool:
@@ -743,6 +748,8 @@ class _GroupStep:
         if not self.params:
             same = len(group["params"]) == len(self.all_params)
             return same and all(p.grad is None or p.numel() == 0 for p in group["params"])
+        if _extension.same is None:  # nor the other functions below
+            return False
         return bool(
             self.lasting
             and bool(group.get("momentum")) == self.has_momentum
@@ -750,8 +757,20 @@ class _GroupStep:
             and _extension.holds([group], self.static_keys, [self.static])
             and all(_extension.holds(*kept) for kept in self.kept)
             and all(map(_extension.plan_ready, self.plan_numbers))
-            and all(_alike(*unplanned) for unplanned in self.unplanned)
-            and not (self.unplanned and any(p.grad is not None and p.numel() for p in self.left_out))
+            and (len(self.plan_numbers) == len(self.buckets) or self._grads_as_before())
+        )
+
+    def _grads_as_before(self) -> bool:
+        """What the plans say themselves: whether the same parameters have gradients, and are of the kinds they were."""
+        with_grad = [i for i, p in enumerate(self.all_params) if p.grad is not None and p.numel()]
+        return (
+            with_grad == self.indices
+            and all(p.grad.layout == torch.strided and not p.grad.is_complex() for p in self.params)
+            and all(
+                self.params[i].dtype == dtype and self.params[i].device == device
+                for dtype, device, chosen in self.buckets
+                for i in chosen
+            )
         )
 
     def step(self, opt: QuantOptimizer) -> None:
@@ -782,23 +801,19 @@ class _GroupStep:
             opt._after_step(self.group, self.params)
 
     def _write(self, numbers: dict[str, float]) -> None:
+        """Floats that have changed, into `hyper`; on a device as the arguments of kernels, as a copy would wait."""
         if self.hyper.device.type == "cpu":
             self.hyper.copy_(hyper_tensor(**numbers))
         else:
             for name, value in numbers.items():
-                if (
-                    self.numbers.get(name) != value
-                ):  # as the argument of a kernel: a copy waits for the device
+                if self.numbers.get(name) != value:
                     self.hyper[HYPER.index(name)].fill_(value)
-        self.numbers = numbers
+        # A capture writes nothing now, and each replay writes again: from then on no step can rely on what is there.
+        self.replayed = self.replayed or _is_capturing(self.hyper.device)
+        self.numbers = {} if self.replayed else numbers
 
     def _refuse_capture(self) -> None:
-        device = self.params[0].device
-        if device.type != "cuda":
-            return
-        with torch.cuda.device(device):  # whose current stream the step is launched on
-            capturing = torch.cuda.is_current_stream_capturing()
-        if capturing:
+        if any(_is_capturing(device) for _, device, _ in self.buckets):
             raise RuntimeError(
                 "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed numbers "
                 "would be those of now at every replay; use capturable=True"
@@ -830,15 +845,12 @@ class _GroupStep:
         torch.autograd.graph.increment_version(params)
 
 
-def _alike(dtype: torch.dtype, device: torch.device, params: list[nn.Parameter]) -> bool:
-    """Whether the parameters and their gradients are still of the kind that the op takes."""
-    return all(
-        p.grad is not None
-        and p.grad.layout is torch.strided
-        and p.grad.dtype == p.dtype == dtype
-        and p.device == device
-        for p in params
-    )
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of ``device``, which need not be the current one."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _split_numbers(numbers: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -937,13 +949,16 @@ def _count_bits(x: Tensor) -> int:
     return int(ones[x.int()].sum())
 
 
-def _restored(key: str, value: Tensor, p: Tensor, kept: Tensor | None) -> Tensor:
-    """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout. ``kept``: a
-    tensor to hold it, if it fits."""
-    value = value.detach().to(p.device)
-    if kept is None or kept.dtype != value.dtype or kept.shape != value.shape or kept.device != p.device:
-        kept = torch.empty_like(p if key in _COMPANIONS else value, dtype=value.dtype)
-    return kept.copy_(value)
+def _restored(key: str, value: Tensor, p: Tensor, present: Tensor | None) -> Tensor:
+    """A loaded state on the parameter's device, in its own dtype; a companion takes the parameter's layout.
+
+    ``present``: the tensor to hold it, if it fits."""
+    value = value.detach()
+    if present is not None and type(present) is type(value):
+        if (present.shape, present.dtype, present.device) == (value.shape, value.dtype, p.device):
+            return present.copy_(value)
+    value = value.to(p.device)
+    return torch.empty_like(p, dtype=value.dtype).copy_(value) if key in _COMPANIONS else value.clone()
 
 
 @contextlib.contextmanager
