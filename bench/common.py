@@ -66,6 +66,11 @@ def row(
     }
 
 
+def not_measured(case: str, peer: str, target: float | None, reason: str) -> dict[str, Any]:
+    """The row of a comparison that could not be made here."""
+    return {"case": case, "peer": peer, "ratio": None, "target": target, "ok": None, "reason": reason}
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text: case, peer, both times, ratio, target, and pass or fall short."""
     header = ["case", "peer", "ours ms", "peer ms", "ratio", "target", ""]
@@ -75,9 +80,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             str(r["peer"]),
             f"{r['ours_ms']:.3f}" if "ours_ms" in r else "",
             f"{r['peer_ms']:.3f}" if "peer_ms" in r else "",
-            f"{r['ratio']:.2f}",
+            "" if r["ratio"] is None else f"{r['ratio']:.2f}",
             "" if r["target"] is None else f"{r['target']:g}",
-            {True: "pass", False: "falls short", None: ""}[r["ok"]],
+            {True: "pass", False: "falls short", None: r.get("reason", "")}[r["ok"]],
         ]
         for r in rows
     ]

@@ -1,42 +1,34 @@
 #!/usr/bin/env bash
-# Everything a GPU machine is needed for, in one go of under 9 minutes: build, the tests marked gpu,
-# compute-sanitizer on all kernels, the tables of bench/step.py and bench/gemm.py, profiler counters of the main kernels.
+# Everything a GPU machine is needed for, in one go of under 9 minutes: build, the tests marked gpu, compute-sanitizer on
+# the kernels, the tables of bench/step.py and bench/gemm.py, profiler counters of the main kernels.
 #
 #   bench/run_gpu.sh [FOLDER]      # where the logs go; the tables go to bench/results/ and are copied there
 #
-# A part that fails does not stop the others; the summary at the end lists them, and the exit status is 1 if any failed,
-# was stopped or found no time. A tool that is absent is listed and no failure.
+# A part that fails, is stopped or is left out does not stop the others; the summary at the end lists it, and the
+# script exits with 1.
 # PYTHON chooses the interpreter (python3), which needs torch with CUDA and a CUDA toolkit beside it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 LOGS=${1:-build/gpu}
+DEADLINE=$((SECONDS + 525))
 mkdir -p "$LOGS" bench/results
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 summary=()
 failed=0
 
-# Seconds of each part, in all less than 9 minutes. What a part leaves, those after it may use.
-declare -A limit=([build]=140 [tests-wgmma]=25 [tests]=65 [step]=75 [memcheck]=25 [racecheck]=25 [ncu]=30 [gemm]=60
-  [wgmma]=30 [memcheck-gemm]=15 [racecheck-gemm]=15 [tests-triton]=30)
-reserved=0 # of the parts to come
-for seconds in "${limit[@]}"; do reserved=$((reserved + seconds)); done
-DEADLINE=$((SECONDS + reserved))
-
-# part NAME COMMAND...: runs it with its output in $LOGS/NAME.log.
+# part NAME SECONDS COMMAND...: runs it with its output in $LOGS/NAME.log, within its time and what is left.
 part() {
-  local name=$1 start=$SECONDS rc=0
-  shift
-  reserved=$((reserved - limit[$name]))
-  local left=$((DEADLINE - SECONDS - reserved))
+  local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) rc=0
+  shift 2
   if ((left < 10)); then
-    summary+=("$name: left out, no time left")
+    summary+=("$name: LEFT OUT, no time left")
     failed=1
     return 1
   fi
   echo "== $name"
-  timeout -k 5 "$left" "$@" >"$LOGS/$name.log" 2>&1 || rc=$?
+  timeout -k 5 "$((left < limit ? left : limit))" "$@" >"$LOGS/$name.log" 2>&1 || rc=$?
   tail -n "${TAIL:-6}" "$LOGS/$name.log"
   case $rc in
     0) summary+=("$name: ok, $((SECONDS - start)) s") ;;
@@ -47,17 +39,17 @@ part() {
   return $rc
 }
 
-# absent TOOL PART...: the parts cannot run; their time is for the others.
-absent() {
-  local tool=$1 name
-  shift
-  for name in "$@"; do reserved=$((reserved - limit[$name])); done
-  summary+=("$*: $tool is absent")
-}
-
-# tool NAME: where a tool of the CUDA toolkit is, or nothing.
-tool() {
-  command -v "$1" || ls /usr/local/cuda/bin/"$1" /opt/nvidia/nsight-compute/*/"$1" 2>/dev/null | head -n 1
+# tool_part NAME SECONDS TOOL ARGUMENTS...: a part that is run by a tool of the CUDA toolkit.
+tool_part() {
+  local name=$1 limit=$2 tool=$3 path
+  shift 3
+  path=$(command -v "$tool" || ls /usr/local/cuda/bin/"$tool" /opt/nvidia/nsight-compute/*/"$tool" 2>/dev/null | head -n 1)
+  if [[ -z $path ]]; then
+    summary+=("$name: LEFT OUT, $tool is absent")
+    failed=1
+    return 1
+  fi
+  part "$name" "$limit" "$path" "$@"
 }
 
 if ! nvidia-smi -L; then
@@ -73,43 +65,33 @@ if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
   trap 'rm -f quantopt/kernels' EXIT
 fi
 
-if part build env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setup.py build_ext --inplace; then
+# The limits add up to less than the deadline: no part takes the time of another.
+if part build 80 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setup.py build_ext --inplace; then
   # -o addopts=: the options of pyproject.toml name plugins that may be absent here
   pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q -m gpu --continue-on-collection-errors)
   # A kernel whose warps wait for each other may never end: alone first, and turned off for the rest if it fails.
-  part tests-wgmma "${pytest[@]}" tests/test_cuda_binary.py -k wgmma || export QUANTOPT_WGMMA=0
-  part tests "${pytest[@]}" tests --ignore tests/test_triton.py
-  TAIL=40 part step "$PYTHON" bench/step.py --device cuda
-  sanitizer=$(tool compute-sanitizer)
-  # else overruns between small tensors stay inside one block
-  checked=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --error-exitcode 1 --tool)
-  if [[ -n $sanitizer ]]; then
-    part memcheck "${checked[@]}" memcheck "$PYTHON" bench/small_steps.py
-    part racecheck "${checked[@]}" racecheck "$PYTHON" bench/small_steps.py
-  fi
-  ncu=$(tool ncu)
-  if [[ -n $ncu ]]; then
-    TAIL=60 part ncu "$ncu" --clock-control none -k 'regex:(step|row)_kernel' --metrics \
-      gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,smsp__issue_active.avg.pct,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread \
-      "$PYTHON" bench/small_steps.py --profile
+  part tests-wgmma 25 "${pytest[@]}" tests/test_cuda_binary.py -k wgmma || export QUANTOPT_WGMMA=0
+  part tests 70 "${pytest[@]}" tests -k "not wgmma" --ignore tests/test_triton.py --ignore tests/test_triton_binary.py
+  # Triton compiles a kernel for every case: those of `brief` alone, of which there is one of each kind
+  part tests-triton 35 "${pytest[@]}" tests/test_triton.py tests/test_triton_binary.py -m "gpu and brief"
+  TAIL=60 part step 100 "$PYTHON" bench/step.py --device cuda
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else overruns between small tensors stay inside one block
+  for check in memcheck racecheck; do
+    tool_part "$check" 30 compute-sanitizer --tool "$check" --error-exitcode 1 "$PYTHON" bench/small_steps.py --brief
+    tool_part "$check-gemm" 20 compute-sanitizer --tool "$check" --error-exitcode 1 \
+      "${pytest[@]}" tests/test_cuda_binary.py -k every_shape_on_the_device
+  done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  TAIL=60 tool_part ncu 25 ncu --clock-control none -k 'regex:(step|row)_kernel' --metrics \
+    gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,smsp__issue_active.avg.pct,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread \
+    "$PYTHON" bench/small_steps.py --profile
+  TAIL=60 part gemm 40 "$PYTHON" bench/gemm.py --device cuda --min-time 0.1
+  if [[ $arch == 90 && ${QUANTOPT_WGMMA:-1} != 0 ]]; then
+    TAIL=60 part wgmma 25 "$PYTHON" bench/gemm.py --device cuda --only wgmma --min-time 0.1
   else
-    absent ncu ncu
+    summary+=("wgmma: left out, for compute capability 9.0 alone and where its tests pass")
   fi
-  TAIL=60 part gemm "$PYTHON" bench/gemm.py --device cuda --min-time 0.2
-  if [[ ${QUANTOPT_WGMMA:-1} != 0 && $arch == 90 ]]; then
-    TAIL=60 part wgmma "$PYTHON" bench/gemm.py --device cuda --only wgmma --min-time 0.2
-  else
-    absent wgmma wgmma
-  fi
-  if [[ -n $sanitizer ]]; then
-    for check in memcheck racecheck; do
-      part "$check-gemm" "${checked[@]}" "$check" "${pytest[@]}" tests/test_cuda_binary.py -k every_shape_on_the_device
-    done
-  else
-    absent compute-sanitizer memcheck racecheck memcheck-gemm racecheck-gemm
-  fi
-  part tests-triton "${pytest[@]}" tests/test_triton.py # last: it compiles a kernel for every case
-  cp bench/results/step-*.json bench/results/{gemm,wgmma}-*.json "$LOGS"/ 2>/dev/null
+  cp bench/results/{step,gemm,wgmma}-*.json "$LOGS"/ 2>/dev/null
 fi
 
 printf '%s\n' "" "== summary, $((SECONDS)) s" "${summary[@]}" | tee "$LOGS/summary.txt"

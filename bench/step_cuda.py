@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import report, row, write_json
+from common import not_measured, report, row, write_json
 from step import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
@@ -194,11 +194,13 @@ def whole_steps(case: str, shapes: Sequence[tuple[int, ...]], targets: dict[str,
         functions["bitsandbytes SGD"] = steps(lambda ps: bitsandbytes.optim.SGD(ps, lr=LR, momentum=BETA))
     if "torchao PARQ" in targets and importlib.util.find_spec("torchao") is not None:
         functions["torchao PARQ"] = steps(_parq)
-    for peer in targets:
-        if peer not in functions:
-            print(f"{peer} is not installed: its row is left out")
     times = seconds_of_steps(functions)
-    return [row(case, peer, times["ours"], times[peer], targets[peer]) for peer in targets if peer in times]
+    return [
+        row(case, peer, times["ours"], times[peer], target)
+        if peer in times
+        else not_measured(case, peer, target, f"{peer.split()[0]} is not installed")
+        for peer, target in targets.items()
+    ]
 
 
 def _parq(params: list[nn.Parameter]) -> Any:
@@ -259,6 +261,7 @@ def main(json_path: str | None, only: Sequence[str] | None) -> None:
     name = device_name(DEVICE)
     json_path = json_path or f"bench/results/step-{name.replace(' ', '-')}.json"
     rows: Rows = []
+    failed = False
     for case, measure in cases().items():
         if only is not None and case not in only:
             continue
@@ -267,7 +270,10 @@ def main(json_path: str | None, only: Sequence[str] | None) -> None:
             rows += measure()
         except Exception:  # one case that fails does not lose the others
             traceback.print_exc()
-            print(f"{case}: failed, its rows are missing", flush=True)
+            rows.append(not_measured(case, "", None, "failed"))
+            failed = True
         torch.cuda.empty_cache()
         write_json(rows, json_path, torch.get_num_threads(), device=DEVICE)
     report(rows, json_path, torch.get_num_threads(), device=DEVICE)
+    if failed:
+        raise SystemExit("a case failed: see above")
