@@ -458,6 +458,28 @@ def test_library_takes_rows_in_turns(host: Any) -> None:
     case.check_bits(case.run(host, "library"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_become_y_row_after_row(host: Any, dtype: torch.dtype) -> None:
+    """More rows than blocks of one processor; rows that begin where 16 bytes do, and others."""
+    for n, int8 in itertools.product((40, 41, 516, 519), (False, True)):
+        case = Case(37, n, 129, int8=int8, dtype=dtype)
+        y = case.run(host, "library", processors=1)
+        case.check(y)
+        if int8:
+            case.check_bits(y)
+
+
+@pytest.mark.parametrize("kernel", ["mma", "library"])
+def test_rows_longer_than_a_block_keeps(host: Any, kernel: str) -> None:
+    """8192 numbers stay in the registers of the block that quantises them; the largest may be any."""
+    for k, at in ((8192, 8191), (8193, 8192), (10_250, 0), (10_250, 10_249)):
+        for dtype in DTYPES:
+            x = torch.randn(2, k).to(dtype)
+            x[:, at] = 9
+            case = Case(2, 9, k, x=x, int8=True, dtype=dtype)
+            case.check_bits(case.run(host, kernel))
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("kernel", ["gemv", "mma", "library"])
 def test_inputs_and_outputs(host: Any, kernel: str, int8: bool) -> None:
@@ -706,7 +728,7 @@ def test_machine_code(arch: str) -> None:
         for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction : |\Z)", sass, re.DOTALL)
         if re.search(r"binary_(mma|gemv|prepare)_cu", name)
     }
-    assert len(kernels) == 4 * len(SHAPES) + 3 + 12  # mma; gemv; what stands around them
+    assert len(kernels) == 4 * len(SHAPES) + 3 + 16  # mma; gemv; what stands around them
     for name, code in kernels.items():
         assert not re.search(r"\b(STL|LDL)\b", code), name
         if "gemv_kernel" in name:

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/binary_epilogue.h"
 #include "cuda/binary_rows.h"
 #include "cuda/launch.h"
@@ -68,21 +70,42 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant_
 
 // ---- rows of x ----
 
-// A block quantises one row.
+// A block quantises one row, which it reads once: up to kKept runs stay in each thread's registers, what is
+// beyond them is read again.
 template <class X>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const X* x, int64_t inputs, int64_t stride, bool aligned, XLayout layout, int8_t* q,
                     int64_t columns, float* scale) {
   start_next_kernel();
-  const int64_t m = blockIdx.x;
+  constexpr int kKept = 4;
+  constexpr int64_t kStep = int64_t{kThreads} * kRun;
+  const int64_t m = blockIdx.x, first = int64_t{threadIdx.x} * kRun;
   const X* row = x + m * stride;
-  const float s = block_scale(row, inputs, aligned), inverse = 1.0f / s;
-  if (threadIdx.x == 0) scale[m] = s;
-  for (int64_t k = int64_t{threadIdx.x} * kRun; k < columns; k += int64_t{kThreads} * kRun) {
+  X kept[kKept][kRun];
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) load_run(row, first + i * kStep, inputs, aligned, kept[i]);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) most = max(most, largest_of(kept[i]));
+  for (int64_t k = first + kKept * kStep; k < inputs; k += kStep) {
     X run[kRun];
     load_run(row, k, inputs, aligned, run);
+    most = max(most, largest_of(run));
+  }
+  const float s = quantization_scale(__uint_as_float(block_max(most))), inverse = 1.0f / s;
+  if (threadIdx.x == 0) scale[m] = s;
+  const auto store = [&](int64_t k, const X(&run)[kRun]) {
     *reinterpret_cast<uint2*>(q + m * columns + run_offset(k, layout)) =
         quantize_run(run, s, inverse, layout);
+  };
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    if (first + i * kStep < columns) store(first + i * kStep, kept[i]);
+  }
+  for (int64_t k = first + kKept * kStep; k < columns; k += kStep) {
+    X run[kRun];
+    load_run(row, k, inputs, aligned, run);
+    store(k, run);
   }
 }
 
@@ -125,18 +148,59 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- y ----
 
-template <class Sum>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ BinarySums p, const __grid_constant__ BinaryEpilogue epilogue) {
-  wait_for_previous_kernel();
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= p.rows * p.outputs) return;
-  const int64_t m = i / p.outputs, n = i % p.outputs;
-  Sum sum = 0;
-  for (int64_t part = 0; part < p.splits * p.parts; ++part) {
-    sum += static_cast<const Sum*>(p.sums)[(part * p.rows + m) * p.stride + n];
+constexpr int kFinishThreads = 128, kOutputs = 4;  // that a thread finishes of each of its rows
+
+template <class T>
+struct alignas(sizeof(T) * kOutputs) Outputs {
+  T at[kOutputs];
+};
+
+// `aligned`: the rows of sums and y begin where Outputs may.
+template <class Sum, class Y>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(const __grid_constant__ BinarySums p, const __grid_constant__ BinaryEpilogue epilogue,
+                  bool aligned) {
+  const int64_t n = (int64_t{blockIdx.x} * kFinishThreads + threadIdx.x) * kOutputs;
+  const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kOutputs}, p.outputs - n)));
+  const BinaryEpilogue& e = epilogue;
+  float scale[kOutputs], bias[kOutputs];
+#pragma unroll
+  for (int j = 0; j < kOutputs; ++j) {
+    scale[j] = j < count && e.scale != nullptr ? e.scale[(n + j) * e.scale_stride] : 1.0f;
+    bias[j] = j < count && e.bias != nullptr ? e.bias[n + j] : 0.0f;
   }
-  finish(epilogue, static_cast<float>(sum), m, n, p.outputs);
+  wait_for_previous_kernel();
+  if (count == 0) return;
+  for (int64_t m = blockIdx.y; m < p.rows; m += gridDim.y) {
+    const float x_scale = e.x_scale != nullptr ? e.x_scale[m] : 1.0f;
+    Sum sum[kOutputs] = {};
+    for (int64_t part = 0; part < p.splits * p.parts; ++part) {
+      const Sum* const from = static_cast<const Sum*>(p.sums) + (part * p.rows + m) * p.stride + n;
+      Outputs<Sum> some = {};
+      if (aligned) {
+        some = *reinterpret_cast<const Outputs<Sum>*>(from);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kOutputs; ++j) some.at[j] = j < count ? from[j] : Sum{0};
+      }
+#pragma unroll
+      for (int j = 0; j < kOutputs; ++j) sum[j] += some.at[j];
+    }
+    Outputs<Y> y;
+#pragma unroll
+    for (int j = 0; j < kOutputs; ++j) {
+      from_float(finished(e, static_cast<float>(sum[j]), scale[j], x_scale, bias[j]), y.at[j]);
+    }
+    Y* const to = static_cast<Y*>(e.y) + m * p.outputs + n;
+    if (aligned) {
+      *reinterpret_cast<Outputs<Y>*>(to) = y;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kOutputs; ++j) {
+        if (j < count) to[j] = y.at[j];
+      }
+    }
+  }
 }
 
 // ---- launching ----
@@ -167,6 +231,30 @@ const char* with_type(const CudaRows& x, const CudaPlace& place, const Start& st
       default: return start(static_cast<const float*>(x.x));
     }
   });
+}
+
+template <class Sum>
+cudaError_t finish_rows(const BinarySums& sums, const BinaryEpilogue& epilogue, const CudaPlace& place) {
+  // Blocks that fill the device; each takes some rows, and loads what belongs to its columns once.
+  constexpr int64_t kBlocksPerProcessor = 16, kMostBlocks = 65535;
+  const int64_t across = ceil_divide(sums.outputs, kFinishThreads * kOutputs);
+  const int64_t wanted = ceil_divide(place.processors * kBlocksPerProcessor, across);
+  Launch how = elements(0, place, sums.fresh);
+  how.blocks =
+      dim3(static_cast<unsigned>(across), static_cast<unsigned>(std::min({sums.rows, wanted, kMostBlocks})));
+  how.threads = kFinishThreads;
+  const auto start = [&](auto type) {
+    using Y = decltype(type);
+    const bool aligned = sums.outputs % kOutputs == 0 && sums.stride % kOutputs == 0 &&
+                         reinterpret_cast<uintptr_t>(sums.sums) % alignof(Outputs<Sum>) == 0 &&
+                         reinterpret_cast<uintptr_t>(epilogue.y) % alignof(Outputs<Y>) == 0;
+    return launch(how, finish_kernel<Sum, Y>, sums, epilogue, aligned);
+  };
+  switch (epilogue.dtype) {
+    case Dtype::kBFloat16: return start(BFloat16{});
+    case Dtype::kFloat16: return start(Half{});
+    default: return start(float{});
+  }
 }
 
 }  // namespace
@@ -211,10 +299,9 @@ const char* split_rows_on_cuda(const CudaRows& x, void* parts, int64_t columns, 
 
 const char* binary_finish_on_cuda(const BinarySums& sums, const BinaryEpilogue& epilogue,
                                   const CudaPlace& place) {
-  const Launch how = elements(sums.rows * sums.outputs, place, sums.fresh);
   return on_device(place, [&] {
-    return sums.whole ? launch(how, finish_kernel<int32_t>, sums, epilogue)
-                      : launch(how, finish_kernel<float>, sums, epilogue);
+    return sums.whole ? finish_rows<int32_t>(sums, epilogue, place)
+                      : finish_rows<float>(sums, epilogue, place);
   });
 }
 

@@ -46,16 +46,23 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return value;
 }
 
-// s of a row, for all threads of the block. As integers magnitudes order like floats, infinities and NaN
-// last.
+// The largest magnitude as an integer: as such magnitudes order like floats, infinities and NaN last.
+template <class X>
+__device__ __forceinline__ uint32_t largest_of(const X (&x)[kRun]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) largest = max(largest, __float_as_uint(to_float(x[i])) & 0x7FFFFFFFu);
+  return largest;
+}
+
+// s of a row, for all threads of the block.
 template <class X>
 __device__ __forceinline__ float block_scale(const X* row, int64_t inputs, bool aligned) {
   uint32_t largest = 0;
   for (int64_t k = int64_t{threadIdx.x} * kRun; k < inputs; k += int64_t{blockDim.x} * kRun) {
     X x[kRun];
     load_run(row, k, inputs, aligned, x);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) largest = max(largest, __float_as_uint(to_float(x[i])) & 0x7FFFFFFFu);
+    largest = max(largest, largest_of(x));
   }
   return quantization_scale(__uint_as_float(block_max(largest)));
 }
