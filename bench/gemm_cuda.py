@@ -326,7 +326,10 @@ def main(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     part = {"dispatch": dispatch, "wgmma": wgmma}.get(arguments.only, products)
     with torch.inference_mode():
-        rows = list(part(arguments.min_time))
+        rows = []
+        for row in part(arguments.min_time):
+            rows.append(row)
+            print(json.dumps(row), flush=True)  # stays in the log if the time runs out
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     kind = arguments.only or "gemm"
     path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"{kind}-{name}.json")
