@@ -66,9 +66,18 @@ def row(
     }
 
 
-def not_measured(case: str, peer: str, target: float | None, reason: str) -> dict[str, Any]:
-    """The row of a comparison that could not be made here."""
-    return {"case": case, "peer": peer, "ratio": None, "target": target, "ok": None, "reason": reason}
+def missing(case: str, peer: str, status: str, why: str, target: float | None = None) -> dict[str, Any]:
+    """A comparison that was not made: ``status`` ("failed" or "not installed") stands for the ratio."""
+    ok = False if status == "failed" else None
+    return {
+        "case": case,
+        "peer": peer,
+        "ratio": None,
+        "target": target,
+        "ok": ok,
+        "status": status,
+        "why": why,
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -80,9 +89,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             str(r["peer"]),
             f"{r['ours_ms']:.3f}" if "ours_ms" in r else "",
             f"{r['peer_ms']:.3f}" if "peer_ms" in r else "",
-            "" if r["ratio"] is None else f"{r['ratio']:.2f}",
+            f"{r['ratio']:.2f}" if r["ratio"] is not None else "",
             "" if r["target"] is None else f"{r['target']:g}",
-            {True: "pass", False: "falls short", None: r.get("reason", "")}[r["ok"]],
+            r.get("status") or {True: "pass", False: "falls short", None: ""}[r["ok"]],
         ]
         for r in rows
     ]

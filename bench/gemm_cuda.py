@@ -8,12 +8,13 @@ thresholds from there. `--only wgmma` times the kernel for Hopper.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import torch
@@ -148,9 +149,29 @@ def graph_of(count: int, function: Function) -> tuple[int, torch.cuda.CUDAGraph]
     return calls, graph
 
 
-def compare(contenders: dict[str, tuple[int, Function]], min_time: float) -> dict[str, float]:
-    """Median seconds of one call of each, in turns."""
-    graphs = {name: graph_of(count, function) for name, (count, function) in contenders.items()}
+class Left(NamedTuple):
+    """Why a contender has no time."""
+
+    status: str  # "failed" or "not installed"
+    why: str
+
+
+def failure(error: BaseException) -> Left:
+    return Left("failed", f"{type(error).__name__}: {error}")
+
+
+def compare(
+    contenders: dict[str, tuple[int, Function]], min_time: float, left: dict[str, Left] | None = None
+) -> dict[str, float]:
+    """Median seconds of one call of each, in turns. One that cannot be captured goes to ``left``, if there is one."""
+    graphs = {}
+    for name, (count, function) in contenders.items():
+        try:
+            graphs[name] = graph_of(count, function)
+        except Exception as error:
+            if left is None:
+                raise
+            left[name] = failure(error)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     spent, rounds = 0.0, 0
     while rounds < 10 or (spent < min_time * len(graphs) and rounds < 200):
@@ -168,8 +189,8 @@ def compare(contenders: dict[str, tuple[int, Function]], min_time: float) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def contenders(product: Product, gemlite: bool) -> dict[str, tuple[int, Function]]:
-    """Those that run here and are right; the others' reasons are printed."""
+def contenders(product: Product) -> tuple[dict[str, tuple[int, Function]], dict[str, Left]]:
+    """Those that run here and are right, and what became of the others."""
     makers: dict[str, Callable[[], tuple[int, Function]]] = {
         "int8": lambda: product.ours("int8"),
         "exact": lambda: product.ours("exact"),
@@ -178,59 +199,66 @@ def contenders(product: Product, gemlite: bool) -> dict[str, tuple[int, Function
         "torch bf16": product.torch_bf16,
         "torch int8": product.torch_int8,
     }
-    if gemlite:
-        makers["GemLite A16W1"] = lambda: product.gemlite("A16Wn")
-        makers["GemLite A8W1"] = lambda: product.gemlite("A8Wn_dynamic")
-    result = {}
+    makers["GemLite A16W1"] = lambda: product.gemlite("A16Wn")
+    makers["GemLite A8W1"] = lambda: product.gemlite("A8Wn_dynamic")
+    result, left = {}, {}
     for name, make in makers.items():
+        if name.startswith("GemLite") and importlib.util.find_spec("gemlite") is None:
+            left[name] = Left("not installed", "pip install gemlite")
+            continue
         try:
             count, function = make()
             product.check(name, function(0), "int8" in name or "A8" in name)
+            torch.cuda.synchronize()
         except (Exception, SystemExit) as error:
-            if not name.startswith("GemLite"):
-                raise
-            print(f"{name} is left out: {error}")
+            left[name] = failure(error)
             continue
         result[name] = (count, function)
-    return result
+    return result, left
 
 
 def products(min_time: float) -> Iterator[dict[str, Any]]:
-    try:
-        importlib.import_module("gemlite")
-        gemlite = True
-    except Exception as error:
-        print(f"GemLite is left out: {error}")
-        gemlite = False
     copy = copy_bandwidth()
-    for m, (outputs, inputs) in CASES:
-        product = Product(m, outputs, inputs)
-        seconds = compare(contenders(product, gemlite), min_time)
-        case = f"M={m} {outputs}x{inputs}"
-        for mode in ("int8", "exact"):
-            target = TARGETS.get((m, (outputs, inputs), mode))
-            yield common.row(f"{case} {mode}", "torch bf16", seconds[mode], seconds["torch bf16"], target)
-            triton = f"Triton {mode}"
-            yield common.row(f"{case} {triton}", f"our CUDA {mode}", seconds[triton], seconds[mode], TRITON)
-        yield common.row(f"{case} int8", "torch int8", seconds["int8"], seconds["torch int8"])
-        least = 1.5 if m <= 16 else 1.0
-        for peer, mode in (("GemLite A16W1", "exact"), ("GemLite A8W1", "int8")):
-            if peer in seconds:
-                yield common.row(f"{case} {mode}", peer, seconds[mode], seconds[peer], least)
-        if m == 1:
-            target = BANDWIDTH if outputs == 28672 else None
-            for mode in ("int8", "exact"):
-                moved = outputs * inputs / 8
-                share = moved / seconds[mode] / copy
-                yield {
-                    "case": f"{case} {mode}, bytes of weights per second",
-                    "peer": f"copy, {copy / 1e12:.2f} TB/s",
-                    "ratio": share,
-                    "target": target,
-                    "ok": None if target is None else share >= target,
-                }
-        del product
+    for m, shape in CASES:
+        product = Product(m, *shape)
+        running, left = contenders(product)
+        seconds = compare(running, min_time, left)
+        yield from rows_of(m, shape, seconds, left, copy)
+        del product, running
         torch.cuda.empty_cache()
+
+
+def rows_of(
+    m: int, shape: tuple[int, int], seconds: Mapping[str, float], left: Mapping[str, Left], copy: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of one product, from the seconds of each contender; a row for each that has none too."""
+    outputs, inputs = shape
+    case = f"M={m} {outputs}x{inputs}"
+
+    def row(ours: str, theirs: str, target: float | None = None, peer: str = "") -> dict[str, Any]:
+        for name in (ours, theirs):
+            if name in left:
+                return common.missing(f"{case} {ours}", peer or theirs, *left[name], target)
+        return common.row(f"{case} {ours}", peer or theirs, seconds[ours], seconds[theirs], target)
+
+    for mode in ("int8", "exact"):
+        yield row(mode, "torch bf16", TARGETS.get((m, shape, mode)))
+        yield row(f"Triton {mode}", mode, TRITON, f"our CUDA {mode}")
+    yield row("int8", "torch int8")
+    least = 1.5 if m <= 16 else 1.0
+    for peer, mode in (("GemLite A16W1", "exact"), ("GemLite A8W1", "int8")):
+        yield row(mode, peer, least)
+    if m != 1:
+        return
+    target = BANDWIDTH if outputs == 28672 else None
+    for mode in ("int8", "exact"):
+        name, peer = f"{case} {mode}, bytes of weights per second", f"copy, {copy / 1e12:.2f} TB/s"
+        if mode in left:
+            yield common.missing(name, peer, *left[mode], target)
+            continue
+        share = outputs * inputs / 8 / seconds[mode] / copy
+        ok = None if target is None else share >= target
+        yield {"case": name, "peer": peer, "ratio": share, "target": target, "ok": ok}
 
 
 def copy_bandwidth() -> float:
@@ -334,5 +362,9 @@ def main(arguments: argparse.Namespace) -> None:
     kind = arguments.only or "gemm"
     path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"{kind}-{name}.json")
     common.report(rows, path, arguments.threads, device=DEVICE)
-    short = [r for r in rows if r["ok"] is False]
-    print(json.dumps({"rows": len(rows), "fall short": len(short), "written to": path}))
+    failed = [r for r in rows if r.get("status") == "failed"]
+    short = [r for r in rows if r["ok"] is False and r not in failed]
+    summary = {"rows": len(rows), "fall short": len(short), "failed": len(failed), "written to": path}
+    print(json.dumps(summary))
+    if failed:
+        raise SystemExit(f"{failed[0]['case']}, {failed[0]['peer']}: {failed[0]['why']}")

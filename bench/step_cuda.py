@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import not_measured, report, row, write_json
+from common import missing, report, row, write_json
 from step import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
@@ -198,7 +198,7 @@ def whole_steps(case: str, shapes: Sequence[tuple[int, ...]], targets: dict[str,
     return [
         row(case, peer, times["ours"], times[peer], target)
         if peer in times
-        else not_measured(case, peer, target, f"{peer.split()[0]} is not installed")
+        else missing(case, peer, "not installed", f"{peer.split()[0]} is not installed", target)
         for peer, target in targets.items()
     ]
 
@@ -270,7 +270,7 @@ def main(json_path: str | None, only: Sequence[str] | None) -> None:
             rows += measure()
         except Exception:  # one case that fails does not lose the others
             traceback.print_exc()
-            rows.append(not_measured(case, "", None, "failed"))
+            rows.append(missing(case, "", "failed", "see the log"))
             failed = True
         torch.cuda.empty_cache()
         write_json(rows, json_path, torch.get_num_threads(), device=DEVICE)
