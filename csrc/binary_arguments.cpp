@@ -20,13 +20,16 @@ struct Tied {
   std::vector<int64_t> sizes, strides;
   int64_t version;
   TilesForm form;
+  at::Tensor weight;
+  std::vector<int64_t> plane_weights;
 };
 
 void delete_tied(void* tied) { delete static_cast<Tied*>(tied); }
 
 }  // namespace
 
-void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form) {
+void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
+               const at::Tensor& weight, at::IntArrayRef plane_weights) {
   if (tiles.numel() == 0 || bits.is_inference()) return;  // inference tensors do not count what is written
   c10::StorageImpl* const storage = tiles.storage().unsafeGetStorageImpl();
   void* const data = storage->mutable_data();
@@ -36,7 +39,9 @@ void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm&
                               bits.sizes().vec(),
                               bits.strides().vec(),
                               static_cast<int64_t>(bits._version()),
-                              form};
+                              form,
+                              weight,
+                              plane_weights.vec()};
   tied->memory = storage->set_data_ptr({data, tied, &delete_tied, tiles.device()});
 }
 
@@ -46,6 +51,12 @@ bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm&
   return tied != nullptr && tied->form == form && tied->bits.is_alias_of(bits.storage()) &&
          tied->data == bits.const_data_ptr() && tied->version == static_cast<int64_t>(bits._version()) &&
          bits.sizes() == at::IntArrayRef(tied->sizes) && bits.strides() == at::IntArrayRef(tied->strides);
+}
+
+at::Tensor weight_of_tiles(const at::Tensor& tiles, at::IntArrayRef plane_weights) {
+  const auto* const tied = tiles.storage().data_ptr().cast_context<Tied>(&delete_tied);
+  return tied->weight.defined() && plane_weights == at::IntArrayRef(tied->plane_weights) ? tied->weight
+                                                                                         : at::Tensor();
 }
 
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {

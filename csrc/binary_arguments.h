@@ -43,12 +43,15 @@ inline int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : 
 using TilesForm = std::array<int64_t, 4>;
 
 // Lets `tiles`, which were derived from `bits`, remember that: their storage holds that of the bits, so that
-// no other bits can take its place. A copy of tiles remembers nothing.
-void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
+// no other bits can take its place. A copy of tiles remembers nothing. `weight`: kept with them, W expanded.
+void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
+               const at::Tensor& weight = {}, at::IntArrayRef plane_weights = {});
 
 // Whether `tiles` were derived in this form from these very bits, and the bits were not written to since (in
 // ways that torch counts). Costs some nanoseconds, on any device.
 bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
+// The W that tiles which fit keep, if its planes weigh that much; else undefined.
+at::Tensor weight_of_tiles(const at::Tensor& tiles, at::IntArrayRef plane_weights);
 
 BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                              const std::optional<at::Tensor>& bias, int64_t in_features,

@@ -59,6 +59,11 @@ TORCH_LIBRARY(quantopt, m) {
   // taken in place of a new derivation only with the very bits they come from, as long as nothing is written
   // to those.
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
+  // The same on CUDA, with memory for speed: they keep W expanded to dtype (int8, float16, bfloat16) for the
+  // products that the library multiplies.
+  m.def(
+      "binary_tiles_and_weight(Tensor bits, int in_features, int[] plane_weights, ScalarType dtype) -> "
+      "Tensor");
   // The same for a convolution with so many channels and outputs in each group and positions of the kernel;
   // empty where the library's convolution is faster.
   m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");

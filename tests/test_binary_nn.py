@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantopt.nn import BinaryConv2d, BinaryLinear
+from quantopt.ops.binary import binary_tiles
 
 
 def binarised(weight: torch.Tensor) -> torch.Tensor:
@@ -247,3 +248,24 @@ def test_compile_with_inductor() -> None:
         for n in (2, 5):
             x = torch.randn(n, 3, 4, 4)
             torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_keeping_w_expanded() -> None:
+    """On the CPU it changes no product; it is a setting that copies keep and a state_dict does not hold."""
+    layer = BinaryLinear.from_linear(nn.Linear(70, 33), compute="int8")
+    x = torch.randn(4, 70)
+    expected, state = layer(x), set(layer.state_dict())
+    assert layer.expanded is None
+    assert layer.keep_expanded(torch.int8) is layer and layer.expanded == torch.int8
+    assert torch.equal(layer(x), expected) and set(layer.state_dict()) == state
+    assert copy.deepcopy(layer).expanded == torch.int8
+    assert layer.keep_expanded(None).expanded is None
+    with pytest.raises(ValueError, match=r"dtype must be torch.int8 with compute='int8', not torch.bfloat16"):
+        layer.keep_expanded(torch.bfloat16)
+    exact = BinaryLinear(64, 32)
+    with pytest.raises(ValueError, match=r"torch.float16 or torch.bfloat16 with compute='auto'"):
+        exact.keep_expanded(torch.int8)
+    with pytest.raises(ValueError, match="one scale per tensor or row"):
+        BinaryLinear(64, 32, scale="group", group_size=32).keep_expanded(torch.float16)
+    with pytest.raises(ValueError, match="expanded must be"):
+        binary_tiles(exact.bits, 64, expanded=torch.float32)

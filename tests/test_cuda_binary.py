@@ -458,6 +458,63 @@ def test_library_takes_rows_in_turns(host: Any) -> None:
     case.check_bits(case.run(host, "library"))
 
 
+def test_rows_beyond_a_grid(host: Any) -> None:
+    """mma takes 65535 / 3 blocks of 8 tokens at a time: here those, and three more."""
+    m = 65535 // 3 * 8
+    x = torch.zeros(m + 3, 8)
+    x[-5:] = torch.randn(5, 8)
+    case = Case(m + 3, 2, 8, x=x.bfloat16(), group=32)
+    before = host.launches()
+    y = case.run(host)
+    assert host.launches() - before == 1 + 2  # the tiles, and each part
+    case.check(y)
+
+
+def test_kept_weight(host: Any) -> None:
+    """The library's products read it: one launch less, the same bits; for these bits, planes and types alone."""
+    host.device(90, 4)
+    kept_of = {torch.float32: torch.bfloat16, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
+    for dtype, int8 in itertools.product(DTYPES, (False, True)):
+        case = Case(5, 43, 131, dtype=dtype, int8=int8, plane_weights=(1, 2))
+        bits = case.bits
+        kept = torch.int8 if int8 else kept_of[dtype]
+        tiles = host.binary_tiles_and_weight(bits, 131, [1, 2], kept)
+
+        def run(weights: Sequence[int], tiles: Tensor | None, case: Case = case) -> tuple[Tensor, int]:
+            before = host.launches()
+            arguments = (case.x, case.bits, case.scale, case.bias, 131, weights, "library", -1, 1, 0)
+            y = host.binary_linear_by(*arguments, "int8" if case.int8 else "exact", tiles)
+            return y.clone(), host.launches() - before
+
+        assert torch.equal(tiles, host.binary_tiles(bits, 131))
+        expected = run([1, 2], None)
+        case.check(expected[0])
+        y, launches = run([1, 2], tiles)
+        assert torch.equal(y, expected[0]) and launches == expected[1] - 1 == 2
+        for weights, others in (
+            ([2, 2], tiles),
+            ([1, 2], tiles.clone()),
+            ([1, 2], host.binary_tiles(bits, 131)),
+            ([1, 2], host.binary_tiles_and_weight(bits, 131, [1, 2], torch.bfloat16 if int8 else torch.int8)),
+        ):
+            y, launches = run(weights, others)
+            assert torch.equal(y, run(weights, None)[0]) and launches == 3
+        bits[0] ^= 255
+        y, launches = run([1, 2], tiles)
+        assert launches == 3 and not torch.equal(y, expected[0])
+        case.check(y)
+    bits = ops.pack_signs(torch.randn(2, 5, 40))
+    assert host.binary_tiles_and_weight(bits[:, :0], 40, [1, 2], torch.int8).numel() == 0
+    for weights, kept, message in [
+        ([1, 2], torch.float32, "int8, float16 or bfloat16"),
+        ([1], torch.int8, "one for each plane"),
+        ([64, 64], torch.int8, "127 together"),
+        ([0, 1], torch.int8, "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            host.binary_tiles_and_weight(bits, 40, weights, kept)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_become_y_row_after_row(host: Any, dtype: torch.dtype) -> None:
     """More rows than blocks of one processor; rows that begin where 16 bytes do, and others."""
@@ -712,7 +769,9 @@ def test_operator(host: Any) -> None:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("operator", ["binary_linear", "binary_linear_by", "binary_tiles"])
+@pytest.mark.parametrize(
+    "operator", ["binary_linear", "binary_linear_by", "binary_tiles", "binary_tiles_and_weight"]
+)
 def test_is_registered(operator: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quantopt::{operator}", "CUDA")
 

@@ -60,6 +60,9 @@ constexpr BinaryDispatch kBinaryDispatch[] = {
     {80, false, 512, BinaryKernel::kMma},       {80, false, kAnyRows, BinaryKernel::kLibrary},
 };
 
+// Whole numbers up to it are exact as int8, else as bfloat16.
+constexpr int64_t most_expanded(bool int8) { return int8 ? 127 : 256; }
+
 // What a kernel can be given.
 inline bool binary_kernel_fits(BinaryKernel kernel, const BinaryWeights& w, bool int8, int64_t rows,
                                int capability) {
@@ -71,10 +74,10 @@ inline bool binary_kernel_fits(BinaryKernel kernel, const BinaryWeights& w, bool
   switch (kernel) {
     case BinaryKernel::kGemv: return int8 && rows == 1 && w.group_scale == nullptr && w.inputs <= kGemvInputs;
     case BinaryKernel::kMma: return true;  // BinaryWeights hold no more than it can do
-    case BinaryKernel::kLibrary:           // W holds whole numbers up to `total` as int8 or bfloat16
-      return w.group_scale == nullptr && total <= (int8 ? 127 : 256);
+    case BinaryKernel::kLibrary:           // W holds whole numbers up to `total`
+      return w.group_scale == nullptr && total <= most_expanded(int8);
     case BinaryKernel::kWgmma:  // each plane by itself
-      return binary_wgmma_available(capability) && w.group_scale == nullptr && largest <= (int8 ? 127 : 256);
+      return binary_wgmma_available(capability) && w.group_scale == nullptr && largest <= most_expanded(int8);
   }
   return false;
 }
@@ -126,6 +129,11 @@ inline MmaPlan plan_wgmma(const BinaryWeights& w, const MmaTokens& tokens, int p
   return plan;
 }
 
+// Rows of x that are multiplied at a time: a grid has 65535 blocks along y, of 8 tokens at least, and a row
+// of fp32 is three tokens. So many fill any device, and bound the memory for x as whole numbers or parts.
+constexpr int64_t kMostGridY = 65535;
+constexpr int64_t kMmaRows = kMostGridY / 3 * kMmaShapes[0].tokens;
+
 // x as `kernel` reads it, quantised or in parts of 16 bits.
 struct BinaryProduct {
   BinaryWeights weights;
@@ -134,8 +142,8 @@ struct BinaryProduct {
   BinaryEpilogue epilogue;  // x_scale is filled in here
 };
 
-// y by the tensor cores, of Hopper (`wgmma`) or any; divided as plan_wgmma or plan_mma says or as `forced`.
-// allocate(bytes) gives memory that lives until the product has been computed.
+// y of at most kMmaRows rows by the tensor cores, of Hopper (`wgmma`) or any; divided as plan_wgmma or
+// plan_mma says or as `forced`. allocate(bytes) gives memory that lives until the product has been computed.
 template <class Allocate>
 const char* multiply_by_mma(BinaryProduct p, bool wgmma, const CudaPlace& place, const Allocate& allocate,
                             const MmaPlan* forced = nullptr) {

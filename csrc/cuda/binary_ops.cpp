@@ -39,30 +39,68 @@ at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   return tiles;
 }
 
+// W as the library reads it: whole numbers of `type`, padded with zeros to 8 rows and 16 columns.
+at::Tensor expand(const at::Tensor& bits, int64_t inputs, at::IntArrayRef plane_weights, at::ScalarType type,
+                  const CudaPlace& place) {
+  const int64_t columns = ceil_divide(inputs, 16) * 16, outputs = ceil_divide(bits.size(-2), 8) * 8;
+  const at::Tensor dense = at::empty({outputs, columns}, bits.options().dtype(type));
+  if (dense.numel() == 0) return dense;
+  BinaryExpansion expansion{bits.const_data_ptr<uint8_t>(),
+                            bits.size(-2),
+                            inputs,
+                            planes_of(bits),
+                            {},
+                            type == at::kChar   ? Expanded::kInt8
+                            : type == at::kHalf ? Expanded::kFloat16
+                                                : Expanded::kBFloat16,
+                            dense.mutable_data_ptr(),
+                            outputs,
+                            columns};
+  std::copy(plane_weights.begin(), plane_weights.end(), expansion.plane_weights);
+  check(binary_expand_on_cuda(expansion, place));
+  return dense;
+}
+
+at::Tensor binary_tiles_and_weight(const at::Tensor& bits, int64_t in_features, at::IntArrayRef plane_weights,
+                                   at::ScalarType dtype) {
+  const at::Tensor dense = check_bits(bits, in_features);
+  TORCH_CHECK_VALUE(dtype == at::kChar || dtype == at::kHalf || dtype == at::kBFloat16,
+                    "quantopt: dtype must be int8, float16 or bfloat16, not ", dtype);
+  int64_t total = 0;
+  for (int64_t weight : plane_weights) {
+    TORCH_CHECK_VALUE(weight >= 1, "quantopt: plane_weights must be at least 1, not ", weight);
+    total += weight;
+  }
+  const auto planes = static_cast<int64_t>(plane_weights.size());
+  TORCH_CHECK_VALUE(
+      planes == planes_of(dense) && planes <= kMaxPlanes && total <= most_expanded(dtype == at::kChar),
+      "quantopt: plane_weights must be one for each plane of bits, at most 8 and ",
+      most_expanded(dtype == at::kChar), " together, for W to be kept as ", dtype);
+  const c10::DeviceGuard guard(dense.device());
+  const CudaPlace place = cuda_place(dense.device());
+  const at::Tensor tiles = make_tiles(dense, in_features, place);
+  tie_tiles(tiles, bits, {in_features, 1, 1, 0}, expand(dense, in_features, plane_weights, dtype, place),
+            plane_weights);
+  return tiles;
+}
+
 // Rows of x that the library multiplies at a time: their sums stay in the second-level cache (of an H200: 60
 // MB; not measured), where binary_finish_on_cuda finds them.
 constexpr int64_t kLibrarySums = int64_t{32} << 20;
 
-// W expanded for this call: the allocator hands the same memory from layer to layer.
-void multiply_by_library(BinaryProduct p, const at::Tensor& bits, const CudaPlace& place) {
+// `kept`: W expanded, if it is of the type wanted here. Else it is expanded for this call: the allocator
+// hands the same memory from layer to layer.
+void multiply_by_library(BinaryProduct p, const at::Tensor& bits, at::IntArrayRef plane_weights,
+                         const at::Tensor& kept, const CudaPlace& place) {
   const BinaryWeights& w = p.weights;
   const auto on_device = bits.options();
   const bool fp32 = p.x.dtype == Dtype::kFloat32, half = p.x.dtype == Dtype::kFloat16;
   const int64_t parts = !p.int8 && fp32 ? 3 : 1;
-  const int64_t columns = ceil_divide(w.inputs, 16) * 16, outputs = ceil_divide(w.outputs, 8) * 8;
   const auto type = p.int8 ? at::kChar : (half ? at::kHalf : at::kBFloat16);
-  const at::Tensor dense = at::empty({outputs, columns}, on_device.dtype(type));
-  BinaryExpansion expansion{bits.const_data_ptr<uint8_t>(),
-                            w.outputs,
-                            w.inputs,
-                            w.planes,
-                            {},
-                            p.int8 ? Expanded::kInt8 : (half ? Expanded::kFloat16 : Expanded::kBFloat16),
-                            dense.mutable_data_ptr(),
-                            outputs,
-                            columns};
-  std::copy_n(w.plane_weights, kMaxPlanes, expansion.plane_weights);
-  check(binary_expand_on_cuda(expansion, place));
+  const at::Tensor dense = kept.defined() && kept.scalar_type() == type
+                               ? kept
+                               : expand(bits, w.inputs, plane_weights, type, place);
+  const int64_t columns = dense.size(1), outputs = dense.size(0);
 
   constexpr int64_t kLeast = 32;  // _int_mm wants more than 16 rows
   const int64_t rows =
@@ -153,36 +191,43 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArg
     TORCH_CHECK_VALUE(binary_kernel_fits(chosen, w, p.int8, multiplied, place.capability),
                       "quantopt: the kernel ", std::string(kernel), " does not take this product");
   }
-  if (chosen == BinaryKernel::kLibrary) {
-    multiply_by_library(p, arguments.bits, place);
-    return y;
-  }
-  at::Tensor layout;
   if (tiles && tiles->numel() > 0) {
     TORCH_CHECK_VALUE(tiles->scalar_type() == at::kInt && tiles->is_contiguous() &&
                           tiles->device() == x.device() &&
                           tiles->numel() == w.planes * tile_plane_words(w.outputs, w.inputs),
                       "quantopt: tiles do not belong to these bits; derive them anew from the bits");
   }
-  layout = tiles && tiles_fit(*tiles, bits, {inputs, 1, 1, 0}) ? *tiles
-                                                               : make_tiles(arguments.bits, inputs, place);
+  const bool fit = tiles && tiles_fit(*tiles, bits, {inputs, 1, 1, 0});
+  if (chosen == BinaryKernel::kLibrary) {
+    const at::Tensor kept = fit ? weight_of_tiles(*tiles, plane_weights) : at::Tensor();
+    multiply_by_library(p, arguments.bits, plane_weights, kept, place);
+    return y;
+  }
+  const at::Tensor layout = fit ? *tiles : make_tiles(arguments.bits, inputs, place);
   w.tiles = reinterpret_cast<const uint32_t*>(layout.const_data_ptr<int32_t>());
   if (chosen == BinaryKernel::kGemv) {
     check(binary_gemv_on_cuda(w, p.x, p.epilogue, place));
     return y;
   }
-  std::vector<at::Tensor> memory;
-  const auto allocate = [&](int64_t bytes) {
-    memory.push_back(at::empty({bytes}, x.options().dtype(at::kByte)));
-    return memory.back().mutable_data_ptr();
-  };
   const MmaPlan plan{static_cast<int>(shape), static_cast<int>(splits)};
   const bool wgmma = chosen == BinaryKernel::kWgmma;
   const int64_t shapes = static_cast<int64_t>(wgmma ? std::size(kWgmmaTokens) : std::size(kMmaShapes));
   const int64_t most_splits = wgmma ? std::min<int64_t>(8, tile_block_count(inputs)) : 65535;
   TORCH_CHECK_VALUE(shape < shapes && (shape < 0 || (splits > 0 && splits <= most_splits)),
                     "quantopt: shape must be less than ", shapes, ", splits in 1..", most_splits);
-  check(multiply_by_mma(p, wgmma, place, allocate, shape >= 0 ? &plan : nullptr));
+  const int64_t size = x.element_size();
+  for (int64_t first = 0; first < rows.size(0); first += kMmaRows) {
+    BinaryProduct some = p;
+    some.x.x = static_cast<const uint8_t*>(p.x.x) + first * p.x.stride * size;
+    some.x.rows = std::min(kMmaRows, rows.size(0) - first);
+    some.epilogue.y = static_cast<uint8_t*>(p.epilogue.y) + first * w.outputs * size;
+    std::vector<at::Tensor> memory;
+    const auto allocate = [&](int64_t bytes) {
+      memory.push_back(at::empty({bytes}, x.options().dtype(at::kByte)));
+      return memory.back().mutable_data_ptr();
+    };
+    check(multiply_by_mma(some, wgmma, place, allocate, shape >= 0 ? &plan : nullptr));
+  }
   return y;
 }
 
@@ -210,6 +255,7 @@ at::Tensor binary_linear_by(const at::Tensor& x, const at::Tensor& bits, const a
 
 TORCH_LIBRARY_IMPL(quantopt, CUDA, m) {
   m.impl("binary_tiles", &quantopt::binary_tiles);
+  m.impl("binary_tiles_and_weight", &quantopt::binary_tiles_and_weight);
   m.impl("binary_linear", &quantopt::binary_linear);
   m.impl("binary_linear_by", &quantopt::binary_linear_by);
 }

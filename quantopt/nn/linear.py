@@ -25,6 +25,7 @@ class BinaryModule(nn.Module):
     scale: Tensor
     bias: Tensor | None
     tiles: Tensor | None
+    expanded: torch.dtype | None = None  # of W kept beside the tiles
 
     def __init__(
         self,
@@ -72,7 +73,13 @@ class BinaryModule(nn.Module):
         if self.bits.is_inference():  # torch counts no writes to those
             with torch.inference_mode(False):
                 self.bits = self.bits.clone()
-        self.tiles = None if self.bits.is_meta else ops.binary_tiles(self.bits, self.row_length)
+        self.tiles = (
+            None
+            if self.bits.is_meta
+            else ops.binary_tiles(
+                self.bits, self.row_length, expanded=self.expanded, plane_weights=self.plane_weights
+            )
+        )
         return self
 
     def set_weights(self, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Self:
@@ -202,6 +209,26 @@ class BinaryLinear(BinaryModule):
         )
         module.set_weights(ops.pack_signs(weight), weight.float().abs().mean(1), linear.bias)
         return module.train(linear.training)
+
+    def keep_expanded(self, dtype: torch.dtype | None) -> Self:
+        """Keeps W expanded on CUDA too, beside ``bits`` and in no state_dict: 1 or 2 bytes per weight, for time.
+
+        Products of many rows, which run in the library, then do not expand it at each call. ``dtype``: torch.int8 with
+        compute="int8"; else the type of x, torch.float16 or torch.bfloat16 (this for fp32 too); None: no longer. No
+        effect on other devices. Raises ValueError where no product of this layer would read it.
+        """
+        exact = ops.arithmetic(self.compute) == "exact"
+        wanted = (torch.float16, torch.bfloat16) if exact else (torch.int8,)
+        if dtype is not None and dtype not in wanted:
+            raise ValueError(
+                f"dtype must be {' or '.join(map(str, wanted))} with compute={self.compute!r}, not {dtype}"
+            )
+        if dtype is not None and self.group_size:
+            raise ValueError(
+                'dtype must be None with scale="group": W is only expanded with one scale per tensor or row'
+            )
+        self.expanded = dtype
+        return self.prepare()
 
     def forward(self, x: Tensor) -> Tensor:
         buffers = self._buffers  # looked up once: a module finds its attributes slowly

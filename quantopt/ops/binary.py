@@ -131,17 +131,38 @@ def operation_of(group_size: int, planes: int) -> str:
     return "binary_linear" if even else "binary_linear_odd_groups"
 
 
-def binary_tiles(bits: Tensor, in_features: int) -> Tensor | None:
+def binary_tiles(
+    bits: Tensor,
+    in_features: int,
+    *,
+    expanded: torch.dtype | None = None,
+    plane_weights: Sequence[int] | None = None,
+) -> Tensor | None:
     """``bits`` in the order the kernels of their device read, to be passed as ``tiles``; None where it is not used.
 
     They remember these very bits, whose memory they keep: with other bits, or when these were written to since, the
     products derive the order anew at each call. The same holds for a copy of the tiles.
+
+    expanded: with CUDA's kernels the tiles keep W (``plane_weights`` as in :func:`binary_linear`) in this type too, one
+    or two bytes per weight: products of many rows by the library, that of a binary_linear with compute="int8"
+    (torch.int8), or "exact" and x in this type (torch.float16, torch.bfloat16, which is fp32's too), do not expand it
+    at each call. Elsewhere it has no effect.
     """
     _check_bits(bits, in_features, (2, 3))
+    if expanded not in (None, torch.int8, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"expanded must be torch.int8, torch.float16, torch.bfloat16 or None, not {expanded!r}"
+        )
     chosen = backends.choose("binary_linear", bits.device, torch.float32).name
     if chosen not in ("cpu", "cuda"):
         return None
-    tiles: Tensor = torch.ops.quantopt.binary_tiles(bits, in_features)
+    tiles: Tensor
+    if chosen == "cuda" and expanded is not None:
+        planes = bits.shape[0] if bits.dim() == 3 else 1
+        weights = [1 << i for i in range(planes)] if plane_weights is None else list(plane_weights)
+        tiles = torch.ops.quantopt.binary_tiles_and_weight(bits, in_features, weights, expanded)
+    else:
+        tiles = torch.ops.quantopt.binary_tiles(bits, in_features)
     return tiles if tiles.numel() > 0 else None
 
 
@@ -580,6 +601,11 @@ if _extension.error is None:
             device=x.device,
             memory_format=torch.channels_last,
         )
+
+    @torch.library.register_fake("quantopt::binary_tiles_and_weight")
+    def _(bits: Tensor, in_features: int, plane_weights: list[int], dtype: torch.dtype) -> Tensor:
+        tiles: Tensor = torch.ops.quantopt.binary_tiles(bits, in_features)
+        return tiles
 
     @torch.library.register_fake("quantopt::binary_tiles")
     def _(bits: Tensor, in_features: int) -> Tensor:

@@ -72,6 +72,9 @@ TORCH_LIBRARY(quantopt_host, m) {
               quantopt::choose_binary_kernel(w, int8, rows, quantopt::host_place.capability));
         });
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
+  m.def(
+      "binary_tiles_and_weight(Tensor bits, int in_features, int[] plane_weights, ScalarType dtype) -> "
+      "Tensor");
   m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");
   m.def(
       "binary_conv2d(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int[] kernel_size, int[] stride, "
