@@ -70,9 +70,7 @@ def largest_kernel(x_ptr, parts_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantize_image_kernel(
-    x_ptr, q_ptr, scale_ptr, parts_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def quantize_image_kernel(x_ptr, q_ptr, scale_ptr, parts_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """An image: s = max|x| / 127, q = x / s rounded half to even; 0 and NaN for s as in csrc/core/quantize.h."""
     image, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     each = tl.arange(0, PARTS)

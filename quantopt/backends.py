@@ -27,6 +27,7 @@ _COVERS = {
     ("binary_linear_odd_groups", "cpu"),
     ("binary_conv2d", "cpu"),
     ("binary_conv2d", "cuda"),
+    ("binary_conv2d", "triton"),
 }
 # binary_linear_odd_groups: with scales that are not shared by 32, 64, 128, ... weights, or more than 8 planes.
 OPERATIONS = ("fused_step", "binary_linear", "binary_linear_odd_groups", "binary_conv2d")

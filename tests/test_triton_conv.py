@@ -13,6 +13,7 @@ from interpreted_kernels import interpreted_kernels
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantopt import backends
 from quantopt.nn import BinaryConv2d
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
@@ -73,33 +74,31 @@ def compare(
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
 def test_geometry(interpreted: ModuleType, compute: str) -> None:
-    cases = itertools.product(
-        [(3, 3), (1, 1), (2, 5)], [(1, 1), (2, 3)], [(0, 0), (2, 1)], [(1, 1), (2, 1)], [1, 3]
-    )
-    for kernel, stride, padding, dilation, groups in cases:
-        compare(
-            interpreted,
-            (2, 9, 7, 8),
-            6,
-            kernel,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            compute=compute,
-        )
+    pairs = itertools.cycle([(1, 1), (2, 3), (3, 1)]), itertools.cycle([(2, 1), (0, 0), (1, 3), (0, 2)])
+    for kernel, dilation, groups in itertools.product([(3, 3), (1, 1), (2, 3)], [(1, 1), (2, 1)], [1, 3]):
+        stride, padding = (next(each) for each in pairs)
+        form = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        compare(interpreted, (2, 9, 6, 5), 6, kernel, compute=compute, **form)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes(interpreted: ModuleType, dtype: torch.dtype, compute: str) -> None:
+def test_sizes(interpreted: ModuleType, compute: str) -> None:
     """Around every block: pixels of 16, 32, 64, 128, outputs of 16 to 128, steps of 32 to 128 channels, parts of K."""
+    dtypes = itertools.cycle(DTYPES)
     for width in (1, 4, 5, 9, 16, 17, 33):  # times 4 pixels
-        compare(interpreted, (1, 33, 4, width), 65, padding=(1, 1), dtype=dtype, compute=compute)
+        compare(
+            interpreted, (1, 33, 4, width), 65, (2, 1), padding=(1, 0), dtype=next(dtypes), compute=compute
+        )
     for outputs in (1, 16, 17, 64, 129):
-        compare(interpreted, (3, 20, 3, 5), outputs, padding=(1, 1), dtype=dtype, compute=compute)
-    for channels in (1, 7, 8, 31, 32, 64, 65, 127, 129, 300):
-        compare(interpreted, (2, channels, 3, 3), 20, padding=(1, 1), dtype=dtype, compute=compute)
+        compare(
+            interpreted, (3, 20, 3, 5), outputs, (1, 2), padding=(0, 1), dtype=next(dtypes), compute=compute
+        )
+    for channels in (1, 7, 8, 31, 32, 65, 127, 129, 600):
+        compare(
+            interpreted, (2, channels, 1, 3), 20, (2, 1), padding=(1, 0), dtype=next(dtypes), compute=compute
+        )
+    for dtype in DTYPES:
+        compare(interpreted, (1, 300, 2, 2), 20, (2, 2), dtype=dtype, compute=compute)
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
@@ -161,6 +160,52 @@ def test_infinities_and_nan(interpreted: ModuleType) -> None:
     assert bool(y[1:3].isnan().all()) and bool(y[0].isfinite().all()) and bool((y[3] == 0).all())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_operator_and_layer(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen on a GPU, with the operator run by the interpreter."""
+    layer = BinaryConv2d(6, 20, 3, stride=2, padding=1, levels=4, compute="int8", activation="relu")
+    layer.bits.random_(0, 256)
+    layer.prepare()
+    x = torch.randn(2, 6, 5, 6)
+    expected = layer(x)
+    chosen: list[str] = []
+
+    def choose(operation: str, device: torch.device, dtype: torch.dtype) -> backends.Choice:
+        chosen.append(operation)
+        return backends.Choice("triton", "for the test")
+
+    calls: list[int] = []
+
+    def run(*arguments: Any) -> Tensor:
+        calls.append(len(arguments))
+        y: Tensor = interpreted.binary_conv2d(*arguments)
+        return y
+
+    monkeypatch.setattr(backends, "choose", choose)
+    with torch.library._scoped_library("quantopt", "IMPL") as library:
+        library.impl("binary_conv2d_triton", run, "CPU")
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer(x[0]), expected[0])
+            torch.compiler.reset()
+            compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+            assert torch.equal(compiled(x), layer(x))
+        assert len(calls) == 4 and set(chosen) == {"binary_conv2d"}
+        geometry = ((3, 3), (2, 2), (1, 1), (1, 1), 1, [1, 2], "int8", "relu")
+        torch.library.opcheck(
+            torch.ops.quantopt.binary_conv2d_triton.default,
+            (x, layer.bits, layer.scale, layer.bias, *geometry),
+        )
+        count = len(calls)
+        grouped = BinaryConv2d(8, 8, 3, groups=8)  # too few channels to multiply
+        scales = BinaryConv2d(32, 8, 1, scale="group", group_size=32)
+        with torch.no_grad():
+            for other, channels in ((grouped, 8), (scales, 32)):
+                assert other(torch.randn(1, channels, 4, 4)).shape[1] == 8
+        layer(x.requires_grad_()).sum().backward()  # the reference's
+        assert len(calls) == count and x.grad is not None
+
+
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("rows", "kind"), [(49, "*bf16"), (49, "*i8"), (3136, "*fp16"), (3136, "*i8")])
 def test_compiles_ahead_of_time(
@@ -183,7 +228,9 @@ def test_compiles_ahead_of_time(
         "ROWS": config.rows,
         "OUTPUTS": config.outputs,
         "INPUTS": config.inputs,
-        **{name: 1 for name in ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")},
+        **{
+            name: 1 for name in ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")
+        },
     }
     if kind != "*i8":
         constants["x_scale_ptr"] = None

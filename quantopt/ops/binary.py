@@ -6,9 +6,8 @@ ternary weight. Bits are plain row-major, least significant first, 1 = +1, in ui
 [P, N, ceil(K/8)]; bits beyond K are ignored. Everything is derived from these, nothing else is saved.
 
 On the CPU and on CUDA the compiled kernels run, on other GPUs those in Triton (quantopt/backends.py chooses); without
-them and for float64 the reference does (quantopt/reference/binary.py). conv2d runs on the compiled kernels of the CPU
-and of CUDA; elsewhere it is the reference's, that is the library's convolution on expanded weights. Source of the
-plane sum: docs/algorithms.md, section 1.
+them and for float64 the reference does (quantopt/reference/binary.py): for conv2d, the library's convolution on
+expanded weights. Source of the plane sum: docs/algorithms.md, section 1.
 """
 
 from collections.abc import Sequence
@@ -189,6 +188,9 @@ def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: 
         return None
     tiles: Tensor = torch.ops.quantopt.binary_conv_tiles(bits, channels, taps, groups)
     return tiles if tiles.numel() > 0 else None
+
+
+CUDA_PLACES = 65535 * 64 // 3  # places of an output image that the CUDA kernel takes in every type
 
 
 def conv_on_cuda(
@@ -474,19 +476,18 @@ def run_conv2d(
     compute = arithmetic(compute)
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     chosen = backends.choose("binary_conv2d", x.device, x.dtype).name
-    compiled = chosen == "cpu" or (
-        chosen == "cuda"
-        and conv_on_cuda(
-            x.dtype,
-            x.shape[-3] // groups,
-            bits.shape[-2] // groups,
-            groups,
-            group_size,
-            len(plane_weights),
-            compute,
+    channels, outputs = x.shape[-3] // groups, bits.shape[-2] // groups
+    if chosen == "cuda":
+        places = [
+            (x.shape[i - 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        ]
+        taken = places[0] * places[1] <= CUDA_PLACES and conv_on_cuda(
+            x.dtype, channels, outputs, groups, group_size, len(plane_weights), compute
         )
-    )
-    if not compiled or (torch.is_grad_enabled() and needs_grad):
+        chosen = "cuda" if taken else "reference"
+    if chosen == "triton" and not conv_in_triton(bits, channels, groups, group_size):
+        chosen = "reference"
+    if chosen == "reference" or (torch.is_grad_enabled() and needs_grad):
         if compute == "int8" and x.requires_grad:  # straight through the rounding
             q, s = reference.quantize_rows(x.detach().flatten(-3))
             x = x + ((q * s).view(x.shape) - x).detach()
@@ -507,23 +508,22 @@ def run_conv2d(
             activation,
         )
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y: Tensor = torch.ops.quantopt.binary_conv2d.default(
-        images,
-        bits,
-        scale if scale.dtype == torch.float32 else scale.float(),
-        bias,
-        kernel,
-        stride,
-        padding,
-        dilation,
-        groups,
-        plane_weights,
-        group_size,
-        compute,
-        tiles,
-        activation,
-    )
+    fp32 = scale if scale.dtype == torch.float32 else scale.float()
+    head = (images, bits, fp32, bias, kernel, stride, padding, dilation, groups, plane_weights)
+    y: Tensor
+    if chosen == "triton":
+        y = torch.ops.quantopt.binary_conv2d_triton(*head, compute, activation)
+    else:
+        y = torch.ops.quantopt.binary_conv2d.default(*head, group_size, compute, tiles, activation)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def conv_in_triton(bits: Tensor, channels: int, groups: int, group_size: int) -> bool:
+    """Whether the Triton kernel takes a convolution and is worth it: with few channels or outputs in a group, of the 32
+    and 16 that it multiplies at least, the library's convolution on expanded weights runs."""
+    outputs, planes = bits.shape[-2] // groups, bits.shape[0] if bits.dim() == 3 else 1
+    small = groups > 1 and 4 * channels * outputs < 32 * 16
+    return group_size == 0 and planes <= 8 and not small
 
 
 # torch.library.custom_op would import triton with this module.
@@ -540,6 +540,58 @@ def _(*arguments: Any) -> Tensor:
 
     y: Tensor = kernels.binary_linear(*arguments)
     return y
+
+
+_library.define(
+    "binary_conv2d_triton(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, int[] plane_weights, str compute, str activation) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "binary_conv2d_triton", "CUDA")
+def _(*arguments: Any) -> Tensor:
+    from quantopt.kernels import binary_conv as kernels
+
+    y: Tensor = kernels.binary_conv2d(*arguments)
+    return y
+
+
+def _empty_conv2d(
+    x: Tensor,
+    bits: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    return torch.empty(
+        [x.shape[0], bits.shape[-2], *size],
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+@torch.library.register_fake("quantopt::binary_conv2d_triton")
+def _(
+    x: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    plane_weights: list[int],
+    compute: str,
+    activation: str,
+) -> Tensor:
+    return _empty_conv2d(x, bits, kernel_size, stride, padding, dilation)
 
 
 @torch.library.register_fake("quantopt::binary_linear_triton")
@@ -591,16 +643,7 @@ if _extension.error is None:
         tiles: Tensor | None = None,
         activation: str = "none",
     ) -> Tensor:
-        size = [
-            (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
-            for i in (0, 1)
-        ]
-        return torch.empty(
-            [x.shape[0], bits.shape[-2], *size],
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
+        return _empty_conv2d(x, bits, kernel_size, stride, padding, dilation)
 
     @torch.library.register_fake("quantopt::binary_tiles_and_weight")
     def _(bits: Tensor, in_features: int, plane_weights: list[int], dtype: torch.dtype) -> Tensor:
