@@ -3,8 +3,8 @@
     python bench/conv_cuda.py [--json FILE] [--min-time SECONDS] [--size 32|224] [--batch 1|64|256]
 
 Every time is that of a CUDA graph of calls in a row on one set of weights, which for the peer stay in the second-level
-cache as far as they fit; the contenders take turns, and medians are compared. x is bfloat16 and channels last. "ours" is
-what the package chooses, rounding of x to int8 included; the Triton kernel is timed beside it. Each is checked against
+cache as far as they fit; the contenders take turns, and medians are compared. x is bfloat16 and channels last. "ours"
+is what the package chooses, rounding of x to int8 included; the Triton kernel is timed beside it. Each is checked against
 float64 before it is timed. A layer that is wrong or does not run is no row: it is printed, and the exit status is 1.
 """
 
@@ -41,7 +41,8 @@ class Layer(NamedTuple):
     width: int
 
     def __str__(self) -> str:
-        return f"{self.kernel}x{self.kernel}/{self.stride} {self.channels}->{self.outputs} on {self.height}x{self.width}"
+        taps, size = f"{self.kernel}x{self.kernel}/{self.stride}", f"{self.height}x{self.width}"
+        return f"{taps} {self.channels}->{self.outputs} on {size}"
 
 
 def layers(name: str, size: int) -> list[Layer]:

@@ -230,7 +230,7 @@ def binary_conv2d(
     compute: str,
     activation: str,
 ) -> Tensor:
-    """The arguments of :func:`quantopt.binary_conv2d`, checked; x is [B, C, H, W], and no scales of groups of weights."""
+    """The arguments of :func:`quantopt.binary_conv2d`, checked; x is [B, C, H, W]. No groups of weights."""
     images, all_channels, height, width = x.shape
     all_outputs, channels = bits.shape[-2], all_channels // groups
     outputs, taps = all_outputs // groups, kernel[0] * kernel[1]

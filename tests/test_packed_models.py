@@ -1,4 +1,4 @@
-"""Whole packed networks as bench/ times them: right on the CPU, compiled without a break, and the benchmarks' own logic."""
+"""Whole packed networks as bench/ times them: right on the CPU, compiled whole, and the benchmarks' logic."""
 
 import copy
 import importlib

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_kernels import interpreted_kernels
 from torch import Tensor
 
+from interpreted_kernels import interpreted_kernels
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_kernels import interpreted_kernels
 from torch import Tensor
 from torch.nn import functional as F
 
+from interpreted_kernels import interpreted_kernels
 from quantopt import backends
 from quantopt.nn import BinaryConv2d
 from quantopt.ops import binary as ops
@@ -211,7 +211,7 @@ def test_operator_and_layer(interpreted: ModuleType, monkeypatch: pytest.MonkeyP
 def test_compiles_ahead_of_time(
     architecture: int, rows: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To tensor-core instructions with asynchronous copies of x, and no spilled register."""
+    """To tensor-core instructions with asynchronous copies of x, and no array in local memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -228,9 +228,7 @@ def test_compiles_ahead_of_time(
         "ROWS": config.rows,
         "OUTPUTS": config.outputs,
         "INPUTS": config.inputs,
-        **{
-            name: 1 for name in ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")
-        },
+        **dict.fromkeys(("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w"), 1),
     }
     if kind != "*i8":
         constants["x_scale_ptr"] = None
