@@ -4,8 +4,9 @@
 
 Every time is that of a CUDA graph of calls in a row on one set of weights, which for the peer stay in the second-level
 cache as far as they fit; the contenders take turns, and medians are compared. x is bfloat16 and channels last. "ours"
-is what the package chooses, rounding of x to int8 included; the Triton kernel is timed beside it. Each is checked against
-float64 before it is timed. A layer that is wrong or does not run is no row: it is printed, and the exit status is 1.
+is what the package chooses, rounding of x to int8 included; the Triton kernel is timed beside it. Each is checked
+against float64 before it is timed. A layer that is wrong or does not run is no row: it is printed, and the exit status
+is 1.
 """
 
 import argparse
