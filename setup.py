@@ -187,12 +187,13 @@ class Toolkit:
         sys.exit(f"quantopt: libcudart_static.a, part of the CUDA toolkit, was not found under {top}")
 
     def flags(self, name: str) -> list[str]:
-        flags = [*NVCC_FLAGS, *CUDA_FLAGS.get(name.split("_")[0], [])]
+        newest = max(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
+        macros = [f"-DQUANTOPT_NEWEST_ARCH={re.match(r'[0-9]+', newest)[0]}"]
+        flags = [*NVCC_FLAGS, *macros, *CUDA_FLAGS.get(name.split("_")[0], [])]
         if name in SPECIFIC:
             arch, wanted, macro = SPECIFIC[name]
             if not set(wanted).isdisjoint(self.archs):
                 return [*flags, macro, "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        newest = max(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"arch=compute_{newest},code=compute_{newest}")
         return [*flags, *(word for code in codes for word in ("-gencode", code))]

@@ -126,7 +126,10 @@ def _refusal(
 
 def _built_for(capability: int) -> bool:
     """Machine code of the same major version and no newer minor one, or PTX of the newest architecture."""
-    archs = [int(arch) for arch in _extension.build_info()["cuda_archs"] if arch.isdigit()]
+    named = _extension.build_info()["cuda_archs"]
+    if f"{capability}a" in named:
+        return True
+    archs = [int(arch) for arch in named if arch.isdigit()]
     return any(
         arch <= capability and (arch // 10 == capability // 10 or arch == max(archs)) for arch in archs
     )

@@ -341,7 +341,7 @@ def test_convolutions_that_are_not_taken(host: Any) -> None:
     case = ConvCase((1, 16, 4, 4), 8, groups=2, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="groups"):
         case.run(host)
-    assert not ops.conv_on_cuda(torch.float32, 8, 8, 2, 0, 1, "exact")
+    assert not ops.conv_on_cuda(torch.float32, 64, 64, 2, 0, 1, "exact")
 
 
 @pytest.mark.gpu
@@ -770,7 +770,15 @@ def test_operator(host: Any) -> None:
 
 @needs_cuda_build
 @pytest.mark.parametrize(
-    "operator", ["binary_linear", "binary_linear_by", "binary_tiles", "binary_tiles_and_weight"]
+    "operator",
+    [
+        "binary_linear",
+        "binary_linear_by",
+        "binary_tiles",
+        "binary_tiles_and_weight",
+        "binary_conv2d",
+        "binary_conv_tiles",
+    ],
 )
 def test_is_registered(operator: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quantopt::{operator}", "CUDA")
@@ -785,9 +793,9 @@ def test_machine_code(arch: str) -> None:
     kernels = {
         name: code
         for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction : |\Z)", sass, re.DOTALL)
-        if re.search(r"binary_(mma|gemv|prepare)_cu", name)
+        if re.search(r"binary_(mma|gemv|prepare|conv)_cu", name)
     }
-    assert len(kernels) == 4 * len(SHAPES) + 3 + 16  # mma; gemv; what stands around them
+    assert len(kernels) == 4 * len(SHAPES) + 3 + 16 + 16  # mma; gemv; what stands around them; convolutions
     for name, code in kernels.items():
         assert not re.search(r"\b(STL|LDL)\b", code), name
         if "gemv_kernel" in name:
@@ -795,7 +803,7 @@ def test_machine_code(arch: str) -> None:
             assert code.count("IDP.4A.U8.S8") >= 128, name
             assert len(re.findall(r"LDG\.E\.NA\S*\.128", code)) >= 8, name
         elif "mma_kernel" in name:
-            tokens, _, _ = SHAPES[int(re.search(r"ELi(\d)E", name)[1])]  # type: ignore[index]
+            tokens, _, _ = (*SHAPES, (64, 128, 256))[int(re.search(r"ELi(\d)E", name)[1])]  # type: ignore[index]
             multiply = "IMMA.16832.S8.S8" if "Bytes" in name else "HMMA.16816.F32"
             per_column_tile = 8 if "Bytes" in name else 16
             assert code.count(multiply) >= per_column_tile * tokens // 8, name
@@ -812,6 +820,8 @@ def test_backend_on_devices_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_archs": ["80", "90"]})
     built = {c: backends._built_for(c) for c in (75, 80, 86, 89, 90, 100, 120)}
     assert built == {75: False, 80: True, 86: True, 89: True, 90: True, 100: True, 120: True}
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_archs": ["90a"]})
+    assert backends._built_for(90) and not backends._built_for(80)
     monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_archs": ["90"]})
     assert not backends._built_for(80)
 

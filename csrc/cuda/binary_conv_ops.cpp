@@ -102,7 +102,10 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
         place));
     return y;
   }
-  const at::Tensor dense = x.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor dense = x.contiguous(at::MemoryFormat::ChannelsLast);
+  if (groups > 1 && reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 != 0) {
+    dense = dense.clone(at::MemoryFormat::ChannelsLast);  // groups are read where they are
+  }
   const TilesForm form{conv.channels * taps, taps, groups, 0};
   BinaryWeights w{};
   w.outputs = conv.outputs;
@@ -123,9 +126,6 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   const int64_t parts = !a.quantize && dtype == Dtype::kFloat32 ? 3 : 1;
   const bool readable = !a.quantize && parts == 1 && conv.channels % 8 == 0 &&
                         reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
-  TORCH_CHECK_NOT_IMPLEMENTED(readable || a.quantize || groups == 1,
-                              "quantopt: the CUDA convolution takes groups of x at an address that is a "
-                              "multiple of 16");
   ConvGeometry g{x.size(0),
                  static_cast<int32_t>(x.size(2)),
                  static_cast<int32_t>(x.size(3)),
@@ -146,11 +146,14 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
         (kernel[i] - 1) * dilation[i] + x.size(2 + i) + 2 * padding[i] <= INT32_MAX,
         "quantopt: the CUDA convolution takes padded images of less than 2^31 pixels");
   }
-  const int64_t most = std::clamp<int64_t>(kLaunch / (parts * g.places()), 1, x.size(0));
+  // Images at a time: as many as a launch takes, and as have room in this memory for x in its order for K.
+  constexpr int64_t kRoom = int64_t{256} << 20;
+  const int64_t image_bytes =
+      a.quantize ? pixels * groups * padded : (readable ? 0 : parts * pixels * padded * 2);
+  const int64_t most = std::clamp<int64_t>(
+      std::min(kLaunch / (parts * g.places()), kRoom / std::max<int64_t>(1, image_bytes)), 1, x.size(0));
   const auto bytes = [&](int64_t count) { return at::empty({count}, x.options().dtype(at::kByte)); };
-  const at::Tensor values = bytes(a.quantize ? most * pixels * groups * padded
-                                  : readable ? 0
-                                             : parts * most * pixels * padded * 2);
+  const at::Tensor values = bytes(most * image_bytes);
   const at::Tensor row_scale = bytes(a.quantize ? most * g.places() * 4 : 0);
   const at::Tensor largest = bytes(a.quantize ? most * kConvParts * 4 : 0);
   const MmaPlan plan = plan_conv(w, parts * most * g.places(), groups == 1, place.processors);

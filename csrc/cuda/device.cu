@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/device.h"
 
 namespace quantopt {
@@ -13,7 +15,8 @@ const char* describe_device(int device, CudaPlace& place) {
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   place.device = device;
-  place.capability = 10 * major + minor;
+  // A newer device runs the code of the newest architecture of the build, which has no more than that has.
+  place.capability = std::min(10 * major + minor, QUANTOPT_NEWEST_ARCH);
   return nullptr;
 }
 

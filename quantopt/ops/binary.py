@@ -479,7 +479,8 @@ def run_conv2d(
     channels, outputs = x.shape[-3] // groups, bits.shape[-2] // groups
     if chosen == "cuda":
         places = [
-            (x.shape[i - 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+            (x.shape[i - 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+            for i in (0, 1)
         ]
         taken = places[0] * places[1] <= CUDA_PLACES and conv_on_cuda(
             x.dtype, channels, outputs, groups, group_size, len(plane_weights), compute
