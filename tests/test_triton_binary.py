@@ -125,6 +125,130 @@ def test_infinities_nan_and_extremes(interpreted: ModuleType) -> None:
     assert torch.equal(y, torch.full((1, 8), 12 * 4096 * 127 * (torch.tensor(3.0) / 127)))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
+def test_expanding(interpreted: ModuleType, dtype: torch.dtype) -> None:
+    for n, k, weights in (
+        (1, 1, [1]),
+        (8, 16, [1]),
+        (9, 17, [1, 1]),
+        (40, 300, [1, 2, 4]),
+        (3, 4200, [64, 63]),
+    ):
+        bits = ops.pack_signs(torch.randn(len(weights), n, k))
+        bits[..., -1] |= (0xFF << (k % 8 or 8)) & 0xFF  # bits beyond K must not matter
+        w = interpreted.expand(bits, k, weights, dtype)
+        assert w.dtype == dtype and w.shape == (-(-n // 8) * 8, -(-k // 16) * 16)
+        expected = torch.zeros(w.shape, dtype=torch.float32)
+        expected[:n, :k] = reference.dense_weight(bits, torch.ones(1), k, weights, 0, torch.float32)
+        assert torch.equal(w.float(), expected)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_many_rows_by_the_library(
+    interpreted: ModuleType, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one turn and in turns of 32 rows, the last of fewer than _int_mm takes."""
+    monkeypatch.setattr(interpreted, "LIBRARY_ROWS", {"int8": 33, "exact": 33})
+    products: list[torch.dtype] = []
+    product = interpreted.library_product
+    monkeypatch.setattr(
+        interpreted, "library_product", lambda x, w: products.append(x.dtype) or product(x, w)
+    )
+    for sums, turns in ((1 << 20, 1), (0, 3)):
+        monkeypatch.setattr(interpreted, "LIBRARY_SUMS", sums)
+        for n, k, levels, dtype in ((40, 48, 2, torch.float16), (43, 131, 8, torch.bfloat16)):
+            products.clear()
+            compare(interpreted, 70, n, k, dtype, compute, levels=levels, activation="silu")
+            assert len(products) == turns
+    products.clear()
+    compare(interpreted, 33, 40, 64, torch.float16, compute, group_size=32)  # what it does not take
+    compare(interpreted, 32, 40, 64, torch.float16, compute)
+    assert not products
+
+
+def test_sums_that_32_bits_do_not_hold(interpreted: ModuleType) -> None:
+    bits = torch.zeros(8, 2, 2065, dtype=torch.uint8)
+    x, one = torch.zeros(1, 16520), torch.ones(1)
+    with pytest.raises(ValueError, match=r"in_features=16520 is too large .* use compute=\"exact\""):
+        interpreted.binary_linear(x, bits, one, None, 16520, [128] * 8, 0, "int8", "none")
+
+
+def test_tuned_blocks_are_kept(
+    interpreted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTOPT_CACHE_DIR", str(tmp_path))
+    x, bits, scale = torch.randn(3, 300), ops.pack_signs(torch.randn(40, 300)), torch.rand(40)
+    arguments = (bits, scale, 300, [1], 0, "exact")
+
+    def chosen(rows: int = 3) -> Any:
+        return interpreted.chosen_config(x, *arguments, rows)
+
+    assert chosen() == interpreted.config_for(3, 0)
+    assert not list(tmp_path.iterdir())  # nothing is tuned unasked
+    expected = interpreted.binary_linear(x, bits, scale, None, 300, [1], 0, "exact", "none")
+    times = iter((3.0, 1.0, 2.0))
+
+    def measure(call: Any) -> float:
+        torch.testing.assert_close(call(), expected)
+        return next(times)
+
+    second = interpreted.configs_for(3, 0)[1]
+    assert interpreted.tune(x, *arguments, measure=measure) == second == chosen()
+    assert chosen(17) == interpreted.config_for(17, 0)  # another bucket
+    (path,) = tmp_path.iterdir()
+    assert path.name == "triton-interpreter.json"
+    interpreted.choices._read.cache_clear()  # as in another process
+    assert chosen() == second
+    for content in (
+        "",
+        "[]",
+        '{"a": ',
+        path.read_text().replace("256", "255"),
+        path.read_text().replace("256", "null"),
+    ):
+        path.write_text(content)
+        interpreted.choices._read.cache_clear()
+        assert chosen() == interpreted.config_for(3, 0)
+
+
+def test_the_file_of_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantopt.kernels import choices
+
+    for name, value, folder in (
+        ("XDG_CACHE_HOME", "", Path("~/.cache/quantopt").expanduser()),
+        ("XDG_CACHE_HOME", str(tmp_path / "xdg"), tmp_path / "xdg/quantopt"),
+        ("QUANTOPT_CACHE_DIR", str(tmp_path / "own"), tmp_path / "own"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert choices.path_for("NVIDIA H200") == folder / "triton-nvidia-h200.json"
+    choices.store("a", "one", [1, 2])
+    choices.path_for("a").write_text(
+        '{"two": [3], "three": "?", "four": [true]}'
+    )  # by another process, since
+    choices.store("a", "five", [4])
+    choices._read.cache_clear()
+    assert [choices.load("a", key) for key in ("one", "two", "three", "four", "five")] == [
+        [1, 2],
+        [3],
+        None,
+        None,
+        [4],
+    ]
+    assert [p.name for p in (tmp_path / "own").iterdir()] == ["triton-a.json"]  # no file is left half-written
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUANTOPT_CACHE_DIR", str(tmp_path / "file"))  # not a folder
+    choices.store("a", "six", [5])
+    assert choices.load("a", "six") == [5] and choices.load("a", "one") is None
+
+
+def test_at_most_five_blocks_for_a_number_of_rows() -> None:
+    from quantopt.kernels import binary_linear as kernels
+
+    for rows, group in itertools.product((1, 16, 17, 64, 1000), (0, 32, 128)):
+        configs = kernels.configs_for(rows, group)
+        assert 1 <= len(configs) == len(set(configs)) <= 5 and configs[0] == kernels.config_for(rows, group)
+
+
 def test_splitting_of_k() -> None:
     from quantopt.kernels import binary_linear as kernels
 
