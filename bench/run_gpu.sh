@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything a GPU machine is needed for, in one go of under 9 minutes: build, the tests marked gpu, compute-sanitizer on
-# the kernels, the tables of bench/step.py and bench/gemm.py, profiler counters of the main kernels.
+# the kernels, the tables of bench/{step,gemm,conv_cuda}.py, profiler counters of the main kernels.
 #
 #   bench/run_gpu.sh [FOLDER]      # where the logs go; the tables go to bench/results/ and are copied there
 #
@@ -71,9 +71,9 @@ if part build 80 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setup
   pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q -m gpu --continue-on-collection-errors)
   # A kernel whose warps wait for each other may never end: alone first, and turned off for the rest if it fails.
   part tests-wgmma 25 "${pytest[@]}" tests/test_cuda_binary.py -k wgmma || export QUANTOPT_WGMMA=0
-  part tests 70 "${pytest[@]}" tests -k "not wgmma" --ignore tests/test_triton.py --ignore tests/test_triton_binary.py
+  part tests 70 "${pytest[@]}" tests -k "not wgmma" --ignore-glob "tests/test_triton*"
   # Triton compiles a kernel for every case: those of `brief` alone, of which there is one of each kind
-  part tests-triton 35 "${pytest[@]}" tests/test_triton.py tests/test_triton_binary.py -m "gpu and brief"
+  part tests-triton 35 "${pytest[@]}" tests/test_triton*.py -m "gpu and brief"
   TAIL=60 part step 100 "$PYTHON" bench/step.py --device cuda
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else overruns between small tensors stay inside one block
   for check in memcheck racecheck; do
@@ -86,12 +86,13 @@ if part build 80 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setup
     gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,smsp__issue_active.avg.pct,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread \
     "$PYTHON" bench/small_steps.py --profile
   TAIL=60 part gemm 40 "$PYTHON" bench/gemm.py --device cuda --min-time 0.1
+  TAIL=60 part conv 20 "$PYTHON" bench/conv_cuda.py --size 32 --batch 64 --min-time 0.1
   if [[ $arch == 90 && ${QUANTOPT_WGMMA:-1} != 0 ]]; then
     TAIL=60 part wgmma 25 "$PYTHON" bench/gemm.py --device cuda --only wgmma --min-time 0.1
   else
     summary+=("wgmma: left out, for compute capability 9.0 alone and where its tests pass")
   fi
-  cp bench/results/{step,gemm,wgmma}-*.json "$LOGS"/ 2>/dev/null
+  cp bench/results/{step,gemm,conv,wgmma}-*.json "$LOGS"/ 2>/dev/null
 fi
 
 printf '%s\n' "" "== summary, $((SECONDS)) s" "${summary[@]}" | tee "$LOGS/summary.txt"

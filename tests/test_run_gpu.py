@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "run_gpu.sh"
 SANITIZED = ("memcheck", "memcheck-gemm", "racecheck", "racecheck-gemm")
-PARTS = ("build", "tests-wgmma", "tests", "tests-triton", "step", *SANITIZED, "ncu", "gemm", "wgmma")
+PARTS = ("build", "tests-wgmma", "tests", "tests-triton", "step", *SANITIZED, "ncu", "gemm", "conv", "wgmma")
 # Writes down the limit, the switch and the command, and ends as $FAKE_CODE where the command matches $FAKE_MATCH.
 TIMEOUT = """#!/usr/bin/env bash
 echo "$3 QUANTOPT_WGMMA=${QUANTOPT_WGMMA:-} ${*:4}" >>"$FAKE_LOG"

@@ -267,7 +267,9 @@ def test_compiles_ahead_of_time(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compute", ops.COMPUTE)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=pytest.mark.brief if d == torch.bfloat16 else ()) for d in DTYPES]
+)
 def test_on_the_device(dtype: torch.dtype, compute: str) -> None:
     from quantopt.kernels import binary_conv as kernels
 
