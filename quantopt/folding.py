@@ -5,6 +5,9 @@ channel of the layer before it: scale -> |f| scale, bias -> f (bias - mean) + be
 sign where f < 0, so that scales stay positive.
 """
 
+import copy
+import inspect
+import itertools
 import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from torch import Tensor, fx, nn
 from quantopt.reference.binary import pack_signs
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+MOST_OPTIONAL = 4  # arguments of forward: it is traced once for each choice of them
 FOLDABLE = {kind.__name__: kind for kind in (*NORMS, nn.ReLU, nn.GELU, nn.SiLU)}
 
 
@@ -45,7 +49,7 @@ class Folded(nn.Identity):
 
 
 class Chain(NamedTuple):
-    """A layer and the modules that every call of it is followed by, and that follow nothing else."""
+    """A layer and the modules that follow it wherever forward calls it, and that follow nothing else."""
 
     layer: nn.Linear | nn.Conv2d
     norm: nn.Module | None
@@ -89,11 +93,18 @@ def _is_watched(module: nn.Module) -> bool:
 class _Calls:
     """Which module is called where."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, arguments: dict[str, None]) -> None:
+        """Follows the forward of ``root``, called without the optional ``arguments``.
+
+        That runs the model's own code, so a copy is traced: it may keep values or write to buffers.
+        """
+        twin = copy.deepcopy(root, {id(p): p for p in root.parameters()})
+        own = dict(zip(map(id, twin.modules()), root.modules(), strict=True))
+        named = {name: own[id(module)] for name, module in twin.named_modules(remove_duplicate=False)}
+        graph = fx.Tracer().trace(twin, concrete_args=arguments or None)
         self.modules: dict[fx.Node, nn.Module] = {}
         self.nodes: dict[int, list[fx.Node]] = {}
         self.touched: set[int] = set()  # modules that are used in other ways than by a call in a graph
-        named = dict(root.named_modules(remove_duplicate=False))
         for node in graph.nodes:
             if node.op == "get_attr":
                 self.touched.add(id(named.get(str(node.target).rpartition(".")[0])))
@@ -124,15 +135,30 @@ class _Calls:
         return follower
 
 
-def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> list[Chain]:
-    """What can be folded into each of ``layers``, modules of ``model``.
+def _traces(model: nn.Module) -> list[_Calls]:
+    """The calls that forward makes with each choice of its optional arguments (those that are None by default)."""
+    optional = [name for name, p in inspect.signature(model.forward).parameters.items() if p.default is None]
+    if len(optional) > MOST_OPTIONAL:
+        raise TypeError(
+            f"more than {MOST_OPTIONAL} arguments of its forward are optional: {', '.join(optional)}"
+        )
+    choices = itertools.product((False, True), repeat=len(optional))
+    return [
+        _Calls(model, {name: None for name, given in zip(optional, choice, strict=True) if not given})
+        for choice in choices
+    ]
 
-    The forward pass is traced by torch.fx. Where that fails, nothing is known of what else is called with a layer's
-    output: nothing is folded, and a warning gives the reason. Raises ValueError if a batch norm to be folded is in
-    training.
+
+def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> list[Chain]:
+    """What can be folded into each of ``layers``, modules of ``model``: what follows it wherever forward calls it.
+
+    The forward pass is traced by torch.fx, with and without each argument that is None by default. Where that fails,
+    nothing is known of what else is called with a layer's output: nothing is folded, and a warning gives the reason.
+    Calls from other methods than forward, and branches on isinstance or ``is`` that depend on other arguments, cannot
+    be seen. Raises ValueError if there is something to fold, but the model is in training.
     """
     try:
-        graph = fx.Tracer().trace(model)
+        traces = _traces(model)
     except Exception as error:  # whatever the model's own code makes of a proxy
         warnings.warn(
             f"fold_batchnorm=True folded nothing: torch.fx cannot trace the model ({error}), so that what follows a "
@@ -140,21 +166,28 @@ def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> 
             stacklevel=3,
         )
         return []
-    calls = _Calls(model, graph)
+
+    def after(module: nn.Module) -> nn.Module | None:
+        followers = [calls.after(module) for calls in traces]
+        return followers[0] if all(f is followers[0] for f in followers) else None
+
     chains = []
     for layer in layers:
-        norm: Any = calls.after(layer)
+        norm: Any = after(layer)
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         kind = nn.BatchNorm1d if isinstance(layer, nn.Linear) else nn.BatchNorm2d
         if type(norm) is not kind or norm.running_mean is None or norm.num_features != outputs:
             norm = None
-        if norm is not None and norm.training:
-            raise ValueError(
-                "fold_batchnorm=True folds the running statistics, but the model is in training: call model.eval()"
-            )
-        activation = calls.after(layer if norm is None else norm)
+        activation = after(layer if norm is None else norm)
         if activation_of(activation) == "none":
             activation = None
         if norm is not None or activation is not None:
             chains.append(Chain(layer, norm, activation))
+    norms = {id(chain.norm) for chain in chains}
+    # A module with others in it may call them in one mode alone.
+    if chains and any(m.training for m in model.modules() if m._modules or id(m) in norms):
+        raise ValueError(
+            "fold_batchnorm=True folds what follows a layer in evaluation, but the model is in training: "
+            "call model.eval()"
+        )
     return chains

@@ -136,8 +136,10 @@ def pack(
         compute: "auto" (which is "exact"), "exact" or "int8", for all packed layers.
         fold_batchnorm: take a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into its
             scale and bias, and a following ReLU, GELU or SiLU module into its epilogue; quantopt.folding.Folded stands
-            where they were. The model must be in evaluation mode. Only modules that follow the layer wherever it is
-            called, and nothing else, are folded: not a ReLU after an addition, not one that is shared or a function.
+            where they were. The model must be in evaluation mode. Only modules that follow the layer wherever forward
+            calls it, with and without its optional arguments, and nothing else, are folded: not a ReLU after an
+            addition, not one that is shared or a function. Other methods that call them, and tests by isinstance,
+            cannot be seen.
             BatchNorm1d after a Linear takes [batch, features] alone: other inputs are then an error. A model that
             torch.fx cannot trace is left unfolded, with a warning that gives the reason.
 

@@ -196,6 +196,44 @@ def test_nothing_is_folded_where_tracing_fails() -> None:
     assert folded(fused) == [] and torch.equal(fused(x), plain(x))
 
 
+class Optional(nn.Module):
+    """One norm that is called with an optional argument alone, one that always is; forward leaves traces behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.second, self.always = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.last: Tensor | None = None
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, norm: bool | None = None, skip: Tensor | None = None) -> Tensor:
+        self.calls.add_(1)
+        self.last = x = self.first(x)
+        if norm is not None:
+            x = self.norm(x)
+        x = self.always(self.second(x))
+        return x if skip is None else x + skip
+
+
+def test_what_follows_with_every_choice_of_arguments_is_folded() -> None:
+    model = fill(Optional())
+    plain, fused = packs(model)
+    assert folded(fused) == ["always"] and model.last is None and model.calls == 0
+    x = torch.randn(5, 8)
+    for arguments in ((), (True,), (None, x), (True, x)):
+        assert close(fused(x, *arguments), plain(x, *arguments))
+
+
+def test_too_many_optional_arguments() -> None:
+    class Five(nn.Sequential):
+        def forward(self, x, a=None, b=None, c=None, d=None, e=None):  # type: ignore[no-untyped-def]
+            return super().forward(x)
+
+    with pytest.warns(UserWarning, match="more than 4 arguments of its forward are optional: a, b, c, d, e"):
+        fused = packs(fill(Five(nn.Linear(8, 8), nn.BatchNorm1d(8))))[1]
+    assert folded(fused) == []
+
+
 def test_a_norm_of_another_dimension() -> None:
     """Of [B, L, C] BatchNorm1d takes L for channels, also where L = C: an error, not another result."""
     plain, fused = packs(fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))))
@@ -228,6 +266,11 @@ def test_a_model_in_training_is_refused() -> None:
     opt = Fake(weights(model))
     with pytest.raises(ValueError, match=r"the model is in training: call model.eval\(\)"):
         pack(model, opt, fold_batchnorm=True)
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.ReLU()
+    )  # with no norm: forward may depend on the mode all the same
+    with pytest.raises(ValueError, match=r"the model is in training: call model.eval\(\)"):
+        pack(model, Fake(weights(model)), fold_batchnorm=True)
     with pytest.raises(TypeError, match="fold_batchnorm must be True or False"):
         pack(model, opt, fold_batchnorm="yes")  # type: ignore[arg-type]
 
