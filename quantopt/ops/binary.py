@@ -216,6 +216,13 @@ def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
     return grad * (s * (1 + y * (1 - s)))
 
 
+def _straight_through(x: Tensor, dims: int) -> Tensor:
+    """What "int8" rounds x to, over its last ``dims`` dimensions, with the gradient of x; fp32 as in the kernels."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    q, s = reference.quantize_rows(x.detach().flatten(-dims))
+    return x + ((q * s).view(x.shape) - x).detach()
+
+
 class _Linear(torch.autograd.Function):
     """Gradients for x and the bias (those of the dense layer; int8: straight through the rounding).
 
@@ -410,11 +417,12 @@ def binary_conv2d(
         kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
         compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W).
 
-    On CUDA one kernel takes all of them, but for scales of groups of weights, more than 8 planes, and many or small
-    groups (conv_on_cuda). On the CPU a kernel of 1x1 without padding and groups is a linear layer. Else, with ``tiles`` (see :func:`conv_tiles`; modules
-    keep them), scales per tensor or row, and a processor with AVX2, the product runs on the packed weights too. Where
-    neither holds, W is expanded to ±1 (exact in every type) for each call, and the library's convolution runs in fp32:
-    that saves memory but no time.
+    On CUDA one kernel takes all of them, but for scales of groups of weights, more than 8 planes, many or small groups
+    (conv_on_cuda) and very large images; Triton's the same (conv_in_triton). On the CPU a kernel of 1x1 without padding
+    and groups is a linear layer; else, with ``tiles`` (see :func:`conv_tiles`; modules keep them), scales per tensor or
+    row, and a processor with AVX2, the product runs on the packed weights too. Where none of this holds, W is expanded
+    to ±1 (exact in every type) for each call, and the library's convolution runs in fp32: that saves memory but no
+    time.
 
     Returns [B, N, H', W'] of the type of x, channels last in memory. Differentiable with respect to x and bias. Raises
     TypeError or ValueError naming the argument that does not fit.
@@ -489,11 +497,10 @@ def run_conv2d(
     if chosen == "triton" and not conv_in_triton(bits, channels, groups, group_size):
         chosen = "reference"
     if chosen == "reference" or (torch.is_grad_enabled() and needs_grad):
-        if compute == "int8" and x.requires_grad:  # straight through the rounding
-            q, s = reference.quantize_rows(x.detach().flatten(-3))
-            x = x + ((q * s).view(x.shape) - x).detach()
-            compute = "exact"
-        return reference.binary_conv2d(
+        dtype = x.dtype
+        if compute == "int8" and x.requires_grad and torch.is_grad_enabled():
+            x, compute = _straight_through(x, 3), "exact"
+        y: Tensor = reference.binary_conv2d(
             x,
             bits,
             scale,
@@ -508,10 +515,10 @@ def run_conv2d(
             compute,
             activation,
         )
+        return y.to(dtype)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     fp32 = scale if scale.dtype == torch.float32 else scale.float()
     head = (images, bits, fp32, bias, kernel, stride, padding, dilation, groups, plane_weights)
-    y: Tensor
     if chosen == "triton":
         y = torch.ops.quantopt.binary_conv2d_triton(*head, compute, activation)
     else:
