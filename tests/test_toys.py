@@ -52,4 +52,4 @@ def test_command_draws_the_figure(tmp_path, capsys, monkeypatch):
     assert "the best of 512 binary networks" in capsys.readouterr().out
     with Image.open(tmp_path / "toys" / "toys.png") as image:
         image.load()
-        assert min(image.size) > 300
+        assert min(image.size) > 200
