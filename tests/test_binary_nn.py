@@ -269,3 +269,35 @@ def test_keeping_w_expanded() -> None:
         BinaryLinear(64, 32, scale="group", group_size=32).keep_expanded(torch.float16)
     with pytest.raises(ValueError, match="expanded must be"):
         binary_tiles(exact.bits, 64, expanded=torch.float32)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: BinaryLinear(20, 6, compute=c, activation="silu"),
+        lambda c: BinaryConv2d(4, 6, 3, compute=c, activation="silu"),
+    ],
+)
+def test_function_transforms(make: Callable[[str], BinaryLinear | BinaryConv2d], compute: str) -> None:
+    """grad, jacrev, vmap and jvp are those of backward."""
+    module = make(compute)
+    module.bits.random_(0, 256)
+    module.scale.uniform_(0.05, 0.1)
+    module.prepare()
+    shape = (20,) if isinstance(module, BinaryLinear) else (4, 5, 5)
+    x, v = torch.randn(3, *shape), torch.randn(3, *shape)
+    z = x.clone().requires_grad_()
+    y = module(z)
+    (expected,) = torch.autograd.grad(y.sum(), z, retain_graph=True)
+    torch.testing.assert_close(torch.func.grad(lambda x: module(x).sum())(x), expected)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda x: module(x).sum()))(x), expected)
+    torch.testing.assert_close(torch.func.vmap(module)(x), module(x), rtol=1e-5, atol=1e-5)
+    backward = torch.autograd.functional.jacobian(module, x[0])
+    torch.testing.assert_close(torch.func.jacrev(module)(x[0]), backward)
+    torch.testing.assert_close(torch.func.jacfwd(module)(x[0]), backward)
+    outputs, tangents = torch.func.jvp(module, (x,), (v,))
+    torch.testing.assert_close(outputs, module(x), rtol=1e-5, atol=1e-5)
+    by_image = torch.tensordot(backward, v[0], len(shape))
+    assert bool(by_image.abs().max() > 0.01)
+    torch.testing.assert_close(tangents[0], by_image)

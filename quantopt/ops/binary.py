@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quantopt import _extension, backends
 from quantopt.reference import binary as reference
@@ -216,6 +217,11 @@ def _pre_activation_grad(grad: Tensor, y: Tensor, activation: str) -> Tensor:
     return grad * (s * (1 + y * (1 - s)))
 
 
+def _in_forward_mode() -> bool:
+    """Whether tensors may have tangents, which the kernels do not see: the reference, plain PyTorch, takes those."""
+    return forward_ad._current_level >= 0
+
+
 def _straight_through(x: Tensor, dims: int) -> Tensor:
     """What "int8" rounds x to, over its last ``dims`` dimensions, with the gradient of x; fp32 as in the kernels."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -229,26 +235,19 @@ class _Linear(torch.autograd.Function):
     What goes into the activation is computed once more for its gradient: in fp32, as the kernel does.
     """
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor,
-        bits: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        in_features: int,
-        plane_weights: list[int],
-        group_size: int,
-        compute: str,
-        tiles: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        inputs = (None, None, None) if activation == "none" else (x, bias, tiles)
-        ctx.save_for_backward(bits, scale, *inputs)
-        ctx.form = (in_features, plane_weights, group_size, compute, activation)  # type: ignore[attr-defined]
-        return _forward(
-            x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation
+    def forward(*arguments: Any) -> Tensor:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation = inputs
+        ctx.save_for_backward(
+            bits, scale, *((None, None, None) if activation == "none" else (x, bias, tiles))
         )
+        ctx.form = (in_features, plane_weights, group_size, compute, activation)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -316,6 +315,14 @@ def run_linear(
     activation: str,
 ) -> Tensor:
     """:func:`binary_linear` without its checks, for modules that made them once (shapes of x are checked below)."""
+    if _in_forward_mode():
+        mode, dtype = arithmetic(compute), x.dtype
+        if mode == "int8":
+            x, mode = _straight_through(x, 1), "exact"
+        y: Tensor = reference.binary_linear(
+            x, bits, scale, bias, in_features, plane_weights, group_size, mode, activation
+        )
+        return y.to(dtype)
     arguments = (
         x,
         bits,
@@ -371,7 +378,8 @@ def binary_linear(
     "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
     three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
     on the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
-    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias.
+    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by torch.func too; in forward mode
+    (jvp) the reference runs.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
     weights = _check_product(
@@ -482,7 +490,8 @@ def run_conv2d(
 ) -> Tensor:
     """:func:`binary_conv2d` without its checks, for modules that made them once (the operator checks x)."""
     compute = arithmetic(compute)
-    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    forward_mode, backward_mode = _in_forward_mode(), torch.is_grad_enabled()
+    needs_grad = backward_mode and (x.requires_grad or (bias is not None and bias.requires_grad))
     chosen = backends.choose("binary_conv2d", x.device, x.dtype).name
     channels, outputs = x.shape[-3] // groups, bits.shape[-2] // groups
     if chosen == "cuda":
@@ -496,9 +505,9 @@ def run_conv2d(
         chosen = "cuda" if taken else "reference"
     if chosen == "triton" and not conv_in_triton(bits, channels, groups, group_size):
         chosen = "reference"
-    if chosen == "reference" or (torch.is_grad_enabled() and needs_grad):
+    if chosen == "reference" or needs_grad or forward_mode:
         dtype = x.dtype
-        if compute == "int8" and x.requires_grad and torch.is_grad_enabled():
+        if compute == "int8" and (forward_mode or (backward_mode and x.requires_grad)):
             x, compute = _straight_through(x, 3), "exact"
         y: Tensor = reference.binary_conv2d(
             x,
