@@ -378,9 +378,8 @@ def binary_linear(
     "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
     three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
     on the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
-    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by torch.func too; in forward mode
-    (jvp) the reference runs.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by
+    torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that does not fit.
     """
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
