@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.ops.binary import binary_tiles
@@ -301,3 +302,37 @@ def test_function_transforms(make: Callable[[str], BinaryLinear | BinaryConv2d],
     by_image = torch.tensordot(backward, v[0], len(shape))
     assert bool(by_image.abs().max() > 0.01)
     torch.testing.assert_close(tangents[0], by_image)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize(
+    "make", [lambda c: BinaryLinear(90, 6, compute=c), lambda c: BinaryConv2d(10, 6, 3, compute=c)]
+)
+def test_autocast_changes_nothing(make: Callable[[str], BinaryLinear | BinaryConv2d], compute: str) -> None:
+    """Neither the kernels nor, with gradients of a convolution and for float64, the reference."""
+    module = make(compute)
+    module.bits.random_(0, 256)
+    module.prepare()
+    for dtype in (torch.float32, torch.float64):
+        x = (
+            torch.randn(2, 10, 4, 4, dtype=dtype)
+            if isinstance(module, BinaryConv2d)
+            else torch.randn(2, 90, dtype=dtype)
+        )
+        x.requires_grad_()
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = module(x)
+                results.append((y, *torch.autograd.grad(y.sum(), x)))
+        for without, cast in zip(*results, strict=True):
+            assert cast.dtype == dtype
+            torch.testing.assert_close(cast, without)
+
+
+@pytest.mark.parametrize("make", [lambda: BinaryLinear(64, 64), lambda: BinaryConv2d(64, 64, 3)])
+def test_fake_tensors(make: Callable[[], BinaryLinear | BinaryConv2d]) -> None:
+    with FakeTensorMode():
+        module = make()
+        x = torch.randn(2, 64) if isinstance(module, BinaryLinear) else torch.randn(2, 64, 5, 5)
+        assert module(x).shape[:2] == (2, 64)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from quantopt import _extension, backends
@@ -169,13 +170,13 @@ def binary_tiles(
 def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: int = 1) -> Tensor | None:
     """The same for a convolution: bits of [N, channels of a group, kh, kw], flattened per output channel.
 
-    None too for small groups: with less than a quarter of the 32 outputs or 16 channels that are taken together, the
+    None too for fake tensors, which have no bits, and for small groups: with less than a quarter of the 32 outputs or 16 channels that are taken together, the
     library's convolution is faster.
     """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
     chosen = backends.choose("binary_conv2d", bits.device, torch.float32).name
-    if chosen not in ("cpu", "cuda"):
+    if chosen not in ("cpu", "cuda") or is_fake(bits):
         return None
     if chosen == "cuda" and not conv_on_cuda(
         torch.bfloat16,
@@ -264,7 +265,8 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_bias = None
         if need_x:
             weight = reference.dense_weight(bits, scale, in_features, plane_weights, group_size, wide)
-            grad_x = (grad_y @ weight).to(grad.dtype)
+            with reference.full_precision(grad):
+                grad_x = (grad_y @ weight).to(grad.dtype)
         if need_bias:
             grad_bias = grad_y.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias, None, None, None, None, None, None

@@ -3,6 +3,7 @@
 Bits are plain row-major, least significant first: bit k % 8 of byte k // 8 is weight k, 1 = +1, 0 = -1.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,27 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(x.dtype), s
 
 
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast: products keep the type that they are given. On devices without it, nothing."""
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.amp.is_autocast_available(device)
+        else contextlib.nullcontext()
+    )
+
+
+def _fp32_convolutions(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No TF32 in cuDNN, which its convolutions of fp32 use by default; torch.compile cannot trace the setting."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    flags: contextlib.AbstractContextManager[object] = cudnn.flags(
+        cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
+    return flags
+
+
 def activate(y: Tensor, activation: str) -> Tensor:
     """max(y, 0), y Phi(y) (the normal distribution function, by erf) or y / (1 + e^-y); "none": y."""
     if activation == "relu":
@@ -81,20 +103,21 @@ def binary_linear(
     activation: str = "none",
 ) -> Tensor:
     """y = activation(x W^T + b) [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    values = x.to(wide)
-    if compute == "int8":
-        q, s = quantize_rows(values)
-        if not group_size and in_features:  # whole numbers: exact in float64
-            product = q.double() @ expand_planes(bits, in_features, plane_weights, torch.float64).T
-            y = product.to(wide) * (scale.to(wide) * s)
+    with full_precision(x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = x.to(wide)
+        if compute == "int8":
+            q, s = quantize_rows(values)
+            if not group_size and in_features:  # whole numbers: exact in float64
+                product = q.double() @ expand_planes(bits, in_features, plane_weights, torch.float64).T
+                y = product.to(wide) * (scale.to(wide) * s)
+            else:
+                y = q @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T * s
+        elif group_size:
+            y = values @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T
         else:
-            y = q @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T * s
-    elif group_size:
-        y = values @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T
-    else:
-        y = values @ expand_planes(bits, in_features, plane_weights, wide).T * scale.to(wide)
-    return activate(y if bias is None else y + bias.to(wide), activation).to(x.dtype)
+            y = values @ expand_planes(bits, in_features, plane_weights, wide).T * scale.to(wide)
+        return activate(y if bias is None else y + bias.to(wide), activation).to(x.dtype)
 
 
 def binary_conv2d(
@@ -116,24 +139,25 @@ def binary_conv2d(
 
     With ``compute="int8"`` x is quantised per image (over C, H and W) as by :func:`quantize_rows`.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    values = x.to(wide)
-    channels = x.shape[-3] // groups
-    features = channels * kernel_size[0] * kernel_size[1]
-    s = None
-    if compute == "int8":
-        q, s = quantize_rows(values.flatten(-3))
-        values, s = q.view_as(values), s[..., None, None]
-    if group_size:
-        weight = dense_weight(bits, scale, features, plane_weights, group_size, wide)
-        factor = None
-    else:
-        weight = expand_planes(bits, features, plane_weights, wide)
-        factor = scale.to(wide).view(-1, 1, 1)
-    weight = weight.view(-1, channels, *kernel_size)
-    y = F.conv2d(values, weight, None, stride, padding, dilation, groups)
-    if factor is not None:
-        y = y * factor
-    if s is not None:
-        y = y * s
-    return activate(y if bias is None else y + bias.to(wide).view(-1, 1, 1), activation).to(x.dtype)
+    with full_precision(x), _fp32_convolutions(x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = x.to(wide)
+        channels = x.shape[-3] // groups
+        features = channels * kernel_size[0] * kernel_size[1]
+        s = None
+        if compute == "int8":
+            q, s = quantize_rows(values.flatten(-3))
+            values, s = q.view_as(values), s[..., None, None]
+        if group_size:
+            weight = dense_weight(bits, scale, features, plane_weights, group_size, wide)
+            factor = None
+        else:
+            weight = expand_planes(bits, features, plane_weights, wide)
+            factor = scale.to(wide).view(-1, 1, 1)
+        weight = weight.view(bits.shape[-2], channels, *kernel_size)
+        y = F.conv2d(values, weight, None, stride, padding, dilation, groups)
+        if factor is not None:
+            y = y * factor
+        if s is not None:
+            y = y * s
+        return activate(y if bias is None else y + bias.to(wide).view(-1, 1, 1), activation).to(x.dtype)
