@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int64_t m = blockIdx.y; m < p.rows; m += gridDim.y) {
     const float x_scale = e.x_scale != nullptr ? e.x_scale[m] : 1.0f;
     Sum sum[kOutputs] = {};
+#pragma unroll 2  // else a register is spilled on sm_100
     for (int64_t part = 0; part < p.splits * p.parts; ++part) {
       const Sum* const from = static_cast<const Sum*>(p.sums) + (part * p.rows + m) * p.stride + n;
       Outputs<Sum> some = {};

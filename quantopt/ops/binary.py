@@ -170,8 +170,8 @@ def binary_tiles(
 def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: int = 1) -> Tensor | None:
     """The same for a convolution: bits of [N, channels of a group, kh, kw], flattened per output channel.
 
-    None too for fake tensors, which have no bits, and for small groups: with less than a quarter of the 32 outputs or 16 channels that are taken together, the
-    library's convolution is faster.
+    None too for fake tensors, which have no bits, and for small groups: with less than a quarter of the 32 outputs or
+    16 channels that are taken together, the library's convolution is faster.
     """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
@@ -381,7 +381,8 @@ def binary_linear(
     three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
     on the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
     ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by
-    torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that does not fit.
+    torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that
+    does not fit.
     """
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
