@@ -249,6 +249,9 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         if not bool((layer.scale.isfinite() & (layer.scale >= 0)).all()):
             raise ValueError(f"layer {name}: a scale is negative or not finite, which load refuses")
+        spare = -layer.row_length % 8
+        if spare and layer.bits.numel() and bool((layer.bits[..., -1] >> (8 - spare)).any()):
+            raise ValueError(f"layer {name}: the spare bits of its rows are not 0, which load refuses")
         if layer.scale.dtype != torch.float32 or (
             layer.bias is not None and layer.bias.dtype != torch.float32
         ):
@@ -482,6 +485,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         packed.train(model.get_submodule(name).training)
     result: nn.Module = copy.deepcopy(model, replaced)
     result.load_state_dict(tensors)
+    for layer in _binary_layers(result).values():  # those that share their bits saw them written again
+        layer.prepare()
     return result
 
 

@@ -124,7 +124,8 @@ def test_outputs_are_those_of_the_projected_network(
     save(packed, tmp_path / "m.safetensors")
     fresh = Net()
     loaded = load(tmp_path / "m.safetensors", fresh)
-    assert not loaded.training or fresh.training
+    assert loaded.training and fresh.training
+    assert not load(tmp_path / "m.safetensors", Net().eval()).training
     assert torch.equal(loaded.eval()(x), packed(x))
     assert loaded.state_dict().keys() == packed.state_dict().keys()
 
@@ -441,6 +442,14 @@ def test_save_refuses_what_load_would(net: Net, tmp_path: Path, value: float) ->
     packed = pack(net, Fake(quantised_params(net)))
     packed.body[0].scale[1] = value
     with pytest.raises(ValueError, match=r"layer body\.0: a scale is negative or not finite"):
+        save(packed, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_spare_bits(net: Net, tmp_path: Path) -> None:
+    packed = pack(net, Fake(quantised_params(net)))
+    packed.inner["fc"].bits[..., -1] |= 0x80
+    with pytest.raises(ValueError, match=r"layer inner\.fc: the spare bits"):
         save(packed, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,6 @@
 """BinaryConv2d."""
 
+import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -54,7 +55,7 @@ class BinaryConv2d(BinaryModule):
             padding_mode=padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
-        row_length = plain.weight[0].numel() if out_channels else 0
+        row_length = in_channels // groups * math.prod(plain.kernel_size)
         super().__init__(
             out_channels, row_length, bias, levels, scale, group_size, compute, activation, device
         )
