@@ -163,8 +163,8 @@ void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t til
     const int32_t* sums = memory.sums + m * kTileRows;
     float* y = c.y + (row + m) * c.y_stride;
     for (int64_t n = 0; n < count; ++n) y[first + n] = static_cast<float>(sums[n]);
-    finish_row(y, first, first + count, c.scale, c.scale_stride, c.x_scale[(row + m) / pixels], c.bias,
-               c.activation);
+    finish_row(y, first, first + count,
+               {c.scale, c.scale_stride, c.x_scale[(row + m) / pixels], c.bias, c.activation});
   }
 }
 

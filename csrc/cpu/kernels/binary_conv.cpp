@@ -6,7 +6,6 @@
 // number of threads.
 #include "cpu/kernels/binary_conv.h"
 
-#include "cpu/kernels/binary_finish.h"
 #include "cpu/kernels/binary_lookup.h"
 
 namespace quantopt::QUANTOPT_ISA {
@@ -96,9 +95,6 @@ void fill_row(const BinaryConv& c, int64_t image, int64_t row, const Memory<Form
   }
 }
 
-inline Pair value_of(const Pair& total, int32_t) { return total; }
-inline Pair value_of(const IntegerPair& total, int32_t sum) { return signed_sums(total, sum); }
-
 // A kernel position that MR pixels of y meet, and the tables of their pixels of x there.
 template <class Entry, int MR>
 struct Tap {
@@ -165,12 +161,10 @@ void pixels(const BinaryConv& c, int64_t image, int64_t oy, int64_t ox, int64_t 
   }
   if (waiting > 0) add_taps<Form, MR>(c, taps, waiting, begin, end - begin, total);
   for (int i = 0; i < MR; ++i) {
+    const Finish finish(c.scale, c.scale_stride, c.q != nullptr ? c.x_scale[image] : 1.0f, c.bias,
+                        c.activation);
     float* y = c.y + ((image * c.out_height + oy) * c.out_width + ox + i) * c.y_stride;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      store_tile(value_of(total[(tile - begin) * MR + i], weights * sum[i]), tile, c.outputs, y);
-    }
-    finish_row(y, begin * kTileRows, least(end * kTileRows, c.outputs), c.scale, c.scale_stride,
-               c.q != nullptr ? c.x_scale[image] : 1.0f, c.bias, c.activation);
+    finish_tiles(total + i, MR, weights * sum[i], begin, end, c.outputs, finish, y);
   }
 }
 

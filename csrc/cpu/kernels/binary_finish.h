@@ -11,27 +11,44 @@
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
-// y[n] = activation(y[n] * (scale[n] * x_scale) + bias[n]) for outputs [begin, end) of a row; a null scale is
-// 1, `scale_stride` is 0 for one scale of all.
-inline void finish_row(float* y, int64_t begin, int64_t end, const float* scale, int64_t scale_stride,
-                       float x_scale, const float* bias, Activation activation) {
-  const bool each = scale != nullptr && scale_stride != 0;
-  const Vec all = fill<Vec>((scale == nullptr ? 1.0f : *scale) * x_scale), row = fill<Vec>(x_scale);
-  const auto finish = [&](int64_t n, auto read, auto write) __attribute__((always_inline)) {
-    Vec v = read(y + n) * (each ? read(scale + n) * row : all);
-    if (bias != nullptr) v += read(bias + n);
-    if (activation != Activation::none) v = activate(activation, v);
-    write(y + n, v);
-  };
-  int64_t n = begin;
-  for (; n + kWidth <= end; n += kWidth) {
-    finish(n, [](const float* p) { return load(p); }, [](float* p, Vec v) { store(p, v); });
+// activation(v * (scale[n] * x_scale) + bias[n]) of outputs n, n + 1, ...; a null scale is 1, `scale_stride`
+// is 0 for one scale of all.
+struct Finish {
+  Finish(const float* scale, int64_t scale_stride, float x_scale, const float* bias, Activation activation)
+      : scale(scale != nullptr && scale_stride != 0 ? scale : nullptr),
+        bias(bias),
+        activation(activation),
+        all(fill<Vec>((scale == nullptr ? 1.0f : *scale) * x_scale)),
+        row(fill<Vec>(x_scale)) {}
+
+  Vec operator()(Vec v, int64_t n) const {
+    return apply(v, n, [](const float* p) { return load(p); });
   }
+  // Of the first `count` outputs from n.
+  Vec operator()(Vec v, int64_t n, int count) const {
+    return apply(v, n, [=](const float* p) { return load_part(p, count); });
+  }
+
+ private:
+  template <class Read>
+  __attribute__((always_inline)) Vec apply(Vec v, int64_t n, const Read& read) const {
+    v *= scale != nullptr ? read(scale + n) * row : all;
+    if (bias != nullptr) v += read(bias + n);
+    return activation == Activation::none ? v : activate(activation, v);
+  }
+
+  const float *scale, *bias;  // of each output, or null
+  Activation activation;
+  Vec all, row;
+};
+
+// y[n] = finish(y[n]) for outputs [begin, end) of a row.
+inline void finish_row(float* y, int64_t begin, int64_t end, const Finish& finish) {
+  int64_t n = begin;
+  for (; n + kWidth <= end; n += kWidth) store(y + n, finish(load(y + n), n));
   if (n == end) return;
   const int count = static_cast<int>(end - n);
-  finish(
-      n, [=](const float* p) { return load_part(p, count); },
-      [=](float* p, Vec v) { store_part(p, v, count); });
+  store_part(y + n, finish(load_part(y + n, count), n, count), count);
 }
 
 }  // namespace

@@ -21,6 +21,10 @@ namespace {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
 inline const float* scale_of(const BinaryLinear& p, int64_t n) { return p.scale + n * p.scale_stride; }
+inline Finish finish_of(const BinaryLinear& p, int64_t m) {
+  return {p.group == 0 ? p.scale : nullptr, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias,
+          p.activation};
+}
 
 // ---- panels ---
 
@@ -128,8 +132,7 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
       for (int64_t m = 0; m < rows; ++m) {
         float* y = p.y + (first + m) * p.outputs;
         for (int64_t r = 0; r < outputs; ++r) y[n + r] = static_cast<float>(total[m][r]);
-        finish_row(y, n, n + outputs, p.group == 0 ? p.scale : nullptr, p.scale_stride,
-                   p.q != nullptr ? p.x_scale[first + m] : 1.0f, p.bias, p.activation);
+        finish_row(y, n, n + outputs, finish_of(p, first + m));
       }
     }
   }
@@ -175,10 +178,17 @@ void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int6
 // MR rows of x from m times the tiles [begin, end), at most kBlockTiles.
 template <int MR>
 void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
+  constexpr int64_t kShortWidth = 16 * kShortWords;
   alignas(64) int16_t tables[MR][integer_entries(kChunkWords)];
+  ShortSums sums[kBlockTiles * MR];
   IntegerPair total[kBlockTiles * MR];
   int32_t sum[MR] = {};
-  for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
+  const bool one = p.planes == 1;
+  const bool enough = one && p.plane_weights[0] == 1 && p.inputs <= kShortWidth;  // 16 bits
+  const int64_t count = (end - begin) * MR;
+  if (!enough) {
+    for (int64_t i = 0; i < count; ++i) clear(total[i]);
+  }
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
     for (int i = 0; i < MR; ++i) {
@@ -188,18 +198,22 @@ void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end)
       Segment<int16_t, MR> segment;
       segment.w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
       for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i];
-      span_tiles<MR>(&segment, 1, words, end - begin, p.plane_weights[plane], total);
+      span_tiles<MR>(&segment, 1, words, end - begin, one && first % kShortWidth != 0, sums);
+      const bool full = (first + kChunkWidth) % kShortWidth == 0 || first + kChunkWidth >= p.inputs;
+      if (enough || (one && !full)) continue;
+      for (int64_t i = 0; i < count; ++i) add_sums(sums[i], p.plane_weights[plane], total[i]);
     }
   }
   int32_t weight = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
   for (int i = 0; i < MR; ++i) {
+    const Finish finish = finish_of(p, m + i);
     float* y = p.y + (m + i) * p.outputs;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      store_tile(signed_sums(total[(tile - begin) * MR + i], weight * sum[i]), tile, p.outputs, y);
+    if (enough) {
+      finish_tiles(sums + i, MR, sum[i], begin, end, p.outputs, finish, y);
+    } else {
+      finish_tiles(total + i, MR, weight * sum[i], begin, end, p.outputs, finish, y);
     }
-    finish_row(y, begin * kTileRows, least(end * kTileRows, p.outputs), p.scale, p.scale_stride,
-               p.x_scale[m + i], p.bias, p.activation);
   }
 }
 
@@ -235,12 +249,7 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
     }
   }
   for (int i = 0; i < MR; ++i) {
-    float* y = p.y + (m + i) * p.outputs;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      store_tile(total[(tile - begin) * MR + i], tile, p.outputs, y);
-    }
-    finish_row(y, begin * kTileRows, least(end * kTileRows, p.outputs), p.group == 0 ? p.scale : nullptr,
-               p.scale_stride, p.q != nullptr ? p.x_scale[m + i] : 1.0f, p.bias, p.activation);
+    finish_tiles(total + i, MR, 0, begin, end, p.outputs, finish_of(p, m + i), p.y + (m + i) * p.outputs);
   }
 }
 
@@ -275,17 +284,15 @@ void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end
 #if defined(__AVX512VNNI__)
 
 // With few outputs, tables of sums take longer to make than to use: weights that were expanded to bytes, 0
-// for -1, are then faster. On Zen 4, 4096 inputs, times of the lookups over those of bytes: 32 outputs 1.0
-// with 3 rows, 1.5 with 4; 64 outputs 0.85 with 6, 1.1 with 8, 1.6 with 64; 96 outputs 0.8 with 8, 1.15 with
-// 32, 1.2 with 64; 128 outputs 0.7 with 8, 1.0 with 64. With 64 rows and 64, 96, 128 outputs: 300 inputs 1.4,
-// 1.1, 0.9; 30 inputs, whose tables are soon made, 1.0, 0.8, 0.7.
+// for -1, are then faster. On Zen 4, times of the lookups over those of bytes: 32 outputs 1.0 to 1.2 with 4
+// rows, 1.5 to 2.5 with 64; 64 outputs 0.65 with 4, 0.85 to 0.98 with 8, with 16 rows 0.8 to 0.9 up to 64
+// inputs and 1.0 to 1.17 above, with 64 rows 0.9 to 1.4; 96 outputs at most 1.05.
 inline bool few_outputs(const BinaryLinear& p) {
   int64_t most = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) most += p.plane_weights[plane];
   int64_t few = 0;
   if (p.rows >= 4) few = 32;
-  if (p.rows >= 8) few = 64;
-  if (p.rows >= 32 && p.inputs >= 256) few = 96;
+  if (p.rows >= 16 && p.inputs >= 128) few = 64;
   return p.q != nullptr && p.group == 0 && p.outputs <= few && most <= 255;
 }
 
@@ -378,7 +385,7 @@ void linear_by_bytes(const BinaryLinear& p, int64_t row_begin, int64_t row_end, 
               _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(row_sums[m])));
           store_part(y + n + i, (Vec)v, static_cast<int>(least(16, count - i)));
         }
-        finish_row(y, n, n + count, p.scale, p.scale_stride, p.x_scale[first + m], p.bias, p.activation);
+        finish_row(y, n, n + count, finish_of(p, first + m));
       }
     }
   }

@@ -17,6 +17,10 @@
 
 #include "cpu/kernels/binary_linear.h"
 
+// clang-format off: the vectors come first
+#include "cpu/kernels/binary_finish.h"
+// clang-format on
+
 // Unrolls loops over registers.
 #define QUANTOPT_UNROLL _Pragma("GCC unroll 16")
 
@@ -25,7 +29,10 @@ namespace {
 
 constexpr int64_t kRowsTogether = 4;
 constexpr int64_t kBlockTiles = 128;
-static_assert(kChunkWidth * 127 < 32768, "sums of 16 bits");
+// Sums of 16 bits are taken over so many weights: their tables are centered, see make_tables.
+constexpr int64_t kShortWords = 2 * kChunkWords;
+static_assert(16 * kShortWords * 127 / 2 + 2 * kShortWords <
+              32768);  // half the sum of all |q|, and the tables
 
 // A run of words of tiles and the tables that they index: those of one chunk, or of a few kernel positions of
 // a convolution.
@@ -51,23 +58,38 @@ struct Segment {
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
-// One chunk of `count` tiles from the beginning of a band, and their sums. The segments are moved on.
+// Sums of `count` tiles from the beginning of a band over some words of all segments: in place of those in
+// `sums`, or added to them. The segments are moved on.
 template <int MR>
 inline void span_tiles(Segment<int16_t, MR>* segment, int64_t segments, int64_t words, int64_t count,
-                       int32_t weight, IntegerPair* total) {
-  for (; count >= kBandTiles; count -= kBandTiles, total += kBandTiles * MR) {
-    integer_span<MR, 4>(segment, segments, words, weight, total);
+                       bool add, ShortSums* sums) {
+  for (; count >= kBandTiles; count -= kBandTiles, sums += kBandTiles * MR) {
+    integer_span<MR, 4>(segment, segments, words, add, sums);
     for (int64_t s = 0; s < segments; ++s) segment[s].w += kBandTiles * words * kTileRows;
   }
   switch (count) {
     case 0: break;
-    case 1: return integer_span<MR, 1>(segment, segments, words, weight, total);
-    case 2: return integer_span<MR, 2>(segment, segments, words, weight, total);
-    default: integer_span<MR, 3>(segment, segments, words, weight, total);
+    case 1: return integer_span<MR, 1>(segment, segments, words, add, sums);
+    case 2: return integer_span<MR, 2>(segment, segments, words, add, sums);
+    default: integer_span<MR, 3>(segment, segments, words, add, sums);
   }
 }
 static_assert(kBandTiles == 4);
 
+// The same, times `weight`, added to totals of 32 bits.
+template <int MR>
+inline void span_tiles(Segment<int16_t, MR>* segment, int64_t segments, int64_t words, int64_t count,
+                       int32_t weight, IntegerPair* total) {
+  for (; count > 0; count -= kBandTiles, total += kBandTiles * MR) {
+    ShortSums sums[kBandTiles * MR];
+    const int64_t width = count < kBandTiles ? count : kBandTiles;
+    span_tiles<MR>(segment, segments, words, width, false, sums);
+    for (int64_t i = 0; i < width * MR; ++i) add_sums(sums[i], weight, total[i]);
+  }
+}
+
+// One chunk of `count` tiles from the beginning of a band, times `weight`, added to their totals. The
+// segments are moved on.
 template <int MR>
 inline void span_tiles(Segment<float, MR>* segment, int64_t segments, int64_t words, int64_t count,
                        int32_t weight, Pair* total) {
@@ -91,13 +113,24 @@ inline void span_tiles(Segment<float, MR>* segment, int64_t segments, int64_t wo
   }
 }
 
-// Writes the sums of tile `tile` into a row of y.
-inline void store_tile(const Pair& value, int64_t tile, int64_t outputs, float* y) {
-  const int64_t first = tile * kTileRows;
-  if (outputs - first >= kTileRows) return store_tile(value, y + first);
-  float last[kTileRows];
-  store_tile(value, last);
-  std::memcpy(y + first, last, sizeof(float) * static_cast<size_t>(outputs - first));
+// Outputs of a row of y from the sums of its tiles [begin, end), every `step`th of `sums`; whole numbers are
+// 2 sums - sum.
+template <class Sums>
+__attribute__((noinline)) void finish_tiles(const Sums* sums, int64_t step, int32_t sum, int64_t begin,
+                                            int64_t end, int64_t outputs, const Finish& finish, float* y) {
+  for (int64_t tile = begin; tile < end; ++tile, sums += step) {
+    Vec values[kTileRows / kWidth];
+    tile_values(*sums, sum, values);
+    for (int64_t h = 0; h < kTileRows / kWidth; ++h) {
+      const int64_t n = tile * kTileRows + h * kWidth;
+      if (outputs - n >= kWidth) {
+        store(y + n, finish(values[h], n));
+      } else if (outputs > n) {
+        const int count = static_cast<int>(outputs - n);
+        store_part(y + n, finish(values[h], n, count), count);
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -26,6 +26,10 @@ struct Pair {
 struct IntegerPair {
   __m256i eight[4];  // rows in order
 };
+// Sums of 16 bits, rows in order.
+struct ShortSums {
+  __m256i rows[2];
+};
 inline void clear(Pair& total) {
   for (int h = 0; h < 2; ++h) total.even[h] = total.odd[h] = _mm256_setzero_ps();
 }
@@ -50,8 +54,9 @@ inline void make_tables(const float* x, int64_t width, float* tables) {
   }
 }
 
-// The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, so that y = 2 * lookups - sum_k q_k. A
-// table is 16 low bytes and 16 high bytes. Returns the sum of q.
+// The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, less half the sum of its q, so that
+// the lookups of a row add up to at most half the sum of all |q| and one for each table. A table is 16 low
+// bytes and 16 high bytes. Returns the s for which y = 2 * lookups - s.
 inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   alignas(32) static constexpr uint8_t kEntry[2][32] = {
       {0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1},
@@ -63,14 +68,18 @@ inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   int32_t sum = 0;
   for (int64_t k = 0; k < (width + 15) / 16 * 16; k += 4, tables += 16) {
     int8_t four[4] = {};
+    int32_t all = 0;
     for (int64_t j = 0; j < 4 && k + j < width; ++j) {
       four[j] = q[k + j];
-      sum += four[j];
+      all += four[j];
     }
+    const int32_t half = all >> 1;
+    sum += all - 2 * half;
     int16_t pair[2];
     std::memcpy(pair, four, sizeof pair);
-    const __m256i t = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi16(pair[0])),
-                                       _mm256_maddubs_epi16(second, _mm256_set1_epi16(pair[1])));
+    const __m256i from_zero = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi16(pair[0])),
+                                               _mm256_maddubs_epi16(second, _mm256_set1_epi16(pair[1])));
+    const __m256i t = _mm256_sub_epi16(from_zero, _mm256_set1_epi16(static_cast<int16_t>(half)));
     const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(t, bytes_apart), 0xD8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables), apart);
   }
@@ -111,15 +120,17 @@ __attribute__((noinline)) void float_span(const Segment<float, MR>* segments, in
   }
 }
 
-// total[r MR + i] += weight * (lookups of `words` words of tile r in the tables of row i, all segments) for a
-// whole band of NR tiles; at most kChunkWords words in all.
+// sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for a whole
+// band of NR tiles; at most kShortWords words in all that is added up.
 template <int MR, int NR>
 __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segments, int64_t segment_count,
-                                            int64_t words, int32_t weight, IntegerPair* total) {
+                                            int64_t words, bool add, ShortSums* sums) {
   const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
-  for (int r = 0; r < NR; ++r) {
+  for (int r = 0; r < NR; ++r, sums += MR) {
     __m256i acc[MR][2];
-    for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+    for (int i = 0; i < MR; ++i) {
+      for (int h = 0; h < 2; ++h) acc[i][h] = add ? sums[i].rows[h] : _mm256_setzero_si256();
+    }
     for (int64_t s = 0; s < segment_count; ++s) {
       const uint16_t* w = segments[s].w + r * kTileRows;
       for (int64_t k = 0; k < words; ++k, w += NR * kTileRows) {
@@ -141,26 +152,42 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segments
         }
       }
     }
-    const __m256i factor = _mm256_set1_epi32(weight);
     for (int i = 0; i < MR; ++i) {
-      for (int h = 0; h < 4; ++h) {  // packing left the rows in order
-        const __m128i eight =
-            h % 2 == 0 ? _mm256_castsi256_si128(acc[i][h / 2]) : _mm256_extracti128_si256(acc[i][h / 2], 1);
-        __m256i& t = total[r * MR + i].eight[h];
-        t = _mm256_add_epi32(t, _mm256_mullo_epi32(_mm256_cvtepi16_epi32(eight), factor));
-      }
+      for (int h = 0; h < 2; ++h) sums[i].rows[h] = acc[i][h];  // packing left the rows in order
     }
   }
 }
 
-// The sums of a tile in the order of its rows, and back.
-inline void store_tile(const Pair& value, float* y) {
-  for (int h = 0; h < 2; ++h) {
-    const __m256 low = _mm256_unpacklo_ps(value.even[h], value.odd[h]);
-    const __m256 high = _mm256_unpackhi_ps(value.even[h], value.odd[h]);
-    _mm256_storeu_ps(y + 16 * h, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(y + 16 * h + 8, _mm256_permute2f128_ps(low, high, 0x31));
+inline __m256i eight_of(const ShortSums& sums, int h) {
+  const __m256i half = sums.rows[h / 2];
+  return _mm256_cvtepi16_epi32(h % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1));
+}
+
+// total += weight * sums
+inline void add_sums(const ShortSums& sums, int32_t weight, IntegerPair& total) {
+  for (int h = 0; h < 4; ++h) {
+    const __m256i product = _mm256_mullo_epi32(eight_of(sums, h), _mm256_set1_epi32(weight));
+    total.eight[h] = _mm256_add_epi32(total.eight[h], product);
   }
+}
+
+// The sums of a tile in the order of its rows, and back; 2 total - sum of whole numbers.
+inline void tile_values(const Pair& total, int32_t, Vec* values) {
+  for (int h = 0; h < 2; ++h) {
+    const __m256 low = _mm256_unpacklo_ps(total.even[h], total.odd[h]);
+    const __m256 high = _mm256_unpackhi_ps(total.even[h], total.odd[h]);
+    values[2 * h] = (Vec)_mm256_permute2f128_ps(low, high, 0x20);
+    values[2 * h + 1] = (Vec)_mm256_permute2f128_ps(low, high, 0x31);
+  }
+}
+inline Vec signed_sum(__m256i half, int32_t sum) {
+  return (Vec)_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32(half, 1), _mm256_set1_epi32(sum)));
+}
+inline void tile_values(const IntegerPair& total, int32_t sum, Vec* values) {
+  for (int h = 0; h < 4; ++h) values[h] = signed_sum(total.eight[h], sum);
+}
+inline void tile_values(const ShortSums& sums, int32_t sum, Vec* values) {
+  for (int h = 0; h < 4; ++h) values[h] = signed_sum(eight_of(sums, h), sum);
 }
 inline Pair load_tile(const float* y) {
   Pair value;
@@ -171,16 +198,6 @@ inline Pair load_tile(const float* y) {
     value.odd[h] = _mm256_shuffle_ps(low, high, 0xDD);
   }
   return value;
-}
-
-// 2 total - sum, the sums of products of whole numbers, as floats.
-inline Pair signed_sums(const IntegerPair& total, int32_t sum) {
-  alignas(32) float y[kTileRows];
-  for (int h = 0; h < 4; ++h) {
-    const __m256i twice = _mm256_sub_epi32(_mm256_slli_epi32(total.eight[h], 1), _mm256_set1_epi32(sum));
-    _mm256_store_ps(y + 8 * h, _mm256_cvtepi32_ps(twice));
-  }
-  return load_tile(y);
 }
 
 }  // namespace

@@ -36,6 +36,10 @@ struct Pair {
 struct IntegerPair {
   __m512i even, odd;
 };
+// Sums of 16 bits, rows in order.
+struct ShortSums {
+  __m512i rows;
+};
 inline void clear(Pair& total) { total.even = total.odd = _mm512_setzero_ps(); }
 inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_si512(); }
 
@@ -45,6 +49,15 @@ inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_
 // 4); alternating them costs a fifth, as the additions are then given to the units that lookups need.
 #define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
 #define QUANTOPT_KEEP_BOTH(a, b) asm volatile("" : "+v"(a), "+v"(b))
+
+// 32-bit sum += a.low * b.low + a.high * b.high of the 16-bit halves
+inline __attribute__((always_inline)) __m512i add_products(__m512i sum, __m512i a, __m512i b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
 
 // Tables of x[0, width), padded with zeros to whole words; width >= 1.
 inline void make_tables(const float* x, int64_t width, float* tables) {
@@ -68,67 +81,92 @@ inline void make_tables(const float* x, int64_t width, float* tables) {
   }
 }
 
-// What the whole-number tables are made of: e_j of entries 0-31 as bytes, and the bytes of a pair in all
-// lanes.
+// What the whole-number tables are made of: tables of 8 entries of the 3 numbers 3 t, 3 t + 1, 3 t + 2 are
+// the four quarters t of a vector, and from two of them comes a table of 64.
 struct Patterns {
-  alignas(64) uint8_t entry[4][64];  // e0 e1, e2 e3, e4 0, e4 1
-  alignas(16) int8_t lanes[8][16];   // the bytes 2 i, 2 i + 1
+  alignas(64) uint8_t entry[2][64];  // bits 0 and 1, bit 2 of entries 0-7
+  alignas(64) uint8_t bytes[2][64];  // numbers 3 t and 3 t + 1, 3 t + 2 and none
+  alignas(64) uint16_t low[2][32];   // entry e of groups 0 and 1: its bits 0-2 in quarters 0 and 2
+  alignas(64) uint16_t high[2][64];  // bits 3-5 in quarters 1 and 3
 };
 constexpr Patterns make_patterns() {
   Patterns patterns{};
-  for (int e = 0; e < 32; ++e) {
-    for (int j = 0; j < 5; ++j) patterns.entry[j / 2][2 * e + j % 2] = static_cast<uint8_t>((e >> j) & 1);
-    patterns.entry[3][2 * e] = patterns.entry[2][2 * e];
-    patterns.entry[3][2 * e + 1] = 1;
+  for (int i = 0; i < 32; ++i) {
+    const int t = i / 8, e = i % 8;
+    patterns.entry[0][2 * i] = static_cast<uint8_t>(e & 1);
+    patterns.entry[0][2 * i + 1] = static_cast<uint8_t>((e >> 1) & 1);
+    patterns.entry[1][2 * i] = static_cast<uint8_t>(e >> 2);
+    patterns.bytes[0][2 * i] = static_cast<uint8_t>(3 * t);
+    patterns.bytes[0][2 * i + 1] = static_cast<uint8_t>(3 * t + 1);
+    patterns.bytes[1][2 * i] = static_cast<uint8_t>(3 * t + 2);
+    patterns.bytes[1][2 * i + 1] = 0x80;  // zero
   }
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 16; ++j) patterns.lanes[i][j] = static_cast<int8_t>(2 * i + j % 2);
+  for (int group = 0; group < 2; ++group) {
+    for (int e = 0; e < 64; ++e) {
+      patterns.low[group][e % 32] = static_cast<uint16_t>(16 * group + e % 8);
+      patterns.high[group][e] = static_cast<uint16_t>(16 * group + 8 + e / 8);
+    }
   }
   return patterns;
 }
 constexpr Patterns kPatterns = make_patterns();
 
-// The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, so that y = 2 * lookups - sum_k q_k.
-// Adds q to `sum`, lane by lane. Group i of a unit is its bits 6 i to 6 i + 5; those of a word alone are its
-// bits 0-5, 6-11 and 12-15.
+// The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, in the first table less half the sum
+// of all q, so that the lookups of a row add up to at most half the sum of all |q|. Returns the s for which y
+// = 2 * lookups - s. Group i of a unit is its bits 6 i to 6 i + 5; those of a word alone are its bits 0-5,
+// 6-11 and 12-15.
 inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
-  __m512i sum = _mm512_setzero_si512();
-  __m512i entry[4], lanes[8];
-  QUANTOPT_UNROLL for (int j = 0; j < 4; ++j) entry[j] = _mm512_load_si512(kPatterns.entry[j]);
-  QUANTOPT_UNROLL for (int j = 0; j < 8; ++j) {
-    lanes[j] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kPatterns.lanes[j])));
-  }
-  const auto put = [&](__m512i q01, __m512i q23, __m512i q45, int64_t i) {
-    const __m512i four =
-        _mm512_add_epi16(_mm512_maddubs_epi16(entry[0], q01), _mm512_maddubs_epi16(entry[1], q23));
-    _mm512_store_si512(tables + 64 * i, _mm512_add_epi16(four, _mm512_maddubs_epi16(entry[2], q45)));
-    _mm512_store_si512(tables + 64 * i + 32, _mm512_add_epi16(four, _mm512_maddubs_epi16(entry[3], q45)));
-    asm volatile("");  // one group after the other: there are not enough registers for more
+  int16_t* const all_tables = tables;
+  const auto load = [](const auto* p) { return _mm512_load_si512(p); };
+  const __m512i entry[2] = {load(kPatterns.entry[0]), load(kPatterns.entry[1])};
+  const __m512i bytes[2] = {load(kPatterns.bytes[0]), load(kPatterns.bytes[1])};
+  const __m512i low[2] = {load(kPatterns.low[0]), load(kPatterns.low[1])};
+  const __m512i high[4] = {load(kPatterns.high[0]), load(kPatterns.high[0] + 32), load(kPatterns.high[1]),
+                           load(kPatterns.high[1] + 32)};
+  // Tables of the `groups` times 6 numbers at p; 16 are read.
+  const auto put = [&](const int8_t* p, int groups) __attribute__((always_inline)) {
+    const __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i eights = _mm512_add_epi16(_mm512_maddubs_epi16(entry[0], _mm512_shuffle_epi8(v, bytes[0])),
+                                            _mm512_maddubs_epi16(entry[1], _mm512_shuffle_epi8(v, bytes[1])));
+    QUANTOPT_UNROLL for (int g = 0; g < groups; ++g, tables += 64) {
+      const __m512i first = _mm512_permutexvar_epi16(low[g], eights);
+      QUANTOPT_UNROLL for (int h = 0; h < 2; ++h) {
+        const __m512i rest = _mm512_permutexvar_epi16(high[2 * g + h], eights);
+        _mm512_store_si512(tables + 32 * h, _mm512_add_epi16(first, rest));
+      }
+    }
   };
-  // The bytes of word `word`, in all four quarters of a vector.
-  const auto bytes_of = [&](int64_t word) {
-    const int64_t rest = width - 16 * word;
-    const __mmask16 mask = static_cast<__mmask16>(rest >= 16 ? 0xFFFF : (1 << rest) - 1);
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, q + 16 * word);
-    sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(bytes));
-    return _mm512_broadcast_i32x4(bytes);
+  const auto unit = [&](const int8_t* p) __attribute__((always_inline)) {
+    QUANTOPT_UNROLL for (int t = 0; t < 4; ++t) put(p + 12 * t, 2);
   };
-  const int64_t words = (width + 15) / 16;
-  int64_t word = 0;
-  for (; word + kUnitWords <= words; word += kUnitWords, tables += 8 * 64) {
-    __m512i bytes[kUnitWords];
-    QUANTOPT_UNROLL for (int a = 0; a < kUnitWords; ++a) bytes[a] = bytes_of(word + a);
-    const auto pair = [&](int i) { return _mm512_shuffle_epi8(bytes[i / 8], lanes[i % 8]); };
-    QUANTOPT_UNROLL for (int i = 0; i < 8; ++i) put(pair(3 * i), pair(3 * i + 1), pair(3 * i + 2), i);
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sums = _mm512_setzero_si512();
+  for (int64_t k = 0; k < width; k += 64) {
+    const __mmask64 mask = width - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (width - k)) - 1;
+    const __m512i pairs = _mm512_maddubs_epi16(ones, _mm512_maskz_loadu_epi8(mask, q + k));
+    sums = add_products(sums, pairs, _mm512_set1_epi16(1));
   }
-  for (; word < words; ++word, tables += 3 * 64) {
-    const __m512i bytes = bytes_of(word);
-    const auto pair = [&](int i) { return _mm512_shuffle_epi8(bytes, lanes[i]); };
-    put(pair(0), pair(1), pair(2), 0);
-    put(pair(3), pair(4), pair(5), 1);
-    put(pair(6), pair(7), _mm512_setzero_si512(), 2);
+  int64_t k = 0;
+  for (; k + 64 <= width; k += 16 * kUnitWords) unit(q + k);
+  if (k < width) {  // the rest, with zeros behind it
+    alignas(64) int8_t end[128];
+    _mm512_store_si512(end, _mm512_maskz_loadu_epi8((__mmask64{1} << (width - k)) - 1, q + k));
+    _mm512_store_si512(end + 64, _mm512_setzero_si512());
+    const int8_t* p = end;
+    int64_t words = (width - k + 15) / 16;
+    for (; words >= kUnitWords; words -= kUnitWords, p += 16 * kUnitWords) unit(p);
+    for (; words > 0; --words, p += 16) {
+      put(p, 2);
+      put(p + 12, 1);
+    }
   }
-  return _mm512_reduce_add_epi32(sum);
+  const int32_t sum = _mm512_reduce_add_epi32(sums), half = sum >> 1;
+  for (int h = 0; h < 2; ++h) {
+    const __m512i table = _mm512_load_si512(all_tables + 32 * h);
+    _mm512_store_si512(all_tables + 32 * h,
+                       _mm512_sub_epi16(table, _mm512_set1_epi16(static_cast<int16_t>(half))));
+  }
+  return sum - 2 * half;
 }
 
 // Brings weights that are read soon into the second-level cache: those from memory arrive three times as fast
@@ -214,15 +252,6 @@ inline __attribute__((always_inline)) void lookup(const __m512i* index, const in
   }
 }
 
-// 32-bit sum += a.low * b.low + a.high * b.high of the 16-bit halves
-inline __attribute__((always_inline)) __m512i add_products(__m512i sum, __m512i a, __m512i b) {
-#if defined(__AVX512VNNI__)
-  return _mm512_dpwssd_epi32(sum, a, b);
-#else
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
-}
-
 // Words shifted right by `count` bits, the free bits filled from the words that follow.
 template <unsigned count>
 inline __attribute__((always_inline)) __m512i shift_in(__m512i word, __m512i next) {
@@ -233,14 +262,16 @@ inline __attribute__((always_inline)) __m512i shift_in(__m512i word, __m512i nex
 #endif
 }
 
-// total[r MR + i] += weight * (lookups of `words` words of tile r in the tables of row i, all segments) for a
-// whole band of NR tiles; at most kChunkWords words in all.
+// sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for a whole
+// band of NR tiles; at most kShortWords words in all that is added up.
 template <int MR, int NR>
 __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment, int64_t segments,
-                                            int64_t words, int32_t weight, IntegerPair* total) {
+                                            int64_t words, bool add, ShortSums* sums) {
   __m512i acc[MR][NR];
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) acc[i][r] = _mm512_setzero_si512();
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+      acc[i][r] = add ? sums[r * MR + i].rows : _mm512_setzero_si512();
+    }
   }
   for (const auto* last = segment + segments; segment < last; ++segment) {
     const uint16_t* w = segment->w;
@@ -279,29 +310,33 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
       group(2, [&](int r) { return _mm512_srli_epi16(v[r], 12); });
     }
   }
-  const __m512i low = _mm512_set1_epi32(weight), high = _mm512_set1_epi32(weight << 16);
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-      IntegerPair& t = total[r * MR + i];
-      t.even = add_products(t.even, acc[i][r], low);
-      t.odd = add_products(t.odd, acc[i][r], high);
-    }
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) sums[r * MR + i].rows = acc[i][r];
   }
 }
 
-// 2 total - sum, the sums of products of whole numbers, as floats.
-inline Pair signed_sums(const IntegerPair& total, int32_t sum) {
-  const __m512i all = _mm512_set1_epi32(sum);
-  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(total.even, 1), all)),
-          _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(total.odd, 1), all))};
+// total += weight * sums
+inline void add_sums(const ShortSums& sums, int32_t weight, IntegerPair& total) {
+  total.even = add_products(total.even, sums.rows, _mm512_set1_epi32(weight));
+  total.odd = add_products(total.odd, sums.rows, _mm512_set1_epi32(weight << 16));
 }
 
-// The sums of a tile in the order of its rows, and back.
-inline void store_tile(const Pair& value, float* y) {
+// The sums of a tile in the order of its rows, and back; 2 total - sum of whole numbers.
+inline void tile_values(const Pair& total, int32_t, Vec* values) {
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-  _mm512_storeu_ps(y, _mm512_permutex2var_ps(value.even, low, value.odd));
-  _mm512_storeu_ps(y + 16, _mm512_permutex2var_ps(value.even, high, value.odd));
+  values[0] = (Vec)_mm512_permutex2var_ps(total.even, low, total.odd);
+  values[1] = (Vec)_mm512_permutex2var_ps(total.even, high, total.odd);
+}
+inline __m512 signed_sum(__m512i half, int32_t sum) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(half, 1), _mm512_set1_epi32(sum)));
+}
+inline void tile_values(const IntegerPair& total, int32_t sum, Vec* values) {
+  tile_values(Pair{signed_sum(total.even, sum), signed_sum(total.odd, sum)}, 0, values);
+}
+inline void tile_values(const ShortSums& sums, int32_t sum, Vec* values) {
+  values[0] = (Vec)signed_sum(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(sums.rows)), sum);
+  values[1] = (Vec)signed_sum(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums.rows, 1)), sum);
 }
 inline Pair load_tile(const float* y) {
   const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
