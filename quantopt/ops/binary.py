@@ -10,7 +10,7 @@ them and for float64 the reference does (quantopt/reference/binary.py): for conv
 expanded weights. Source of the plane sum: docs/algorithms.md, section 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -272,6 +272,10 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None, None, None, None, None
 
 
+# Looked up once: small products take no longer than the look-up.
+_COMPILED: Any = None if _extension.error is not None else torch.ops.quantopt.binary_linear.default
+
+
 def _forward(
     x: Tensor,
     bits: Tensor,
@@ -284,9 +288,12 @@ def _forward(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
-    compute = arithmetic(compute)
-    operation = operation_of(group_size, len(plane_weights))
-    backend = backends.choose(operation, x.device, x.dtype).name
+    if backends.on_cpu(x):
+        backend = "cpu"
+    else:
+        compute = arithmetic(compute)
+        operation = operation_of(group_size, len(plane_weights))
+        backend = backends.choose(operation, x.device, x.dtype).name
     if backend == "reference":
         return reference.binary_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation
@@ -298,9 +305,7 @@ def _forward(
             x, bits, fp32, bias, in_features, plane_weights, group_size, compute, activation
         )
     else:
-        y = torch.ops.quantopt.binary_linear.default(
-            x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation
-        )
+        y = _COMPILED(x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation)
     return y
 
 
@@ -325,22 +330,10 @@ def run_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, mode, activation
         )
         return y.to(dtype)
-    arguments = (
-        x,
-        bits,
-        scale,
-        bias,
-        in_features,
-        plane_weights,
-        group_size,
-        compute,
-        tiles,
-        activation,
-    )
+    function: Callable[..., Tensor] = _forward
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        result: Tensor = _Linear.apply(*arguments)
-        return result
-    return _forward(*arguments)
+        function = _Linear.apply
+    return function(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation)
 
 
 def binary_linear(
