@@ -56,7 +56,7 @@ ISAS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": AVX512,
     "avx512vnni": VNNI,
-    "amx": [*VNNI, "-mamx-tile", "-mamx-int8"],
+    "amx": [*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # Kernel file (without .cpp) -> the instruction sets it is compiled for.
 KERNELS = {

@@ -108,9 +108,10 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
     w.bias = as_type(*bias, at::kFloat).contiguous();
   }
   w.quantize = compute == "int8";  // "auto" is exact: what loses accuracy is asked for by name
-  TORCH_CHECK_VALUE(w.quantize || compute == "exact" || compute == "auto",
-                    "quantopt: compute must be \"auto\", \"exact\" or \"int8\", not \"", std::string(compute),
-                    "\"");
+  w.round = compute == "bf16";
+  TORCH_CHECK_VALUE(w.quantize || w.round || compute == "exact" || compute == "auto",
+                    "quantopt: compute must be \"auto\", \"exact\", \"bf16\" or \"int8\", not \"",
+                    std::string(compute), "\"");
   TORCH_CHECK_VALUE(find_activation(activation, w.activation),
                     "quantopt: activation must be \"none\", \"relu\", \"gelu\" or \"silu\", not \"",
                     std::string(activation), "\"");

@@ -23,6 +23,7 @@ struct BinaryArguments {
   int64_t group_size;
   int64_t groups;
   bool quantize;  // compute = int8
+  bool round;     // compute = bf16: x is rounded to bfloat16, the rest is exact
   Activation activation;
 
   int64_t planes() const { return static_cast<int64_t>(plane_weights.size()); }
@@ -33,6 +34,11 @@ struct BinaryArguments {
 // The tensor in another type. `to` passes the dispatcher even where there is nothing to do.
 inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+// x as it is multiplied (or quantised).
+inline at::Tensor rounded(const at::Tensor& x, const BinaryArguments& w) {
+  return w.round ? as_type(x, at::kBFloat16) : x;
 }
 
 // bits [N, ceil(K / 8)] or [P, N, ceil(K / 8)], dense.

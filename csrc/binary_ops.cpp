@@ -71,32 +71,48 @@ Kernels kernels_of(Isa isa) {
 // Multiply-adds below which another thread takes longer to start than to do its share.
 constexpr int64_t kThreadWork = 1 << 18;
 
-// Runs the product on AMX tiles if this is an instruction set that has them and a product for them; else
-// returns false. Each thread takes outputs of a block of rows.
-bool run_on_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryConv& c) {
+// Whether the products run on AMX tiles, `rows` of y in all.
+bool takes_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryArguments& w,
+               [[maybe_unused]] int64_t rows) {
+#ifdef QUANTOPT_HAVE_AMX
+  return isa == Isa::amx && (w.quantize || w.round) && w.group_size == 0 && w.inputs > 0 &&
+         quantopt::amx::binary_amx_covers(w.quantize, w.plane_weights.data(), w.planes(), rows);
+#else
+  return false;
+#endif
+}
+
+// Runs the product on AMX tiles. Each thread takes outputs of a block of rows.
+void run_on_amx([[maybe_unused]] const BinaryConv& c) {
 #ifdef QUANTOPT_HAVE_AMX
   namespace amx = quantopt::amx;
-  if (isa != Isa::amx || !amx::binary_amx_covers(c)) return false;
   const int64_t rows = c.images * c.out_height * c.out_width;
   const int64_t bands = (c.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows;
-  const int64_t blocks = (rows + amx::kBlockRows - 1) / amx::kBlockRows;
-  const int64_t block = std::min(rows, amx::kBlockRows);
+  const int64_t most = amx::binary_amx_block(c), block = std::min(rows, most);
+  const int64_t blocks = (rows + most - 1) / most;
   const int64_t work = block * quantopt::kBandRows * c.channels * c.kernel[0] * c.kernel[1];
   const int64_t bytes = amx::binary_amx_memory(c, block);
   at::parallel_for(0, blocks * bands, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
     at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
     while (begin < end) {
-      const int64_t row = begin / bands * amx::kBlockRows, band = begin % bands;
+      const int64_t row = begin / bands * most, band = begin % bands;
       const int64_t last = std::min(bands, band + end - begin);
-      amx::binary_amx(c, row, std::min(row + amx::kBlockRows, rows), band * quantopt::kBandRows,
+      amx::binary_amx(c, row, std::min(row + most, rows), band * quantopt::kBandRows,
                       std::min(last * quantopt::kBandRows, c.outputs), memory.mutable_data_ptr());
       begin += last - band;
     }
   });
-  return true;
-#else
-  return false;
 #endif
+}
+
+// x as the kernels read it: in fp32, but what was rounded to bfloat16 goes to tiles as that.
+at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, bool amx, at::MemoryFormat format) {
+  const at::Tensor values = quantopt::rounded(x, w);
+  return (w.round && amx ? values : as_type(values, at::kFloat)).contiguous(format);
+}
+
+const uint16_t* halves_of(const at::Tensor& values) {
+  return reinterpret_cast<const uint16_t*>(values.const_data_ptr<at::BFloat16>());
 }
 
 // Many rows of x: each thread takes rows. Few: each takes outputs.
@@ -222,8 +238,9 @@ at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t ro
   return q;
 }
 
-// y = x W^T + b for `rows` rows of values: fp32, or int8 with row_scale. `tiles` may be those of `bits`.
-void run_linear(Isa isa, const Kernels& kernels, const BinaryArguments& w, const at::Tensor& values,
+// y = x W^T + b for `rows` rows of values: fp32, int8 with row_scale, or bfloat16 on AMX tiles. `tiles` may
+// be those of `bits`.
+void run_linear(bool amx, const Kernels& kernels, const BinaryArguments& w, const at::Tensor& values,
                 const at::Tensor& row_scale, int64_t rows, const at::Tensor& bits,
                 const std::optional<at::Tensor>& tiles, at::Tensor& y) {
   BinaryLinear p{};
@@ -240,7 +257,7 @@ void run_linear(Isa isa, const Kernels& kernels, const BinaryArguments& w, const
   if (w.quantize) {
     p.q = values.const_data_ptr<int8_t>();
     p.x_scale = row_scale.const_data_ptr<float>();
-  } else {
+  } else if (!amx) {
     p.x = values.const_data_ptr<float>();
   }
   p.y = y.mutable_data_ptr<float>();
@@ -251,7 +268,10 @@ void run_linear(Isa isa, const Kernels& kernels, const BinaryArguments& w, const
                        [&] { return binary_tiles_with(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   }
-  if (w.group_size != 0 || !run_on_amx(isa, quantopt::as_conv(p))) run(kernels, p);
+  if (!amx) return run(kernels, p);
+  BinaryConv c = quantopt::as_conv(p);
+  if (w.round) c.half = halves_of(values);
+  run_on_amx(c);
 }
 
 at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
@@ -270,9 +290,10 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
     const Isa isa = quantopt::active_isa();
     const Kernels kernels = kernels_of(isa);
     const int64_t rows = y.numel() / w.outputs;
-    at::Tensor values = as_type(x, at::kFloat).contiguous(), row_scale;
+    const bool amx = takes_amx(isa, w, rows);
+    at::Tensor values = values_of(x, w, amx, at::MemoryFormat::Contiguous), row_scale;
     if (w.quantize) values = quantize_rows(kernels, values, rows, row_scale);
-    run_linear(isa, kernels, w, values, row_scale, rows, bits, tiles, y);
+    run_linear(amx, kernels, w, values, row_scale, rows, bits, tiles, y);
   }
   return as_type(y, x.scalar_type());
 }
@@ -347,7 +368,8 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   }
   const Isa isa = quantopt::active_isa();
   const Kernels kernels = kernels_of(isa);
-  at::Tensor values = as_type(x, at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), x_scale;
+  const bool amx = takes_amx(isa, w, x.size(0) * size[0] * size[1]);
+  at::Tensor values = values_of(x, w, amx, at::MemoryFormat::ChannelsLast), x_scale;
   if (w.quantize) values = quantize_rows(kernels, values, x.size(0), x_scale);
   if (kernel[0] * kernel[1] == 1 && padding[0] + padding[1] == 0 && groups == 1) {
     if (stride[0] * stride[1] > 1) {
@@ -356,12 +378,13 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     }
     const int64_t pixels = size[0] * size[1];
     if (w.quantize) x_scale = x_scale.unsqueeze(1).expand({x.size(0), pixels}).contiguous();
-    run_linear(isa, kernels, w, values, x_scale, x.size(0) * pixels, bits, tiles, y);
+    run_linear(amx, kernels, w, values, x_scale, x.size(0) * pixels, bits, tiles, y);
     return as_type(y, x.scalar_type());
   }
   const int64_t taps = kernel[0] * kernel[1];
-  // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels.
-  const bool by_levels = w.planes() > 1 && !w.quantize && !all_finite(values);
+  // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels, as tiles
+  // do.
+  const bool by_levels = w.planes() > 1 && !w.quantize && !amx && !all_finite(values);
   if (group_size > 0 || by_levels || !kernels.conv_available() ||
       !conv_takes_tiles(outputs, channels, groups)) {
     return conv_by_library(values.to(at::kFloat), w, x_scale, kernel, stride, padding, dilation, groups)
@@ -398,11 +421,16 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     c.bias = w.bias.defined() ? w.bias_or_null() + group * outputs : nullptr;
     if (w.quantize) {
       c.q = values.const_data_ptr<int8_t>() + group * channels;
+    } else if (amx) {
+      c.half = halves_of(values) + group * channels;
     } else {
       c.x = values.const_data_ptr<float>() + group * channels;
     }
     c.y = y.mutable_data_ptr<float>() + group * outputs;
-    if (run_on_amx(isa, c)) continue;
+    if (amx) {
+      run_on_amx(c);
+      continue;
+    }
     const int64_t bytes = kernels.conv_memory(c);
     const int64_t work = c.out_width * w.inputs * c.planes * c.outputs;
     at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1,

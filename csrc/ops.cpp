@@ -37,8 +37,8 @@ TORCH_LIBRARY(quantopt, m) {
       "decoupled=False, "
       "int seed=-1, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   // y = activation(x W^T + b), W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact,
-  // int8. activation: none, relu, gelu (by erf), silu. tiles: the result of binary_tiles, or None. Documented
-  // in quantopt/ops/binary.py.
+  // bf16, int8. activation: none, relu, gelu (by erf), silu. tiles: the result of binary_tiles, or None.
+  // Documented in quantopt/ops/binary.py.
   m.def(
       "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
       "plane_weights, "

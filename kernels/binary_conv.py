@@ -251,7 +251,8 @@ def binary_conv2d(
             "x_scale_ptr": None,
         }
         meta = {"ONE_SCALE": scale.numel() == 1, "ACTIVATION": activation}
-        values = x.contiguous(memory_format=torch.channels_last)
+        values = x.to(torch.bfloat16) if compute == "bf16" else x
+        values = values.contiguous(memory_format=torch.channels_last)
         if compute == "int8" and x.numel() > 0:
             values, arguments["x_scale_ptr"] = quantize_images(values)
         config = block_for(rows, outputs, channels)

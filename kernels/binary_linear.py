@@ -442,6 +442,8 @@ def binary_linear(
     y = x.new_empty([*x.shape[:-1], outputs])
     if y.numel() == 0:
         return y
+    if compute == "bf16":
+        x, compute = x.to(torch.bfloat16), "exact"
     values = x.reshape(y.numel() // outputs, inputs)
     if inputs > 1 and values.stride(1) != 1:
         values = values.contiguous()

@@ -133,7 +133,7 @@ def pack(
     Args:
         model: any module, itself a Linear included; it is not changed.
         opt: an optimizer of this package; ``opt.quantization(weight)`` gives levels, codes and scales.
-        compute: "auto" (which is "exact"), "exact" or "int8", for all packed layers.
+        compute: "auto" (which is "exact"), "exact", "bf16" or "int8", for all packed layers.
         fold_batchnorm: take a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into its
             scale and bias, and a following ReLU, GELU or SiLU module into its epilogue; quantopt.folding.Folded stands
             where they were. The model must be in evaluation mode. Only modules that follow the layer wherever forward

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from conftest import supported_isas
 from quantopt import _extension
 from quantopt.ops import binary as ops
+from quantopt.reference import binary as reference
 
 ROOT = Path(__file__).resolve().parent.parent
 Convolve = Callable[..., Tensor]
@@ -47,16 +49,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def convolve(
     library: ctypes.CDLL,
     q: Tensor,
-    s: Tensor,
+    s: Tensor | None,
     w: Tensor,
     scale: Tensor,
     bias: Tensor | None = None,
     plane_weights: tuple[int, ...] = (1,),
     cut: tuple[int, int] = (0, 0),
     group: int = 0,
+    activation: str = "none",
     **geometry: tuple[int, int],
 ) -> Tensor:
-    """y of q [B, C, H, W] (whole numbers) with the signs of w [P, N, C, kh, kw], by the emulated kernel.
+    """y of q [B, C, H, W] with the signs of w [P, N, C, kh, kw], by the emulated kernel: of int8 (q whole numbers)
+    with scales s, of bfloat16 (which q is rounded to) without.
 
     If q has more channels than w, they are those of group ``group``, and the outputs too.
     """
@@ -70,7 +74,7 @@ def convolve(
     ]
     tiles = ops.conv_tiles(ops.pack_signs(w.flatten(2)), channels, kernel)
     assert tiles is not None
-    x = q.permute(0, 2, 3, 1).to(torch.int8).contiguous()
+    x = q.permute(0, 2, 3, 1).to(torch.bfloat16 if s is None else torch.int8).contiguous()
     groups = q.shape[1] // channels
     y = torch.full((q.shape[0], *size, groups * outputs), torch.nan)
     numbers = [q.shape[0], *q.shape[2:], channels, x.shape[3], *size, outputs, y.shape[3]]
@@ -89,6 +93,7 @@ def convolve(
         pointer(bias),
         pointer(x[..., group * channels :]),
         pointer(s),
+        ops.ACTIVATIONS.index(activation),
         pointer(y[..., group * outputs :]),
         ctypes.c_int64(cut[0]),
         ctypes.c_int64(cut[1]),
@@ -189,6 +194,149 @@ def test_groups(library: ctypes.CDLL) -> None:
         assert torch.equal(y, expected(part, s, w, scale, None, padding=(1, 1)))
 
 
+# ---- bfloat16
+
+
+def multiplied(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    plane_weights: tuple[int, ...] = (1,),
+    activation: str = "none",
+    **geometry: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """y in float64 of x [B, C, H, W] rounded to bfloat16, and the sum of the magnitudes that errors are relative to."""
+    signs = torch.where(w >= 0, 1.0, -1.0).double() * torch.tensor(plane_weights).view(-1, 1, 1, 1, 1)
+    levels = signs.sum(0) * scale.double().view(-1, 1, 1, 1)
+    offset = None if bias is None else bias.double()
+    values = x.to(torch.bfloat16).double()
+    y = reference.activate(F.conv2d(values, levels, offset, **geometry), activation)  # type: ignore[arg-type]
+    size = F.conv2d(values.abs(), levels.abs(), None if offset is None else offset.abs(), **geometry)  # type: ignore[arg-type]
+    return y, size
+
+
+def check_halves(library: ctypes.CDLL, x: Tensor, w: Tensor, *rest: Any, **form: Any) -> Tensor:
+    """The emulated kernel's y, which fp32 sums of the products of bfloat16 must be; in one call and in four."""
+    y = convolve(library, x, None, w, *rest, **form)
+    expected, size = multiplied(x, w, *rest, **form)
+    error = (y.double() - expected).abs()
+    assert bool((error <= 2e-6 * size).all()), (tuple(x.shape), tuple(w.shape), float((error / size).max()))
+    return y
+
+
+def halves_case(m: int, n: int, k: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.randn(m, k, 1, 1), torch.randn(planes, n, k, 1, 1), torch.rand(n) + 0.5, torch.randn(n)
+
+
+# Rows around tiles of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of 128;
+# inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
+HALVES = [
+    *itertools.product((8, 15, 16, 17, 31, 32, 33, 64, 129), (1, 17, 33), (70,)),
+    *itertools.product((9, 33), (15, 16, 31, 32, 127, 128, 129, 161), (40,)),
+    *itertools.product((8, 33), (33,), (1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 255, 256, 257, 300, 511, 513)),
+    *((127, 5, 20), (128, 5, 20), (130, 3, 600)),
+]
+
+
+def test_bfloat16_linear(library: ctypes.CDLL) -> None:
+    for m, n, k in HALVES:
+        check_halves(library, *halves_case(m, n, k))
+
+
+@pytest.mark.parametrize("cut", [(1, 0), (2, 128), (3, 0), (5, 256), (7, 0), (0, 128), (140, 128), (16, 256)])
+def test_bfloat16_in_parts_is_the_same_bits(library: ctypes.CDLL, cut: tuple[int, int]) -> None:
+    """As threads divide it: a row's sums depend on K alone, whatever rows and outputs share its call."""
+    x, w, scale, bias = halves_case(150, 261, 330)
+    whole = convolve(library, x, None, w, scale, bias)
+    assert torch.equal(convolve(library, x, None, w, scale, bias, cut=cut), whole)
+    assert torch.equal(
+        convolve(library, x[20:29], None, w[:, :128], scale[:128], bias[:128]), whole[20:29, :128]
+    )
+
+
+def test_bfloat16_is_rounded_to_levels_planes_and_extremes(library: ctypes.CDLL) -> None:
+    for sign, weight_sign in itertools.product((255.0, -255.0), (1.0, -1.0)):
+        x, w, *_ = halves_case(9, 33, 4000)
+        x, w = torch.full_like(x, sign), torch.full_like(w, weight_sign)
+        y = convolve(library, x, None, w, torch.ones(1))
+        assert torch.equal(y, torch.full_like(y, sign * weight_sign * 4000))
+    for plane_weights in (
+        (3,),
+        (1, 1),
+        (1, 2),
+        (1, 2, 4, 8),
+        (128, 127),
+        (64, 32, 128, 16, 8, 4, 3, 1),
+        (128, 128),
+    ):
+        x, w, scale, bias = halves_case(20, 40, 300, len(plane_weights))
+        scale[::2] = 0.0
+        y = check_halves(library, x, w, scale, bias, plane_weights)
+        assert torch.equal(y[:, ::2, 0, 0], bias[::2].expand(20, -1))
+        check_halves(library, x, w, scale[1:2], None, plane_weights)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_bfloat16_activations(library: ctypes.CDLL, activation: str) -> None:
+    x, w, scale, bias = halves_case(17, 37, 80)
+    check_halves(library, x, w, scale / 9, bias, activation=activation)
+
+
+@pytest.mark.parametrize("plane_weights", [(1,), (1, 1), (1, 2)])
+def test_bfloat16_not_finite(library: ctypes.CDLL, plane_weights: tuple[int, ...]) -> None:
+    """Infinities and NaN as in a dense product with the levels, in the rows that hold them alone."""
+    x, w, *_ = halves_case(18, 40, 70, len(plane_weights))
+    x[1, 5], x[2, 69], x[3, 0], x[16, 3:5] = torch.inf, -torch.inf, torch.nan, torch.inf
+    x[5, 7] = 3.4e38  # an infinity, rounded to bfloat16
+    y = convolve(library, x, None, w, torch.ones(1), None, plane_weights)
+    expected = multiplied(x, w, torch.ones(1), None, plane_weights)[0]
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert bool(y[[1, 2, 5]].isinf().any(1).all()) and bool(y[3].isnan().all()) and bool(y[16].isnan().any())
+    finite = [m for m in range(18) if m not in (1, 2, 3, 5, 16)]
+    assert bool(y[finite].isfinite().all())
+
+
+def test_bfloat16_denormals_are_zero(library: ctypes.CDLL) -> None:
+    """Those of x, and those that sums come to; next to them the smallest normal numbers are not."""
+    x, w = torch.zeros(8, 40, 1, 1), torch.ones(1, 5, 40, 1, 1)
+    x[0, 0], x[1, 0], x[2, 0] = 2.0**-127, 2.0**-126, -(2.0**-126)
+    x[3, 0], x[3, 2] = 1.5 * 2.0**-126, -(2.0**-126)
+    y = convolve(library, x, None, w, torch.ones(1))
+    assert torch.equal(y[:4, 0, 0, 0], torch.tensor([0.0, 2.0**-126, -(2.0**-126), 0.0]))
+
+
+def test_bfloat16_conv2d(library: ctypes.CDLL) -> None:
+    shapes = itertools.product(
+        [(3, 3), (1, 1), (2, 5)], [(1, 1), (2, 3)], [(0, 0), (2, 1)], [(1, 1), (2, 1)], [1, 3, 16, 40, 64]
+    )
+    for kernel, stride, padding, dilation, channels in shapes:
+        x, w = torch.randn(2, channels, 9, 11), torch.randn(1, 35, channels, *kernel)
+        scale, bias = torch.rand(35), torch.randn(35)
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        check_halves(library, x, w, scale, bias, **geometry)
+
+
+def test_bfloat16_conv2d_in_groups_and_parts(library: ctypes.CDLL) -> None:
+    x = torch.randn(2, 120, 5, 6)
+    for group in range(3):
+        w, scale = torch.randn(2, 35, 40, 3, 3), torch.rand(35)
+        form = {"plane_weights": (1, 2), "padding": (1, 1)}
+        y = convolve(library, x, None, w, scale, group=group, **form)
+        assert torch.equal(y, convolve(library, x, None, w, scale, group=group, cut=(23, 0), **form))
+        part = x[:, 40 * group : 40 * (group + 1)]
+        expected, size = multiplied(part, w, scale, **form)
+        assert bool(((y.double() - expected).abs() <= 2e-6 * size).all())
+
+
+def test_what_is_not_for_tiles(library: ctypes.CDLL) -> None:
+    """Few rows, and levels that are not exact."""
+    for m, plane_weights, s in ((7, (1,), None), (8, (128, 127, 2), None), (8, (127, 1), torch.ones(8))):
+        x, w, *_ = halves_case(m, 5, 20, len(plane_weights))
+        with pytest.raises(AssertionError, match="not a product for tiles"):
+            convolve(library, x, s, w, torch.ones(1), None, plane_weights)
+
+
 def test_the_emulation_objects(library: ctypes.CDLL) -> None:
     assert b"do not fit" in library.breach_on_host(0)
     assert b"not configured" in library.breach_on_host(1)
@@ -209,8 +357,9 @@ def assembly() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_tiles_are_multiplied_two_by_two(assembly: str) -> None:
-    products = set(re.findall(r"tdpbssd\s+(%tmm\d),(%tmm\d),(%tmm\d)", assembly))  # weights, rows, sums
+@pytest.mark.parametrize("product", ["tdpbssd", "tdpbf16ps"])
+def test_tiles_are_multiplied_two_by_two(assembly: str, product: str) -> None:
+    products = set(re.findall(rf"{product}\s+(%tmm\d),(%tmm\d),(%tmm\d)", assembly))  # weights, rows, sums
     assert products == {
         (f"%tmm{6 + half}", f"%tmm{4 + row}", f"%tmm{2 * row + half}") for row in (0, 1) for half in (0, 1)
     }
@@ -253,7 +402,8 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("the compiler does not know AMX")
     monkeypatch.setenv("QUANTOPT_CPU_ISA", "amx")
     x, bits = torch.randn(8, 16), torch.zeros(4, 2, dtype=torch.uint8)
-    with pytest.raises(
-        RuntimeError, match=r"QUANTOPT_CPU_ISA=amx (is not supported by this processor|needs)"
-    ):
-        ops.binary_linear(x, bits, torch.ones(4), in_features=16, compute="int8")
+    for compute in ops.COMPUTE:
+        with pytest.raises(
+            RuntimeError, match=r"QUANTOPT_CPU_ISA=amx (is not supported by this processor|needs)"
+        ):
+            ops.binary_linear(x, bits, torch.ones(4), in_features=16, compute=compute)

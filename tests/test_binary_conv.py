@@ -18,7 +18,7 @@ def check(
     x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, compute: str = "exact", **geometry: object
 ) -> None:
     """w holds the signs; geometry is what F.conv2d takes."""
-    values = x.double()
+    values = x.to(torch.bfloat16).double() if compute == "bf16" else x.double()
     if compute == "int8":
         s = x.float().abs().amax((-3, -2, -1), keepdim=True) / 127
         values = torch.where(s > 0, (x.float() / s).round().clamp(-127, 127), 0.0).double() * s.double()
@@ -73,16 +73,18 @@ def test_far_apart(isa: str) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 2]])
-def test_infinities_with_several_planes(isa: str, weights: list[int]) -> None:
-    x, bits = torch.randn(2, 16, 4, 5), ops.pack_signs(torch.randn(2, 33, 144))
+@pytest.mark.parametrize("compute", ["exact", "bf16"])
+def test_infinities_with_several_planes(isa: str, weights: list[int], compute: str) -> None:
+    x, bits = torch.randn(2, 16, 4, 5).to(torch.bfloat16).float(), ops.pack_signs(torch.randn(2, 33, 144))
     x[0, 3, 1, 1], x[1, 2, 3, 3] = torch.inf, -torch.inf
     dense = reference.dense_weight(bits, torch.ones(1), 144, weights, 0, torch.float32)
-    y = ops.binary_conv2d(
-        x, bits, torch.ones(1), kernel_size=3, plane_weights=weights, tiles=ops.conv_tiles(bits, 16, (3, 3))
-    )
+    form = {"kernel_size": 3, "plane_weights": weights, "compute": compute}
+    y = ops.binary_conv2d(x, bits, torch.ones(1), tiles=ops.conv_tiles(bits, 16, (3, 3)), **form)
     expected = F.conv2d(x, dense.view(33, 16, 3, 3))
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-4)
     assert bool(y.isinf().any())
+    with_gradients = ops.binary_conv2d(x.requires_grad_(), bits, torch.ones(1), **form)
+    torch.testing.assert_close(with_gradients.detach(), expected, equal_nan=True, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)

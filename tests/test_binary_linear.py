@@ -56,10 +56,14 @@ def signs_by_definition(w: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, group_size: int = 0, int8: bool = False
+    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, group_size: int = 0, compute: str = "exact"
 ) -> tuple[Tensor, Tensor]:
     """y in float64 from the signs of w, and the sum of the magnitudes that error bounds are relative to."""
-    if int8 and x.shape[-1]:  # the rounding is defined in fp32: near a tie float64 may fall on the other side
+    if compute == "bf16":
+        x = x.to(torch.bfloat16)
+    if (
+        compute == "int8" and x.shape[-1]
+    ):  # the rounding is defined in fp32: near a tie float64 may fall on the other side
         s = x.float().abs().amax(-1, keepdim=True) / 127
         x = torch.where(s > 0, (x.float() / s).round().clamp(-127, 127), 0.0).double() * s.double()
     x = x.double()
@@ -131,7 +135,7 @@ def test_shapes(isa: str, compute: str, tiled: bool) -> None:
         bits = ops.pack_signs(w)
         tiles = ops.binary_tiles(bits, k) if tiled else None
         y = ops.binary_linear(x, bits, scale, bias, in_features=k, compute=compute, tiles=tiles)
-        check(y, *product(x, w, scale, bias, int8=compute == "int8"))
+        check(y, *product(x, w, scale, bias, compute=compute))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -140,14 +144,14 @@ def test_types_of_x(isa: str, dtype: torch.dtype, compute: str) -> None:
     x, w, scale, bias = make(9, 70, 200, dtype)
     y = ops.binary_linear(x, ops.pack_signs(w), scale, bias, in_features=200, compute=compute)
     assert y.dtype == dtype
-    check(y, *product(x, w, scale, bias, int8=compute == "int8"))
+    check(y, *product(x, w, scale, bias, compute=compute))
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
 def test_double_takes_the_reference(compute: str) -> None:
     x, w, scale, _ = make(5, 6, 70, torch.float64)
     y = ops.binary_linear(x, ops.pack_signs(w), scale, in_features=70, compute=compute)
-    expected = product(x, w, scale, None)[0]
+    expected = product(x, w, scale, None, compute=compute)[0]
     if compute == "int8":
         s = x.abs().amax(-1, keepdim=True) / 127
         expected = product((x / s).round() * s, w, scale, None)[0]
@@ -174,7 +178,7 @@ def test_strides_leading_dimensions_and_unaligned_pointers(isa: str, compute: st
     ]
     for x in views:
         y = ops.binary_linear(x, bits, scale, bias, in_features=k, compute=compute)
-        expected, size = product(x.reshape(-1, k), w, scale, bias, int8=compute == "int8")
+        expected, size = product(x.reshape(-1, k), w, scale, bias, compute=compute)
         assert y.shape == (*x.shape[:-1], n)
         check(y.reshape(-1, n), expected, size)
 
@@ -229,7 +233,7 @@ def test_group_scales(isa: str, group_size: int, compute: str) -> None:
         y = ops.binary_linear(
             x, ops.pack_signs(w), scale, bias, in_features=k, compute=compute, group_size=group_size
         )
-        check(y, *product(x, w, scale, bias, group_size, compute == "int8"))
+        check(y, *product(x, w, scale, bias, group_size, compute))
 
 
 @pytest.mark.parametrize("levels", [3, 4, 8, 16])
@@ -250,7 +254,7 @@ def test_planes(isa: str, levels: int, compute: str, group_size: int) -> None:
             plane_weights=weights,
             group_size=group_size,
         )
-        parts = [product(x, p, scale, None, group_size, compute == "int8") for p in planes]
+        parts = [product(x, p, scale, None, group_size, compute) for p in planes]
         expected = sum(weight * part[0] for weight, part in zip(weights, parts, strict=True))
         size = sum(weight * part[1] for weight, part in zip(weights, parts, strict=True))
         check(y, expected, size)
@@ -279,7 +283,42 @@ def test_tiny_and_huge_values(isa: str) -> None:
             y = ops.binary_linear(x, bits, torch.ones(1), in_features=64, compute=compute)
             assert bool(y.isfinite().all())
             if size > 1e-40:
-                check(y, *product(x, w, torch.ones(20), None, int8=compute == "int8"))
+                check(y, *product(x, w, torch.ones(20), None, compute=compute))
+
+
+def test_rounding_to_bfloat16() -> None:
+    """Of all kinds of numbers, as torch rounds them: ties to even, denormals, infinities, NaN."""
+    ties = torch.tensor(
+        [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-23, 1 - 2.0**-9, 2.0**128 - 2.0**119]
+    )
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.3e38, 3.4e38, 1e-40, 2.0**-149])
+    wild = torch.randint(-(2**31), 2**31, (1 << 16,)).to(torch.int32).view(torch.float32)
+    x = torch.cat([ties, -ties, special, wild])
+    rounded = reference.round_to_bfloat16(x)
+    torch.testing.assert_close(rounded, x.to(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
+    assert rounded[:5].tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7, 1.0, torch.inf]
+    normal = x.isfinite() & rounded.isfinite() & (x.abs() >= 2.0**-126)
+    assert bool(((rounded - x).abs() <= 2.0**-8 * x.abs())[normal].all())
+    assert torch.equal(reference.round_to_bfloat16(ties.double()), rounded[:5].double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bf16_is_exact_with_x_rounded(isa: str, dtype: torch.dtype) -> None:
+    """To the bit, but on tiles, whose sums have another order."""
+    for m, n, k, group_size in ((1, 40, 200, 0), (9, 130, 200, 0), (3, 33, 64, 32), (8, 5, 50, 7)):
+        x, w, scale, bias = make(m, n, k, dtype)
+        scale = torch.rand(n, -(-k // group_size)) if group_size else scale
+        form = {"in_features": k, "group_size": group_size, "activation": "silu"}
+        bits = ops.pack_signs(w)
+        y = ops.binary_linear(x, bits, scale, bias, compute="bf16", **form)
+        rounded = x.to(torch.bfloat16).to(dtype)
+        expected = ops.binary_linear(rounded, bits, scale, bias, compute="exact", **form)
+        if isa == "amx":
+            torch.testing.assert_close(y, expected)
+        else:
+            assert torch.equal(y, expected)
+        exact = ops.binary_linear(x, bits, scale, bias, compute="exact", **form)
+        assert y.dtype == dtype and not torch.equal(y, exact)
 
 
 @pytest.mark.parametrize("k", [1, 15, 64, 65, 200])
@@ -314,16 +353,19 @@ def test_infinities_and_nan_propagate(isa: str) -> None:
 
 @pytest.mark.parametrize("levels", [3, 4, 16])
 @pytest.mark.parametrize("group_size", [0, 16, 7])
-def test_infinities_with_several_planes(isa: str, levels: int, group_size: int) -> None:
+@pytest.mark.parametrize("compute", ["exact", "bf16"])
+def test_infinities_with_several_planes(isa: str, levels: int, group_size: int, compute: str) -> None:
     """As in a product with the levels: inf times a level, NaN only for 0 inf and inf - inf."""
     weights, k, n = ops.plane_weights_of(levels), 67, 50
     bits = ops.pack_signs(torch.randn(len(weights), n, k))
     scale = torch.rand(n, -(-k // group_size)) + 0.1 if group_size else torch.rand(n) + 0.1
-    x = torch.randn(7, k)
+    x = torch.randn(9, k).to(torch.bfloat16).float()
     x[1, 5], x[2, k - 1], x[3, 0] = torch.inf, -torch.inf, torch.nan
     x[5, 7], x[5, 60] = torch.inf, torch.inf
     dense = reference.dense_weight(bits, scale, k, weights, group_size, torch.float32)
-    y = ops.binary_linear(x, bits, scale, in_features=k, plane_weights=weights, group_size=group_size)
+    y = ops.binary_linear(
+        x, bits, scale, in_features=k, plane_weights=weights, group_size=group_size, compute=compute
+    )
     torch.testing.assert_close(y, x @ dense.T, rtol=1e-5, atol=1e-4, equal_nan=True)
     assert bool(y[1:3].isinf().any()) and bool(y[3].isnan().all()) and bool(y[[0, 4, 6]].isfinite().all())
 
@@ -345,7 +387,7 @@ def test_random_strides_and_offsets(data: st.DataObject) -> None:
             patch.setenv("QUANTOPT_CPU_ISA", name)
             for compute in ops.COMPUTE:
                 y = ops.binary_linear(x, bits, scale, in_features=k, compute=compute)
-                check(y, *product(x, w, scale, None, int8=compute == "int8"))
+                check(y, *product(x, w, scale, None, compute=compute))
 
 
 def test_tiles_serve_only_their_own_bits(isa: str) -> None:
@@ -437,10 +479,11 @@ def test_threads_rows_and_layout_give_the_same_bits(isa: str, compute: str) -> N
                         )
                     )
             for row in range(0, m, 13):
+                alone = x[row].expand(8 if m >= 8 and (isa, compute) == ("amx", "bf16") else 1, -1)
                 one = ops.binary_linear(
-                    x[row], bits, scale, bias, in_features=k, compute=compute, group_size=group_size
+                    alone, bits, scale, bias, in_features=k, compute=compute, group_size=group_size
                 )
-                assert torch.equal(one, results[0][row])
+                assert torch.equal(one[0], results[0][row])
             assert all(torch.equal(results[0], r) for r in results[1:])
     finally:
         torch.set_num_threads(threads)
@@ -499,7 +542,7 @@ def test_activation(isa: str, activation: str, compute: str, dtype: torch.dtype)
             group_size=group_size,
             activation=activation,
         )
-        expected, size = product(x, w, scale, bias, group_size, compute == "int8")
+        expected, size = product(x, w, scale, bias, group_size, compute)
         check(y, SMOOTH[activation](expected), size, 2e-6)
 
 
@@ -531,7 +574,7 @@ def test_gradients_go_through_the_activation(activation: str, compute: str, dtyp
     grad = torch.randn_like(y)
     grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
     weight = signs_by_definition(w) * scale[:, None]
-    sums = product(x.detach(), w, scale, bias.detach(), int8=compute == "int8")[0].requires_grad_()
+    sums = product(x.detach(), w, scale, bias.detach(), compute=compute)[0].requires_grad_()
     (grad_sums,) = torch.autograd.grad(SMOOTH[activation](sums), sums, grad[0].double())
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(grad_x.double(), grad_sums @ weight, **tolerance)
@@ -583,7 +626,7 @@ def test_reference_when_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch
         assert ops.binary_tiles(bits, 200) is None
     backends._choose.cache_clear()
     for compute, y in results.items():
-        check(y, *product(x, w, scale, bias, int8=compute == "int8"))
+        check(y, *product(x, w, scale, bias, compute=compute))
 
 
 @pytest.mark.parametrize(
@@ -600,7 +643,7 @@ def test_reference_when_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch
         ({"group_size": 4}, ValueError, r"scale must have shape \[4, 3\]"),
         ({"group_size": -1}, ValueError, "group_size must be an integer of at least 0"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must have shape \[4\]"),
-        ({"compute": "fp8"}, ValueError, 'compute must be "auto", "exact" or "int8"'),
+        ({"compute": "fp8"}, ValueError, 'compute must be "auto", "exact", "bf16" or "int8"'),
         (
             {"activation": "tanh"},
             ValueError,
@@ -716,6 +759,8 @@ def test_reference_in_double_is_the_definition() -> None:
     group = torch.rand(11, 3).double()
     for compute in ops.COMPUTE:
         values = x
+        if compute == "bf16":
+            values = x.to(torch.bfloat16)
         if compute == "int8":
             q, s = reference.quantize_rows(x)
             assert float(q.abs().max()) == 127 and torch.equal(q, q.round())

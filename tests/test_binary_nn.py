@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantopt.nn import BinaryConv2d, BinaryLinear
-from quantopt.ops.binary import binary_tiles
+from quantopt.ops.binary import COMPUTE, binary_tiles
 
 
 def binarised(weight: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ def small_network(compute: str) -> nn.Module:
     return nn.Sequential(conv, grouped.prepare(), nn.Flatten(), linear, nn.BatchNorm1d(40)).eval()
 
 
-@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compile_and_export_with_any_batch(compute: str, dtype: torch.dtype) -> None:
     torch.compiler.reset()
@@ -241,9 +241,10 @@ def test_compile_and_export_with_any_batch(compute: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.slow
-def test_compile_with_inductor() -> None:
+@pytest.mark.parametrize("compute", ["bf16", "int8"])
+def test_compile_with_inductor(compute: str) -> None:
     torch.compiler.reset()
-    model = small_network("int8")
+    model = small_network(compute)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.inference_mode():
         for n in (2, 5):
@@ -263,6 +264,10 @@ def test_keeping_w_expanded() -> None:
     assert layer.keep_expanded(None).expanded is None
     with pytest.raises(ValueError, match=r"dtype must be torch.int8 with compute='int8', not torch.bfloat16"):
         layer.keep_expanded(torch.bfloat16)
+    layer = BinaryLinear(64, 32, compute="bf16")
+    assert layer.keep_expanded(torch.bfloat16).expanded == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype must be torch.bfloat16 with compute='bf16'"):
+        layer.keep_expanded(torch.float16)
     exact = BinaryLinear(64, 32)
     with pytest.raises(ValueError, match=r"torch.float16 or torch.bfloat16 with compute='auto'"):
         exact.keep_expanded(torch.int8)
@@ -272,7 +277,7 @@ def test_keeping_w_expanded() -> None:
         binary_tiles(exact.bits, 64, expanded=torch.float32)
 
 
-@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize(
     "make",
     [
@@ -304,7 +309,7 @@ def test_function_transforms(make: Callable[[str], BinaryLinear | BinaryConv2d],
     torch.testing.assert_close(tangents[0], by_image)
 
 
-@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize(
     "make", [lambda c: BinaryLinear(90, 6, compute=c), lambda c: BinaryConv2d(10, 6, 3, compute=c)]
 )

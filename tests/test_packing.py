@@ -140,16 +140,17 @@ def test_activation_is_kept(tmp_path: Path) -> None:
     assert loaded[0].activation == "silu" and torch.equal(loaded[0](x), packed[0](x))
 
 
-def test_compute_is_kept_and_int8_is_close(net: Net, tmp_path: Path) -> None:
-    packed = pack(net, Fake(quantised_params(net)), compute="int8")
+@pytest.mark.parametrize(("compute", "error"), [("int8", 0.05), ("bf16", 0.01)])
+def test_compute_is_kept_and_close(net: Net, tmp_path: Path, compute: str, error: float) -> None:
+    packed = pack(net, Fake(quantised_params(net)), compute=compute)
     exact = pack(net, Fake(quantised_params(net)))
     save(packed, tmp_path / "m")
     loaded = load(tmp_path / "m", Net())
-    assert {m.compute for m in loaded.modules() if isinstance(m, BinaryLinear | BinaryConv2d)} == {"int8"}
+    assert {m.compute for m in loaded.modules() if isinstance(m, BinaryLinear | BinaryConv2d)} == {compute}
     exact.load_state_dict(packed.state_dict())
     x = torch.randn(4, 3, 8, 8)
     a, b = loaded.eval()(x), exact(x)
-    assert not torch.equal(a, b) and bool((a - b).norm() < 0.05 * b.norm())
+    assert not torch.equal(a, b) and bool((a - b).norm() < error * b.norm())
 
 
 def test_quantised_layers_are_28_times_smaller(tmp_path: Path) -> None:

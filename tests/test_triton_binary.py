@@ -18,6 +18,7 @@ from quantopt.reference import binary as reference
 triton = pytest.importorskip("triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("exact", "int8")  # "bf16" is "exact" of other values: test_x_rounded_to_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def compare(
     bias = torch.randn(n)
     on_device = [t.to(device) for t in (x, bits, scale, bias)]
     y = kernels.binary_linear(*on_device, k, weights, group_size, compute, activation).cpu()
-    wide = x.double() if compute == "exact" else x.float()
+    wide = x.float() if compute == "int8" else x.double()
     expected = reference.binary_linear(
         wide, bits, scale, bias, k, weights, group_size, compute, activation
     ).double()
@@ -75,14 +76,23 @@ SIZES = (
 )
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes(interpreted: ModuleType, dtype: torch.dtype, compute: str) -> None:
     for m, n, k in SIZES:
         compare(interpreted, m, n, k, dtype, compute)
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_x_rounded_to_bfloat16(interpreted: ModuleType) -> None:
+    """The products of 16-bit x, into y of its own type: other blocks, parts of K, groups, and the library's."""
+    for dtype in DTYPES:
+        compare(interpreted, 5, 65, 130, dtype, "bf16", activation="silu")
+        compare(interpreted, 3, 40, 1100, dtype, "bf16", levels=3)
+        compare(interpreted, 2, 40, 300, dtype, "bf16", group_size=64)
+        compare(interpreted, interpreted.LIBRARY_ROWS["exact"], 9, 20, dtype, "bf16")
+
+
+@pytest.mark.parametrize("compute", MODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 def test_groups_and_planes(interpreted: ModuleType, group_size: int, compute: str) -> None:
     for levels, (m, k), dtype in zip((2, 3, 16), ((1, 300), (3, 700), (70, 130)), DTYPES, strict=True):
@@ -93,7 +103,7 @@ def test_groups_and_planes(interpreted: ModuleType, group_size: int, compute: st
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_activations(interpreted: ModuleType, activation: str) -> None:
     for m, k in ((3, 100), (2, 1100)):  # with and without parts of K
-        for compute in ops.COMPUTE:
+        for compute in MODES:
             compare(interpreted, m, 40, k, torch.float32, compute, activation=activation)
 
 
@@ -143,7 +153,7 @@ def test_expanding(interpreted: ModuleType, dtype: torch.dtype) -> None:
         assert torch.equal(w.float(), expected)
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", MODES)
 def test_many_rows_by_the_library(
     interpreted: ModuleType, compute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from quantopt.reference import binary as reference
 triton = pytest.importorskip("triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("exact", "int8")  # "bf16" is "exact" of other values: test_x_rounded_to_bfloat16
 Pair = tuple[int, int]
 
 
@@ -58,7 +59,7 @@ def compare(
     geometry = (kernel, stride, padding, dilation, groups)
     on_device = [t.to(device) for t in (x, bits, scale, bias)]
     y = kernels.binary_conv2d(*on_device, *geometry, weights, compute, activation).cpu()
-    wide = x.double() if compute == "exact" else x.float()
+    wide = x.float() if compute == "int8" else x.double()
     expected = reference.binary_conv2d(
         wide, bits, scale, bias, *geometry, weights, 0, compute, activation
     ).double()
@@ -72,7 +73,7 @@ def compare(
     assert bool((error <= allowed).all()), float((error / allowed).max())
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", MODES)
 def test_geometry(interpreted: ModuleType, compute: str) -> None:
     pairs = itertools.cycle([(1, 1), (2, 3), (3, 1)]), itertools.cycle([(2, 1), (0, 0), (1, 3), (0, 2)])
     for kernel, dilation, groups in itertools.product([(3, 3), (1, 1), (2, 3)], [(1, 1), (2, 1)], [1, 3]):
@@ -81,7 +82,7 @@ def test_geometry(interpreted: ModuleType, compute: str) -> None:
         compare(interpreted, (2, 9, 6, 5), 6, kernel, compute=compute, **form)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", MODES)
 def test_sizes(interpreted: ModuleType, compute: str) -> None:
     """Around every block: pixels of 16, 32, 64, 128, outputs of 16 to 128, steps of 32 to 128 channels, parts of K."""
     dtypes = itertools.cycle(DTYPES)
@@ -101,7 +102,7 @@ def test_sizes(interpreted: ModuleType, compute: str) -> None:
         compare(interpreted, (1, 300, 2, 2), 20, (2, 2), dtype=dtype, compute=compute)
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", MODES)
 def test_planes_groups_activations(interpreted: ModuleType, compute: str) -> None:
     for levels, activation in zip((3, 4, 16), ("relu", "gelu", "silu"), strict=True):
         form = {"levels": levels, "activation": activation, "compute": compute}
@@ -109,7 +110,14 @@ def test_planes_groups_activations(interpreted: ModuleType, compute: str) -> Non
         compare(interpreted, (1, 300, 2, 2), 20, (2, 2), **form)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_rounded_to_bfloat16(interpreted: ModuleType, dtype: torch.dtype) -> None:
+    form = {"dtype": dtype, "compute": "bf16", "levels": 3}
+    compare(interpreted, (2, 33, 3, 5), 34, (2, 2), padding=(1, 0), activation="gelu", **form)  # type: ignore[arg-type]
+    compare(interpreted, (1, 300, 2, 2), 20, (2, 2), **form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compute", MODES)
 def test_layouts_and_no_elements(interpreted: ModuleType, compute: str) -> None:
     x = torch.randn(3, 20, 7, 6)
     for view in (

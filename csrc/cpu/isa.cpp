@@ -55,8 +55,9 @@ constexpr const char* kNoProcessor = "is not supported by this processor";
 // already too, and keeps no count: asking again is harmless.
 const char* amx_refusal() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kOsXsave = 1u << 27;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return kNoProcessor;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kOsXsave = 1u << 27;
+  constexpr unsigned kNeeded = kBFloat16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return kNoProcessor;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsXsave) == 0) return kNoProcessor;
   uint32_t low = 0, high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

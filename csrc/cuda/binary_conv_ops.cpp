@@ -49,7 +49,8 @@ const char* unsupported(const at::Tensor& x, const ConvArguments& c, int64_t gro
   if (w.group_size > 0) return "the CUDA convolution takes scales per tensor or row (group_size=0)";
   if (w.planes() > kMaxPlanes) return "the CUDA kernels take at most 8 planes";
   if (groups > 1 && !w.quantize && (x.scalar_type() == at::kFloat || c.channels % 8 != 0)) {
-    return "the CUDA convolution takes groups with compute=\"int8\", or 16-bit x of a multiple of 8 channels";
+    return "the CUDA convolution takes groups with compute=\"int8\", or 16-bit x (or compute=\"bf16\") of a "
+           "multiple of 8 channels";
   }
   return nullptr;
 }
@@ -77,16 +78,17 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   const ConvArguments conv = check_conv(x, bits, scale, bias, kernel, stride, padding, dilation, groups,
                                         plane_weights, group_size, compute, activation);
   const BinaryArguments& a = conv.weights;
-  const char* reason = unsupported(x, conv, groups);
-  TORCH_CHECK_NOT_IMPLEMENTED(reason == nullptr, "quantopt: ", reason);
   const c10::DeviceGuard guard(x.device());
+  at::Tensor dense = rounded(x, a);
+  const char* reason = unsupported(dense, conv, groups);
+  TORCH_CHECK_NOT_IMPLEMENTED(reason == nullptr, "quantopt: ", reason);
   at::Tensor y = at::empty({x.size(0), a.outputs, conv.size[0], conv.size[1]}, x.options(),
                            at::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
 
   const CudaPlace place = cuda_place(x.device());
-  const Dtype dtype = dtype_of(x);
-  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2, pixels = x.size(2) * x.size(3);
+  const Dtype dtype = dtype_of(dense);
+  const int64_t size = dense.element_size(), pixels = x.size(2) * x.size(3);
   const int64_t taps = kernel[0] * kernel[1], padded = conv_channels(conv.channels);
   if (x.numel() == 0) {  // nothing to add up
     const at::Tensor sums = at::zeros({y.numel()}, x.options().dtype(at::kFloat));
@@ -95,14 +97,14 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                                   nullptr,
                                   a.bias_or_null(),
                                   a.activation,
-                                  dtype,
+                                  dtype_of(y),
                                   y.mutable_data_ptr()};
     check(binary_finish_on_cuda(
         {sums.const_data_ptr(), false, 1, 1, y.numel() / a.outputs, a.outputs, a.outputs, false}, epilogue,
         place));
     return y;
   }
-  at::Tensor dense = x.contiguous(at::MemoryFormat::ChannelsLast);
+  dense = dense.contiguous(at::MemoryFormat::ChannelsLast);
   if (groups > 1 && reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 != 0) {
     dense = dense.clone(at::MemoryFormat::ChannelsLast);  // groups are read where they are
   }
@@ -165,7 +167,8 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     g.images = std::min(most, x.size(0) - first);
     const auto* const from =
         static_cast<const uint8_t*>(dense.const_data_ptr()) + first * pixels * x.size(1) * size;
-    auto* const to = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * g.places() * a.outputs * size;
+    auto* const to =
+        static_cast<uint8_t*>(y.mutable_data_ptr()) + first * g.places() * a.outputs * y.element_size();
     ConvTokens tokens{
         values.const_data_ptr(), MmaTokens::Type::kInt8, parts, padded, padded, groups * padded, true};
     if (a.quantize) {
@@ -196,8 +199,8 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
           a.quantize ? static_cast<const float*>(row_scale.const_data_ptr()) : nullptr,
           a.bias.defined() ? a.bias_or_null() + group * w.outputs : nullptr,
           a.activation,
-          dtype,
-          to + group * w.outputs * size};
+          dtype_of(y),
+          to + group * w.outputs * y.element_size()};
       check(binary_conv_on_cuda(w, tokens, g, plan, epilogue, a.outputs,
                                 direct ? nullptr : sums.mutable_data_ptr(), place));
       if (direct) continue;

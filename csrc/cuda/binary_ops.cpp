@@ -105,7 +105,7 @@ void multiply_by_library(BinaryProduct p, const at::Tensor& bits, at::IntArrayRe
   constexpr int64_t kLeast = 32;  // _int_mm wants more than 16 rows
   const int64_t rows =
       std::clamp<int64_t>(kLibrarySums / (4 * parts * outputs), kLeast, std::max(kLeast, p.x.rows));
-  const int64_t size = fp32 ? 4 : 2;
+  const int64_t size = fp32 ? 4 : 2, y_size = p.epilogue.dtype == Dtype::kFloat32 ? 4 : 2;
   const at::Tensor values = at::empty({parts * rows, columns}, on_device.dtype(type));
   const at::Tensor scale = at::empty({p.int8 ? rows : 0}, on_device.dtype(at::kFloat));
   const auto* const x = static_cast<const uint8_t*>(p.x.x);
@@ -114,7 +114,7 @@ void multiply_by_library(BinaryProduct p, const at::Tensor& bits, at::IntArrayRe
     CudaRows some = p.x;
     some.x = x + first * some.stride * size;
     some.rows = std::min(rows, p.x.rows - first);
-    p.epilogue.y = y + first * w.outputs * size;
+    p.epilogue.y = y + first * w.outputs * y_size;
     at::Tensor sums;
     if (p.int8) {
       check(quantize_rows_on_cuda(some, XLayout::kPlain, values.mutable_data_ptr<int8_t>(), columns,
@@ -151,7 +151,7 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArg
   TORCH_CHECK_VALUE(inputs <= INT32_MAX, "quantopt: in_features must be less than 2^31");
 
   // Rows that lie evenly, the elements of each side by side, can be read where they are.
-  at::Tensor rows = x.reshape({y.numel() / arguments.outputs, inputs});
+  at::Tensor rows = rounded(x, arguments).reshape({y.numel() / arguments.outputs, inputs});
   if (inputs > 1 && rows.stride(1) != 1) rows = rows.contiguous();
 
   const CudaPlace place = cuda_place(x.device());
@@ -166,14 +166,14 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArg
     w.group_units = static_cast<uint32_t>(group / kGroupUnit);
     w.groups = static_cast<uint32_t>(arguments.groups);
   }
-  p.x = {rows.const_data_ptr(), dtype_of(x), rows.size(0), inputs, rows.stride(0)};
+  p.x = {rows.const_data_ptr(), dtype_of(rows), rows.size(0), inputs, rows.stride(0)};
   p.int8 = arguments.quantize;
   p.epilogue = {group > 0 ? nullptr : arguments.scale.const_data_ptr<float>(),
                 arguments.scale_stride(),
                 nullptr,
                 arguments.bias_or_null(),
                 arguments.activation,
-                dtype_of(x),
+                dtype_of(y),
                 y.mutable_data_ptr()};
   if (inputs == 0) {  // nothing to add up
     const at::Tensor sums = at::zeros_like(y, y.options().dtype(at::kFloat));
@@ -215,12 +215,11 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArg
   const int64_t most_splits = wgmma ? std::min<int64_t>(8, tile_block_count(inputs)) : 65535;
   TORCH_CHECK_VALUE(shape < shapes && (shape < 0 || (splits > 0 && splits <= most_splits)),
                     "quantopt: shape must be less than ", shapes, ", splits in 1..", most_splits);
-  const int64_t size = x.element_size();
   for (int64_t first = 0; first < rows.size(0); first += kMmaRows) {
     BinaryProduct some = p;
-    some.x.x = static_cast<const uint8_t*>(p.x.x) + first * p.x.stride * size;
+    some.x.x = static_cast<const uint8_t*>(p.x.x) + first * p.x.stride * rows.element_size();
     some.x.rows = std::min(kMmaRows, rows.size(0) - first);
-    some.epilogue.y = static_cast<uint8_t*>(p.epilogue.y) + first * w.outputs * size;
+    some.epilogue.y = static_cast<uint8_t*>(p.epilogue.y) + first * w.outputs * y.element_size();
     std::vector<at::Tensor> memory;
     const auto allocate = [&](int64_t bytes) {
       memory.push_back(at::empty({bytes}, x.options().dtype(at::kByte)));

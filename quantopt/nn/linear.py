@@ -173,8 +173,8 @@ class BinaryLinear(BinaryModule):
         levels: 2 (binary), 3 (ternary), 4, 8 or 16 uniform levels: 1, 2, 2, 3 or 4 bit planes.
         scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].
         group_size: consecutive weights of a row that share a scale, with scale="group".
-        compute: "auto" (which is "exact"), "exact", or "int8": x is rounded per row to 8 bits; see
-            :func:`quantopt.binary_linear`.
+        compute: "auto" (which is "exact"), "exact", "bf16": x is rounded to bfloat16, or "int8": x is rounded per row
+            to 8 bits; see :func:`quantopt.binary_linear`.
         activation: "none", "relu", "gelu" (by erf) or "silu".
 
     A new module has all weights -1 until a state_dict is loaded. For inference: gradients flow to x only.
@@ -214,11 +214,14 @@ class BinaryLinear(BinaryModule):
         """Keeps W expanded on CUDA too, beside ``bits`` and in no state_dict: 1 or 2 bytes per weight, for time.
 
         Products of many rows, which run in the library, then do not expand it at each call. ``dtype``: torch.int8 with
-        compute="int8"; else the type of x, torch.float16 or torch.bfloat16 (this for fp32 too); None: no longer. No
-        effect on other devices. Raises ValueError where no product of this layer would read it.
+        compute="int8"; else the type of x, torch.float16 or torch.bfloat16 (this for fp32 and compute="bf16" too);
+        None: no longer. No effect on other devices. Raises ValueError where no product of this layer would read it.
         """
-        exact = ops.arithmetic(self.compute) == "exact"
-        wanted = (torch.float16, torch.bfloat16) if exact else (torch.int8,)
+        wanted = {
+            "exact": (torch.float16, torch.bfloat16),
+            "bf16": (torch.bfloat16,),
+            "int8": (torch.int8,),
+        }[ops.arithmetic(self.compute)]
         if dtype is not None and dtype not in wanted:
             raise ValueError(
                 f"dtype must be {' or '.join(map(str, wanted))} with compute={self.compute!r}, not {dtype}"

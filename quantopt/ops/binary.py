@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from quantopt import _extension, backends
 from quantopt.reference import binary as reference
 
-COMPUTE = ("exact", "int8")  # and "auto", see arithmetic
+COMPUTE = ("exact", "bf16", "int8")  # and "auto", see arithmetic
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
@@ -36,7 +36,7 @@ def plane_weights_of(levels: int) -> list[int]:
 def arithmetic(compute: str) -> str:
     """The mode that ``compute`` stands for: "auto" is "exact", what loses accuracy is asked for by name."""
     if compute not in (*COMPUTE, "auto"):
-        raise ValueError(f'compute must be "auto", "exact" or "int8", not {compute!r}')
+        raise ValueError(f'compute must be "auto", "exact", "bf16" or "int8", not {compute!r}')
     return "exact" if compute == "auto" else compute
 
 
@@ -146,8 +146,8 @@ def binary_tiles(
 
     expanded: with CUDA's kernels the tiles keep W (``plane_weights`` as in :func:`binary_linear`) in this type too, one
     or two bytes per weight: products of many rows by the library, that of a binary_linear with compute="int8"
-    (torch.int8), or "exact" and x in this type (torch.float16, torch.bfloat16, which is fp32's too), do not expand it
-    at each call. Elsewhere it has no effect.
+    (torch.int8), or "exact" and x in this type (torch.float16, torch.bfloat16, which is fp32's and "bf16"'s too), do
+    not expand it at each call. Elsewhere it has no effect.
     """
     _check_bits(bits, in_features, (2, 3))
     if expanded not in (None, torch.int8, torch.float16, torch.bfloat16):
@@ -223,15 +223,20 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _straight_through(x: Tensor, dims: int) -> Tensor:
-    """What "int8" rounds x to, over its last ``dims`` dimensions, with the gradient of x; fp32 as in the kernels."""
+def _straight_through(x: Tensor, dims: int, compute: str) -> Tensor:
+    """What "int8" or "bf16" rounds x to, the former over its last ``dims`` dimensions, with the gradient of x; fp32 as
+    in the kernels."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    q, s = reference.quantize_rows(x.detach().flatten(-dims))
-    return x + ((q * s).view(x.shape) - x).detach()
+    values = x.detach()
+    if compute == "bf16":
+        error = reference.round_to_bfloat16(values) - values
+        return x + torch.where(values.isinf(), 0.0, error)
+    q, s = reference.quantize_rows(values.flatten(-dims))
+    return x + ((q * s).view(x.shape) - values)
 
 
 class _Linear(torch.autograd.Function):
-    """Gradients for x and the bias (those of the dense layer; int8: straight through the rounding).
+    """Gradients for x and the bias (those of the dense layer; int8 and bf16: straight through the rounding).
 
     What goes into the activation is computed once more for its gradient: in fp32, as the kernel does.
     """
@@ -324,8 +329,8 @@ def run_linear(
     """:func:`binary_linear` without its checks, for modules that made them once (shapes of x are checked below)."""
     if _in_forward_mode():
         mode, dtype = arithmetic(compute), x.dtype
-        if mode == "int8":
-            x, mode = _straight_through(x, 1), "exact"
+        if mode != "exact":
+            x, mode = _straight_through(x, 1, mode), "exact"
         y: Tensor = reference.binary_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, mode, activation
         )
@@ -362,6 +367,10 @@ def binary_linear(
             "int8": x is first rounded, row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are
             exact, so the error is that of the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about
             0.4 % of its size in practice. A row of x with an infinity or NaN gives NaN.
+            "bf16": x is first rounded to the nearest bfloat16, by at most 2^-8 of each |x| (more for denormals; from
+            2^128 - 2^119 on it gives an infinity), the rest is as in "exact", y of the type of x. Where x is bfloat16
+            nothing is rounded. On a GPU fp32 x is then multiplied once, not in three parts; on a CPU with AMX 8 rows or
+            more run on its tiles, which take denormals of x and of sums as zero. Elsewhere it saves nothing.
         group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
         plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1.
         tiles: :func:`binary_tiles` of these bits, if derived before (saves time when x has few rows).
@@ -369,10 +378,11 @@ def binary_linear(
             before y is rounded to its type.
 
     Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
-    for any number of threads or rows. On a GPU the order depends on the sizes and the device, never on the run; in
-    "int8" mode without groups the sums are whole numbers and y is that of the CPU. There "exact" multiplies fp32 x in
-    three bfloat16 parts that add up to it. In "exact" mode infinities and NaN propagate as in a dense layer,
-    on the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
+    for any number of threads or rows ("bf16" with AMX: for any 8 rows or more, and for any fewer). On a GPU the order
+    depends on the sizes and the device, never on the run; in "int8" mode without groups the sums are whole numbers and
+    y is that of the CPU. There "exact" multiplies fp32 x in three bfloat16 parts that add up to it. But in "int8" mode
+    infinities and NaN propagate as in a dense layer, on the CPU whatever the planes; on a GPU an infinity may give NaN
+    with several planes, which are summed one by one.
     ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by
     torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that
     does not fit.
@@ -418,7 +428,8 @@ def binary_conv2d(
         bits, scale, bias, group_size, plane_weights, tiles, activation: as in :func:`binary_linear`, with
             K = C/groups * kh * kw.
         kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
-        compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W).
+        compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W). Rows are here the
+            places of all images of y.
 
     On CUDA one kernel takes all of them, but for scales of groups of weights, more than 8 planes, many or small groups
     (conv_on_cuda) and very large images; Triton's the same (conv_in_triton). On the CPU a kernel of 1x1 without padding
@@ -495,15 +506,21 @@ def run_conv2d(
             for i in (0, 1)
         ]
         taken = places[0] * places[1] <= CUDA_PLACES and conv_on_cuda(
-            x.dtype, channels, outputs, groups, group_size, len(plane_weights), compute
+            torch.bfloat16 if compute == "bf16" else x.dtype,
+            channels,
+            outputs,
+            groups,
+            group_size,
+            len(plane_weights),
+            compute,
         )
         chosen = "cuda" if taken else "reference"
     if chosen == "triton" and not conv_in_triton(bits, channels, groups, group_size):
         chosen = "reference"
     if chosen == "reference" or needs_grad or forward_mode:
         dtype = x.dtype
-        if compute == "int8" and (forward_mode or (backward_mode and x.requires_grad)):
-            x, compute = _straight_through(x, 3), "exact"
+        if compute != "exact" and (forward_mode or (backward_mode and x.requires_grad)):
+            x, compute = _straight_through(x, 3, compute), "exact"
         y: Tensor = reference.binary_conv2d(
             x,
             bits,

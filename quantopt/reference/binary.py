@@ -61,6 +61,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(x.dtype), s
 
 
+def round_to_bfloat16(x: Tensor) -> Tensor:
+    """x rounded to the nearest bfloat16 (ties to even), in its own type; infinity from the middle of the largest finite
+    one and 2^128 on. By whole numbers: of two conversions torch.compile makes none."""
+    bits = x.to(torch.float32).view(torch.int32).to(torch.int64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    return torch.where(x.isnan(), x, rounded.to(torch.int32).view(torch.float32).to(x.dtype))
+
+
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast: products keep the type that they are given. On devices without it, nothing."""
     device = x.device.type
@@ -102,10 +110,11 @@ def binary_linear(
     compute: str = "exact",
     activation: str = "none",
 ) -> Tensor:
-    """y = activation(x W^T + b) [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`."""
+    """y = activation(x W^T + b) [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`, with
+    "bf16" by :func:`round_to_bfloat16` of it."""
     with full_precision(x):
         wide = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(wide)
+        values = round_to_bfloat16(x.to(wide)) if compute == "bf16" else x.to(wide)
         if compute == "int8":
             q, s = quantize_rows(values)
             if not group_size and in_features:  # whole numbers: exact in float64
@@ -137,11 +146,12 @@ def binary_conv2d(
 ) -> Tensor:
     """activation(conv2d(x) + b), x [B, C, H, W] or [C, H, W], W [N, C/groups, kh, kw] with its rows flattened in bits.
 
-    With ``compute="int8"`` x is quantised per image (over C, H and W) as by :func:`quantize_rows`.
+    With ``compute="int8"`` x is quantised per image (over C, H and W) as by :func:`quantize_rows`, with "bf16" rounded
+    by :func:`round_to_bfloat16`.
     """
     with full_precision(x), _fp32_convolutions(x):
         wide = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(wide)
+        values = round_to_bfloat16(x.to(wide)) if compute == "bf16" else x.to(wide)
         channels = x.shape[-3] // groups
         features = channels * kernel_size[0] * kernel_size[1]
         s = None

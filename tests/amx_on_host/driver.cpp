@@ -8,33 +8,15 @@
 
 using namespace quantopt;
 
-extern "C" {
+namespace quantopt {
 
-// geometry: images, height, width, channels, x_stride, out_height, out_width, outputs, y_stride, then pairs:
-// kernel, stride, padding, dilation. cut_rows and cut_outputs (multiples of a band) divide the work in four
-// calls. Returns what the emulated processor objected to, or null.
-const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t* weights,
-                         const int32_t* plane_weights, const float* scale, int64_t scale_stride,
-                         const float* bias, const int8_t* q, const float* x_scale, float* y, int64_t cut_rows,
-                         int64_t cut_outputs) {
-  BinaryConv c{};
-  int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,   &c.channels, &c.x_stride,
-                            &c.out_height, &c.out_width, &c.outputs, &c.y_stride};
-  for (int64_t* size : sizes) *size = *geometry++;
-  for (auto* pair : {c.kernel, c.stride, c.padding, c.dilation}) {
-    for (int i = 0; i < 2; ++i) pair[i] = *geometry++;
-  }
-  c.planes = planes;
-  c.tiles = weights;
-  c.plane_weights = plane_weights;
-  c.scale = scale;
-  c.scale_stride = scale_stride;
-  c.bias = bias;
-  c.q = q;
-  c.x_scale = x_scale;
-  c.y = y;
-  if (!amx::binary_amx_covers(c)) return "not a product for tiles";
-  const int64_t rows[] = {0, cut_rows, c.images * c.out_height * c.out_width};
+// The product in four calls: cut_rows and cut_outputs (multiples of a band) divide the work. Returns what the
+// emulated processor objected to, or null.
+const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut_rows, int64_t cut_outputs) {
+  const int64_t all = c.images * c.out_height * c.out_width;
+  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes, all))
+    return "not a product for tiles";
+  const int64_t rows[] = {0, cut_rows, all};
   const int64_t outputs[] = {0, cut_outputs, c.outputs};
   tiles().fault = nullptr;
   for (int i = 0; i < 2; ++i) {
@@ -51,6 +33,40 @@ const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t
   return tiles().fault;
 }
 
+}  // namespace quantopt
+
+extern "C" {
+
+// geometry: images, height, width, channels, x_stride, out_height, out_width, outputs, y_stride, then pairs:
+// kernel, stride, padding, dilation. x: int8 with x_scale, else bfloat16.
+const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t* weights,
+                         const int32_t* plane_weights, const float* scale, int64_t scale_stride,
+                         const float* bias, const void* x, const float* x_scale, int32_t activation, float* y,
+                         int64_t cut_rows, int64_t cut_outputs) {
+  BinaryConv c{};
+  int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,   &c.channels, &c.x_stride,
+                            &c.out_height, &c.out_width, &c.outputs, &c.y_stride};
+  for (int64_t* size : sizes) *size = *geometry++;
+  for (auto* pair : {c.kernel, c.stride, c.padding, c.dilation}) {
+    for (int i = 0; i < 2; ++i) pair[i] = *geometry++;
+  }
+  c.planes = planes;
+  c.tiles = weights;
+  c.plane_weights = plane_weights;
+  c.scale = scale;
+  c.scale_stride = scale_stride;
+  c.bias = bias;
+  if (x_scale != nullptr) {
+    c.q = static_cast<const int8_t*>(x);
+    c.x_scale = x_scale;
+  } else {
+    c.half = static_cast<const uint16_t*>(x);
+  }
+  c.activation = static_cast<Activation>(activation);
+  c.y = y;
+  return conv_on_emulated_tiles(c, cut_rows, cut_outputs);
+}
+
 // Breaches that the emulation must notice: 0 a product of tiles that do not fit, 1 a tile beyond the
 // configuration, 2 an illegal configuration.
 const char* breach_on_host(int which) {
@@ -61,7 +77,7 @@ const char* breach_on_host(int which) {
   config.shape(2, 16, 64);
   if (which == 2) config.rows[3] = 17;
   tile_configure(config);
-  if (which == 0) tile_multiply<0, 1, 2>();
+  if (which == 0) tile_multiply<int8_t, 0, 1, 2>();
   if (which == 1) tile_zero<5>();
   return tiles().fault;
 }

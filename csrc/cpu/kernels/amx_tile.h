@@ -1,4 +1,4 @@
-// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, and the int8 product on them.
+// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, and the products on them.
 //
 // Two implementations: the instructions, and with QUANTOPT_AMX_EMULATED their architectural meaning in plain
 // C++, by which tests/amx_on_host runs the kernels on processors without AMX. The instructions are inline
@@ -6,8 +6,10 @@
 // dropped, and its other intrinsics take register numbers as text only.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace quantopt {
 
@@ -46,10 +48,16 @@ template <int T>
 inline void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
 }
-// C[m][n] += sum_k sum_{j<4} A[m][4 k + j] B[k][4 n + j]: signed bytes, 32-bit sums.
-template <int C, int A, int B>
+// C[m][n] += sum_k sum_{j<J} A[m][J k + j] B[k][J n + j]: signed bytes and 32-bit sums, J = 4, or bfloat16
+// (as uint16_t) and fp32 sums, J = 2, whose denormals, and those of A and B, are taken as zero.
+template <class Value, int C, int A, int B>
 inline void tile_multiply() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  if constexpr (std::is_same_v<Value, int8_t>) {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  } else {
+    static_assert(std::is_same_v<Value, uint16_t>);
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
 }
 
 #else
@@ -108,7 +116,37 @@ inline void tile_store(void* to, int64_t stride) {
     std::memcpy(static_cast<uint8_t*>(to) + r * stride, s.tile[T][r], s.config.row_bytes[T]);
   }
 }
-template <int C, int A, int B>
+inline float without_denormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float from_bfloat16(const uint8_t* from) {
+  uint16_t half;
+  std::memcpy(&half, from, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return without_denormal(value);
+}
+// C[m][n] of the product: a row of A, a column of B, so many rows.
+inline int32_t dot(const uint8_t* a, const uint8_t (*b)[64], int column, int rows, int32_t sum, int8_t) {
+  for (int k = 0; k < rows; ++k) {
+    for (int j = 4 * k; j < 4 * k + 4; ++j) {
+      sum += static_cast<int8_t>(a[j]) * static_cast<int8_t>(b[k][4 * column + j % 4]);
+    }
+  }
+  return sum;
+}
+// The first and the second of all pairs are added up apart, each product fused with its addition; then the
+// two sums are added, and that to C.
+inline float dot(const uint8_t* a, const uint8_t (*b)[64], int column, int rows, float sum, uint16_t) {
+  float part[2] = {};
+  for (int k = 0; k < rows; ++k) {
+    for (int j = 0; j < 2; ++j) {
+      const float x = from_bfloat16(a + 4 * k + 2 * j), w = from_bfloat16(b[k] + 4 * column + 2 * j);
+      part[j] = without_denormal(std::fma(x, w, part[j]));
+    }
+  }
+  return without_denormal(without_denormal(sum) + without_denormal(part[0] + part[1]));
+}
+template <class Value, int C, int A, int B>
 inline void tile_multiply() {
   if (!tile_valid(C) || !tile_valid(A) || !tile_valid(B)) return;
   TileState& s = tiles();
@@ -120,15 +158,11 @@ inline void tile_multiply() {
     return;
   }
   for (int m = 0; m < f.rows[C]; ++m) {
-    for (int k = 0; k < f.rows[B]; ++k) {
-      for (int n = 0; n < f.row_bytes[B] / 4; ++n) {
-        int32_t sum;
-        std::memcpy(&sum, s.tile[C][m] + 4 * n, 4);
-        for (int j = 0; j < 4; ++j) {
-          sum += static_cast<int8_t>(s.tile[A][m][4 * k + j]) * static_cast<int8_t>(s.tile[B][k][4 * n + j]);
-        }
-        std::memcpy(s.tile[C][m] + 4 * n, &sum, 4);
-      }
+    for (int n = 0; n < f.row_bytes[B] / 4; ++n) {
+      std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float> sum;
+      std::memcpy(&sum, s.tile[C][m] + 4 * n, sizeof sum);
+      sum = dot(s.tile[A][m], s.tile[B], n, f.rows[B], sum, Value{});
+      std::memcpy(s.tile[C][m] + 4 * n, &sum, sizeof sum);
     }
   }
 }

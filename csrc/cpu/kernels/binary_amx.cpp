@@ -1,15 +1,17 @@
-// Products of int8 activations with +-1 weights on AMX tiles.
+// Products of int8 or bfloat16 activations with +-1 weights on AMX tiles.
 //
-// The weights are expanded on the fly, 32 outputs and 512 weights of each at a time, to signed bytes that
-// serve a block of rows of x. The rows of the block are gathered once as tiles: 16 rows of 64 bytes each, for
-// a convolution those that the kernel meets, position after position, zero outside the image. Two by two
-// tiles of sums, so that each tile that is loaded is used twice. Sums are whole numbers: no order changes
-// them.
+// The weights are expanded on the fly, 32 outputs and 8 tiles' worth of each at a time, to signed bytes or
+// bfloat16 that serve a block of rows of x. The rows of the block are gathered once as tiles: 16 rows of 64
+// bytes each, for a convolution those that the kernel meets, position after position, zero outside the image.
+// Two by two tiles of sums, so that each tile that is loaded is used twice. Sums of bytes are whole numbers:
+// no order changes them. Those of bfloat16 are fp32, tile after tile of K: several planes are multiplied as
+// the levels that they make up, so that infinities and NaN propagate as in a dense product.
 #include "cpu/kernels/binary_amx.h"
 
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels/amx_tile.h"
 #include "cpu/kernels/binary_expand.h"
@@ -18,67 +20,158 @@
 namespace quantopt::amx {
 namespace {
 
-constexpr int64_t kTile = kQuarters;  // rows of a tile
-constexpr int64_t kTileBytes = kTile * kStep;
-constexpr int64_t kPanelSteps = 8;  // steps that are expanded together
+constexpr int64_t kTile = 16;  // rows of a tile
+constexpr int64_t kRowBytes = 64;
+constexpr int64_t kTileBytes = kTile * kRowBytes;
+constexpr int64_t kPanelSteps = 8;  // steps, of a tile's width each, that are expanded together
+
+// As many bytes of each: what is gathered of 4096 inputs takes half of a second-level cache of 2 MB.
+template <class Value>
+constexpr int64_t kBlockRows = 256 / static_cast<int64_t>(sizeof(Value));
+
+template <class Value>
+constexpr int64_t kWordBytes = 16 * static_cast<int64_t>(sizeof(Value));  // of the activations of a word
+template <class Value>
+constexpr int64_t kWords = kRowBytes / kWordBytes<Value>;  // of a tile's row
+static_assert(kWords<int8_t> == kStepWords && kTile == kQuarters);
+
+template <class Value>
+using Sum = std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float>;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
-struct Memory {
-  int8_t* rows;   // [tile of rows][step][row][byte]
-  int8_t* panel;  // [step][half of the outputs][quarter of the step][output][4 weights]
-  int32_t* sums;  // [row][output]
-};
-
-int64_t lay_out(const BinaryConv& c, int64_t rows, char* base, Memory* memory) {
-  const int64_t block = up(least(rows, kBlockRows), kTile);
-  const int64_t row_bytes = block * row_steps(c) * kStep, panel_bytes = kPanelSteps * 2 * kTileBytes;
-  if (memory != nullptr) {
-    memory->rows = reinterpret_cast<int8_t*>(base);
-    memory->panel = reinterpret_cast<int8_t*>(base + row_bytes);
-    memory->sums = reinterpret_cast<int32_t*>(base + row_bytes + panel_bytes);
-  }
-  return row_bytes + panel_bytes + block * kTileRows * static_cast<int64_t>(sizeof(int32_t));
+template <class Value>
+int64_t row_tiles(const BinaryConv& c) {
+  return (row_words(c) + kWords<Value> - 1) / kWords<Value>;
 }
 
+template <class Value>
+struct Memory {
+  Value* rows;       // [tile of rows][step][row][64 bytes]
+  Value* panel;      // [step][half of the outputs][row of the tile][output][4 bytes]
+  Sum<Value>* sums;  // [row][output]
+};
+
+template <class Value>
+int64_t lay_out(const BinaryConv& c, int64_t rows, char* base, Memory<Value>* memory) {
+  const int64_t block = up(least(rows, kBlockRows<Value>), kTile);
+  const int64_t row_bytes = block * row_tiles<Value>(c) * kRowBytes;
+  const int64_t panel_bytes = kPanelSteps * 2 * kTileBytes;
+  if (memory != nullptr) {
+    memory->rows = reinterpret_cast<Value*>(base);
+    memory->panel = reinterpret_cast<Value*>(base + row_bytes);
+    memory->sums = reinterpret_cast<Sum<Value>*>(base + row_bytes + panel_bytes);
+  }
+  return row_bytes + panel_bytes + block * kTileRows * static_cast<int64_t>(sizeof(Sum<Value>));
+}
+
+inline const int8_t* values_of(const BinaryConv& c, int8_t) { return c.q; }
+inline const uint16_t* values_of(const BinaryConv& c, uint16_t) { return c.half; }
+
 // Where the kernel position `tap` meets the image for row `row` of y, or null outside.
-inline const int8_t* pixel_at(const BinaryConv& c, int64_t row, int64_t tap) {
+template <class Value>
+const Value* pixel_at(const BinaryConv& c, int64_t row, int64_t tap) {
   const int64_t image = row / (c.out_height * c.out_width), pixel = row % (c.out_height * c.out_width);
   const int64_t iy = pixel / c.out_width * c.stride[0] - c.padding[0] + tap / c.kernel[1] * c.dilation[0];
   const int64_t ix = pixel % c.out_width * c.stride[1] - c.padding[1] + tap % c.kernel[1] * c.dilation[1];
   if (iy < 0 || iy >= c.height || ix < 0 || ix >= c.width) return nullptr;
-  return c.q + ((image * c.height + iy) * c.width + ix) * c.x_stride;
+  return values_of(c, Value{}) + ((image * c.height + iy) * c.width + ix) * c.x_stride;
 }
 
-// `size` words of 16 bytes, of which `bytes` are read and the rest is zero.
+// `size` bytes, of which `bytes` are read and the rest is zero.
 template <int64_t size>
-inline void copy(const int8_t* from, int64_t bytes, int8_t* to) {
-  static_assert(size == 1 || size == kStepWords);
-  if constexpr (size == 1) {
-    const __mmask16 mask = static_cast<__mmask16>(bytes >= 16 ? 0xFFFF : (1u << bytes) - 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_maskz_loadu_epi8(from == nullptr ? 0 : mask, from));
+inline void copy(const void* from, int64_t bytes, char* to) {
+  static_assert(size == 16 || size == 32 || size == 64);
+  uint64_t mask = bytes >= 64 ? ~uint64_t{0} : (uint64_t{1} << bytes) - 1;
+  if (from == nullptr) mask = 0;
+  if constexpr (size == 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), from));
+  } else if constexpr (size == 32) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), from));
   } else {
-    const __mmask64 mask = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
-    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8(from == nullptr ? 0 : mask, from));
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8(mask, from));
   }
 }
 
-// Rows [begin, end) of y: what they are products of, as tiles.
-template <int64_t size>
-void gather(const BinaryConv& c, int64_t begin, int64_t end, int8_t* out) {
-  const int64_t steps = row_steps(c), taps = c.kernel[0] * c.kernel[1];
+// Rows [begin, end) of y: what they are products of, as tiles. `words` are copied at a time.
+template <class Value, int64_t words>
+void gather(const BinaryConv& c, int64_t begin, int64_t end, Value* out) {
+  constexpr int64_t kBytes = words * kWordBytes<Value>;
+  const int64_t steps = row_tiles<Value>(c), taps = c.kernel[0] * c.kernel[1];
   for (int64_t row = begin; row < end; ++row) {
-    int8_t* to = out + (row - begin) / kTile * steps * kTileBytes + (row - begin) % kTile * kStep;
+    char* to = reinterpret_cast<char*>(out) + (row - begin) / kTile * steps * kTileBytes +
+               (row - begin) % kTile * kRowBytes;
     int64_t word = 0;  // of the row
-    const auto place = [&] { return to + word / kStepWords * kTileBytes + word % kStepWords * 16; };
+    const auto place = [&] {
+      return to + word / kWords<Value> * kTileBytes + word % kWords<Value> * kWordBytes<Value>;
+    };
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int8_t* from = pixel_at(c, row, tap);
-      for (int64_t k = 0; k < c.channels; k += 16 * size, word += size) {
-        copy<size>(from == nullptr ? nullptr : from + k, c.channels - k, place());
+      const Value* from = pixel_at<Value>(c, row, tap);
+      for (int64_t k = 0; k < c.channels; k += 16 * words, word += words) {
+        const int64_t bytes = (c.channels - k) * static_cast<int64_t>(sizeof(Value));
+        copy<kBytes>(from == nullptr ? nullptr : from + k, bytes, place());
       }
     }
-    for (; word < steps * kStepWords; word += size) copy<size>(nullptr, 0, place());
+    for (; word < steps * kWords<Value>; word += words) copy<kBytes>(nullptr, 0, place());
+  }
+}
+
+// Weights of tiles [begin, begin + count) of K of 32 outputs.
+void expand_tiles(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, int8_t* panel) {
+  expand<false>(c, words, begin, count, panel);
+}
+
+// Whole numbers within +-256 as bfloat16, exactly.
+inline __m512i whole_bfloat16(__m512i v) {
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 16), 16));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_srai_epi32(v, 16));
+  return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                                 _mm512_castps_si512(high));
+}
+
+// The operand of tdpbf16ps: [step][half of the outputs][pair of weights][output][2 weights].
+template <bool one>
+void expand_halves(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, uint16_t* panel) {
+  constexpr int kPairs = 8;  // of a word
+  for (int64_t word = 0; word < count * kWords<uint16_t>; ++word) {
+    for (int half = 0; half < 2; ++half) {
+      __m512i value[kPairs];
+      for (__m512i& v : value) v = _mm512_setzero_si512();
+      for (int64_t plane = 0; plane < c.planes; ++plane) {
+        const __m512i all = words(plane, begin * kWords<uint16_t> + word);
+        const __m512i rows = _mm512_cvtepu16_epi32(half == 0 ? _mm512_castsi512_si256(all)
+                                                             : _mm512_extracti64x4_epi64(all, 1));
+        const __m512i twice = _mm512_or_si512(rows, _mm512_slli_epi32(rows, 16));
+        const int weight = c.plane_weights[plane];
+        __m512i plus = _mm512_set1_epi16(static_cast<short>(weight));
+        __m512i minus = _mm512_set1_epi16(static_cast<short>(-weight));
+        if constexpr (one) {
+          plus = whole_bfloat16(plus);
+          minus = whole_bfloat16(minus);
+        }
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const __m512i bits = _mm512_set1_epi32(static_cast<int>(0x00020001u << (2 * pair)));
+          const __m512i signed_weight =
+              _mm512_mask_blend_epi16(_mm512_test_epi16_mask(twice, bits), minus, plus);
+          value[pair] = one ? signed_weight : _mm512_add_epi16(value[pair], signed_weight);
+        }
+      }
+      char* to = reinterpret_cast<char*>(panel) + (word / kWords<uint16_t> * 2 + half) * kTileBytes +
+                 word % kWords<uint16_t> * kPairs * kRowBytes;
+      for (int pair = 0; pair < kPairs; ++pair) {
+        _mm512_storeu_si512(to + pair * kRowBytes, one ? value[pair] : whole_bfloat16(value[pair]));
+      }
+    }
+  }
+}
+void expand_tiles(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, uint16_t* panel) {
+  if (c.planes == 1) {
+    expand_halves<true>(c, words, begin, count, panel);
+  } else {
+    expand_halves<false>(c, words, begin, count, panel);
   }
 }
 
@@ -86,21 +179,22 @@ void gather(const BinaryConv& c, int64_t begin, int64_t end, int8_t* out) {
 TileConfig config_of(int64_t rows0, int64_t rows1) {
   TileConfig config;
   for (int half = 0; half < 2; ++half) {
-    config.shape(half, rows0, kStep);
-    config.shape(2 + half, rows1, kStep);
-    config.shape(6 + half, kTile, kStep);
+    config.shape(half, rows0, kRowBytes);
+    config.shape(2 + half, rows1, kRowBytes);
+    config.shape(6 + half, kTile, kRowBytes);
   }
-  config.shape(4, rows0, kStep);
-  config.shape(5, rows1, kStep);
+  config.shape(4, rows0, kRowBytes);
+  config.shape(5, rows1, kRowBytes);
   return config;
 }
 
 // sums += rows * panel over `steps` steps, for one tile of rows or two; they begin at zero if `fresh`.
-template <bool two>
-void multiply(const int8_t* rows, int64_t next_rows, const int8_t* panel, int64_t steps, bool fresh,
-              int32_t* sums) {
-  constexpr int64_t kStride = kTileRows * sizeof(int32_t);
-  int32_t* below = sums + kTile * kTileRows;
+template <class Value, bool two>
+void multiply(const Value* rows, int64_t next_rows, const Value* panel, int64_t steps, bool fresh,
+              Sum<Value>* sums) {
+  constexpr int64_t kStride = kTileRows * sizeof(Sum<Value>);
+  constexpr int64_t kTileValues = kTileBytes / static_cast<int64_t>(sizeof(Value));
+  Sum<Value>* below = sums + kTile * kTileRows;
   if (fresh) {
     tile_zero<0>();
     tile_zero<1>();
@@ -116,16 +210,16 @@ void multiply(const int8_t* rows, int64_t next_rows, const int8_t* panel, int64_
       tile_load<3>(below + kTile, kStride);
     }
   }
-  for (int64_t step = 0; step < steps; ++step, rows += kTileBytes, panel += 2 * kTileBytes) {
-    tile_load<4>(rows, kStep);
-    tile_load<6>(panel, kStep);
-    tile_load<7>(panel + kTileBytes, kStep);
-    tile_multiply<0, 4, 6>();
-    tile_multiply<1, 4, 7>();
+  for (int64_t step = 0; step < steps; ++step, rows += kTileValues, panel += 2 * kTileValues) {
+    tile_load<4>(rows, kRowBytes);
+    tile_load<6>(panel, kRowBytes);
+    tile_load<7>(panel + kTileValues, kRowBytes);
+    tile_multiply<Value, 0, 4, 6>();
+    tile_multiply<Value, 1, 4, 7>();
     if constexpr (two) {
-      tile_load<5>(rows + next_rows, kStep);
-      tile_multiply<2, 5, 6>();
-      tile_multiply<3, 5, 7>();
+      tile_load<5>(rows + next_rows, kRowBytes);
+      tile_multiply<Value, 2, 5, 6>();
+      tile_multiply<Value, 3, 5, 7>();
     }
   }
   tile_store<0>(sums, kStride);
@@ -137,64 +231,83 @@ void multiply(const int8_t* rows, int64_t next_rows, const int8_t* panel, int64_
 }
 
 // One tile of outputs for a block of gathered rows.
-void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t tile, const Memory& memory) {
-  const int64_t steps = row_steps(c), pairs = rows / (2 * kTile) * (2 * kTile), rest = rows - pairs;
+template <class Value>
+void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t tile,
+                     const Memory<Value>& memory) {
+  constexpr int64_t kTileValues = kTileBytes / static_cast<int64_t>(sizeof(Value));
+  const int64_t steps = row_tiles<Value>(c), pairs = rows / (2 * kTile) * (2 * kTile), rest = rows - pairs;
   const Words words(c, tile);
   const TileConfig full = config_of(kTile, kTile);
   const TileConfig last = config_of(least(rest, kTile), rest > kTile ? rest - kTile : 0);
   for (int64_t step = 0; step < steps; step += kPanelSteps) {
     const int64_t count = least(kPanelSteps, steps - step);
-    expand<false>(c, words, step, count, memory.panel);
+    expand_tiles(c, words, step, count, memory.panel);
     for (int64_t m = 0; m < rows; m += 2 * kTile) {
       if (m == 0 && pairs > 0) tile_configure(full);
       if (m == pairs) tile_configure(last);
-      const int8_t* from = memory.rows + (m / kTile * steps + step) * kTileBytes;
-      int32_t* sums = memory.sums + m * kTileRows;
+      const Value* from = memory.rows + (m / kTile * steps + step) * kTileValues;
+      Sum<Value>* sums = memory.sums + m * kTileRows;
       if (rows - m > kTile) {
-        multiply<true>(from, steps * kTileBytes, memory.panel, count, step == 0, sums);
+        multiply<Value, true>(from, steps * kTileValues, memory.panel, count, step == 0, sums);
       } else {
-        multiply<false>(from, steps * kTileBytes, memory.panel, count, step == 0, sums);
+        multiply<Value, false>(from, steps * kTileValues, memory.panel, count, step == 0, sums);
       }
     }
   }
   const int64_t pixels = c.out_height * c.out_width;
   const int64_t first = tile * kTileRows, count = least(kTileRows, c.outputs - first);
   for (int64_t m = 0; m < rows; ++m) {
-    const int32_t* sums = memory.sums + m * kTileRows;
+    const Sum<Value>* sums = memory.sums + m * kTileRows;
     float* y = c.y + (row + m) * c.y_stride;
     for (int64_t n = 0; n < count; ++n) y[first + n] = static_cast<float>(sums[n]);
-    finish_row(y, first, first + count,
-               {c.scale, c.scale_stride, c.x_scale[(row + m) / pixels], c.bias, c.activation});
+    const float x_scale = c.x_scale != nullptr ? c.x_scale[(row + m) / pixels] : 1.0f;
+    finish_row(y, first, first + count, {c.scale, c.scale_stride, x_scale, c.bias, c.activation});
   }
 }
 
-}  // namespace
-
-bool binary_amx_covers(const BinaryConv& c) {
-  int64_t most = 0;
-  for (int64_t plane = 0; plane < c.planes; ++plane) most += c.plane_weights[plane];
-  return c.q != nullptr && c.channels > 0 && most <= 127 &&
-         c.images * c.out_height * c.out_width >= kLeastRows;
-}
-
-int64_t binary_amx_memory(const BinaryConv& c, int64_t rows) { return lay_out(c, rows, nullptr, nullptr); }
-
-void binary_amx(const BinaryConv& c, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                void* base) {
-  Memory memory;
+template <class Value>
+void multiply_rows(const BinaryConv& c, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                   void* base) {
+  Memory<Value> memory;
   lay_out(c, row_end - row_begin, static_cast<char*>(base), &memory);
-  for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
-    const int64_t rows = least(kBlockRows, row_end - row);
-    if (c.channels % kStep == 0) {
-      gather<kStepWords>(c, row, row + rows, memory.rows);
+  for (int64_t row = row_begin; row < row_end; row += kBlockRows<Value>) {
+    const int64_t rows = least(kBlockRows<Value>, row_end - row);
+    if (c.channels % (16 * kWords<Value>) == 0) {
+      gather<Value, kWords<Value>>(c, row, row + rows, memory.rows);
     } else {
-      gather<1>(c, row, row + rows, memory.rows);
+      gather<Value, 1>(c, row, row + rows, memory.rows);
     }
     for (int64_t tile = begin / kTileRows; tile < tile_count(end); ++tile) {
       tile_of_outputs(c, row, rows, tile, memory);
     }
   }
   tile_release();
+}
+
+}  // namespace
+
+bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, int64_t rows) {
+  int64_t most = 0;
+  for (int64_t plane = 0; plane < planes; ++plane) most += plane_weights[plane];
+  return most <= (int8 ? 127 : 256) && rows >= kLeastRows;
+}
+
+int64_t binary_amx_block(const BinaryConv& c) {
+  return c.q != nullptr ? kBlockRows<int8_t> : kBlockRows<uint16_t>;
+}
+
+int64_t binary_amx_memory(const BinaryConv& c, int64_t rows) {
+  return c.q != nullptr ? lay_out<int8_t>(c, rows, nullptr, nullptr)
+                        : lay_out<uint16_t>(c, rows, nullptr, nullptr);
+}
+
+void binary_amx(const BinaryConv& c, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                void* base) {
+  if (c.q != nullptr) {
+    multiply_rows<int8_t>(c, row_begin, row_end, begin, end, base);
+  } else {
+    multiply_rows<uint16_t>(c, row_begin, row_end, begin, end, base);
+  }
 }
 
 }  // namespace quantopt::amx

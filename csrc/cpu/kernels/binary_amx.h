@@ -1,4 +1,4 @@
-// Linear and conv2d with packed +-1 weights and int8 activations on AMX tiles. No torch here.
+// Linear and conv2d with packed +-1 weights and int8 or bfloat16 activations on AMX tiles. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -7,22 +7,25 @@
 
 namespace quantopt::amx {
 
-// Rows from which tiles are faster than lookups. Measured on a processor with AMX with a prototype only,
-// 4096x4096: 0.24 ms for 8 rows, 1.70 ms for 128, 6.9 ms for 512; one row by dot products took 0.09 ms.
+// Rows from which tiles are faster than lookups. Never measured with these kernels. int8: a prototype on a
+// processor with AMX took, for 4096x4096, 0.24 ms for 8 rows, 1.70 ms for 128 and 6.9 ms for 512; one row by
+// dot products took 0.09 ms. bfloat16 has twice as many tiles to multiply, so 0.48 ms for up to 16 rows and
+// 3.4 ms for 128, by arithmetic; lookups in fp32 take 0.84 ms for 8 rows and 13 ms for 128 on Zen 4.
 constexpr int64_t kLeastRows = 8;
 
-// Rows of y that share the weights that are expanded for them.
-constexpr int64_t kBlockRows = 256;
+// Whether the products are ones for this kernel: enough rows of y, and levels that are exact as a signed byte
+// (with int8 activations) or as bfloat16.
+bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, int64_t rows);
 
-// Whether the product is one for this kernel: enough rows, int8 activations, and levels that fit a signed
-// byte.
-bool binary_amx_covers(const BinaryConv& conv);
+// Rows of y that share the weights that are expanded for them, and that a call takes at a time.
+int64_t binary_amx_block(const BinaryConv& conv);
 
 // Bytes of working memory, aligned to 64, for one call on `rows` rows.
 int64_t binary_amx_memory(const BinaryConv& conv, int64_t rows);
 
 // Rows [row_begin, row_end) of the images * out_height * out_width rows of y, outputs [begin, end); begin is
-// a multiple of kBandRows, and so is end unless it is the last.
+// a multiple of kBandRows, and so is end unless it is the last. conv.channels is not 0. Each sum is taken in
+// an order that depends on the channels and the kernel alone.
 void binary_amx(const BinaryConv& conv, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
                 void* memory);
 

@@ -27,7 +27,8 @@ struct BinaryConv {
   const float* bias;             // [outputs] or null
   const float* x;                // [images, height, width, first of x_stride], or null with q
   const int8_t* q;               // the same within +-127, or null with x
-  const float* x_scale;          // [images] with q
+  const uint16_t* half;          // the same in bfloat16, for tiles of AMX in place of x; or null
+  const float* x_scale;          // [images] with q, else null
   float* y;                      // [images, out_height, out_width, first of y_stride]
   Activation activation;
 };
