@@ -103,6 +103,7 @@ class Case:
         capability: int = 90,
         processors: int = 4,
         device: str = "cpu",
+        compute: str = "",
     ) -> Tensor:
         """y by ``kernel`` ("": the one of the table), mma divided by ``shape`` and ``splits`` (-1: as planned)."""
         tensors = [self.x, self.bits, self.scale, self.bias]
@@ -112,7 +113,7 @@ class Case:
         try:
             move = guarded_copy if device == "cpu" else lambda t: t.to(device)
             x, bits, scale, bias = (None if t is None else move(t) for t in tensors)
-            compute = "int8" if self.int8 else "exact"
+            compute = compute or ("int8" if self.int8 else "exact")
             tail = (self.group, compute, host.binary_tiles(bits, self.k), self.activation)
             if not kernel:
                 y = host.binary_linear(x, bits, scale, bias, self.k, self.plane_weights, *tail)
@@ -229,7 +230,14 @@ class ConvCase:
         self.bias = torch.randn(outputs) if bias else None
 
     def run(
-        self, host: Any, *, tiles: bool = True, capability: int = 90, processors: int = 4, device: str = "cpu"
+        self,
+        host: Any,
+        *,
+        tiles: bool = True,
+        capability: int = 90,
+        processors: int = 4,
+        device: str = "cpu",
+        compute: str = "",
     ) -> Tensor:
         tensors = [self.x, self.bits, self.scale, self.bias]
         if device == "cpu":
@@ -239,7 +247,7 @@ class ConvCase:
             move = guarded_copy if device == "cpu" else lambda t: t.to(device)
             x, bits, scale, bias = (None if t is None else move(t) for t in tensors)
             derived = host.binary_conv_tiles(bits, self.channels, self.taps, self.form[4]) if tiles else None
-            compute = "int8" if self.int8 else "exact"
+            compute = compute or ("int8" if self.int8 else "exact")
             y = host.binary_conv2d(x, bits, scale, bias, *self.form, 0, compute, derived, self.activation)
         finally:
             if device == "cpu":
@@ -456,6 +464,24 @@ def test_library_takes_rows_in_turns(host: Any) -> None:
     """As many as have 32 MiB of sums: 119 here, and 2 more, which the library gets with 30 rows of no meaning."""
     case = Case(121, 70_400, 8, int8=True, dtype=torch.float32)
     case.check_bits(case.run(host, "library"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_rounded_to_bfloat16(host: Any, dtype: torch.dtype) -> None:
+    """Multiplied once, into y of its own type: by each kernel, in turns of rows, in groups of channels."""
+    cases = [(Case(m, 50, 300, dtype=dtype, plane_weights=(1, 2)), k) for m, k in ((5, "mma"), (70, "wgmma"))]
+    cases += [(Case(7, 40, 96, dtype=dtype, group=32), "mma"), (Case(121, 70_400, 8, dtype=dtype), "library")]
+    for case, kernel in cases:
+        y = case.run(host, kernel, compute="bf16")
+        assert y.dtype == dtype
+        case.x = case.x.to(torch.bfloat16)
+        case.check(y)
+    for number in (1, 5):
+        conv = ConvCase(*CONVS[number], dtype=dtype)
+        y = conv.run(host, compute="bf16")
+        conv.x = conv.x.to(torch.bfloat16).to(dtype)
+        conv.check(y)
+    assert ops.conv_on_cuda(torch.bfloat16, 24, 20, 2, 0, 1, "bf16")
 
 
 def test_rows_beyond_a_grid(host: Any) -> None:
