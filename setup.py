@@ -342,13 +342,21 @@ class Sanitize(BuildQuantopt):
         self.build_temp = str(ROOT / "build" / "sanitize")
         with self.lock():
             self.cxx = find_cxx()
-            self.headers = sorted((ROOT / "csrc").rglob("*.h"))
+            tiles = ROOT / "csrc/cpu/kernels/binary_amx.cpp"  # included by the driver that emulates them
+            self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), tiles]
             isas = self.usable_isas()
-            tasks = [(s, o, [*c, *SANITIZER_FLAGS]) for s, o, c in self.kernel_tasks(isas)]
+            tasks = [
+                (source, target, [*command, *SANITIZER_FLAGS])
+                for source, target, command in self.kernel_tasks(isas)
+                if source != tiles
+            ]
             macros = [f"-DQUANTOPT_HAVE_{isa.upper()}" for isa in isas]
             command = [*self.cxx, *KERNEL_FLAGS, *SANITIZER_FLAGS, *macros, f"-I{ROOT / 'csrc'}"]
             for source in (ROOT / "tests/sanitizers/driver.cpp", ROOT / "csrc/cpu/isa.cpp"):
                 tasks.append((source, Path(self.build_temp) / f"{source.stem}.o", command))
+            if "amx" in isas:
+                source = ROOT / "tests/amx_on_host/driver.cpp"
+                tasks.append((source, Path(self.build_temp) / "tiles.o", [*command, *ISAS["amx"]]))
             with ThreadPoolExecutor(jobs()) as pool:
                 objects = list(pool.map(self.compile, tasks))
             program = str(Path(self.build_temp) / "driver")

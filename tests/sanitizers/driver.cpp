@@ -1,8 +1,9 @@
 // Runs the torch-free CPU kernels, built with the address and undefined-behaviour sanitizers, for every
 // instruction set that this processor has (make sanitize). All memory is of exactly the size that the
 // interfaces promise, and aligned to no more than one element where sizes are odd. Products are checked
-// against plain loops in double, steps against the portable kernels, which must give the same bits. Exits
-// with 1 on a wrong result; the sanitizers end the program themselves.
+// against plain loops in double, steps against the portable kernels, which must give the same bits. The
+// kernels for AMX run with emulated tiles. Exits with 1 on a wrong result; the sanitizers end the program
+// themselves.
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,10 +17,16 @@
 #include <vector>
 
 #include "core/activation.h"
+#include "core/rounding.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/binary_conv.h"
 #include "cpu/kernels/binary_linear.h"
 #include "cpu/kernels/step.h"
+
+namespace quantopt {
+// tests/amx_on_host/driver.cpp
+const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut_rows, int64_t cut_outputs);
+}  // namespace quantopt
 
 using namespace quantopt;
 
@@ -262,7 +269,25 @@ struct ConvCase {
   int64_t groups = 1;  // of which the last is computed
 };
 
-void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
+enum class Compute { exact, int8, bfloat16 };
+
+// x as bfloat16; x becomes what that stands for.
+Array<uint16_t> round_to_bfloat16(Array<float>& x) {
+  Array<uint16_t> halves(x.size());
+  for (int64_t i = 0; i < x.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &x[i], sizeof bits);
+    halves[i] = static_cast<uint16_t>(bfloat16_nearest(bits));
+    bits = static_cast<uint32_t>(halves[i]) << 16;
+    std::memcpy(&x[i], &bits, sizeof bits);
+  }
+  return halves;
+}
+
+// run(c) computes the y of c.
+template <class Run>
+void check_conv(const Kernels& kernels, const ConvCase& v, Compute compute, const Run& run) {
+  const bool quantized = compute == Compute::int8;
   const int64_t taps = v.kernel[0] * v.kernel[1], bytes = (v.channels + 7) / 8;
   const Weights w(v.planes * taps * v.outputs, v.channels, 1);  // [planes, taps, outputs, channels]
   const Array<uint16_t> tiles = tiles_of(kernels, w.bits.data(), v.planes * taps, v.outputs, v.channels);
@@ -272,6 +297,7 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
   Array<float> x = random_floats(v.images * v.height * v.width * x_stride);
   Array<int8_t> q(0);
   const Array<float> x_scale = quantized ? quantize(kernels, x, q, v.images) : Array<float>(0);
+  const Array<uint16_t> halves = compute == Compute::bfloat16 ? round_to_bfloat16(x) : Array<uint16_t>(0);
   Array<int32_t> plane_weights(v.planes);
   for (int64_t p = 0; p < v.planes; ++p) plane_weights[p] = static_cast<int32_t>(p + 1);
   BinaryConv c{};
@@ -299,17 +325,13 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
   c.scale = scale.data();
   c.scale_stride = 1;
   c.bias = bias.data();
-  c.x = quantized ? nullptr : x.data() + first;
+  c.x = compute == Compute::exact ? x.data() + first : nullptr;
   c.q = quantized ? q.data() + first : nullptr;
+  c.half = compute == Compute::bfloat16 ? halves.data() + first : nullptr;
   c.x_scale = quantized ? x_scale.data() : nullptr;
   c.y = y.data() + first_output;
   c.activation = Activation::relu;
-  const int64_t rows = c.images * c.out_height;
-  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, rows / 2}, {rows / 2, rows}}) {
-    const size_t size = static_cast<size_t>(kernels.conv_memory(c));
-    const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, size), &std::free);
-    kernels.conv2d(c, begin, end, memory.get());
-  }
+  run(c);
   for (int64_t i = 0; i < y.size(); ++i) {
     const int64_t n = i % y_stride - first_output, ox = i / y_stride % c.out_width,
                   oy = i / y_stride / c.out_width % c.out_height,
@@ -334,7 +356,8 @@ void check_conv(const Kernels& kernels, const ConvCase& v, bool quantized) {
       }
     }
     expect(std::fabs(y[i] - activated(c.activation, sum + bias[n])) <= 3e-6 * size,
-           "binary_conv2d channels=" + std::to_string(v.channels) + (quantized ? " int8" : " exact"));
+           "binary_conv2d channels=" + std::to_string(v.channels) +
+               " compute=" + std::to_string(static_cast<int>(compute)));
   }
 }
 
@@ -349,10 +372,49 @@ void check_convolutions(const Kernels& kernels) {
       {1, 2, 2, 5, 4130, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1},
       {2, 4, 5, 20, 35, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 2, 3},
   };
+  const auto run = [&](const BinaryConv& c) {
+    const int64_t rows = c.images * c.out_height;
+    for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, rows / 2}, {rows / 2, rows}}) {
+      const size_t size = static_cast<size_t>(kernels.conv_memory(c));
+      const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, size), &std::free);
+      kernels.conv2d(c, begin, end, memory.get());
+    }
+  };
   for (const ConvCase& v : cases) {
-    for (bool quantized : {false, true}) check_conv(kernels, v, quantized);
+    for (Compute compute : {Compute::exact, Compute::int8}) check_conv(kernels, v, compute, run);
   }
 }
+
+#ifdef QUANTOPT_HAVE_AMX
+// On emulated tiles: linear layers, which are convolutions of images of one pixel, and others.
+void check_tiles(const Kernels& kernels) {
+  std::vector<ConvCase> cases = {
+      {2, 5, 6, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
+      {1, 4, 5, 17, 33, {2, 3}, {2, 1}, {1, 2}, {1, 2}, 2},
+      {2, 3, 9, 48, 31, {1, 1}, {1, 2}, {0, 0}, {1, 1}, 1},
+      {1, 6, 5, 257, 65, {3, 2}, {1, 1}, {2, 1}, {2, 1}, 1},
+      {1, 9, 9, 64, 161, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
+      {2, 4, 5, 20, 35, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 2, 3},
+  };
+  for (int64_t inputs : {1, 31, 33, 64, 129, 300, 513}) {
+    for (int64_t rows : {8, 17, 33, 47}) {
+      cases.push_back(
+          {rows, 1, 1, inputs, 3 * rows + inputs % 40, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1 + rows % 2});
+    }
+  }
+  cases.push_back({259, 1, 1, 20, 5, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1});  // more than a block of rows
+  for (const ConvCase& v : cases) {
+    for (Compute compute : {Compute::int8, Compute::bfloat16}) {
+      check_conv(kernels, v, compute, [&](const BinaryConv& c) {
+        const int64_t middle = c.outputs / 2 / kBandRows * kBandRows;
+        const char* fault = conv_on_emulated_tiles(c, c.images * c.out_height * c.out_width / 3, middle);
+        expect(fault == nullptr, std::string("tiles: ") + (fault != nullptr ? fault : ""));
+      });
+    }
+  }
+  std::printf("amx: done, with emulated tiles\n");
+}
+#endif
 
 // ---- steps ---
 
@@ -503,6 +565,9 @@ int main() {
     check_convolutions(kernels);
     check_steps(kernels);
     std::printf("%s: done\n", isa_name(kernels.isa));
+#ifdef QUANTOPT_HAVE_AMX
+    if (kernels.isa == Isa::avx512vnni) check_tiles(kernels);
+#endif
   }
   return failed ? 1 : 0;
 }
