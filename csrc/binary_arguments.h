@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <cstdint>
@@ -17,7 +18,7 @@ struct BinaryArguments {
   at::Tensor bits;
   at::Tensor scale;
   at::Tensor bias;  // undefined: none
-  std::vector<int32_t> plane_weights;
+  c10::SmallVector<int32_t, 8> plane_weights;
   int64_t outputs;
   int64_t inputs;
   int64_t group_size;

@@ -9,6 +9,7 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -222,29 +223,48 @@ at::Tensor dense_tensor(at::IntArrayRef shape, at::ScalarType type,
   return at::detail::empty_cpu(shape, type, /*pin_memory=*/false, format);
 }
 
-// Each of `rows` rows of x as int8, and their scales in `row_scale`.
-at::Tensor quantize_rows(const Kernels& kernels, const at::Tensor& x, int64_t rows, at::Tensor& row_scale) {
-  at::Tensor q = dense_tensor(x.sizes(), at::kChar, x.suggest_memory_format());
-  row_scale = dense_tensor({rows}, at::kFloat);
-  const int64_t length = x.numel() / rows;
-  const float* from = x.const_data_ptr<float>();
-  int8_t* to = q.mutable_data_ptr<int8_t>();
-  float* scale = row_scale.mutable_data_ptr<float>();
+// Each of `rows` rows of x as int8 in q, and their scales.
+void quantize_rows(const Kernels& kernels, const float* x, int64_t rows, int64_t length, int8_t* q,
+                   float* scale) {
   at::parallel_for(0, rows, 1 + 32768 / (length + 1), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      scale[m] = kernels.quantize_row(from + m * length, length, to + m * length);
+      scale[m] = kernels.quantize_row(x + m * length, length, q + m * length);
     }
   });
+}
+
+at::Tensor quantize_images(const Kernels& kernels, const at::Tensor& x, at::Tensor& scale) {
+  at::Tensor q = dense_tensor(x.sizes(), at::kChar, x.suggest_memory_format());
+  scale = dense_tensor({x.size(0)}, at::kFloat);
+  quantize_rows(kernels, x.const_data_ptr<float>(), x.size(0), x.numel() / x.size(0),
+                q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>());
   return q;
 }
 
-// y = x W^T + b for `rows` rows of values: fp32, int8 with row_scale, or bfloat16 on AMX tiles. `tiles` may
-// be those of `bits`.
-void run_linear(bool amx, const Kernels& kernels, const BinaryArguments& w, const at::Tensor& values,
-                const at::Tensor& row_scale, int64_t rows, const at::Tensor& bits,
-                const std::optional<at::Tensor>& tiles, at::Tensor& y) {
+// Rows of x in one of these forms: fp32, bfloat16 for AMX tiles, or int8 with a scale for each row.
+struct Rows {
+  int64_t count;
+  const float* x = nullptr;
+  const uint16_t* half = nullptr;
+  const int8_t* q = nullptr;
+  const float* scale = nullptr;
+};
+
+Rows rows_of(const at::Tensor& values, int64_t count) {
+  Rows rows{count};
+  if (values.scalar_type() == at::kFloat) {
+    rows.x = values.const_data_ptr<float>();
+  } else {
+    rows.half = halves_of(values);
+  }
+  return rows;
+}
+
+// y = x W^T + b. `tiles` may be those of `bits`.
+void run_linear(bool amx, const Kernels& kernels, const BinaryArguments& w, const Rows& rows,
+                const at::Tensor& bits, const std::optional<at::Tensor>& tiles, at::Tensor& y) {
   BinaryLinear p{};
-  p.rows = rows;
+  p.rows = rows.count;
   p.outputs = w.outputs;
   p.inputs = w.inputs;
   p.planes = w.planes();
@@ -254,12 +274,9 @@ void run_linear(bool amx, const Kernels& kernels, const BinaryArguments& w, cons
   p.scale_stride = w.scale_stride();
   p.group = w.group_size;
   p.bias = w.bias_or_null();
-  if (w.quantize) {
-    p.q = values.const_data_ptr<int8_t>();
-    p.x_scale = row_scale.const_data_ptr<float>();
-  } else if (!amx) {
-    p.x = values.const_data_ptr<float>();
-  }
+  p.x = rows.x;
+  p.q = rows.q;
+  p.x_scale = rows.scale;
   p.y = y.mutable_data_ptr<float>();
   p.activation = w.activation;
   at::Tensor layout;
@@ -270,7 +287,7 @@ void run_linear(bool amx, const Kernels& kernels, const BinaryArguments& w, cons
   }
   if (!amx) return run(kernels, p);
   BinaryConv c = quantopt::as_conv(p);
-  if (w.round) c.half = halves_of(values);
+  c.half = rows.half;
   run_on_amx(c);
 }
 
@@ -289,11 +306,20 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   if (y.numel() > 0) {
     const Isa isa = quantopt::active_isa();
     const Kernels kernels = kernels_of(isa);
-    const int64_t rows = y.numel() / w.outputs;
-    const bool amx = takes_amx(isa, w, rows);
-    at::Tensor values = values_of(x, w, amx, at::MemoryFormat::Contiguous), row_scale;
-    if (w.quantize) values = quantize_rows(kernels, values, rows, row_scale);
-    run_linear(amx, kernels, w, values, row_scale, rows, bits, tiles, y);
+    const int64_t count = y.numel() / w.outputs;
+    const bool amx = takes_amx(isa, w, count);
+    const at::Tensor values = values_of(x, w, amx, at::MemoryFormat::Contiguous);
+    Rows rows = rows_of(values, count);
+    c10::DataPtr memory;  // a tensor would take small products a twentieth of their time
+    if (w.quantize) {
+      const size_t scales = sizeof(float) * static_cast<size_t>(count);
+      memory = c10::GetCPUAllocator()->allocate(scales + static_cast<size_t>(count * w.inputs));
+      auto* const scale = static_cast<float*>(memory.mutable_get());
+      auto* const q = reinterpret_cast<int8_t*>(scale + count);
+      quantize_rows(kernels, rows.x, count, w.inputs, q, scale);
+      rows = {count, nullptr, nullptr, q, scale};
+    }
+    run_linear(amx, kernels, w, rows, bits, tiles, y);
   }
   return as_type(y, x.scalar_type());
 }
@@ -370,15 +396,21 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   const Kernels kernels = kernels_of(isa);
   const bool amx = takes_amx(isa, w, x.size(0) * size[0] * size[1]);
   at::Tensor values = values_of(x, w, amx, at::MemoryFormat::ChannelsLast), x_scale;
-  if (w.quantize) values = quantize_rows(kernels, values, x.size(0), x_scale);
+  if (w.quantize) values = quantize_images(kernels, values, x_scale);
   if (kernel[0] * kernel[1] == 1 && padding[0] + padding[1] == 0 && groups == 1) {
     if (stride[0] * stride[1] > 1) {
       values = values.slice(2, 0, x.size(2), stride[0]).slice(3, 0, x.size(3), stride[1]);
       values = values.contiguous(at::MemoryFormat::ChannelsLast);
     }
-    const int64_t pixels = size[0] * size[1];
-    if (w.quantize) x_scale = x_scale.unsqueeze(1).expand({x.size(0), pixels}).contiguous();
-    run_linear(amx, kernels, w, values, x_scale, x.size(0) * pixels, bits, tiles, y);
+    const int64_t pixels = size[0] * size[1], count = x.size(0) * pixels;
+    if (w.quantize) {
+      x_scale = x_scale.unsqueeze(1).expand({x.size(0), pixels}).contiguous();
+      const Rows rows{count, nullptr, nullptr, values.const_data_ptr<int8_t>(),
+                      x_scale.const_data_ptr<float>()};
+      run_linear(amx, kernels, w, rows, bits, tiles, y);
+    } else {
+      run_linear(amx, kernels, w, rows_of(values, count), bits, tiles, y);
+    }
     return as_type(y, x.scalar_type());
   }
   const int64_t taps = kernel[0] * kernel[1];

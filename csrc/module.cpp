@@ -1,10 +1,11 @@
 // The module quantopt._C. Importing it loads the library, which registers the operators. It has a few
 // functions of its own, for what a step over many small tensors cannot wait for: whether its plan holds, and
-// the step itself.
+// the step itself; and one for small products (binary_call.h).
 #include <Python.h>
 
 #include <exception>
 
+#include "binary_call.h"
 #include "step_plan.h"
 
 namespace {
@@ -83,6 +84,11 @@ PyMethodDef methods[] = {
     {"plan_ready", plan_ready, METH_O,
      "plan_ready(number) -> bool: whether the step plan of this number still fits"},
     {"plan_step", plan_step, METH_O, "plan_step(number): one step of the plan"},
+    {"binary_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(quantopt_binary_linear)),
+     METH_FASTCALL,
+     "binary_linear(*arguments) -> Tensor: torch.ops.quantopt.binary_linear, or NotImplemented where "
+     "something "
+     "overrides operators in Python"},
     {nullptr, nullptr, 0, nullptr},
 };
 

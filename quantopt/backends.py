@@ -60,7 +60,7 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, requested: 
 
 
 def on_cpu(x: torch.Tensor) -> bool:
-    """Whether :func:`choose` gives ``cpu`` for products with ``x``, for calls that would take half as long without it."""
+    """Whether :func:`choose` gives ``cpu`` for products with ``x``: for calls that take less time than it."""
     return x.is_cpu and x.dtype in _KERNEL_DTYPES and _extension.error is None
 
 

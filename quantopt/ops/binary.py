@@ -277,8 +277,13 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None, None, None, None, None
 
 
-# Looked up once: small products take no longer than the look-up.
-_COMPILED: Any = None if _extension.error is not None else torch.ops.quantopt.binary_linear.default
+def _compiled(*arguments: Any) -> Tensor:
+    """The operator binary_linear, called as quickly as is possible: small products take no longer than the call."""
+    if not torch.compiler.is_compiling():
+        y = _extension.binary_linear(*arguments)
+        if y is not NotImplemented:
+            return y  # type: ignore[no-any-return]
+    return torch.ops.quantopt.binary_linear.default(*arguments)  # type: ignore[no-any-return]
 
 
 def _forward(
@@ -293,25 +298,24 @@ def _forward(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
+    fp32 = scale if scale.dtype == torch.float32 else scale.float()
     if backends.on_cpu(x):
-        backend = "cpu"
-    else:
-        compute = arithmetic(compute)
-        operation = operation_of(group_size, len(plane_weights))
-        backend = backends.choose(operation, x.device, x.dtype).name
+        return _compiled(
+            x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation
+        )
+    compute = arithmetic(compute)
+    operation = operation_of(group_size, len(plane_weights))
+    backend = backends.choose(operation, x.device, x.dtype).name
     if backend == "reference":
         return reference.binary_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation
         )
-    fp32 = scale if scale.dtype == torch.float32 else scale.float()
-    y: Tensor
     if backend == "triton":
-        y = torch.ops.quantopt.binary_linear_triton(
+        y: Tensor = torch.ops.quantopt.binary_linear_triton(
             x, bits, fp32, bias, in_features, plane_weights, group_size, compute, activation
         )
-    else:
-        y = _COMPILED(x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation)
-    return y
+        return y
+    return _compiled(x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation)
 
 
 def run_linear(
