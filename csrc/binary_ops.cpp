@@ -72,7 +72,8 @@ Kernels kernels_of(Isa isa) {
 // Multiply-adds below which another thread takes longer to start than to do its share.
 constexpr int64_t kThreadWork = 1 << 18;
 
-// Whether the products run on AMX tiles, `rows` of y in all.
+// Whether the products run on AMX tiles, `rows` of y in all. Exact ones do not, of bfloat16 either: they have
+// the same bits for any number of rows, and take denormals as they are.
 bool takes_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryArguments& w,
                [[maybe_unused]] int64_t rows) {
 #ifdef QUANTOPT_HAVE_AMX
@@ -83,25 +84,15 @@ bool takes_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryArguments&
 #endif
 }
 
-// Runs the product on AMX tiles. Each thread takes outputs of a block of rows.
 void run_on_amx([[maybe_unused]] const BinaryConv& c) {
 #ifdef QUANTOPT_HAVE_AMX
   namespace amx = quantopt::amx;
-  const int64_t rows = c.images * c.out_height * c.out_width;
-  const int64_t bands = (c.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows;
-  const int64_t most = amx::binary_amx_block(c), block = std::min(rows, most);
-  const int64_t blocks = (rows + most - 1) / most;
-  const int64_t work = block * quantopt::kBandRows * c.channels * c.kernel[0] * c.kernel[1];
-  const int64_t bytes = amx::binary_amx_memory(c, block);
-  at::parallel_for(0, blocks * bands, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
+  const int64_t parts = amx::binary_amx_parts(c), bytes = amx::binary_amx_memory(c);
+  const int64_t sums = c.images * c.out_height * c.out_width * c.outputs;
+  const int64_t work = sums / parts * c.channels * c.kernel[0] * c.kernel[1];
+  at::parallel_for(0, parts, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
     at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
-    while (begin < end) {
-      const int64_t row = begin / bands * most, band = begin % bands;
-      const int64_t last = std::min(bands, band + end - begin);
-      amx::binary_amx(c, row, std::min(row + most, rows), band * quantopt::kBandRows,
-                      std::min(last * quantopt::kBandRows, c.outputs), memory.mutable_data_ptr());
-      begin += last - band;
-    }
+    amx::binary_amx(c, begin, end, memory.mutable_data_ptr());
   });
 #endif
 }

@@ -1,6 +1,7 @@
 // The AMX kernels with emulated tiles, behind a C interface for ctypes.
 #include <initializer_list>
 #include <new>
+#include <utility>
 
 #define QUANTOPT_AMX_EMULATED
 #define QUANTOPT_ISA amx
@@ -10,24 +11,20 @@ using namespace quantopt;
 
 namespace quantopt {
 
-// The product in four calls: cut_rows and cut_outputs (multiples of a band) divide the work. Returns what the
-// emulated processor objected to, or null.
-const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut_rows, int64_t cut_outputs) {
-  const int64_t all = c.images * c.out_height * c.out_width;
-  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes, all))
-    return "not a product for tiles";
-  const int64_t rows[] = {0, cut_rows, all};
-  const int64_t outputs[] = {0, cut_outputs, c.outputs};
+// The product in two calls, the second from part `cut` on. Returns what the emulated processor objected to,
+// or null.
+const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut) {
+  const int64_t rows = c.images * c.out_height * c.out_width, parts = amx::binary_amx_parts(c);
+  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes, rows)) return "not for tiles";
+  if (cut < 0 || cut > parts) return "there are not so many parts";
   tiles().fault = nullptr;
-  for (int i = 0; i < 2; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      if (rows[i] == rows[i + 1] || outputs[j] == outputs[j + 1]) continue;
-      const int64_t bytes = amx::binary_amx_memory(c, rows[i + 1] - rows[i]);
-      void* memory = ::operator new(static_cast<size_t>(bytes), std::align_val_t{64});
-      std::memset(memory, 0x55, static_cast<size_t>(bytes));
-      amx::binary_amx(c, rows[i], rows[i + 1], outputs[j], outputs[j + 1], memory);
-      ::operator delete(memory, std::align_val_t{64});
-    }
+  for (const auto& [begin, end] : {std::pair{int64_t{0}, cut}, std::pair{cut, parts}}) {
+    if (begin == end) continue;
+    const auto bytes = static_cast<size_t>(amx::binary_amx_memory(c));
+    void* memory = ::operator new(bytes, std::align_val_t{64});
+    std::memset(memory, 0x55, bytes);
+    amx::binary_amx(c, begin, end, memory);
+    ::operator delete(memory, std::align_val_t{64});
   }
   if (tiles().fault == nullptr && tiles().configured) return "tiles were not released";
   return tiles().fault;
@@ -42,7 +39,7 @@ extern "C" {
 const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t* weights,
                          const int32_t* plane_weights, const float* scale, int64_t scale_stride,
                          const float* bias, const void* x, const float* x_scale, int32_t activation, float* y,
-                         int64_t cut_rows, int64_t cut_outputs) {
+                         int64_t cut) {
   BinaryConv c{};
   int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,   &c.channels, &c.x_stride,
                             &c.out_height, &c.out_width, &c.outputs, &c.y_stride};
@@ -64,7 +61,7 @@ const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t
   }
   c.activation = static_cast<Activation>(activation);
   c.y = y;
-  return conv_on_emulated_tiles(c, cut_rows, cut_outputs);
+  return conv_on_emulated_tiles(c, cut);
 }
 
 // Breaches that the emulation must notice: 0 a product of tiles that do not fit, 1 a tile beyond the

@@ -53,9 +53,12 @@ struct Memory {
   Sum<Value>* sums;  // [row][output]
 };
 
+inline int64_t all_rows(const BinaryConv& c) { return c.images * c.out_height * c.out_width; }
+inline int64_t band_count(const BinaryConv& c) { return (c.outputs + kBandRows - 1) / kBandRows; }
+
 template <class Value>
-int64_t lay_out(const BinaryConv& c, int64_t rows, char* base, Memory<Value>* memory) {
-  const int64_t block = up(least(rows, kBlockRows<Value>), kTile);
+int64_t lay_out(const BinaryConv& c, char* base, Memory<Value>* memory) {
+  const int64_t block = up(least(all_rows(c), kBlockRows<Value>), kTile);
   const int64_t row_bytes = block * row_tiles<Value>(c) * kRowBytes;
   const int64_t panel_bytes = kPanelSteps * 2 * kTileBytes;
   if (memory != nullptr) {
@@ -266,20 +269,28 @@ void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t til
 }
 
 template <class Value>
-void multiply_rows(const BinaryConv& c, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                   void* base) {
+int64_t count_parts(const BinaryConv& c) {
+  return (all_rows(c) + kBlockRows<Value> - 1) / kBlockRows<Value> * band_count(c);
+}
+
+template <class Value>
+void multiply_parts(const BinaryConv& c, int64_t begin, int64_t end, void* base) {
   Memory<Value> memory;
-  lay_out(c, row_end - row_begin, static_cast<char*>(base), &memory);
-  for (int64_t row = row_begin; row < row_end; row += kBlockRows<Value>) {
-    const int64_t rows = least(kBlockRows<Value>, row_end - row);
+  lay_out(c, static_cast<char*>(base), &memory);
+  const int64_t bands = band_count(c);
+  while (begin < end) {  // block after block
+    const int64_t row = begin / bands * kBlockRows<Value>, rows = least(kBlockRows<Value>, all_rows(c) - row);
+    const int64_t band = begin % bands, last = least(bands, band + end - begin);
     if (c.channels % (16 * kWords<Value>) == 0) {
       gather<Value, kWords<Value>>(c, row, row + rows, memory.rows);
     } else {
       gather<Value, 1>(c, row, row + rows, memory.rows);
     }
-    for (int64_t tile = begin / kTileRows; tile < tile_count(end); ++tile) {
+    const int64_t last_tile = least(last * kBandTiles, tile_count(c.outputs));
+    for (int64_t tile = band * kBandTiles; tile < last_tile; ++tile) {
       tile_of_outputs(c, row, rows, tile, memory);
     }
+    begin += last - band;
   }
   tile_release();
 }
@@ -292,21 +303,19 @@ bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, 
   return most <= (int8 ? 127 : 256) && rows >= kLeastRows;
 }
 
-int64_t binary_amx_block(const BinaryConv& c) {
-  return c.q != nullptr ? kBlockRows<int8_t> : kBlockRows<uint16_t>;
+int64_t binary_amx_parts(const BinaryConv& c) {
+  return c.q != nullptr ? count_parts<int8_t>(c) : count_parts<uint16_t>(c);
 }
 
-int64_t binary_amx_memory(const BinaryConv& c, int64_t rows) {
-  return c.q != nullptr ? lay_out<int8_t>(c, rows, nullptr, nullptr)
-                        : lay_out<uint16_t>(c, rows, nullptr, nullptr);
+int64_t binary_amx_memory(const BinaryConv& c) {
+  return c.q != nullptr ? lay_out<int8_t>(c, nullptr, nullptr) : lay_out<uint16_t>(c, nullptr, nullptr);
 }
 
-void binary_amx(const BinaryConv& c, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                void* base) {
+void binary_amx(const BinaryConv& c, int64_t begin, int64_t end, void* memory) {
   if (c.q != nullptr) {
-    multiply_rows<int8_t>(c, row_begin, row_end, begin, end, base);
+    multiply_parts<int8_t>(c, begin, end, memory);
   } else {
-    multiply_rows<uint16_t>(c, row_begin, row_end, begin, end, base);
+    multiply_parts<uint16_t>(c, begin, end, memory);
   }
 }
 

@@ -17,16 +17,15 @@ constexpr int64_t kLeastRows = 8;
 // (with int8 activations) or as bfloat16.
 bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, int64_t rows);
 
-// Rows of y that share the weights that are expanded for them, and that a call takes at a time.
-int64_t binary_amx_block(const BinaryConv& conv);
+// Parts of the work, of about as many operations each: bands of outputs of a block of rows, block after
+// block.
+int64_t binary_amx_parts(const BinaryConv& conv);
 
-// Bytes of working memory, aligned to 64, for one call on `rows` rows.
-int64_t binary_amx_memory(const BinaryConv& conv, int64_t rows);
+// Bytes of working memory, aligned to 64, for one call.
+int64_t binary_amx_memory(const BinaryConv& conv);
 
-// Rows [row_begin, row_end) of the images * out_height * out_width rows of y, outputs [begin, end); begin is
-// a multiple of kBandRows, and so is end unless it is the last. conv.channels is not 0. Each sum is taken in
-// an order that depends on the channels and the kernel alone.
-void binary_amx(const BinaryConv& conv, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                void* memory);
+// Parts [begin, end). conv.channels is not 0. Each sum is taken in an order that depends on the channels and
+// the kernel alone.
+void binary_amx(const BinaryConv& conv, int64_t begin, int64_t end, void* memory);
 
 }  // namespace quantopt::amx
