@@ -384,9 +384,9 @@ def binary_linear(
     Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
     for any number of threads or rows ("bf16" with AMX: for any 8 rows or more, and for any fewer). On a GPU the order
     depends on the sizes and the device, never on the run; in "int8" mode without groups the sums are whole numbers and
-    y is that of the CPU. There "exact" multiplies fp32 x in three bfloat16 parts that add up to it. But in "int8" mode
-    infinities and NaN propagate as in a dense layer, on the CPU whatever the planes; on a GPU an infinity may give NaN
-    with several planes, which are summed one by one.
+    y is that of the CPU. There "exact" multiplies fp32 x in three bfloat16 parts that add up to it. In "exact" and
+    "bf16" mode infinities and NaN propagate as in a dense layer, on the CPU whatever the planes; on a GPU an infinity
+    may give NaN with several planes, which are summed one by one.
     ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by
     torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that
     does not fit.
