@@ -126,11 +126,12 @@ def report(
     return result
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """--json, --threads, --min-time."""
+def parser(description: str, threads: bool = True) -> argparse.ArgumentParser:
+    """--json, --min-time and, unless the caller has its own, --threads."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--json", metavar="FILE", help="also write the results there")
-    result.add_argument("--threads", type=int, default=1, help="threads for all (default: 1)")
+    if threads:
+        result.add_argument("--threads", type=int, default=1, help="threads for all (default: 1)")
     result.add_argument(
         "--min-time", type=float, default=0.5, help="seconds per timed function (default: 0.5)"
     )

@@ -18,7 +18,7 @@ struct Tied {
   c10::Storage bits;
   const void* data;
   std::vector<int64_t> sizes, strides;
-  int64_t version;
+  int64_t version, tiles_version;
   TilesForm form;
   at::Tensor weight;
   std::vector<int64_t> plane_weights;
@@ -30,7 +30,8 @@ void delete_tied(void* tied) { delete static_cast<Tied*>(tied); }
 
 void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
                const at::Tensor& weight, at::IntArrayRef plane_weights) {
-  if (tiles.numel() == 0 || bits.is_inference()) return;  // inference tensors do not count what is written
+  // Inference tensors do not count what is written.
+  if (tiles.numel() == 0 || bits.is_inference() || tiles.is_inference()) return;
   c10::StorageImpl* const storage = tiles.storage().unsafeGetStorageImpl();
   void* const data = storage->mutable_data();
   auto* const tied = new Tied{{},
@@ -39,6 +40,7 @@ void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm&
                               bits.sizes().vec(),
                               bits.strides().vec(),
                               static_cast<int64_t>(bits._version()),
+                              static_cast<int64_t>(tiles._version()),
                               form,
                               weight,
                               plane_weights.vec()};
@@ -46,10 +48,11 @@ void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm&
 }
 
 bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form) {
-  if (!tiles.has_storage() || !bits.has_storage() || bits.is_inference()) return false;
+  if (!tiles.has_storage() || !bits.has_storage() || bits.is_inference() || tiles.is_inference()) return false;
   const auto* const tied = tiles.storage().data_ptr().cast_context<Tied>(&delete_tied);
   return tied != nullptr && tied->form == form && tied->bits.is_alias_of(bits.storage()) &&
          tied->data == bits.const_data_ptr() && tied->version == static_cast<int64_t>(bits._version()) &&
+         tied->tiles_version == static_cast<int64_t>(tiles._version()) &&
          bits.sizes() == at::IntArrayRef(tied->sizes) && bits.strides() == at::IntArrayRef(tied->strides);
 }
 

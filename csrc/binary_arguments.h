@@ -54,8 +54,8 @@ using TilesForm = std::array<int64_t, 4>;
 void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
                const at::Tensor& weight = {}, at::IntArrayRef plane_weights = {});
 
-// Whether `tiles` were derived in this form from these very bits, and the bits were not written to since (in
-// ways that torch counts). Costs some nanoseconds, on any device.
+// Whether `tiles` were derived in this form from these very bits, and neither was written to since (in ways
+// that torch counts). Costs some nanoseconds, on any device.
 bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
 // The W that tiles which fit keep, if its planes weigh that much; else undefined.
 at::Tensor weight_of_tiles(const at::Tensor& tiles, at::IntArrayRef plane_weights);

@@ -77,7 +77,7 @@ def test_a_failure_ends_the_run_after_its_table(
     monkeypatch.setattr(bench.backends, "choose", lambda *_: bench.backends.Choice("cuda", "made up"))
     monkeypatch.setattr(bench.common, "header", lambda *_: {"device": "made up", "commit": ""})
     path = tmp_path / "gemm.json"
-    arguments = bench.argparse.Namespace(json=str(path), min_time=0.0, only=None, threads=1)
+    arguments = bench.argparse.Namespace(json=str(path), min_time=0.0, only=None)
     monkeypatch.setattr(bench, "products", lambda _: iter([bad, good]))
     with pytest.raises(SystemExit, match="M=2, torch int8: RuntimeError: made up"):
         bench.main(arguments)

@@ -128,6 +128,50 @@ def test_other_bits_are_seen(make: Callable[[], BinaryLinear | BinaryConv2d]) ->
         torch.testing.assert_close(layer(x), minus)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BinaryLinear.from_linear(nn.Linear(70, 40), compute="int8"),
+        lambda: BinaryConv2d.from_conv2d(nn.Conv2d(16, 32, 3)),
+    ],
+)
+def test_the_derived_layout_is_used_and_its_changes_are_seen(
+    make: Callable[[], BinaryLinear | BinaryConv2d],
+) -> None:
+    if torch.ops.quantopt.cpu_isa() == "portable":
+        pytest.skip("linear products run on the bits")
+    layer = make()
+    x = torch.randn(2, 70) if isinstance(layer, BinaryLinear) else torch.randn(2, 16, 5, 5)
+    expected = layer(x)
+    assert layer.tiles is not None
+    layer.tiles.data.bitwise_not_()  # not counted: whatever reads the layout gives something else
+    assert not torch.allclose(layer(x), expected)
+    layer.prepare()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    assert layer.tiles is not None
+    layer.tiles.bitwise_not_()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+def test_a_layer_made_in_inference_mode_lets_gradients_pass() -> None:
+    with torch.inference_mode():
+        layers = [
+            BinaryLinear.from_linear(nn.Linear(40, 33)),
+            BinaryConv2d.from_conv2d(nn.Conv2d(16, 33, 3, padding=1)),
+        ]
+        assert not any(b.is_inference() for layer in layers for b in layer.buffers())
+    for layer, shape in zip(layers, ((3, 40), (2, 16, 5, 5)), strict=True):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        weight = layer.weight if isinstance(layer, BinaryLinear) else layer.weight.sum((0, 2, 3))
+        if isinstance(layer, BinaryLinear):
+            torch.testing.assert_close(x.grad[0], weight.sum(0), rtol=1e-4, atol=1e-4)
+        else:
+            torch.testing.assert_close(x.grad[0, :, 2, 2], weight, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_under_another_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTOPT_CPU_ISA", "portable")
     layer = BinaryConv2d.from_conv2d(nn.Conv2d(16, 32, 3))

@@ -72,16 +72,10 @@ class BinaryConv2d(BinaryModule):
         self.around: list[int] = list(plain._reversed_padding_repeated_twice)
         self.prepare()
 
-    def prepare(self) -> Self:
-        """Derives the kernels' layout from ``bits``."""
-        super().prepare()
-        usable = not self.bits.is_meta and (not self.group_size or self.kernel_size == (1, 1))
-        self.tiles = (
-            ops.conv_tiles(self.bits, self.in_channels // self.groups, self.kernel_size, self.groups)
-            if usable
-            else None
-        )
-        return self
+    def _derive(self) -> Tensor | None:
+        if self.bits.is_meta or (self.group_size and self.kernel_size != (1, 1)):
+            return None
+        return ops.conv_tiles(self.bits, self.in_channels // self.groups, self.kernel_size, self.groups)
 
     @property
     def weight(self) -> Tensor:

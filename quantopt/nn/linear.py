@@ -68,18 +68,23 @@ class BinaryModule(nn.Module):
         self.register_buffer("bias", torch.zeros(rows, dtype=torch.float32, device=device) if bias else None)
         self.register_buffer("tiles", None, persistent=False)
 
+    def _derive(self) -> Tensor | None:
+        if self.bits.is_meta:
+            return None
+        return ops.binary_tiles(
+            self.bits, self.row_length, expanded=self.expanded, plane_weights=self.plane_weights
+        )
+
     def prepare(self) -> Self:
         """Derives the kernels' layout from ``bits``."""
-        if self.bits.is_inference():  # torch counts no writes to those
-            with torch.inference_mode(False):
-                self.bits = self.bits.clone()
-        self.tiles = (
-            None
-            if self.bits.is_meta
-            else ops.binary_tiles(
-                self.bits, self.row_length, expanded=self.expanded, plane_weights=self.plane_weights
-            )
-        )
+        with torch.inference_mode(
+            False
+        ):  # torch counts no writes to tensors made in it, and lets no gradient pass
+            for name in ("bits", "scale", "bias"):
+                made = self._buffers[name]
+                if made is not None and made.is_inference():
+                    self._buffers[name] = made.clone()
+            self.tiles = self._derive()
         return self
 
     def set_weights(self, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Self:

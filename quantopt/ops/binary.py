@@ -367,7 +367,8 @@ def binary_linear(
         scale: [1], [N], or [N, ceil(K/group_size)] with ``group_size``.
         bias: [N] or None.
         in_features: K.
-        compute: "auto" is "exact". "exact": fp32 accumulation of x as it is, y rounded once to the type of x.
+        compute: "auto" is "exact". "exact": fp32 accumulation of x as it is, y rounded once to the type of x. Scales
+            without groups come after the sum, which overflows where sum_k |x[k]| does, however small they are.
             "int8": x is first rounded, row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are
             exact, so the error is that of the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about
             0.4 % of its size in practice. A row of x with an infinity or NaN gives NaN.
