@@ -48,7 +48,8 @@ void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm&
 }
 
 bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form) {
-  if (!tiles.has_storage() || !bits.has_storage() || bits.is_inference() || tiles.is_inference()) return false;
+  if (!tiles.has_storage() || !bits.has_storage() || bits.is_inference() || tiles.is_inference())
+    return false;
   const auto* const tied = tiles.storage().data_ptr().cast_context<Tied>(&delete_tied);
   return tied != nullptr && tied->form == form && tied->bits.is_alias_of(bits.storage()) &&
          tied->data == bits.const_data_ptr() && tied->version == static_cast<int64_t>(bits._version()) &&
