@@ -118,8 +118,10 @@ def convolution(min_time: float) -> list[dict[str, object]]:
     conv = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(8, 256, 16, 16).to(memory_format=torch.channels_last)
     exact, rough = (qnn.BinaryConv2d.from_conv2d(conv, compute=c) for c in ("exact", "int8"))
-    expected = nn.functional.conv2d(x.double(), exact.weight.double(), conv.bias.double(), padding=1)
-    for layer, tolerance in ((exact, 1e-5), (rough, 2e-2)):
+    grouped = qnn.BinaryConv2d.like(conv, scale="group", group_size=64)
+    grouped.set_weights(exact.bits, torch.rand(grouped.scale.shape) / 16, conv.bias)
+    for layer, tolerance in ((exact, 1e-5), (rough, 2e-2), (grouped, 1e-5)):
+        expected = nn.functional.conv2d(x.double(), layer.weight.double(), conv.bias.double(), padding=1)
         error = float((layer(x).double() - expected).norm() / expected.norm())
         if error > tolerance:
             raise SystemExit(f"{layer}: relative error {error}")
@@ -127,12 +129,18 @@ def convolution(min_time: float) -> list[dict[str, object]]:
     functions: dict[str, Callable[[], object]] = {
         "exact": lambda: exact(x),
         "int8": lambda: rough(x),
+        "exact, scales of 64": lambda: grouped(x),
         "torch bf16": lambda: half(short),
         "torch fp32": lambda: conv(x),
     }
     seconds = common.compare(functions, min_time=min_time)
     case = "conv 256x256x3x3 on 8x16x16,"
-    targets = (("int8", "torch bf16", 2.0), ("int8", "torch fp32", 15.0), ("exact", "torch fp32", None))
+    targets = (
+        ("int8", "torch bf16", 2.0),
+        ("int8", "torch fp32", 15.0),
+        ("exact", "torch fp32", None),
+        ("exact, scales of 64", "torch fp32", None),
+    )
     return [common.row(f"{case} {c}", p, seconds[c], seconds[p], t) for c, p, t in targets]
 
 

@@ -43,14 +43,15 @@ struct Kernels {
   decltype(&quantopt::portable::quantize_row) quantize_row;
   decltype(&quantopt::portable::binary_conv_available) conv_available;
   decltype(&quantopt::portable::binary_conv_memory) conv_memory;
+  decltype(&quantopt::portable::binary_conv_pieces) conv_pieces;
   decltype(&quantopt::portable::binary_conv2d) conv2d;
 };
 
-#define QUANTOPT_KERNELS(isa)                                                                    \
-  Kernels {                                                                                      \
-    quantopt::isa::binary_uses_tiles, quantopt::isa::binary_tiles, quantopt::isa::binary_linear, \
-        quantopt::isa::quantize_row, quantopt::isa::binary_conv_available,                       \
-        quantopt::isa::binary_conv_memory, quantopt::isa::binary_conv2d                          \
+#define QUANTOPT_KERNELS(isa)                                                                              \
+  Kernels {                                                                                                \
+    quantopt::isa::binary_uses_tiles, quantopt::isa::binary_tiles, quantopt::isa::binary_linear,           \
+        quantopt::isa::quantize_row, quantopt::isa::binary_conv_available,                                 \
+        quantopt::isa::binary_conv_memory, quantopt::isa::binary_conv_pieces, quantopt::isa::binary_conv2d \
   }
 
 Kernels kernels_of(Isa isa) {
@@ -153,9 +154,9 @@ at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   return tiles;
 }
 
-// Whether a convolution runs on tiles, if the instruction set has such a kernel: not with scales for groups
-// of weights, and not with small groups. With less than a quarter of the 32 outputs or 16 channels that are
-// taken together, the library's convolution is faster.
+// Whether a convolution runs on tiles, if the instruction set has such a kernel: not with small groups. With
+// less than a quarter of the 32 outputs or 16 channels that are taken together, the library's convolution is
+// faster. `channels`: of tiles, those of all kernel positions with scales for groups of weights.
 bool conv_takes_tiles(int64_t outputs, int64_t channels, int64_t groups) {
   return groups == 1 || 4 * outputs * channels >= (outputs + 31) / 32 * 32 * ((channels + 15) / 16 * 16);
 }
@@ -363,6 +364,92 @@ at::Tensor conv_by_library(const at::Tensor& x, const BinaryArguments& w, const 
   return y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
+// The scales of p as its group_scale.
+std::vector<float> scales_by_group(const BinaryLinear& p) {
+  const int64_t groups = (p.inputs + p.group - 1) / p.group;
+  const int64_t width = quantopt::tile_count(p.outputs) * quantopt::kTileRows;
+  std::vector<float> scales(groups * width);
+  for (int64_t n = 0; n < p.outputs; ++n) {
+    for (int64_t g = 0; g < groups; ++g) scales[g * width + n] = p.scale[n * p.scale_stride + g];
+  }
+  return scales;
+}
+
+// The values of x that pixel `index` of y meets, in the order of a row of W: [channels, kernel positions].
+template <class T>
+void gather_patch(const BinaryConv& c, const T* x, int64_t index, T* patch) {
+  const int64_t image = index / c.out_width / c.out_height;
+  const int64_t oy = index / c.out_width % c.out_height, ox = index % c.out_width;
+  const int64_t taps = c.kernel[0] * c.kernel[1];
+  for (int64_t r = 0; r < c.kernel[0]; ++r) {
+    const int64_t iy = oy * c.stride[0] - c.padding[0] + r * c.dilation[0];
+    for (int64_t s = 0; s < c.kernel[1]; ++s, ++patch) {
+      const int64_t ix = ox * c.stride[1] - c.padding[1] + s * c.dilation[1];
+      if (iy < 0 || iy >= c.height || ix < 0 || ix >= c.width) {
+        for (int64_t i = 0; i < c.channels; ++i) patch[i * taps] = T{0};
+        continue;
+      }
+      const T* from = x + ((image * c.height + iy) * c.width + ix) * c.x_stride;
+      for (int64_t i = 0; i < c.channels; ++i) patch[i * taps] = from[i];
+    }
+  }
+}
+
+// Outputs of a group below which the library's convolution is faster than gathering patches.
+constexpr int64_t kPatchOutputs = 64;
+
+// c as the product `w` of whole rows of W, which their groups of weights run along, with gathered values.
+void run_on_patches(const Kernels& kernels, const BinaryConv& c, const BinaryLinear& w) {
+  constexpr int64_t kRows = 16;  // pixels gathered at once
+  const int64_t pixels = c.images * c.out_height * c.out_width, blocks = (pixels + kRows - 1) / kRows;
+  const int64_t bands = (w.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows;
+  const int64_t work = kRows * quantopt::kBandRows * w.inputs * w.planes;
+  const std::vector<float> scales = scales_by_group(w);
+  at::parallel_for(0, blocks * bands, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
+    std::vector<float> x(c.q == nullptr ? kRows * w.inputs : 0);
+    std::vector<int8_t> q(c.q != nullptr ? kRows * w.inputs : 0);
+    std::vector<float> y(c.y_stride != w.outputs ? kRows * w.outputs : 0);  // where pixels of y are apart
+    float x_scale[kRows];
+    BinaryLinear p = w;
+    p.group_scale = scales.data();
+    p.x = c.q == nullptr ? x.data() : nullptr;
+    p.q = c.q != nullptr ? q.data() : nullptr;
+    p.x_scale = x_scale;
+    while (begin < end) {
+      const int64_t first = begin / bands * kRows, band = begin % bands;
+      const int64_t last = std::min(bands, band + end - begin);
+      const int64_t output = band * quantopt::kBandRows,
+                    output_end = std::min(last * quantopt::kBandRows, w.outputs);
+      p.rows = std::min(kRows, pixels - first);
+      p.y = y.empty() ? c.y + first * w.outputs : y.data();
+      for (int64_t i = 0; i < p.rows; ++i) {
+        if (c.q == nullptr) {
+          gather_patch(c, c.x, first + i, x.data() + i * w.inputs);
+          continue;
+        }
+        gather_patch(c, c.q, first + i, q.data() + i * w.inputs);
+        x_scale[i] = c.x_scale[(first + i) / (c.out_height * c.out_width)];
+      }
+      kernels.linear(p, 0, p.rows, output, output_end);
+      for (int64_t i = 0; !y.empty() && i < p.rows; ++i) {
+        const float* row = y.data() + i * w.outputs;
+        std::copy(row + output, row + output_end, c.y + (first + i) * c.y_stride + output);
+      }
+      begin += last - band;
+    }
+  });
+}
+
+void run_on_lookups(const Kernels& kernels, const BinaryConv& c) {
+  const int64_t bytes = kernels.conv_memory(c), pieces = kernels.conv_pieces(c);
+  const int64_t pixels = c.images * c.out_height * c.out_width;
+  const int64_t work = pixels * c.channels * c.kernel[0] * c.kernel[1] * c.planes * c.outputs / pieces;
+  at::parallel_for(0, pieces, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
+    at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
+    kernels.conv2d(c, begin, end, memory.mutable_data_ptr());
+  });
+}
+
 at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -404,18 +491,27 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     }
     return as_type(y, x.scalar_type());
   }
-  const int64_t taps = kernel[0] * kernel[1];
+  // Groups of weights run along whole rows of W: those are tiles then, as of one kernel position.
+  const int64_t taps = group_size > 0 ? 1 : kernel[0] * kernel[1], inputs = w.inputs / taps;
+  BinaryLinear p{};
+  p.outputs = outputs;
+  p.inputs = w.inputs;
+  p.planes = w.planes();
+  p.plane_weights = w.plane_weights.data();
+  p.scale_stride = w.scale_stride();
+  p.group = group_size;
+  p.activation = w.activation;
   // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels, as tiles
   // do.
   const bool by_levels = w.planes() > 1 && !w.quantize && !amx && !all_finite(values);
-  if (group_size > 0 || by_levels || !kernels.conv_available() ||
-      !conv_takes_tiles(outputs, channels, groups)) {
+  if (by_levels || !conv_takes_tiles(outputs, inputs, groups) ||
+      !(group_size > 0 ? outputs >= kPatchOutputs && kernels.uses_tiles(p) : kernels.conv_available())) {
     return conv_by_library(values.to(at::kFloat), w, x_scale, kernel, stride, padding, dilation, groups)
         .to(x.scalar_type());
   }
   const at::Tensor layout =
-      layout_of(tiles, bits, {w.inputs, taps, groups, 0}, groups * w.planes() * taps, outputs, channels,
-                [&] { return derive_conv_tiles(w.bits, channels, taps, groups); });
+      layout_of(tiles, bits, {w.inputs, taps, groups, 0}, groups * p.planes * taps, outputs, inputs,
+                [&] { return derive_conv_tiles(w.bits, inputs, taps, groups); });
   BinaryConv c{};
   c.images = x.size(0);
   c.height = x.size(2);
@@ -432,10 +528,10 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     c.padding[i] = padding[i];
     c.dilation[i] = dilation[i];
   }
-  c.planes = w.planes();
-  c.plane_weights = w.plane_weights.data();
-  c.scale_stride = w.scale_stride();
-  c.activation = w.activation;
+  c.planes = p.planes;
+  c.plane_weights = p.plane_weights;
+  c.scale_stride = p.scale_stride;
+  c.activation = p.activation;
   if (w.quantize) c.x_scale = x_scale.const_data_ptr<float>();
   for (int64_t group = 0; group < groups; ++group) {
     c.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>()) +
@@ -450,18 +546,16 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
       c.x = values.const_data_ptr<float>() + group * channels;
     }
     c.y = y.mutable_data_ptr<float>() + group * outputs;
-    if (amx) {
+    if (group_size > 0) {
+      p.tiles = c.tiles;
+      p.scale = c.scale;
+      p.bias = c.bias;
+      run_on_patches(kernels, c, p);
+    } else if (amx) {
       run_on_amx(c);
-      continue;
+    } else {
+      run_on_lookups(kernels, c);
     }
-    const int64_t bytes = kernels.conv_memory(c);
-    const int64_t work = c.out_width * w.inputs * c.planes * c.outputs;
-    at::parallel_for(0, c.images * c.out_height, kThreadWork / (work + 1) + 1,
-                     [&](int64_t begin, int64_t end) {
-                       at::Tensor memory =
-                           at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
-                       kernels.conv2d(c, begin, end, memory.mutable_data_ptr());
-                     });
   }
   return as_type(y, x.scalar_type());
 }

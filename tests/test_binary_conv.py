@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantopt import _extension
+from quantopt.nn import BinaryConv2d
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
 
@@ -15,20 +16,37 @@ needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_e
 
 
 def check(
-    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, compute: str = "exact", **geometry: object
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    compute: str = "exact",
+    group_size: int = 0,
+    **geometry: object,
 ) -> None:
     """w holds the signs; geometry is what F.conv2d takes."""
     values = x.to(torch.bfloat16).double() if compute == "bf16" else x.double()
     if compute == "int8":
         s = x.float().abs().amax((-3, -2, -1), keepdim=True) / 127
         values = torch.where(s > 0, (x.float() / s).round().clamp(-127, 127), 0.0).double() * s.double()
-    weight = torch.where(w >= 0, 1.0, -1.0).double() * scale.double().view(-1, 1, 1, 1)
+    scales = scale.double().view(-1, 1)
+    if group_size:
+        scales = scale.double().repeat_interleave(group_size, 1)[:, : w[0].numel()]
+    weight = (torch.where(w >= 0, 1.0, -1.0).double().flatten(1) * scales).view(w.shape)
     expected = F.conv2d(values, weight, None if bias is None else bias.double(), **geometry)  # type: ignore[arg-type]
     size = F.conv2d(values.abs(), weight.abs(), None, **geometry) + 1  # type: ignore[arg-type]
     bits = ops.pack_signs(w.flatten(1))
-    for tiles in (None, ops.conv_tiles(bits, w.shape[1], w.shape[2:], geometry.get("groups", 1))):  # type: ignore[arg-type]
+    for tiles in (None, ops.conv_tiles(bits, w.shape[1], w.shape[2:], geometry.get("groups", 1), group_size)):  # type: ignore[arg-type]
         y = ops.binary_conv2d(
-            x, bits, scale, bias, kernel_size=w.shape[2:], compute=compute, tiles=tiles, **geometry
+            x,
+            bits,
+            scale,
+            bias,
+            kernel_size=w.shape[2:],
+            compute=compute,
+            group_size=group_size,
+            tiles=tiles,
+            **geometry,  # type: ignore[arg-type]
         )
         assert y.shape == expected.shape and y.dtype == x.dtype
         rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[x.dtype]
@@ -58,6 +76,60 @@ def test_groups(isa: str, compute: str) -> None:
         x = torch.randn(2, channels, 5, 6)
         for size in (scale, scale[:1]):
             check(x, w, size, bias, compute, stride=(1, 2), padding=1, groups=groups)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 20])
+def test_scales_of_groups_of_weights(isa: str, compute: str, group_size: int) -> None:
+    """Groups that end within a kernel's positions, alone too in the last chunk; some are the library's."""
+    for channels, outputs, kernel, geometry in (
+        (5, 65, (3, 3), {"padding": 1}),
+        (33, 70, (3, 2), {"stride": (2, 1), "dilation": (1, 2), "padding": (2, 1)}),
+        (40, 260, (1, 1), {"padding": 1}),
+        (40, 6, (1, 1), {"stride": 2}),
+        (66, 140, (3, 3), {"padding": 1, "groups": 2}),
+        (12, 12, (3, 3), {"groups": 12}),
+    ):
+        features = channels // int(geometry.get("groups", 1)) * kernel[0] * kernel[1]  # type: ignore[call-overload]
+        w = torch.randn(outputs, features // kernel[0] // kernel[1], *kernel)
+        scale, bias = torch.rand(outputs, -(-features // group_size)) + 0.5, torch.randn(outputs)
+        x = torch.randn(2, channels, 5, 6)
+        for view in (x, x.bfloat16(), x[:0]):
+            check(view, w, scale, bias, compute, group_size, **geometry)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_planes_and_scales_of_groups(isa: str, compute: str) -> None:
+    bits, scale = ops.pack_signs(torch.randn(2, 70, 20 * 9)), torch.rand(70, 6)
+    x = torch.randint(-127, 128, (2, 20, 6, 5)).float()
+    x[:, 0, 0, 0] = 127  # so that int8 rounds nothing
+    for weights in ([1, 1], [1, 2]):
+        weight = reference.dense_weight(bits, scale, 180, weights, 32, torch.float64).view(70, 20, 3, 3)
+        for tiles in (None, ops.conv_tiles(bits, 20, (3, 3), 1, 32)):
+            y = ops.binary_conv2d(
+                x,
+                bits,
+                scale,
+                kernel_size=3,
+                group_size=32,
+                plane_weights=weights,
+                compute=compute,
+                tiles=tiles,
+            )
+            torch.testing.assert_close(y, F.conv2d(x.double(), weight).float(), rtol=1e-5, atol=2e-2)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_a_module_keeps_tiles_of_groups_of_weights(compute: str) -> None:
+    layer = BinaryConv2d(20, 65, 3, padding=1, scale="group", group_size=32, compute=compute)
+    assert layer.tiles is not None or _extension.error is not None
+    layer.set_weights(ops.pack_signs(torch.randn(65, 180)), torch.rand(65, 6) + 0.5, torch.randn(65))
+    x = torch.randn(2, 20, 7, 5)
+    if compute == "bf16":
+        x = x.bfloat16().float()
+    expected = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    error = float((layer(x) - expected).detach().norm() / expected.norm())
+    assert error < (2e-2 if compute == "int8" else 1e-6)
 
 
 def test_far_apart(isa: str) -> None:
@@ -126,35 +198,56 @@ def test_channels(isa: str, compute: str, channels: int) -> None:
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
-def test_threads_give_the_same_bits(isa: str, compute: str) -> None:
-    x, w = torch.randn(3, 40, 9, 7), torch.randn(66, 40, 3, 3)
-    bits = ops.pack_signs(w.flatten(1))
-    tiles = ops.conv_tiles(bits, 40, (3, 3))
-    if tiles is None:
+def test_many_pixels_and_positions(isa: str, compute: str) -> None:
+    """Rows longer than a block, several rows or images in one; more kernel positions than are summed at once."""
+    for shape, kernel, geometry in (
+        ((1, 17, 4, 150), (3, 3), {"padding": 1}),
+        ((2, 17, 9, 40), (3, 3), {"padding": 1, "stride": (2, 1)}),
+        ((7, 17, 3, 4), (3, 3), {"padding": 1}),
+        ((3, 3, 9, 10), (6, 7), {"padding": 3}),
+        ((2, 16, 3, 3), (3, 3), {"padding": 4}),  # pixels of nothing but padding
+    ):
+        w, scale, bias = torch.randn(33, shape[1], *kernel), torch.rand(33) + 0.5, torch.randn(33)
+        check(torch.randn(shape), w, scale, bias, compute, **geometry)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_threads_and_other_images_give_the_same_bits(isa: str, compute: str, group_size: int) -> None:
+    outputs, channels = 130, 40
+    bits = ops.pack_signs(torch.randn(outputs, channels * 9))
+    tiles = ops.conv_tiles(bits, channels, (3, 3), 1, group_size)
+    scale = torch.rand(outputs, -(-channels * 9 // group_size)) if group_size else torch.rand(outputs)
+    form = {"kernel_size": 3, "padding": 1, "compute": compute, "group_size": group_size, "tiles": tiles}
+    if isa == "portable":
         pytest.skip("the library's convolution runs here")
     threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(
-                ops.binary_conv2d(
-                    x, bits, torch.rand(1).fill_(0.3), kernel_size=3, padding=1, compute=compute, tiles=tiles
-                )
-            )
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*results)
+    for size in ((2, 2), (9, 7)):
+        x = torch.randn(5, channels, *size)
+        results = []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append(ops.binary_conv2d(x, bits, scale, **form))  # type: ignore[arg-type]
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(*results)
+        alone = torch.cat([ops.binary_conv2d(image[None], bits, scale, **form) for image in x])  # type: ignore[arg-type]
+        assert torch.equal(alone, results[0])
 
 
-def test_same_sign_extremes_are_exact(isa: str) -> None:
-    x = torch.full((1, 300, 5, 5), 127.0)
+@pytest.mark.parametrize("channels", [15, 64, 300])
+def test_same_sign_extremes_are_exact(isa: str, channels: int) -> None:
+    x = torch.full((5, channels, 5, 5), 127.0)
+    x[1] = -x[1]
+    x[2, :, ::2] = 1.0  # neighbours that overflow 16 bits later
     for sign in (1.0, -1.0):
-        bits = ops.pack_signs(torch.full((40, 2700), sign))
-        tiles = ops.conv_tiles(bits, 300, (3, 3))
+        bits = ops.pack_signs(torch.full((40, channels * 9), sign))
+        tiles = ops.conv_tiles(bits, channels, (3, 3))
+        expected = F.conv2d(x.double(), torch.full((40, channels, 3, 3), sign).double()).float()
         for compute in ops.COMPUTE:
             y = ops.binary_conv2d(x, bits, torch.ones(1), kernel_size=3, compute=compute, tiles=tiles)
-            assert torch.equal(y, torch.full((1, 40, 3, 3), sign * 127 * 2700))
+            assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
@@ -258,3 +351,32 @@ def test_gradients_are_those_of_the_dense_layer(compute: str, dtype: torch.dtype
     with torch.no_grad():  # the type's rounding alone may differ, of sums that are equal to fp32's
         without = ops.binary_conv2d(x, bits, scale, bias, kernel_size=3, compute=compute)
     torch.testing.assert_close(y.detach().float(), without.float(), rtol=1e-5 + rounding, atol=1e-5)
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(2, 0, 5, 6), (0, 8, 5, 6)])
+def test_gradients_of_no_channels_and_no_images(
+    compute: str, activation: str, shape: tuple[int, int, int, int]
+) -> None:
+    bits, bias = ops.pack_signs(torch.randn(7, shape[1] * 9)), torch.randn(7, requires_grad=True)
+    x = torch.randn(shape, requires_grad=True)
+    y = ops.binary_conv2d(x, bits, torch.ones(1), bias, kernel_size=3, compute=compute, activation=activation)
+    apply = getattr(F, activation) if activation != "none" else lambda v: v
+    expected = apply(bias)[:, None, None].expand(shape[0], 7, 3, 4)
+    grad = torch.randn(shape[0], 7, 3, 4)
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
+    torch.testing.assert_close(y, expected)
+    assert grad_x.shape == shape and not grad_x.any()
+    torch.testing.assert_close(grad_bias, torch.autograd.grad(expected, bias, grad)[0])
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_gradients_with_scales_of_groups(compute: str) -> None:
+    bits, scale = ops.pack_signs(torch.randn(5, 54)), torch.rand(5, 4)
+    x = torch.randn(2, 6, 5, 5, requires_grad=True)
+    y = ops.binary_conv2d(x, bits, scale, kernel_size=3, group_size=16, compute=compute)
+    grad = torch.randn_like(y)
+    weight = reference.dense_weight(bits, scale, 54, [1], 16, torch.float32).view(5, 6, 3, 3)
+    expected = F.conv_transpose2d(grad, weight)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected, rtol=1e-5, atol=1e-5)

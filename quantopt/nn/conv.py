@@ -73,9 +73,10 @@ class BinaryConv2d(BinaryModule):
         self.prepare()
 
     def _derive(self) -> Tensor | None:
-        if self.bits.is_meta or (self.group_size and self.kernel_size != (1, 1)):
+        if self.bits.is_meta:
             return None
-        return ops.conv_tiles(self.bits, self.in_channels // self.groups, self.kernel_size, self.groups)
+        channels = self.in_channels // self.groups
+        return ops.conv_tiles(self.bits, channels, self.kernel_size, self.groups, self.group_size)
 
     @property
     def weight(self) -> Tensor:

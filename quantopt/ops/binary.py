@@ -167,14 +167,19 @@ def binary_tiles(
     return tiles if tiles.numel() > 0 else None
 
 
-def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: int = 1) -> Tensor | None:
+def conv_tiles(
+    bits: Tensor, channels: int, kernel_size: Sequence[int], groups: int = 1, group_size: int = 0
+) -> Tensor | None:
     """The same for a convolution: bits of [N, channels of a group, kh, kw], flattened per output channel.
 
-    None too for fake tensors, which have no bits, and for small groups: with less than a quarter of the 32 outputs or
-    16 channels that are taken together, the library's convolution is faster.
+    None too for fake tensors, which have no bits, and where the library's convolution runs on the CPU: for small groups
+    (with less than a quarter of the 32 outputs or 16 channels that are taken together), and for scales of groups of
+    weights that are no multiple of 16 or have fewer than 64 outputs, unless the kernel is 1x1.
     """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
+    if group_size % 16 or (group_size and taps > 1 and bits.shape[-2] // groups < 64):
+        return None
     chosen = backends.choose("binary_conv2d", bits.device, torch.float32).name
     if chosen not in ("cpu", "cuda") or is_fake(bits):
         return None
@@ -183,11 +188,13 @@ def conv_tiles(bits: Tensor, channels: int, kernel_size: Sequence[int], groups: 
         channels,
         bits.shape[-2] // groups,
         groups,
-        0,
+        group_size,
         bits.shape[0] if bits.dim() == 3 else 1,
         "int8",
     ):
         return None
+    if group_size:  # groups of weights run along whole rows
+        channels, taps = channels * taps, 1
     tiles: Tensor = torch.ops.quantopt.binary_conv_tiles(bits, channels, taps, groups)
     return tiles if tiles.numel() > 0 else None
 
@@ -438,10 +445,10 @@ def binary_conv2d(
 
     On CUDA one kernel takes all of them, but for scales of groups of weights, more than 8 planes, many or small groups
     (conv_on_cuda) and very large images; Triton's the same (conv_in_triton). On the CPU a kernel of 1x1 without padding
-    and groups is a linear layer; else, with ``tiles`` (see :func:`conv_tiles`; modules keep them), scales per tensor or
-    row, and a processor with AVX2, the product runs on the packed weights too. Where none of this holds, W is expanded
-    to ±1 (exact in every type) for each call, and the library's convolution runs in fp32: that saves memory but no
-    time.
+    and groups is a linear layer; else, with a processor with AVX2 and neither small groups nor an odd group_size (see
+    :func:`conv_tiles`; modules keep the tiles), the product runs on the packed weights too. Where none of this holds, W
+    is expanded to ±1 (exact in every type) for each call, and the library's convolution runs in fp32: that saves memory
+    but no time.
 
     Returns [B, N, H', W'] of the type of x, channels last in memory. Differentiable with respect to x and bias. Raises
     TypeError or ValueError naming the argument that does not fit.

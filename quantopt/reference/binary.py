@@ -165,6 +165,8 @@ def binary_conv2d(
             weight = expand_planes(bits, features, plane_weights, wide)
             factor = scale.to(wide).view(-1, 1, 1)
         weight = weight.view(bits.shape[-2], channels, *kernel_size)
+        if channels == 0:  # torch's convolution would return no outputs either
+            values, weight = F.pad(values, (0, 0, 0, 0, 0, groups)), F.pad(weight, (0, 0, 0, 0, 0, 1))
         y = F.conv2d(values, weight, None, stride, padding, dilation, groups)
         if factor is not None:
             y = y * factor

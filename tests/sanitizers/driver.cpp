@@ -101,16 +101,17 @@ struct Kernels {
   decltype(&portable::quantize_row) quantize_row;
   decltype(&portable::binary_conv_available) conv_available;
   decltype(&portable::binary_conv_memory) conv_memory;
+  decltype(&portable::binary_conv_pieces) conv_pieces;
   decltype(&portable::binary_conv2d) conv2d;
   decltype(&portable::step_piece) step_piece;
   decltype(&portable::magnitude_of_piece) magnitude_of_piece;
 };
 
-#define KERNELS(isa)                                                                              \
-  Kernels {                                                                                       \
-    Isa::isa, isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,   \
-        isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv2d, isa::step_piece, \
-        isa::magnitude_of_piece                                                                   \
+#define KERNELS(isa)                                                                                      \
+  Kernels {                                                                                               \
+    Isa::isa, isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,           \
+        isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv_pieces, isa::binary_conv2d, \
+        isa::step_piece, isa::magnitude_of_piece                                                          \
   }
 
 const Kernels kBuilt[] = {
@@ -371,10 +372,14 @@ void check_convolutions(const Kernels& kernels) {
       {1, 1, 1, 300, 7, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
       {1, 2, 2, 5, 4130, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1},
       {2, 4, 5, 20, 35, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 2, 3},
+      {7, 3, 3, 17, 33, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},     // several images in a block
+      {2, 9, 70, 16, 31, {3, 3}, {2, 1}, {1, 1}, {1, 1}, 1},    // parts of rows
+      {3, 16, 16, 64, 130, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},  // several rows
+      {1, 7, 8, 3, 5, {6, 7}, {1, 1}, {3, 3}, {1, 1}, 1},       // more positions than are summed at once
   };
   const auto run = [&](const BinaryConv& c) {
-    const int64_t rows = c.images * c.out_height;
-    for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, rows / 2}, {rows / 2, rows}}) {
+    const int64_t pieces = kernels.conv_pieces(c);
+    for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, pieces / 2}, {pieces / 2, pieces}}) {
       const size_t size = static_cast<size_t>(kernels.conv_memory(c));
       const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, size), &std::free);
       kernels.conv2d(c, begin, end, memory.get());

@@ -61,5 +61,7 @@ QUANTOPT_DECLARE_PER_ISA(
     bool binary_conv_available();
     // Bytes of working memory, aligned to 64, for one call.
     int64_t binary_conv_memory(const BinaryConv& conv);
-    // The rows [begin, end) of the out_height rows of all images.
+    // Pieces that y is computed in: of a block of pixels and a band of outputs, that go first.
+    int64_t binary_conv_pieces(const BinaryConv& conv);
+    // The pieces [begin, end).
     void binary_conv2d(const BinaryConv& conv, int64_t begin, int64_t end, void* memory);)

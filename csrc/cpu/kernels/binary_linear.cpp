@@ -145,6 +145,11 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
 // Scales of group g, times the plane's weight, for the 32 rows of a tile.
 inline Pair group_scales(const BinaryLinear& p, int64_t tile, int64_t g, float weight) {
   float factor[kTileRows];
+  if (p.group_scale != nullptr) {
+    const float* scale = p.group_scale + (g * tile_count(p.outputs) + tile) * kTileRows;
+    for (int64_t i = 0; i < kTileRows; ++i) factor[i] = scale[i] * weight;
+    return load_tile(factor);
+  }
   for (int64_t i = 0; i < kTileRows; ++i) {
     const int64_t n = tile * kTileRows + i;
     factor[i] = n < p.outputs ? scale_of(p, n)[g] * weight : 0.0f;

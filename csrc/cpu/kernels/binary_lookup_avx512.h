@@ -263,7 +263,7 @@ inline __attribute__((always_inline)) __m512i shift_in(__m512i word, __m512i nex
 }
 
 // sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for a whole
-// band of NR tiles; at most kShortWords words in all that is added up.
+// band of NR tiles; such that what is added up stays within 16 bits.
 template <int MR, int NR>
 __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment, int64_t segments,
                                             int64_t words, bool add, ShortSums* sums) {
