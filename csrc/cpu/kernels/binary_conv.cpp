@@ -76,17 +76,12 @@ Blocks blocks_of(const BinaryConv& c) {
   return b;
 }
 
-// Of a pixel's whole numbers in one chunk: what make_tables returns, and the largest size of their lookups.
-struct Sums {
-  int32_t all, most;
-};
-
 template <class Form>
 struct Memory {
   typename Form::Entry* tables;  // [chunks, ring rows, width, entries of a pixel]
   typename Form::Entry* zeros;   // the tables of a chunk of zeros
   typename Form::Total* totals;  // [pixels, tiles]: of a group tile after tile
-  Sums* sums;                    // [chunks, ring rows, width]
+  WholeSums* sums;               // [chunks, ring rows, width]
   int64_t* present;              // [chunks, ring rows] which row of which image is there, or -1
 };
 
@@ -115,27 +110,12 @@ int64_t lay_out(const BinaryConv& c, const Blocks& blocks, char* base, Memory<Fo
   return bytes;
 }
 
-inline Sums pixel_tables(const float* x, int64_t width, float* tables) {
+inline WholeSums pixel_tables(const float* x, int64_t width, float* tables) {
   make_tables(x, width, tables);
   return {};
 }
-// sum_k |q_k|
-inline int32_t sum_of_sizes(const int8_t* q, int64_t width) {
-  __m256i sum = _mm256_setzero_si256();
-  for (int64_t k = 0; k < width; k += 32) {
-    alignas(32) int8_t last[32] = {};
-    const int8_t* from = q + k;
-    if (width - k < 32) from = static_cast<int8_t*>(std::memcpy(last, from, static_cast<size_t>(width - k)));
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_abs_epi8(v), _mm256_setzero_si256()));
-  }
-  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2);
-}
-// Of the lookups in these tables: 2 lookups - all = sum_k +-q_k.
-inline Sums pixel_tables(const int8_t* q, int64_t width, int16_t* tables) {
-  const int32_t all = make_tables(q, width, tables);
-  return {all, (sum_of_sizes(q, width) + all) / 2};
+inline WholeSums pixel_tables(const int8_t* q, int64_t width, int16_t* tables) {
+  return whole_tables(q, width, tables);
 }
 
 // What the present call computes.
@@ -151,7 +131,7 @@ template <class Form>
 struct Chunk {
   int64_t first, width, words, entries;
   typename Form::Entry* tables;  // of the ring
-  Sums* sums;
+  WholeSums* sums;
   int64_t* present;
 
   Chunk(const Call<Form>& call, int64_t first)
@@ -369,7 +349,7 @@ void add_group(const Call<Form>& call, const Chunk<Form>& chunk, const Group& gr
         at[i] = here ? row[i] + ix : -1;
         inside |= here;
         if (!kWhole || !here) continue;
-        const Sums& sums = chunk.sums[at[i]];
+        const WholeSums& sums = chunk.sums[at[i]];
         sum[i] += sums.all;
         most[i] += sums.most;
         size = most[i] > size ? most[i] : size;

@@ -183,38 +183,50 @@ void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int6
 // MR rows of x from m times the tiles [begin, end), at most kBlockTiles.
 template <int MR>
 void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
-  constexpr int64_t kShortWidth = 16 * kShortWords;
   alignas(64) int16_t tables[MR][integer_entries(kChunkWords)];
   ShortSums sums[kBlockTiles * MR];
   IntegerPair total[kBlockTiles * MR];
-  int32_t sum[MR] = {};
-  const bool one = p.planes == 1;
-  const bool enough = one && p.plane_weights[0] == 1 && p.inputs <= kShortWidth;  // 16 bits
+  int32_t sum[MR] = {}, most[MR] = {};  // most: size of the sums of 16 bits
+  int32_t weight = 0;
+  for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
   const int64_t count = (end - begin) * MR;
-  if (!enough) {
+  bool waiting = false, totals = false;
+  const auto clear_totals = [&] {
     for (int64_t i = 0; i < count; ++i) clear(total[i]);
-  }
+  };
+  const auto add = [&](int32_t plane_weight) {
+    if (!totals) clear_totals();
+    for (int64_t i = 0; i < count; ++i) add_sums(sums[i], plane_weight, total[i]);
+    totals = true;
+    waiting = false;
+  };
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
+    bool fit = true;
+    int32_t sizes[MR];
     for (int i = 0; i < MR; ++i) {
-      sum[i] += make_tables(p.q + (m + i) * p.inputs + first, width, tables[i]);
+      const WholeSums of = whole_tables(p.q + (m + i) * p.inputs + first, width, tables[i]);
+      sum[i] += of.all;
+      sizes[i] = of.most;
+      fit &= most[i] + of.most <= INT16_MAX;
     }
+    if (waiting && !fit) add(weight);
+    for (int i = 0; i < MR; ++i) most[i] = sizes[i] + (waiting ? most[i] : 0);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       Segment<int16_t, MR> segment;
       segment.w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
       for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i];
-      span_tiles<MR>(&segment, 1, words, end - begin, one && first % kShortWidth != 0, sums);
-      const bool full = (first + kChunkWidth) % kShortWidth == 0 || first + kChunkWidth >= p.inputs;
-      if (enough || (one && !full)) continue;
-      for (int64_t i = 0; i < count; ++i) add_sums(sums[i], p.plane_weights[plane], total[i]);
+      span_tiles<MR>(&segment, 1, words, end - begin, waiting, sums);
+      waiting = true;
+      if (p.planes > 1) add(p.plane_weights[plane]);
     }
   }
-  int32_t weight = 0;
-  for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
+  if (waiting && (totals || weight != 1)) add(weight);
+  if (p.inputs == 0) clear_totals();
   for (int i = 0; i < MR; ++i) {
     const Finish finish = finish_of(p, m + i);
     float* y = p.y + (m + i) * p.outputs;
-    if (enough) {
+    if (waiting) {
       finish_tiles(sums + i, MR, sum[i], begin, end, p.outputs, finish, y);
     } else {
       finish_tiles(total + i, MR, weight * sum[i], begin, end, p.outputs, finish, y);
