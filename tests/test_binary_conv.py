@@ -237,14 +237,18 @@ def test_threads_and_other_images_give_the_same_bits(isa: str, compute: str, gro
 
 
 @pytest.mark.parametrize("channels", [15, 64, 300])
-def test_same_sign_extremes_are_exact(isa: str, channels: int) -> None:
-    x = torch.full((5, channels, 5, 5), 127.0)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_largest_sums_are_exact(isa: str, channels: int, mixed: bool) -> None:
+    """All products of one sign: of x of one sign, or of both."""
+    signs = torch.randn(channels).sign() if mixed else torch.ones(channels)
+    x = torch.full((5, channels, 5, 5), 127.0) * signs.view(-1, 1, 1)
     x[1] = -x[1]
-    x[2, :, ::2] = 1.0  # neighbours that overflow 16 bits later
+    x[2, :, ::2] /= 127  # neighbours that overflow 16 bits later
     for sign in (1.0, -1.0):
-        bits = ops.pack_signs(torch.full((40, channels * 9), sign))
+        weight = (sign * signs).view(-1, 1, 1).expand(40, -1, 3, 3).contiguous()
+        bits = ops.pack_signs(weight.flatten(1))
         tiles = ops.conv_tiles(bits, channels, (3, 3))
-        expected = F.conv2d(x.double(), torch.full((40, channels, 3, 3), sign).double()).float()
+        expected = F.conv2d(x.double(), weight.double()).float()
         for compute in ops.COMPUTE:
             y = ops.binary_conv2d(x, bits, torch.ones(1), kernel_size=3, compute=compute, tiles=tiles)
             assert torch.equal(y, expected)
