@@ -115,7 +115,7 @@ inline WholeSums pixel_tables(const float* x, int64_t width, float* tables) {
   return {};
 }
 inline WholeSums pixel_tables(const int8_t* q, int64_t width, int16_t* tables) {
-  return whole_tables(q, width, tables);
+  return make_tables(q, width, tables);
 }
 
 // What the present call computes.

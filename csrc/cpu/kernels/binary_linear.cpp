@@ -205,7 +205,7 @@ void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end)
     bool fit = true;
     int32_t sizes[MR];
     for (int i = 0; i < MR; ++i) {
-      const WholeSums of = whole_tables(p.q + (m + i) * p.inputs + first, width, tables[i]);
+      const WholeSums of = make_tables(p.q + (m + i) * p.inputs + first, width, tables[i]);
       sum[i] += of.all;
       sizes[i] = of.most;
       fit &= most[i] + of.most <= INT16_MAX;

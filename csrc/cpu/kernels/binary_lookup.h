@@ -39,6 +39,11 @@ struct Segment {
   const Entry* tables[MR];  // of each row of x
 };
 
+// Of some whole numbers q and the lookups in their tables: 2 lookups - all = sum_k +-q_k, |lookups| <= most.
+struct WholeSums {
+  int32_t all, most;
+};
+
 }  // namespace
 }  // namespace quantopt::QUANTOPT_ISA
 
@@ -54,29 +59,6 @@ struct Segment {
 
 namespace quantopt::QUANTOPT_ISA {
 namespace {
-
-// Of some whole numbers q and the lookups in their tables: 2 lookups - all = sum_k +-q_k, |lookups| <= most.
-struct WholeSums {
-  int32_t all, most;
-};
-
-// sum_k |q_k|
-inline int32_t sum_of_sizes(const int8_t* q, int64_t width) {
-  __m256i sum = _mm256_setzero_si256();
-  for (int64_t k = 0; k < width; k += 32) {
-    alignas(32) int8_t last[32] = {};
-    const int8_t* from = q + k;
-    if (width - k < 32) from = static_cast<int8_t*>(std::memcpy(last, from, static_cast<size_t>(width - k)));
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_abs_epi8(v), _mm256_setzero_si256()));
-  }
-  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2);
-}
-inline WholeSums whole_tables(const int8_t* q, int64_t width, int16_t* tables) {
-  const int32_t all = make_tables(q, width, tables);
-  return {all, (sum_of_sizes(q, width) + all) / 2};
-}
 
 // Sums of `count` tiles from the beginning of a band over some words of all segments: in place of those in
 // `sums`, or added to them. The segments are moved on.

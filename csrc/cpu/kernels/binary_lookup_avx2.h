@@ -56,8 +56,8 @@ inline void make_tables(const float* x, int64_t width, float* tables) {
 
 // The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, less half the sum of its q, so that
 // the lookups of a row add up to at most half the sum of all |q| and one for each table. A table is 16 low
-// bytes and 16 high bytes. Returns the s for which y = 2 * lookups - s.
-inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
+// bytes and 16 high bytes.
+inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   alignas(32) static constexpr uint8_t kEntry[2][32] = {
       {0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1},
       {0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1}};
@@ -65,13 +65,14 @@ inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEntry[1]));
   const __m256i bytes_apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4,
                                                6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-  int32_t sum = 0;
+  int32_t sum = 0, sizes = 0;
   for (int64_t k = 0; k < (width + 15) / 16 * 16; k += 4, tables += 16) {
     int8_t four[4] = {};
     int32_t all = 0;
     for (int64_t j = 0; j < 4 && k + j < width; ++j) {
       four[j] = q[k + j];
       all += four[j];
+      sizes += four[j] < 0 ? -four[j] : four[j];
     }
     const int32_t half = all >> 1;
     sum += all - 2 * half;
@@ -83,7 +84,7 @@ inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
     const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(t, bytes_apart), 0xD8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables), apart);
   }
-  return sum;
+  return {sum, (sizes + sum) / 2};
 }
 
 inline __m256i load_words(const uint16_t* w) {

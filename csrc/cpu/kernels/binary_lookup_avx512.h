@@ -112,10 +112,9 @@ constexpr Patterns make_patterns() {
 constexpr Patterns kPatterns = make_patterns();
 
 // The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, in the first table less half the sum
-// of all q, so that the lookups of a row add up to at most half the sum of all |q|. Returns the s for which y
-// = 2 * lookups - s. Group i of a unit is its bits 6 i to 6 i + 5; those of a word alone are its bits 0-5,
-// 6-11 and 12-15.
-inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
+// of all q, so that the lookups of a row add up to at most half the sum of all |q|. Group i of a unit is its
+// bits 6 i to 6 i + 5; those of a word alone are its bits 0-5, 6-11 and 12-15.
+inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   int16_t* const all_tables = tables;
   const auto load = [](const auto* p) { return _mm512_load_si512(p); };
   const __m512i entry[2] = {load(kPatterns.entry[0]), load(kPatterns.entry[1])};
@@ -140,11 +139,12 @@ inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
     QUANTOPT_UNROLL for (int t = 0; t < 4; ++t) put(p + 12 * t, 2);
   };
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sums = _mm512_setzero_si512();
+  __m512i sums = _mm512_setzero_si512(), sizes = sums;
   for (int64_t k = 0; k < width; k += 64) {
     const __mmask64 mask = width - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (width - k)) - 1;
-    const __m512i pairs = _mm512_maddubs_epi16(ones, _mm512_maskz_loadu_epi8(mask, q + k));
-    sums = add_products(sums, pairs, _mm512_set1_epi16(1));
+    const __m512i v = _mm512_maskz_loadu_epi8(mask, q + k);
+    sums = add_products(sums, _mm512_maddubs_epi16(ones, v), _mm512_set1_epi16(1));
+    sizes = add_products(sizes, _mm512_maddubs_epi16(_mm512_abs_epi8(v), ones), _mm512_set1_epi16(1));
   }
   int64_t k = 0;
   for (; k + 64 <= width; k += 16 * kUnitWords) unit(q + k);
@@ -160,13 +160,13 @@ inline int32_t make_tables(const int8_t* q, int64_t width, int16_t* tables) {
       put(p + 12, 1);
     }
   }
-  const int32_t sum = _mm512_reduce_add_epi32(sums), half = sum >> 1;
+  const int32_t sum = _mm512_reduce_add_epi32(sums), half = sum >> 1, all = sum - 2 * half;
   for (int h = 0; h < 2; ++h) {
     const __m512i table = _mm512_load_si512(all_tables + 32 * h);
     _mm512_store_si512(all_tables + 32 * h,
                        _mm512_sub_epi16(table, _mm512_set1_epi16(static_cast<int16_t>(half))));
   }
-  return sum - 2 * half;
+  return {all, (_mm512_reduce_add_epi32(sizes) + all) / 2};
 }
 
 // Brings weights that are read soon into the second-level cache: those from memory arrive three times as fast
