@@ -83,9 +83,10 @@ def missing(case: str, peer: str, status: str, why: str, target: float | None = 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text: case, peer, both times, ratio, target, and pass or fall short."""
     header = ["case", "peer", "ours ms", "peer ms", "ratio", "target", ""]
+    several = len({r.get("threads") for r in rows}) > 1
     lines = [
         [
-            str(r["case"]),
+            f"{r['case']}, {r['threads']} threads" if several and "threads" in r else str(r["case"]),
             str(r["peer"]),
             f"{r['ours_ms']:.3f}" if "ours_ms" in r else "",
             f"{r['peer_ms']:.3f}" if "peer_ms" in r else "",
@@ -107,17 +108,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_json(
-    rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
+    rows: Sequence[Mapping[str, Any]],
+    json_path: str | None,
+    threads: int | Sequence[int],
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Device, date, commit, versions, threads and rows, written to ``json_path`` if there is one."""
-    result = {**header(device, threads), "rows": [dict(r) for r in rows]}
+    """Device, date, commit, versions, most threads and rows, written to ``json_path`` if there is one."""
+    counts = [threads] if isinstance(threads, int) else list(threads)
+    result = {**header(device, max(counts)), "rows": [dict(r) for r in rows]}
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
 def report(
-    rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
+    rows: Sequence[Mapping[str, Any]],
+    json_path: str | None,
+    threads: int | Sequence[int],
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Prints the table of the rows, and writes them as :func:`write_json` does."""
     result = write_json(rows, json_path, threads, device=device)
@@ -126,11 +136,14 @@ def report(
     return result
 
 
-def parser(description: str, threads: bool = True) -> argparse.ArgumentParser:
-    """--json, --min-time and, unless the caller has its own, --threads."""
+def parser(description: str, *, several: bool = False) -> argparse.ArgumentParser:
+    """--json, --threads (with ``several``: a list), --min-time."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--json", metavar="FILE", help="also write the results there")
-    if threads:
+    if several:
+        help_text = "threads for all; of several numbers, each has its rows (default: 1)"
+        result.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help=help_text)
+    else:
         result.add_argument("--threads", type=int, default=1, help="threads for all (default: 1)")
     result.add_argument(
         "--min-time", type=float, default=0.5, help="seconds per timed function (default: 0.5)"

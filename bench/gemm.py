@@ -1,7 +1,7 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
     python bench/gemm.py [--json FILE] [--threads N ...] [--min-time SECONDS]
-        [--only linear|rotated|conv|sweep|mlp|models]
+                         [--only linear|rotated|conv|sweep|mlp|models]
     python bench/gemm.py --device cuda [--json FILE] [--min-time SECONDS] [--only dispatch|wgmma]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
@@ -218,8 +218,7 @@ CUDA_PARTS = ("dispatch", "wgmma")  # of gemm_cuda
 
 
 def main() -> None:
-    parser = common.parser("Products with packed weights against torch's layers.", threads=False)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="rows for so many (default: 1)")
+    parser = common.parser("Products with packed weights against torch's layers.", several=True)
     parser.add_argument("--size", type=int, default=4096, help="in and out features (default: 4096)")
     parser.add_argument("--only", choices=[*PARTS, *CUDA_PARTS], help="one part")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
@@ -233,12 +232,11 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        more = "" if threads == 1 else f", {threads} threads"
         with torch.inference_mode():
             for name, part in PARTS.items():
                 if arguments.only in (None, name):
-                    rows += [{**r, "case": f"{r['case']}{more}"} for r in part(arguments)]
-    common.report(rows, arguments.json, max(arguments.threads))
+                    rows += [{**row, "threads": threads} for row in part(arguments)]
+    common.report(rows, arguments.json, arguments.threads)
 
 
 if __name__ == "__main__":

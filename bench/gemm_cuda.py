@@ -360,7 +360,7 @@ def main(arguments: argparse.Namespace) -> None:
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     kind = arguments.only or "gemm"
     path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"{kind}-{name}.json")
-    common.report(rows, path, torch.get_num_threads(), device=DEVICE)
+    common.report(rows, path, arguments.threads, device=DEVICE)
     failed = [r for r in rows if r.get("status") == "failed"]
     short = [r for r in rows if r["ok"] is False and r not in failed]
     summary = {"rows": len(rows), "fall short": len(short), "failed": len(failed), "written to": path}

@@ -1,71 +1,108 @@
-// quantopt::binary_linear called from Python as torch calls its own operators: the arguments are read here
-// and the dispatcher is given values of their types. By way of torch.ops they become a stack of boxed values
-// first, which takes longer than a small product.
+// A small layer takes less time than torch.ops needs to parse ten arguments. This parses them by hand and
+// calls the operator through the dispatcher, as torch.ops does.
 #include "binary_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cstdint>
 #include <optional>
 
+namespace quantopt {
 namespace {
 
-using Linear = at::Tensor(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
-                          const std::optional<at::Tensor>& bias, int64_t in_features,
-                          at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
-                          const std::optional<at::Tensor>& tiles, c10::string_view activation);
+using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                          const std::optional<at::Tensor>&, int64_t, at::IntArrayRef, int64_t,
+                          c10::string_view, const std::optional<at::Tensor>&, c10::string_view);
 
-// Whether nobody but the dispatcher has to see the tensor: a subclass may override what is done with it.
-bool plain(PyObject* tensor) { return THPVariable_CheckExact(tensor); }
-
-std::optional<at::Tensor> optional(PyObject* tensor) {
-  return tensor == Py_None ? std::nullopt : std::make_optional(THPVariable_Unpack(tensor));
+// Whether a mode or a transform sees all calls: tracing, fake tensors, torch.func, ...
+bool watched() {
+  const c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
+  return at::impl::torch_function_mode_enabled() ||
+         (keys | c10::default_included_set) != c10::default_included_set;
 }
 
-int64_t integer(PyObject* value) {
-  const long long result = PyLong_AsLongLong(value);
-  if (result == -1 && PyErr_Occurred()) throw python_error();
-  return result;
+// A dense tensor of the CPU that is of no subclass and that no transform has wrapped; None if `optional`.
+bool plain(PyObject* object, bool optional = false) {
+  if (object == Py_None) return optional;
+  constexpr c10::DispatchKeySet kKeys({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
+  return THPVariable_CheckExact(object) && (THPVariable_Unpack(object).key_set() | kKeys) == kKeys;
 }
 
-c10::string_view text(PyObject* value) {
+std::optional<at::Tensor> optional_tensor(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  return THPVariable_Unpack(object);
+}
+
+bool kernel_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+bool read(PyObject* object, int64_t& value) {
+  if (!PyLong_CheckExact(object)) return false;
+  value = PyLong_AsLongLong(object);
+  if (value != -1 || PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool read(PyObject* object, c10::string_view& value) {
+  if (!PyUnicode_CheckExact(object)) return false;
   Py_ssize_t size = 0;
-  const char* const data = PyUnicode_AsUTF8AndSize(value, &size);
-  if (data == nullptr) throw python_error();
-  return {data, static_cast<size_t>(size)};
+  const char* const data = PyUnicode_AsUTF8AndSize(object, &size);
+  if (data != nullptr) value = {data, static_cast<size_t>(size)};
+  PyErr_Clear();
+  return data != nullptr;
 }
+
+struct WithoutGil {
+  PyThreadState* const state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
 
 }  // namespace
 
-PyObject* quantopt_binary_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* binary_linear_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 10 || !PyList_Check(arguments[5])) {
-    PyErr_SetString(PyExc_TypeError, "binary_linear takes the 10 arguments of quantopt::binary_linear");
-    return nullptr;
+  if (count != 10 || !plain(a[0]) || !plain(a[1]) || !plain(a[2]) || !plain(a[3], true) ||
+      !plain(a[8], true) || watched()) {
+    Py_RETURN_NONE;
   }
-  PyObject *x = arguments[0], *bits = arguments[1], *scale = arguments[2], *bias = arguments[3],
-           *plane_weights = arguments[5], *tiles = arguments[8];
-  if (at::impl::torch_function_mode_enabled() || !plain(x) || !plain(bits) || !plain(scale) ||
-      (bias != Py_None && !plain(bias)) || (tiles != Py_None && !plain(tiles))) {
-    Py_RETURN_NOTIMPLEMENTED;
+  const at::Tensor &x = THPVariable_Unpack(a[0]), &scale = THPVariable_Unpack(a[2]);
+  const std::optional<at::Tensor> bias = optional_tensor(a[3]);
+  const bool differentiated =
+      c10::GradMode::is_enabled() && (x.requires_grad() || (bias && bias->requires_grad()));
+  int64_t in_features = 0, group_size = 0;
+  c10::string_view compute, activation;
+  if (differentiated || !kernel_type(x.scalar_type()) || scale.scalar_type() != at::kFloat ||
+      !read(a[4], in_features) || !PyList_CheckExact(a[5]) || !read(a[6], group_size) ||
+      !read(a[7], compute) || !read(a[9], activation)) {
+    Py_RETURN_NONE;
   }
-  static const auto call =
+  c10::SmallVector<int64_t, 8> plane_weights(static_cast<size_t>(PyList_GET_SIZE(a[5])));
+  for (size_t i = 0; i < plane_weights.size(); ++i) {
+    if (!read(PyList_GET_ITEM(a[5], static_cast<Py_ssize_t>(i)), plane_weights[i])) Py_RETURN_NONE;
+  }
+  static const c10::TypedOperatorHandle<Linear> linear =
       c10::Dispatcher::singleton().findSchemaOrThrow("quantopt::binary_linear", "").typed<Linear>();
-  c10::SmallVector<int64_t, 8> weights;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(plane_weights); ++i) {
-    weights.push_back(integer(PyList_GET_ITEM(plane_weights, i)));
-  }
-  const int64_t in_features = integer(arguments[4]), group_size = integer(arguments[6]);
-  const c10::string_view compute = text(arguments[7]), activation = text(arguments[9]);
+  const std::optional<at::Tensor> tiles = optional_tensor(a[8]);
   at::Tensor y;
   {
-    pybind11::gil_scoped_release others;
-    y = call.call(THPVariable_Unpack(x), THPVariable_Unpack(bits), THPVariable_Unpack(scale), optional(bias),
-                  in_features, weights, group_size, compute, optional(tiles), activation);
+    const WithoutGil others_run;
+    const at::AutoDispatchBelowAutograd no_gradients;
+    y = linear.call(x, THPVariable_Unpack(a[1]), scale, bias, in_features, plane_weights, group_size, compute,
+                    tiles, activation);
   }
-  return THPVariable_Wrap(std::move(y));
+  return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }
+
+}  // namespace quantopt

@@ -1,8 +1,12 @@
+// The call of quantopt::binary_linear from Python, without the general parsing of arguments by torch.ops.
 #pragma once
 
 #include <Python.h>
 
-// binary_linear(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation): as
-// torch.ops.quantopt.binary_linear, or NotImplemented where something overrides operators in Python: for a
-// tensor of a subclass, or in a TorchFunctionMode.
-PyObject* quantopt_binary_linear(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+namespace quantopt {
+
+// binary_linear(...) with the operator's arguments, all of them, by position: its result for a plain call
+// (see the source), else None.
+PyObject* binary_linear_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+
+}  // namespace quantopt

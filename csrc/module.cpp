@@ -1,6 +1,6 @@
 // The module quantopt._C. Importing it loads the library, which registers the operators. It has a few
-// functions of its own, for what a step over many small tensors cannot wait for: whether its plan holds, and
-// the step itself; and one for small products (binary_call.h).
+// functions of its own, for what cannot wait: whether the plan of a step over many small tensors holds, the
+// step itself, and the call of a small packed layer.
 #include <Python.h>
 
 #include <exception>
@@ -76,19 +76,22 @@ PyObject* plan_step(PyObject*, PyObject* number) {
   Py_RETURN_NONE;
 }
 
+// A function that takes an array of arguments, as a method table wants it.
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
-    {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(holds)), METH_FASTCALL,
+    {"binary_linear", fast(quantopt::binary_linear_call), METH_FASTCALL,
+     "binary_linear(...) -> Tensor | None: the operator with all its arguments; None: torch.ops must call "
+     "it"},
+    {"holds", fast(holds), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
-    {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(same)), METH_FASTCALL,
+    {"same", fast(same), METH_FASTCALL,
      "same(a, b) -> bool: whether two lists hold the same objects in the same order"},
     {"plan_ready", plan_ready, METH_O,
      "plan_ready(number) -> bool: whether the step plan of this number still fits"},
     {"plan_step", plan_step, METH_O, "plan_step(number): one step of the plan"},
-    {"binary_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(quantopt_binary_linear)),
-     METH_FASTCALL,
-     "binary_linear(*arguments) -> Tensor: torch.ops.quantopt.binary_linear, or NotImplemented where "
-     "something "
-     "overrides operators in Python"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -59,11 +59,6 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, requested: 
     return decide(operation, kind, dtype, requested, interpret, capability)
 
 
-def on_cpu(x: torch.Tensor) -> bool:
-    """Whether :func:`choose` gives ``cpu`` for products with ``x``: for calls that take less time than it."""
-    return x.is_cpu and x.dtype in _KERNEL_DTYPES and _extension.error is None
-
-
 _CAPABILITIES: dict[int | None, int] = {}  # a plain dict, which dynamo traces
 
 

@@ -77,7 +77,7 @@ def test_a_failure_ends_the_run_after_its_table(
     monkeypatch.setattr(bench.backends, "choose", lambda *_: bench.backends.Choice("cuda", "made up"))
     monkeypatch.setattr(bench.common, "header", lambda *_: {"device": "made up", "commit": ""})
     path = tmp_path / "gemm.json"
-    arguments = bench.argparse.Namespace(json=str(path), min_time=0.0, only=None)
+    arguments = bench.argparse.Namespace(json=str(path), min_time=0.0, only=None, threads=1)
     monkeypatch.setattr(bench, "products", lambda _: iter([bad, good]))
     with pytest.raises(SystemExit, match="M=2, torch int8: RuntimeError: made up"):
         bench.main(arguments)
@@ -86,3 +86,30 @@ def test_a_failure_ends_the_run_after_its_table(
     assert '"fall short": 0, "failed": 1' in capsys.readouterr().out
     monkeypatch.setattr(bench, "products", lambda _: iter([good]))
     bench.main(arguments)
+
+
+def test_rows_of_several_thread_counts(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "gemm", raising=False)
+    gemm = importlib.import_module("gemm")
+    used: list[int] = []
+
+    def part(_: Any) -> list[dict[str, object]]:
+        used.append(bench.torch.get_num_threads())
+        return [bench.common.row("M=1", "torch bf16", 1e-6, 2e-6, 1.5)]
+
+    monkeypatch.setattr(gemm, "PARTS", {"linear": part})
+    path, before = tmp_path / "gemm.json", bench.torch.get_num_threads()
+    try:
+        for given in (["2"], ["1", "2"]):
+            monkeypatch.setattr(sys, "argv", ["gemm.py", "--json", str(path), "--threads", *given])
+            gemm.main()
+            result = json.loads(path.read_text())
+            assert result["threads"] == 2
+            assert [row["threads"] for row in result["rows"]] == [int(n) for n in given]
+    finally:
+        bench.torch.set_num_threads(before)
+    assert used == [2, 1, 2]
+    single, several = capsys.readouterr().out.split("ratio", 1)[1].split("ratio")
+    assert "M=1, 1 threads" in several and "M=1, 2 threads" in several and "M=1, " not in single

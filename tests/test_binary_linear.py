@@ -1,7 +1,6 @@
 """binary_linear, pack_signs and unpack_signs against the reference in float64."""
 
 import itertools
-from typing import ClassVar
 
 import pytest
 import torch
@@ -773,63 +772,3 @@ def test_reference_in_double_is_the_definition() -> None:
             torch.testing.assert_close(
                 y, product(values, w, factor, bias, group_size)[0], rtol=1e-12, atol=1e-12
             )
-
-
-class Marked(torch.Tensor):
-    """A subclass that sees each operator that it meets."""
-
-    seen: ClassVar[list[object]] = []
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        cls.seen.append(function)
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-def test_what_overrides_operators_sees_the_quick_call() -> None:
-    from torch.overrides import TorchFunctionMode
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
-
-    x, w, scale, bias = make(3, 20, 40)
-    bits = ops.pack_signs(w)
-    operator = torch.ops.quantopt.binary_linear.default
-    arguments = (bits, scale, bias, 40, [1], 0, "exact", None, "none")
-    expected = _extension.binary_linear(x, *arguments)
-    torch.testing.assert_close(expected, operator(x, *arguments), rtol=0, atol=0)
-    seen: list[object] = []
-    with Mode():
-        assert _extension.binary_linear(x, *arguments) is NotImplemented
-        y = ops.binary_linear(x, bits, scale, bias, in_features=40)
-    assert operator in seen
-    torch.testing.assert_close(y, expected, rtol=0, atol=0)
-    y = ops.binary_linear(x.as_subclass(Marked), bits, scale, bias, in_features=40)
-    assert operator in Marked.seen and isinstance(y, Marked)
-    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected, rtol=0, atol=0)
-
-
-def test_quick_call_refuses_what_the_operator_refuses() -> None:
-    x, w, scale, bias = make(3, 20, 40)
-    arguments = [x, ops.pack_signs(w), scale, bias, 40, [1], 0, "exact", None, "none"]
-    call = _extension.binary_linear
-    with pytest.raises(TypeError, match="10 arguments"):
-        call(*arguments[:-1])
-    for place, value, error in (
-        (0, torch.zeros(3, 41), ValueError),
-        (4, "40", TypeError),
-        (5, (1,), TypeError),
-        (5, ["1"], TypeError),
-        (5, [1, 2], ValueError),
-        (7, "exactly", ValueError),
-        (7, 1, TypeError),
-        (9, None, TypeError),
-    ):
-        wrong = [*arguments]
-        wrong[place] = value
-        with pytest.raises(error):
-            call(*wrong)
-    for place in (0, 1, 2):  # not a tensor: left to the operator
-        assert call(*[None if i == place else a for i, a in enumerate(arguments)]) is NotImplemented

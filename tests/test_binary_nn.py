@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantopt import _extension
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.ops.binary import COMPUTE, binary_tiles
 
@@ -385,3 +388,75 @@ def test_fake_tensors(make: Callable[[], BinaryLinear | BinaryConv2d]) -> None:
         module = make()
         x = torch.randn(2, 64) if isinstance(module, BinaryLinear) else torch.randn(2, 64, 5, 5)
         assert module(x).shape[:2] == (2, 64)
+
+
+@pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
+def test_only_plain_calls_pass_by_torch_ops() -> None:
+    """Whatever watches or wraps tensors sees the operator; a plain call gives the same bits and errors without it."""
+
+    class Subclass(torch.Tensor):
+        pass
+
+    layer = BinaryLinear.from_linear(nn.Linear(70, 33), compute="int8")
+    x = torch.randn(4, 70)
+
+    def call(x: torch.Tensor, **changed: object) -> object:
+        arguments = {
+            **dict(x=x, bits=layer.bits, scale=layer.scale, bias=layer.bias, in_features=70, planes=[1]),
+            **dict(group=0, compute="int8", tiles=layer.tiles, activation="relu"),
+        }
+        return _extension.binary_linear(*{**arguments, **changed}.values())
+
+    operator = torch.ops.quantopt.binary_linear.default
+    for changed in ({}, {"bias": None}, {"tiles": None}, {"compute": "auto"}):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            given = {"bias": layer.bias, "compute": "int8", "tiles": layer.tiles, **changed}
+            bias, compute, tiles = given.values()
+            expected = operator(
+                x.to(dtype), layer.bits, layer.scale, bias, 70, [1], 0, compute, tiles, "relu"
+            )
+            with torch.no_grad():
+                assert torch.equal(call(nn.Parameter(x.to(dtype)), **changed), expected)
+            assert torch.equal(call(x.to(dtype), **changed), expected)
+    with torch.inference_mode():
+        assert call(x).is_inference()
+    assert not call(x).is_inference()
+    with pytest.raises(ValueError, match="in_features=70, x has shape"):
+        call(x[:, 1:])
+    with pytest.raises(ValueError, match="activation must be"):
+        call(x, activation="tanh")
+
+    refused = [
+        x.double(),
+        x.clone().requires_grad_(),
+        x.to("meta"),
+        x.as_subclass(Subclass),
+        x.to_sparse(),
+        None,
+        [x],
+    ]
+    assert [call(value) for value in refused] == [None] * len(refused)
+    wrong = [
+        {"planes": (1,)},
+        {"planes": [1.0]},
+        {"in_features": 70.0},
+        {"in_features": 1 << 64},
+        {"compute": None},
+    ]
+    assert [call(x, **changed) for changed in wrong] == [None] * len(wrong)
+    assert call(x, scale=layer.scale.double()) is None and call(x, bias=nn.Parameter(layer.bias)) is None
+    assert _extension.binary_linear(x) is None
+    for mode in (TorchDispatchMode(), BaseTorchFunctionMode(), torch.device("meta"), FakeTensorMode()):
+        with mode:
+            assert call(x) is None
+    seen: list[object] = []
+    assert torch.func.vmap(lambda x: (seen.append(call(x)), x)[1])(x).shape == x.shape
+    assert torch.func.grad(lambda x: (seen.append(call(x.detach())), x.sum())[1])(x).shape == x.shape
+    assert seen == [None, None]
+
+
+def test_torch_jit_trace_records_the_operator() -> None:
+    layer = BinaryLinear.from_linear(nn.Linear(70, 33), compute="int8")
+    traced = torch.jit.trace(layer, torch.randn(4, 70))
+    x = torch.randn(5, 70)
+    assert torch.equal(traced(x), layer(x))

@@ -10,13 +10,14 @@ them and for float64 the reference does (quantopt/reference/binary.py): for conv
 expanded weights. Source of the plane sum: docs/algorithms.md, section 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from quantopt import _extension, backends
 from quantopt.reference import binary as reference
@@ -284,15 +285,6 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None, None, None, None, None
 
 
-def _compiled(*arguments: Any) -> Tensor:
-    """The operator binary_linear, called as quickly as is possible: small products take no longer than the call."""
-    if not torch.compiler.is_compiling():
-        y = _extension.binary_linear(*arguments)
-        if y is not NotImplemented:
-            return y  # type: ignore[no-any-return]
-    return torch.ops.quantopt.binary_linear.default(*arguments)  # type: ignore[no-any-return]
-
-
 def _forward(
     x: Tensor,
     bits: Tensor,
@@ -305,11 +297,6 @@ def _forward(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
-    fp32 = scale if scale.dtype == torch.float32 else scale.float()
-    if backends.on_cpu(x):
-        return _compiled(
-            x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation
-        )
     compute = arithmetic(compute)
     operation = operation_of(group_size, len(plane_weights))
     backend = backends.choose(operation, x.device, x.dtype).name
@@ -317,12 +304,17 @@ def _forward(
         return reference.binary_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, compute, activation
         )
+    fp32 = scale if scale.dtype == torch.float32 else scale.float()
+    y: Tensor
     if backend == "triton":
-        y: Tensor = torch.ops.quantopt.binary_linear_triton(
+        y = torch.ops.quantopt.binary_linear_triton(
             x, bits, fp32, bias, in_features, plane_weights, group_size, compute, activation
         )
-        return y
-    return _compiled(x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation)
+    else:
+        y = torch.ops.quantopt.binary_linear.default(
+            x, bits, fp32, bias, in_features, plane_weights, group_size, compute, tiles, activation
+        )
+    return y
 
 
 def run_linear(
@@ -346,10 +338,26 @@ def run_linear(
             x, bits, scale, bias, in_features, plane_weights, group_size, mode, activation
         )
         return y.to(dtype)
-    function: Callable[..., Tensor] = _forward
+    arguments = (
+        x,
+        bits,
+        scale,
+        bias,
+        in_features,
+        plane_weights,
+        group_size,
+        compute,
+        tiles,
+        activation,
+    )
+    if _extension.binary_linear is not None and not is_compiling():
+        plain: Tensor | None = _extension.binary_linear(*arguments)
+        if plain is not None:  # the operator's result: CPU tensors, no gradients, nothing that watches calls
+            return plain
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        function = _Linear.apply
-    return function(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation)
+        result: Tensor = _Linear.apply(*arguments)
+        return result
+    return _forward(*arguments)
 
 
 def binary_linear(
