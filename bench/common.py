@@ -131,7 +131,8 @@ def report(
 ) -> dict[str, Any]:
     """Prints the table of the rows, and writes them as :func:`write_json` does."""
     result = write_json(rows, json_path, threads, device=device)
-    print(f"{result['device']}; torch {torch.__version__}; threads: {threads}; commit {result['commit']}")
+    counts = threads if isinstance(threads, int) else ", ".join(map(str, threads))
+    print(f"{result['device']}; torch {torch.__version__}; threads: {counts}; commit {result['commit']}")
     print(table(rows))
     return result
 

@@ -1,7 +1,7 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
     python bench/gemm.py [--json FILE] [--threads N ...] [--min-time SECONDS]
-                         [--only linear|rotated|conv|sweep|mlp|models]
+                         [--only linear|groups|rotated|conv|sweep|mlp|models]
     python bench/gemm.py --device cuda [--json FILE] [--min-time SECONDS] [--only dispatch|wgmma]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import quantopt.nn as qnn
+from quantopt.ops import binary as ops
 
 # Times faster than (int8, bf16, fp32) by mode and number of rows; None: only shown.
 TARGETS: dict[tuple[str, int], tuple[float | None, float | None, float | None]] = {
@@ -79,6 +80,27 @@ def products(size: int, rows: int, min_time: float) -> list[dict[str, object]]:
             case = f"M={rows} {size}x{size} {ours}"
             result.append(common.row(case, f"torch {peer}", seconds[ours], seconds[f"torch {peer}"], target))
     return result
+
+
+def grouped(size: int, rows: int, min_time: float, group: int = 64) -> list[dict[str, object]]:
+    """One size x size layer with a scale for each ``group`` weights of a row, where they divide it."""
+    if size % group:
+        return []
+    linear, x = nn.Linear(size, size), torch.randn(rows, size)
+    packed = {}
+    for compute in ("exact", "int8"):
+        layer = qnn.BinaryLinear(size, size, scale="group", group_size=group, compute=compute)
+        layer.set_weights(
+            ops.pack_signs(linear.weight), linear.weight.abs().unflatten(1, (-1, group)).mean(2), linear.bias
+        )
+        check(layer, x)
+        packed[compute] = layer
+    half, short = linear.bfloat16(), x.bfloat16()
+    functions: dict[str, Callable[[], object]] = {c: (lambda p=p: p(x)) for c, p in packed.items()}
+    functions["torch bf16"] = lambda: half(short)
+    seconds = common.compare(functions, min_time=min_time)
+    case = f"M={rows} {size}x{size}, scales of {group},"
+    return [common.row(f"{case} {c}", "torch bf16", seconds[c], seconds["torch bf16"]) for c in packed]
 
 
 def rotated(size: int, min_time: float, megabytes: int = 300) -> list[dict[str, object]]:
@@ -208,6 +230,7 @@ def mlp(size: int, depth: int, rows: int, min_time: float) -> list[dict[str, obj
 # Parts of the table, in its order.
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
     "linear": lambda a: [r for m in (1, 8, 128, 512) for r in products(a.size, m, a.min_time)],
+    "groups": lambda a: [r for m in (1, 128) for r in grouped(a.size, m, a.min_time)],
     "rotated": lambda a: rotated(a.size, a.min_time),
     "conv": lambda a: convolution(a.min_time),
     "sweep": lambda a: sweep(a.min_time),

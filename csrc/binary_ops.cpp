@@ -364,17 +364,6 @@ at::Tensor conv_by_library(const at::Tensor& x, const BinaryArguments& w, const 
   return y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// The scales of p as its group_scale.
-std::vector<float> scales_by_group(const BinaryLinear& p) {
-  const int64_t groups = (p.inputs + p.group - 1) / p.group;
-  const int64_t width = quantopt::tile_count(p.outputs) * quantopt::kTileRows;
-  std::vector<float> scales(groups * width);
-  for (int64_t n = 0; n < p.outputs; ++n) {
-    for (int64_t g = 0; g < groups; ++g) scales[g * width + n] = p.scale[n * p.scale_stride + g];
-  }
-  return scales;
-}
-
 // The values of x that pixel `index` of y meets, in the order of a row of W: [channels, kernel positions].
 template <class T>
 void gather_patch(const BinaryConv& c, const T* x, int64_t index, T* patch) {
@@ -404,14 +393,12 @@ void run_on_patches(const Kernels& kernels, const BinaryConv& c, const BinaryLin
   const int64_t pixels = c.images * c.out_height * c.out_width, blocks = (pixels + kRows - 1) / kRows;
   const int64_t bands = (w.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows;
   const int64_t work = kRows * quantopt::kBandRows * w.inputs * w.planes;
-  const std::vector<float> scales = scales_by_group(w);
   at::parallel_for(0, blocks * bands, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
     std::vector<float> x(c.q == nullptr ? kRows * w.inputs : 0);
     std::vector<int8_t> q(c.q != nullptr ? kRows * w.inputs : 0);
     std::vector<float> y(c.y_stride != w.outputs ? kRows * w.outputs : 0);  // where pixels of y are apart
     float x_scale[kRows];
     BinaryLinear p = w;
-    p.group_scale = scales.data();
     p.x = c.q == nullptr ? x.data() : nullptr;
     p.q = c.q != nullptr ? q.data() : nullptr;
     p.x_scale = x_scale;

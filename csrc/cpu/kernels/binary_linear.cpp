@@ -142,41 +142,123 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
 
 #if defined(QUANTOPT_LOOKUPS)
 
-// Scales of group g, times the plane's weight, for the 32 rows of a tile.
-inline Pair group_scales(const BinaryLinear& p, int64_t tile, int64_t g, float weight) {
-  float factor[kTileRows];
-  if (p.group_scale != nullptr) {
-    const float* scale = p.group_scale + (g * tile_count(p.outputs) + tile) * kTileRows;
-    for (int64_t i = 0; i < kTileRows; ++i) factor[i] = scale[i] * weight;
-    return load_tile(factor);
+// Scales of the groups [g, g + count), times the plane's weight, for the 32 rows of a tile.
+inline void group_scales(const BinaryLinear& p, int64_t tile, int64_t g, int64_t count, float weight,
+                         float (*factor)[kTileRows]) {
+  const int64_t first = tile * kTileRows, rows = least(kTileRows, p.outputs - first);
+  const __m128 times = _mm_set1_ps(weight);
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    for (int64_t j = 0; j < count; j += 4) {
+      const __m128i mask =
+          _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count - j)), _mm_set_epi32(3, 2, 1, 0));
+      __m128 four[4];
+      for (int64_t r = 0; r < 4; ++r) four[r] = _mm_maskload_ps(scale_of(p, first + i + r) + g + j, mask);
+      _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+      for (int64_t r = 0; r < least(4, count - j); ++r) {
+        _mm_storeu_ps(factor[j + r] + i, _mm_mul_ps(four[r], times));
+      }
+    }
   }
-  for (int64_t i = 0; i < kTileRows; ++i) {
-    const int64_t n = tile * kTileRows + i;
-    factor[i] = n < p.outputs ? scale_of(p, n)[g] * weight : 0.0f;
+  for (; i < kTileRows; ++i) {
+    for (int64_t j = 0; j < count; ++j) {
+      factor[j][i] = i < rows ? scale_of(p, first + i)[g + j] * weight : 0.0f;
+    }
   }
-  return load_tile(factor);
 }
+
+// part(g, k, last) for the words [k, last) that group g of scales has in the chunk whose first weight is
+// `first`.
+template <class Part>
+inline void each_group(const BinaryLinear& p, int64_t first, const Part& part) {
+  const int64_t words = chunk_words(p.inputs, first);
+  for (int64_t k = 0; k < words;) {
+    const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
+    part(g, k, last);
+    k = last;
+  }
+}
+
+// Groups of scales in the chunk whose first weight is `first`.
+struct GroupsMet {
+  int64_t first, count;
+  GroupsMet(const BinaryLinear& p, int64_t chunk)
+      : first(chunk / p.group),
+        count((chunk + 16 * chunk_words(p.inputs, chunk) - 1) / p.group - first + 1) {}
+};
 
 // One chunk of the tiles [tile, end), with a scale for each group of p.group weights.
 template <int MR>
 void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int64_t plane, int64_t tile,
                    int64_t end, const float* const* tables, Pair* total) {
-  const int64_t words = chunk_words(p.inputs, first);
   const float weight = static_cast<float>(p.plane_weights[plane]);
+  const GroupsMet met(p, first);
+  float factor[kChunkWords][kTileRows];
   for (; tile < end; tile += kBandTiles) {
     const int64_t width = band_tiles(p.outputs, tile);
     for (int64_t r = 0; r < width; ++r, total += MR) {
-      for (int64_t k = 0; k < words;) {  // the part of each group that lies in this chunk
-        const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
-        const Pair factor = group_scales(p, tile + r, g, weight);
+      group_scales(p, tile + r, met.first, met.count, weight, factor);
+      each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
+        const Pair scales = load_tile(factor[g - met.first]);
         Segment<float, MR> segment;
         segment.w = w + (k * width + r) * kTileRows;
         for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + k * kFloatTables;
-        float_span<MR, 1>(&segment, 1, width, last - k, &factor, total);
-        k = last;
+        float_span<MR, 1>(&segment, 1, width, last - k, &scales, total);
+      });
+    }
+    w += width * chunk_words(p.inputs, first) * kTileRows;
+  }
+}
+
+// MR rows of whole numbers from m times the tiles [begin, end), at most kBlockTiles, with a scale for each
+// group of p.group weights: the sum of each is exact.
+template <int MR>
+void grouped_integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
+  alignas(64) int16_t tables[MR][kChunkWords * integer_entries(1)];  // groups may be of one word
+  float factor[kBandTiles][kChunkWords][kTileRows];
+  Pair total[kBlockTiles * MR];
+  for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
+  for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
+    const GroupsMet met(p, first);
+    int64_t offset[kChunkWords], next = 0, groups = 0;  // of the tables of each group in this chunk
+    int32_t all[kChunkWords][MR];
+    each_group(p, first, [&](int64_t, int64_t k, int64_t last) {
+      const int64_t from = first + 16 * k, width = least(first + 16 * last, p.inputs) - from;
+      for (int i = 0; i < MR; ++i) {
+        all[groups][i] = make_tables(p.q + (m + i) * p.inputs + from, width, tables[i] + next).all;
+      }
+      offset[groups++] = next;
+      next += integer_entries(last - k);
+    });
+    for (int64_t plane = 0; plane < p.planes; ++plane) {
+      const float weight = static_cast<float>(p.plane_weights[plane]);
+      const uint16_t* w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
+      Pair* to = total;
+      for (int64_t tile = begin; tile < end; tile += kBandTiles) {
+        const int64_t width = band_tiles(p.outputs, tile);
+        for (int64_t r = 0; r < width; ++r) {
+          group_scales(p, tile + r, met.first, met.count, weight, factor[r]);
+        }
+        int64_t group = 0;
+        each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
+          ShortSums sums[kBandTiles * MR];
+          Segment<int16_t, MR> segment;
+          segment.w = w + k * width * kTileRows;
+          for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + offset[group];
+          span_tiles<MR>(&segment, 1, last - k, width, false, sums);
+          for (int64_t r = 0; r < width; ++r) {
+            const Pair scales = load_tile(factor[r][g - met.first]);
+            for (int i = 0; i < MR; ++i) add_scaled(sums[r * MR + i], all[group][i], scales, to[r * MR + i]);
+          }
+          ++group;
+        });
+        w += width * chunk_words(p.inputs, first) * kTileRows;
+        to += width * MR;
       }
     }
-    w += width * words * kTileRows;
+  }
+  for (int i = 0; i < MR; ++i) {
+    finish_tiles(total + i, MR, 0, begin, end, p.outputs, finish_of(p, m + i), p.y + (m + i) * p.outputs);
   }
 }
 
@@ -244,14 +326,7 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
     const int64_t width = least(kChunkWidth, p.inputs - first), words = chunk_words(p.inputs, first);
     for (int i = 0; i < MR; ++i) {
-      const int64_t offset = (m + i) * p.inputs + first;
-      if (p.q == nullptr) {
-        make_tables(p.x + offset, width, tables[i]);
-      } else {
-        float x[kChunkWidth];
-        for (int64_t k = 0; k < width; ++k) x[k] = p.q[offset + k];
-        make_tables(x, width, tables[i]);
-      }
+      make_tables(p.x + (m + i) * p.inputs + first, width, tables[i]);
     }
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const uint16_t* w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
@@ -272,11 +347,9 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
 
 template <int MR>
 inline void block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
-  if (p.q != nullptr && p.group == 0) {  // sums of whole numbers
-    integer_block<MR>(p, m, begin, end);
-  } else {
-    float_block<MR>(p, m, begin, end);
-  }
+  if (p.q == nullptr) return float_block<MR>(p, m, begin, end);
+  if (p.group != 0) return grouped_integer_block<MR>(p, m, begin, end);
+  integer_block<MR>(p, m, begin, end);
 }
 
 void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin,

@@ -25,12 +25,11 @@ struct BinaryLinear {
   const float* scale;            // [1], [N] or [N, ceil(K / group)]
   int64_t scale_stride;          // elements from one row's scale to the next: 0 for one scale of all
   int64_t group;                 // weights of a row that share a scale; 0: all of them
-  const float* group_scale;  // the same scales as [groups, 32 tiles of N], or null: for tiles and many rows
-  const float* bias;         // [N] or null
-  const float* x;            // [M, K], or null with q
-  const int8_t* q;           // [M, K] within +-127, or null with x
-  const float* x_scale;      // [M] with q
-  float* y;                  // [M, N]
+  const float* bias;             // [N] or null
+  const float* x;                // [M, K], or null with q
+  const int8_t* q;               // [M, K] within +-127, or null with x
+  const float* x_scale;          // [M] with q
+  float* y;                      // [M, N]
   Activation activation;
 };
 

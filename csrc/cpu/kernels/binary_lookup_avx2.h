@@ -190,6 +190,16 @@ inline void tile_values(const IntegerPair& total, int32_t sum, Vec* values) {
 inline void tile_values(const ShortSums& sums, int32_t sum, Vec* values) {
   for (int h = 0; h < 4; ++h) values[h] = signed_sum(eight_of(sums, h), sum);
 }
+// total += factor * (2 sums - all)
+inline void add_scaled(const ShortSums& sums, int32_t all, const Pair& factor, Pair& total) {
+  for (int h = 0; h < 2; ++h) {
+    const __m256i even = _mm256_srai_epi32(_mm256_slli_epi32(sums.rows[h], 16), 16);
+    const __m256i odd = _mm256_srai_epi32(sums.rows[h], 16);
+    total.even[h] = _mm256_fmadd_ps((__m256)signed_sum(even, all), factor.even[h], total.even[h]);
+    total.odd[h] = _mm256_fmadd_ps((__m256)signed_sum(odd, all), factor.odd[h], total.odd[h]);
+  }
+}
+
 inline Pair load_tile(const float* y) {
   Pair value;
   for (int h = 0; h < 2; ++h) {

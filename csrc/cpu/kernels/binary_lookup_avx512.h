@@ -338,6 +338,14 @@ inline void tile_values(const ShortSums& sums, int32_t sum, Vec* values) {
   values[0] = (Vec)signed_sum(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(sums.rows)), sum);
   values[1] = (Vec)signed_sum(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums.rows, 1)), sum);
 }
+// total += factor * (2 sums - all)
+inline void add_scaled(const ShortSums& sums, int32_t all, const Pair& factor, Pair& total) {
+  const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(sums.rows, 16), 16);
+  const __m512i odd = _mm512_srai_epi32(sums.rows, 16);
+  total.even = _mm512_fmadd_ps(signed_sum(even, all), factor.even, total.even);
+  total.odd = _mm512_fmadd_ps(signed_sum(odd, all), factor.odd, total.odd);
+}
+
 inline Pair load_tile(const float* y) {
   const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
