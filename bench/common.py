@@ -86,7 +86,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     several = len({r.get("threads") for r in rows}) > 1
     lines = [
         [
-            f"{r['case']}, {r['threads']} threads" if several and "threads" in r else str(r["case"]),
+            f"{r['case']}, {r['threads']} thread{'s' * (r['threads'] > 1)}"
+            if several and "threads" in r
+            else str(r["case"]),
             str(r["peer"]),
             f"{r['ours_ms']:.3f}" if "ours_ms" in r else "",
             f"{r['peer_ms']:.3f}" if "peer_ms" in r else "",

@@ -112,4 +112,4 @@ def test_rows_of_several_thread_counts(
         bench.torch.set_num_threads(before)
     assert used == [2, 1, 2]
     single, several = capsys.readouterr().out.split("ratio", 1)[1].split("ratio")
-    assert "M=1, 1 threads" in several and "M=1, 2 threads" in several and "M=1, " not in single
+    assert "M=1, 1 thread " in several and "M=1, 2 threads" in several and "M=1, " not in single
