@@ -50,7 +50,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "quantopt/_version.py").rea
 
 # Instruction set -> flags. Each contains the ones before it.
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
-VNNI = [*AVX512, "-mavx512vnni", "-mgfni", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"]
+VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"]
 ISAS = {
     "portable": [],
     "avx2": ["-march=x86-64-v3"],

@@ -225,8 +225,9 @@ void quantize_rows(const Kernels& kernels, const float* x, int64_t rows, int64_t
   });
 }
 
+// x is channels last. (A single image may be so and not say so: its batch has any stride.)
 at::Tensor quantize_images(const Kernels& kernels, const at::Tensor& x, at::Tensor& scale) {
-  at::Tensor q = dense_tensor(x.sizes(), at::kChar, x.suggest_memory_format());
+  at::Tensor q = dense_tensor(x.sizes(), at::kChar, at::MemoryFormat::ChannelsLast);
   scale = dense_tensor({x.size(0)}, at::kFloat);
   quantize_rows(kernels, x.const_data_ptr<float>(), x.size(0), x.numel() / x.size(0),
                 q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>());

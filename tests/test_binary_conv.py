@@ -184,6 +184,12 @@ def test_types_and_layouts(isa: str, dtype: torch.dtype, kernel: int, compute: s
     ):
         check(view, w, scale, bias, compute)
     check(x, w, scale[:1], None, compute, stride=2)
+    # Channels last without saying so: the batch of a single image has any stride.
+    single = torch.randn(7, 6, 20).to(dtype).permute(2, 0, 1)
+    for view in (single, single[None]):
+        check(view, w, scale, bias, compute)
+        check(view, w, scale, bias, compute, stride=2)
+        check(view, w[:, :1], scale, bias, compute, groups=20)
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)
@@ -194,7 +200,9 @@ def test_channels(isa: str, compute: str, channels: int) -> None:
         w, scale, bias = torch.randn(outputs, channels, 3, 2), torch.rand(outputs) + 0.5, torch.randn(outputs)
         check(torch.randn(2, channels, 4, width), w, scale, bias, compute, padding=1)
     if channels == 17:
-        check(torch.randn(1, 17, 2, 2), torch.randn(4130, 17, 1, 1), torch.rand(4130), None, compute)
+        check(
+            torch.randn(1, 17, 2, 2), torch.randn(4130, 17, 1, 1), torch.rand(4130), None, compute, padding=1
+        )
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTE)

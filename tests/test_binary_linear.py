@@ -734,6 +734,7 @@ def test_foreign_tiles_are_refused() -> None:
         torch.ops.quantopt.binary_linear(x, ops.pack_signs(w), scale, None, 90, [1], 0, "exact", tiles[:, :1])
 
 
+@needs_extension
 def test_int8_refuses_sums_beyond_32_bits() -> None:
     k = 2**31 // 127 // 15 + 1
     with pytest.raises(ValueError, match="too large for the 32-bit sums"):

@@ -16,6 +16,9 @@ from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.ops.binary import COMPUTE, binary_tiles
 
 
+needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
+
+
 def binarised(weight: torch.Tensor) -> torch.Tensor:
     mean = weight.abs().flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1))
     return torch.where(weight >= 0, mean, -mean)
@@ -85,7 +88,8 @@ def test_a_state_dict_that_does_not_fit(
     layer = make()
     layer.scale.uniform_()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    state = {**layer.state_dict(), **change}
+    other = {name: torch.ones_like(tensor) for name, tensor in layer.state_dict().items()}
+    state = {**(layer.state_dict() if None in change.values() else other), **change}
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict({name: tensor for name, tensor in state.items() if tensor is not None})
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
@@ -131,6 +135,7 @@ def test_other_bits_are_seen(make: Callable[[], BinaryLinear | BinaryConv2d]) ->
         torch.testing.assert_close(layer(x), minus)
 
 
+@needs_extension
 @pytest.mark.parametrize(
     "make",
     [
@@ -175,6 +180,7 @@ def test_a_layer_made_in_inference_mode_lets_gradients_pass() -> None:
             torch.testing.assert_close(x.grad[0, :, 2, 2], weight, rtol=1e-4, atol=1e-4)
 
 
+@needs_extension
 def test_packed_under_another_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTOPT_CPU_ISA", "portable")
     layer = BinaryConv2d.from_conv2d(nn.Conv2d(16, 32, 3))
@@ -252,8 +258,27 @@ def test_constructor_errors(arguments: dict[str, object], message: str) -> None:
 
 
 def test_wrong_input_is_an_error() -> None:
-    with pytest.raises((ValueError, RuntimeError)):
-        BinaryLinear(40, 4)(torch.randn(2, 41))
+    layer, conv = BinaryLinear(40, 4), BinaryConv2d(3, 4, 3)
+    for x in (torch.randn(2, 41), torch.randn(2, 41, dtype=torch.float64), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="in_features=40"):
+            layer(x)
+    for dtype in (torch.int64, torch.uint8, torch.bool):
+        with pytest.raises(TypeError, match=f"x must be a floating tensor, not {dtype}"):
+            layer(torch.ones(2, 40, dtype=dtype))
+        with pytest.raises(TypeError, match=f"x must be a floating tensor, not {dtype}"):
+            conv(torch.ones(1, 3, 5, 5, dtype=dtype))
+
+
+def test_weights_that_do_not_fit_change_nothing() -> None:
+    bits, scale = torch.full((4, 5), 255, dtype=torch.uint8), torch.ones(4)
+    for layer, bias in (
+        (BinaryLinear(40, 4), torch.ones(5)),
+        (BinaryLinear(40, 4, bias=False), torch.ones(4)),
+    ):
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        with pytest.raises(ValueError, match="bias must be"):
+            layer.set_weights(bits, scale, bias)
+        assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
 
 
 def small_network(compute: str) -> nn.Module:
@@ -390,7 +415,7 @@ def test_fake_tensors(make: Callable[[], BinaryLinear | BinaryConv2d]) -> None:
         assert module(x).shape[:2] == (2, 64)
 
 
-@pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
+@needs_extension
 def test_only_plain_calls_pass_by_torch_ops() -> None:
     """Whatever watches or wraps tensors sees the operator; a plain call gives the same bits and errors without it."""
 

@@ -89,8 +89,7 @@ const char* refusal(Isa isa) {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   const bool vnni = v4 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-                    __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
-                    __builtin_cpu_supports("gfni");
+                    __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
     case Isa::portable: return nullptr;
     case Isa::avx2: return v3 ? nullptr : kNoProcessor;

@@ -96,6 +96,9 @@ class BinaryModule(nn.Module):
                 raise ValueError(
                     f"{name} must be {old.dtype} {list(old.shape)}, not {new.dtype} {list(new.shape)}"
                 )
+        shapes = [None if b is None else list(b.shape) for b in (bias, self.bias)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"bias must be {shapes[1]}, not {shapes[0]}")
         self.bits, self.scale = bits, scale
         if bias is not None:
             self.bias = bias.detach().to(torch.float32, copy=True)
@@ -126,10 +129,21 @@ class BinaryModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        rows = self.bits.shape[-2]
+        either = (
+            [] if self.group_size else [[1], [rows]]
+        )  # scales per tensor and per channel may replace each other
         for name, wanted in (("bits", "torch.uint8"), ("scale", "floating"), ("bias", "floating")):
-            new = state_dict.get(prefix + name)
-            if not isinstance(new, Tensor):
+            new, old = state_dict.get(prefix + name), self._buffers[name]
+            if not isinstance(new, Tensor) or old is None:
                 continue
+            shapes = [list(old.shape), *(either if name == "scale" else [])]
+            if list(new.shape) not in shapes:  # before anything is copied
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: it must be {' or '.join(map(str, shapes))}, not "
+                    f"{list(new.shape)}; this layer was not loaded"
+                )
+                return
             if not (new.dtype == torch.uint8 if name == "bits" else new.is_floating_point()):
                 # copy_ would convert anything.
                 error_msgs.append(
@@ -137,12 +151,7 @@ class BinaryModule(nn.Module):
                 )
                 return
         new = state_dict.get(prefix + "scale")
-        # Scales per tensor and per channel may replace each other.
-        if (
-            isinstance(new, Tensor)
-            and not self.group_size
-            and list(new.shape) in ([1], [self.bits.shape[-2]])
-        ):
+        if isinstance(new, Tensor) and new.shape != self.scale.shape:
             self.scale = self.scale.new_ones(new.shape)
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

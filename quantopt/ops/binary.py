@@ -69,6 +69,11 @@ def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.floa
     return reference.unpack_signs(bits, in_features, dtype)
 
 
+def _check_floating(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, not {_kind(x)}")
+
+
 def _check_bits(bits: Tensor, in_features: int, dims: Sequence[int]) -> None:
     if not isinstance(bits, Tensor) or bits.dtype != torch.uint8:
         raise TypeError(f"bits must be a uint8 tensor as pack_signs returns it, not {_kind(bits)}")
@@ -94,8 +99,7 @@ def _check_product(
     activation: str,
 ) -> list[int]:
     _check_bits(bits, in_features, (2, 3))
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating tensor, not {_kind(x)}")
+    _check_floating(x)
     arithmetic(compute)
     check_activation(activation)
     if not isinstance(group_size, int) or group_size < 0:
@@ -175,7 +179,7 @@ def conv_tiles(
 
     None too for fake tensors, which have no bits, and where the library's convolution runs on the CPU: for small groups
     (with less than a quarter of the 32 outputs or 16 channels that are taken together), and for scales of groups of
-    weights that are no multiple of 16 or have fewer than 64 outputs, unless the kernel is 1x1.
+    weights that are no multiple of 16 or, unless the kernel is 1x1, have fewer than 64 outputs.
     """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
@@ -329,15 +333,8 @@ def run_linear(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """:func:`binary_linear` without its checks, for modules that made them once (shapes of x are checked below)."""
-    if _in_forward_mode():
-        mode, dtype = arithmetic(compute), x.dtype
-        if mode != "exact":
-            x, mode = _straight_through(x, 1, mode), "exact"
-        y: Tensor = reference.binary_linear(
-            x, bits, scale, bias, in_features, plane_weights, group_size, mode, activation
-        )
-        return y.to(dtype)
+    """:func:`binary_linear` without its checks but that of x, for modules that made them once."""
+    forward_mode = _in_forward_mode()
     arguments = (
         x,
         bits,
@@ -350,10 +347,23 @@ def run_linear(
         tiles,
         activation,
     )
-    if _extension.binary_linear is not None and not is_compiling():
+    if _extension.binary_linear is not None and not forward_mode and not is_compiling():
         plain: Tensor | None = _extension.binary_linear(*arguments)
         if plain is not None:  # the operator's result: CPU tensors, no gradients, nothing that watches calls
             return plain
+    _check_floating(x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x must have in_features={in_features} as its last dimension, not shape {list(x.shape)}"
+        )
+    if forward_mode:
+        mode, dtype = arithmetic(compute), x.dtype
+        if mode != "exact":
+            x, mode = _straight_through(x, 1, mode), "exact"
+        y: Tensor = reference.binary_linear(
+            x, bits, scale, bias, in_features, plane_weights, group_size, mode, activation
+        )
+        return y.to(dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         result: Tensor = _Linear.apply(*arguments)
         return result
@@ -410,15 +420,11 @@ def binary_linear(
     weights = _check_product(
         x, bits, scale, bias, in_features, group_size, compute, plane_weights, activation
     )
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"x must have in_features={in_features} as its last dimension, not shape {list(x.shape)}"
-        )
     return run_linear(x, bits, scale, bias, in_features, weights, group_size, compute, tiles, activation)
 
 
 def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{name} must be one or two integers of at least {least}, not {value!r}")
     return pair[0], pair[1]
@@ -456,7 +462,8 @@ def binary_conv2d(
     and groups is a linear layer; else, with a processor with AVX2 and neither small groups nor an odd group_size (see
     :func:`conv_tiles`; modules keep the tiles), the product runs on the packed weights too. Where none of this holds, W
     is expanded to ±1 (exact in every type) for each call, and the library's convolution runs in fp32: that saves memory
-    but no time.
+    but no time. So it does where gradients for x or bias are asked for: call packed networks under torch.inference_mode
+    or no_grad. The same bits for any number of threads and images are promised for the packed kernels alone.
 
     Returns [B, N, H', W'] of the type of x, channels last in memory. Differentiable with respect to x and bias. Raises
     TypeError or ValueError naming the argument that does not fit.
@@ -467,8 +474,11 @@ def binary_conv2d(
         _pair(padding, "padding", 0),
         _pair(dilation, "dilation", 1),
     )
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
-        raise ValueError("x must be [B, C, H, W] or [C, H, W]")
+    _check_floating(x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must be [B, C, H, W] or [C, H, W], not of shape {list(x.shape)}")
+    if not isinstance(bits, Tensor) or bits.dim() not in (2, 3):
+        raise TypeError(f"bits must be a uint8 tensor [N, ceil(K/8)] or [P, N, ceil(K/8)], not {_kind(bits)}")
     channels = x.shape[-3]
     if not isinstance(groups, int) or groups < 1 or channels % groups or bits.shape[-2] % groups:
         raise ValueError(
@@ -514,7 +524,8 @@ def run_conv2d(
     tiles: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """:func:`binary_conv2d` without its checks, for modules that made them once (the operator checks x)."""
+    """:func:`binary_conv2d` without its checks but that of x's type, for modules that made them once."""
+    _check_floating(x)
     compute = arithmetic(compute)
     forward_mode, backward_mode = _in_forward_mode(), torch.is_grad_enabled()
     needs_grad = backward_mode and (x.requires_grad or (bias is not None and bias.requires_grad))
