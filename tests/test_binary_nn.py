@@ -15,7 +15,6 @@ from quantopt import _extension
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.ops.binary import COMPUTE, binary_tiles
 
-
 needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
 
