@@ -10,6 +10,7 @@
 #include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -291,7 +292,7 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   const BinaryArguments w = quantopt::check_binary(x, bits, scale, bias, in_features, plane_weights,
                                                    group_size, compute, activation);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
-                    "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
+                    "quantopt: x must have in_features=", in_features, " as its last dimension, not shape ",
                     x.sizes());
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.outputs;
@@ -356,10 +357,16 @@ void activate_by_library(quantopt::Activation activation, at::Tensor& y) {
 at::Tensor conv_by_library(const at::Tensor& x, const BinaryArguments& w, const at::Tensor& x_scale,
                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // it would round
   const at::Tensor weight = dense(w).view({w.outputs, x.size(1) / groups, kernel[0], kernel[1]});
   at::Tensor y = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
-  if (w.group_size == 0) y.mul_(w.scale.view({-1, 1, 1}));
-  if (x_scale.defined()) y.mul_(x_scale.view({-1, 1, 1, 1}));
+  at::Tensor factor;  // as the kernels multiply: one product of both scales
+  if (w.group_size == 0) factor = w.scale.view({-1, 1, 1});
+  if (x_scale.defined()) {
+    const at::Tensor of_images = x_scale.view({-1, 1, 1, 1});
+    factor = factor.defined() ? factor.mul(of_images) : of_images;
+  }
+  if (factor.defined()) y.mul_(factor);
   if (w.bias.defined()) y.add_(w.bias.view({-1, 1, 1}));
   activate_by_library(w.activation, y);
   return y.contiguous(at::MemoryFormat::ChannelsLast);

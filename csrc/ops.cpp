@@ -23,6 +23,7 @@ bool cpu_isa_supported(const std::string& name) {
 }  // namespace
 
 TORCH_LIBRARY(quantopt, m) {
+  quantopt::read_isa_choice();  // while Python waits: nothing writes to the environment meanwhile
   // What the extension was built with, as JSON.
   m.def("build_info() -> str", &build_info);
   // One optimizer step of a list of parameters of one dtype on one device, in place. rule: base, askew,
@@ -67,8 +68,11 @@ TORCH_LIBRARY(quantopt, m) {
   // The same for a convolution with so many channels and outputs in each group and positions of the kernel;
   // empty where the library's convolution is faster.
   m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");
-  // The instruction set that the CPU kernels use now; an error if QUANTOPT_CPU_ISA is unknown or unsupported.
+  // The instruction set that the CPU kernels use: QUANTOPT_CPU_ISA as it was when the library was loaded; an
+  // error if that is unknown or unsupported.
   m.def("cpu_isa() -> str", &cpu_isa);
+  // Reads QUANTOPT_CPU_ISA once more, for tests.
+  m.def("read_cpu_isa() -> ()", &quantopt::read_isa_choice);
   m.def("cpu_isa_supported(str name) -> bool",
         [](c10::string_view name) { return cpu_isa_supported(std::string(name)); });
 }

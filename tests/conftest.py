@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def force_isa(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Sets QUANTOPT_CPU_ISA, which is read when the extension is loaded, and has it read again."""
+    patch.setenv("QUANTOPT_CPU_ISA", name)
+    torch.ops.quantopt.read_cpu_isa()
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test once for each instruction set, forced through QUANTOPT_CPU_ISA."""
@@ -35,10 +41,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(_extension.error)
     if request.param not in supported_isas():
         pytest.skip(f"{request.param} is not built or not supported by this processor")
-    monkeypatch.setenv("QUANTOPT_CPU_ISA", request.param)
+    force_isa(monkeypatch, request.param)
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+    if _extension.error is None:
+        torch.ops.quantopt.read_cpu_isa()  # a test before may have forced another

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import supported_isas
+from conftest import force_isa, supported_isas
 from quantopt import _extension
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
@@ -399,7 +399,7 @@ def test_the_whole_configuration_is_written(assembly: str) -> None:
 def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     if "amx" not in _extension.build_info()["isas"]:
         pytest.skip("the compiler does not know AMX")
-    monkeypatch.setenv("QUANTOPT_CPU_ISA", "amx")
+    force_isa(monkeypatch, "amx")
     x, bits = torch.randn(8, 16), torch.zeros(4, 2, dtype=torch.uint8)
     for compute in ops.COMPUTE:
         with pytest.raises(

@@ -392,3 +392,41 @@ def test_gradients_with_scales_of_groups(compute: str) -> None:
     weight = reference.dense_weight(bits, scale, 54, [1], 16, torch.float32).view(5, 6, 3, 3)
     expected = F.conv_transpose2d(grad, weight)
     torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", [[127] * 516 + [4], [127] * 517], ids=["2^15", "more"])
+def test_sums_of_positions_that_just_leave_16_bits(isa: str, row: list[int]) -> None:
+    x = F.pad(torch.tensor(row, dtype=torch.float), (0, 251)).view(3, 256).T.reshape(1, 256, 1, 3)
+    bits = ops.pack_signs(torch.ones(33, 768))
+    for order in ([0, 1, 2], [2, 0, 1], [0, 2, 1]):
+        y = ops.binary_conv2d(x[..., order], bits, torch.ones(1), kernel_size=(1, 3), compute="int8")
+        assert torch.equal(y, x.sum().expand_as(y))
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_autocast_changes_nothing(isa: str, compute: str) -> None:
+    for channels, groups in ((8, 8), (16, 1)):
+        x, bits = torch.randn(2, channels, 5, 5), ops.pack_signs(torch.randn(8, channels // groups * 9))
+        form = {"kernel_size": 3, "groups": groups, "compute": compute}
+        expected = ops.binary_conv2d(x, bits, torch.ones(1), **form)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ops.binary_conv2d(x, bits, torch.ones(1), **form)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_infinities_padding_and_zero_scales(isa: str, compute: str) -> None:
+    w, bias = torch.randn(33, 20, 3, 3), torch.randn(33)
+    x = torch.randn(2, 20, 6, 5)
+    check(x, w, torch.zeros(33), bias, compute, padding=1)
+    x[1, 3, 2, 2], x[1, 5, 0, 0] = torch.inf, torch.nan
+    bits, scale = ops.pack_signs(w.flatten(1)), torch.rand(33) + 0.5
+    y = ops.binary_conv2d(x, bits, scale, bias, kernel_size=3, padding=1, compute=compute)
+    alone = ops.binary_conv2d(x[:1], bits, scale, bias, kernel_size=3, padding=1, compute=compute)
+    torch.testing.assert_close(y[:1], alone)
+    signs = torch.where(w >= 0, 1.0, -1.0) * scale[:, None, None, None]
+    expected = F.conv2d(x, signs, bias, padding=1)
+    if compute == "exact":
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    else:  # one scale for the image
+        assert y[1].isnan().all() and y[0].isfinite().all()

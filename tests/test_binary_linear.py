@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import supported_isas
+from conftest import force_isa, supported_isas
 from quantopt import _extension
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
@@ -384,7 +384,7 @@ def test_random_strides_and_offsets(data: st.DataObject) -> None:
     bits.copy_(ops.pack_signs(w))
     with pytest.MonkeyPatch.context() as patch:
         for name in supported_isas():
-            patch.setenv("QUANTOPT_CPU_ISA", name)
+            force_isa(patch, name)
             for compute in ops.COMPUTE:
                 y = ops.binary_linear(x, bits, scale, in_features=k, compute=compute)
                 check(y, *product(x, w, scale, None, compute=compute))
@@ -494,7 +494,7 @@ def test_instruction_sets_agree_in_int8(monkeypatch: pytest.MonkeyPatch) -> None
     x, w, scale, bias = make(7, 90, 1000)
     results = []
     for name in supported_isas():
-        monkeypatch.setenv("QUANTOPT_CPU_ISA", name)
+        force_isa(monkeypatch, name)
         results.append(ops.binary_linear(x, ops.pack_signs(w), scale, bias, in_features=1000, compute="int8"))
     assert all(torch.equal(results[0], r) for r in results[1:])
 
@@ -675,7 +675,7 @@ def test_errors_name_the_argument(change: dict[str, object], error: type[Excepti
     [
         (
             (torch.randn(3, 9), torch.zeros(4, 2, dtype=torch.uint8), torch.ones(4), None, 10, [1]),
-            "last dimension of x",
+            "as its last dimension",
         ),
         (
             (torch.randn(3, 10), torch.zeros(4, 1, dtype=torch.uint8), torch.ones(4), None, 10, [1]),
@@ -773,3 +773,46 @@ def test_reference_in_double_is_the_definition() -> None:
             torch.testing.assert_close(
                 y, product(values, w, factor, bias, group_size)[0], rtol=1e-12, atol=1e-12
             )
+
+
+@pytest.mark.parametrize(
+    "row", [[127] * 516 + [4], [127] * 517, [127, 127, 127, 126] * 129 + [127]], ids=["2^15", "more", "even"]
+)
+def test_sums_that_just_leave_16_bits(isa: str, row: list[int]) -> None:
+    """Half of sum |q| is 2^15 or a little more, in one chunk after two."""
+    x = torch.tensor([row, [-v for v in row], [127] + [0] * 516], dtype=torch.float)
+    for sign in (1.0, -1.0):
+        bits = ops.pack_signs(torch.full((130, 517), sign))
+        y = ops.binary_linear(x, bits, torch.ones(1), in_features=517, compute="int8")
+        assert torch.equal(y, (sign * x.sum(1, keepdim=True)).expand(-1, 130))
+
+
+def test_heavy_planes_are_exact(isa: str) -> None:
+    """Levels beyond a byte, with few outputs; sums of a panel beyond 2^24."""
+    for planes, k in (([128, 128], 64), ([127] * 5, 512)):
+        bits = torch.full((len(planes), 32, k // 8), 255, dtype=torch.uint8)
+        x = torch.full((16, k), 127.0)
+        y = ops.binary_linear(x, bits, torch.ones(1), in_features=k, compute="int8", plane_weights=planes)
+        assert torch.equal(y, torch.full((16, 32), 127.0 * k * sum(planes)))
+
+
+@needs_extension
+def test_tiles_of_another_view_or_length_are_not_used() -> None:
+    bits = ops.pack_signs(torch.randn(64, 64))
+    tiles = ops.binary_tiles(bits, 64)
+    turned = bits.as_strided((64, 8), (1, 64))
+    for other, strange in ((turned, tiles), (bits, ops.binary_tiles(bits, 61))):
+        x = torch.randn(4, 64)
+        y = ops.binary_linear(x, other, torch.ones(1), in_features=64, tiles=strange)
+        assert torch.equal(y, ops.binary_linear(x, other, torch.ones(1), in_features=64))
+
+
+def test_bits_on_another_device_are_an_error() -> None:
+    x, bits = torch.ones(2, 64), torch.zeros(32, 8, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match="bits is on meta, x on cpu"):
+        ops.run_linear(x, bits, torch.ones(1), None, 64, [1], 0, "exact", None, "none")
+    with pytest.raises(ValueError, match="bits is on meta, x on cpu"):
+        ops.run_conv2d(
+            x.view(1, 2, 8, 8), bits[:, :1], torch.ones(1), None,
+            (2, 2), (1, 1), (0, 0), (1, 1), 1, [1], 0, "exact", None, "none",
+        )  # fmt: skip

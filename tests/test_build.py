@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import quantopt
+from conftest import force_isa
 from quantopt import _extension
 from quantopt._version import __version__
 
@@ -61,7 +62,7 @@ def test_forced_isa(isa: str) -> None:
 
 @needs_extension
 def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUANTOPT_CPU_ISA", "sse9")
+    force_isa(monkeypatch, "sse9")
     with pytest.raises(RuntimeError, match="QUANTOPT_CPU_ISA=sse9 is unknown: use portable"):
         torch.ops.quantopt.cpu_isa()
 

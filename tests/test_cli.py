@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import force_isa
 from quantopt.backends import OPERATIONS
 from quantopt.train import cli
 from training_data import write_patterns
@@ -172,7 +173,7 @@ def test_env_without_the_extension():
 
 
 def test_env_with_an_unknown_instruction_set(monkeypatch, capsys):
-    monkeypatch.setenv("QUANTOPT_CPU_ISA", "mmx")
+    force_isa(monkeypatch, "mmx")
     assert run("env") == 0
     assert "mmx" in capsys.readouterr().out
 

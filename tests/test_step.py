@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import force_isa
 from quantopt import _extension
 from quantopt.ops.step import HYPER, RULES, fused_step, hyper_tensor
 from quantopt.reference import rounding
@@ -215,9 +216,9 @@ def test_instruction_sets_and_threads_agree_bit_for_bit(rule: str, monkeypatch: 
         if name and not torch.ops.quantopt.cpu_isa_supported(name):
             continue
         if name:
-            monkeypatch.setenv("QUANTOPT_CPU_ISA", name)
+            force_isa(monkeypatch, name)
         else:
-            monkeypatch.delenv("QUANTOPT_CPU_ISA", raising=False)
+            force_isa(monkeypatch, "")
         args = arguments(rule, shapes, scale="tensor" if rule == "base" else "channel")
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -362,7 +363,7 @@ def test_an_unknown_rule_or_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     args = arguments("askew", [(4,)])
     with pytest.raises(ValueError, match="unknown rule"):
         fused_step("frobnicate", *args[1:], backend="cpu")
-    monkeypatch.setenv("QUANTOPT_CPU_ISA", "sse9")
+    force_isa(monkeypatch, "sse9")
     with pytest.raises(RuntimeError, match="QUANTOPT_CPU_ISA"):
         fused_step(*args, backend="cpu")
 

@@ -1,7 +1,9 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -114,6 +116,9 @@ Isa detect_best() {
   return best;
 }
 
+std::atomic<Isa> chosen{Isa::portable};
+std::atomic<const char*> refused{nullptr};  // why QUANTOPT_CPU_ISA is, in words that stay
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -135,16 +140,26 @@ Isa best_isa() {
 }
 
 Isa active_isa() {
-  const char* name = std::getenv("QUANTOPT_CPU_ISA");
-  if (name == nullptr || *name == '\0') return best_isa();
-  const std::string prefix = "QUANTOPT_CPU_ISA=";
-  for (Isa isa : kIsas) {
-    if (std::string(name) != isa_name(isa)) continue;
-    if (!built(isa)) throw std::runtime_error(prefix + name + " was not built");
-    if (const char* why = refusal(isa)) throw std::runtime_error(prefix + name + " " + why);
-    return isa;
+  if (const char* why = refused.load()) throw std::runtime_error(std::string("QUANTOPT_CPU_ISA=") + why);
+  return chosen.load();
+}
+
+void read_isa_choice() {
+  const char* value = std::getenv("QUANTOPT_CPU_ISA");
+  const std::string name = value == nullptr ? "" : value;
+  const char* found = nullptr;  // what is wrong with it
+  Isa isa = best_isa();
+  if (!name.empty()) {
+    found = "is unknown: use portable, avx2, avx512, avx512vnni or amx";
+    for (Isa known : kIsas) {
+      if (name != isa_name(known)) continue;
+      isa = known;
+      found = built(known) ? refusal(known) : "was not built";
+    }
   }
-  throw std::runtime_error(prefix + name + " is unknown: use portable, avx2, avx512, avx512vnni or amx");
+  static std::set<std::string> reasons;
+  chosen.store(isa);
+  refused.store(found == nullptr ? nullptr : reasons.insert(name + " " + found).first->c_str());
 }
 
 }  // namespace quantopt

@@ -20,9 +20,13 @@ bool isa_supported(Isa isa);
 Isa best_isa();
 
 // best_isa(), or the one that the environment variable QUANTOPT_CPU_ISA names (portable, avx2, avx512,
-// avx512vnni, amx; empty: no choice). The variable is read at every call. Throws std::runtime_error with the
-// reason if the name is unknown or the instruction set is not supported.
+// avx512vnni, amx; empty: no choice). Throws std::runtime_error with the reason if the name is unknown or the
+// instruction set is not supported. Any thread may call it.
 Isa active_isa();
+
+// Reads the variable: when the library is loaded, and for tests. Not while a thread may write to the
+// environment.
+void read_isa_choice();
 
 }  // namespace quantopt
 

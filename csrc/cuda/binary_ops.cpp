@@ -138,7 +138,7 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArg
                     const std::optional<at::Tensor>& tiles, c10::string_view kernel, int64_t shape,
                     int64_t splits) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features,
-                    "quantopt: the last dimension of x must be in_features=", in_features, ", x has shape ",
+                    "quantopt: x must have in_features=", in_features, " as its last dimension, not shape ",
                     x.sizes());
   const c10::DeviceGuard guard(x.device());
   std::vector<int64_t> sizes = x.sizes().vec();

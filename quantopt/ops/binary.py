@@ -74,6 +74,12 @@ def _check_floating(x: Tensor) -> None:
         raise TypeError(f"x must be a floating tensor, not {_kind(x)}")
 
 
+def _check_devices(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("bits", bits), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
+
+
 def _check_bits(bits: Tensor, in_features: int, dims: Sequence[int]) -> None:
     if not isinstance(bits, Tensor) or bits.dtype != torch.uint8:
         raise TypeError(f"bits must be a uint8 tensor as pack_signs returns it, not {_kind(bits)}")
@@ -116,9 +122,7 @@ def _check_product(
         raise TypeError(f"bias must be a floating tensor or None, not {_kind(bias)}")
     if bias is not None and list(bias.shape) != [outputs]:
         raise ValueError(f"bias must have shape [{outputs}], not {list(bias.shape)}")
-    for name, tensor in (("bits", bits), ("scale", scale), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
+    _check_devices(x, bits, scale, bias)
     planes = bits.shape[0] if bits.dim() == 3 else 1
     if planes == 0:
         raise ValueError("bits must have at least one plane")
@@ -651,6 +655,7 @@ def _(
     compute: str,
     activation: str,
 ) -> Tensor:
+    _check_devices(x, bits, scale, bias)  # with bits on "meta" this runs for any x
     return _empty_conv2d(x, bits, kernel_size, stride, padding, dilation)
 
 
@@ -666,6 +671,7 @@ def _(
     compute: str,
     activation: str,
 ) -> Tensor:
+    _check_devices(x, bits, scale, bias)
     return x.new_empty([*x.shape[:-1], bits.shape[-2]])
 
 
@@ -684,6 +690,7 @@ if _extension.error is None:
         tiles: Tensor | None = None,
         activation: str = "none",
     ) -> Tensor:
+        _check_devices(x, bits, scale, bias)
         return x.new_empty([*x.shape[:-1], bits.shape[-2]])
 
     @torch.library.register_fake("quantopt::binary_conv2d")
@@ -703,6 +710,7 @@ if _extension.error is None:
         tiles: Tensor | None = None,
         activation: str = "none",
     ) -> Tensor:
+        _check_devices(x, bits, scale, bias)
         return _empty_conv2d(x, bits, kernel_size, stride, padding, dilation)
 
     @torch.library.register_fake("quantopt::binary_tiles_and_weight")
