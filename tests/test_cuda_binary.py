@@ -780,7 +780,7 @@ def test_operator(host: Any) -> None:
         ),
         ((x, bits, torch.rand(5, 3), None, 40, [1], 16), NotImplementedError, "scales of 32, 64"),
         ((x, bits.expand(9, 5, 5), scale, None, 40, [1] * 9), NotImplementedError, "8 planes"),
-        ((x[..., :9], bits, scale, None, 40, [1]), ValueError, "last dimension of x"),
+        ((x[..., :9], bits, scale, None, 40, [1]), ValueError, "as its last dimension"),
         ((x, bits, scale.to("meta"), None, 40, [1]), ValueError, "must be on cpu"),
     ]:
         with pytest.raises(error, match=message):
