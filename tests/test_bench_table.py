@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ CONTENDERS = (
 )
 
 
+MODULES = ("common", "gemm", "gemm_cuda", "packed_models", "llama")  # of bench/
+
+
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCH))
-    for name in ("common", "gemm_cuda"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("gemm_cuda")
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    yield importlib.import_module("gemm_cuda")
+    for name in MODULES:  # other tests replace parts of their own
+        sys.modules.pop(name, None)
 
 
 def test_ratios_and_targets(bench: Any) -> None:
@@ -91,7 +97,6 @@ def test_a_failure_ends_the_run_after_its_table(
 def test_rows_of_several_thread_counts(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "gemm", raising=False)
     gemm = importlib.import_module("gemm")
     used: list[int] = []
 
