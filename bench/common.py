@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -110,31 +111,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_json(
-    rows: Sequence[Mapping[str, Any]],
-    json_path: str | None,
-    threads: int | Sequence[int],
-    *,
-    device: str = "cpu",
+    rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Device, date, commit, versions, most threads and rows, written to ``json_path`` if there is one."""
-    counts = [threads] if isinstance(threads, int) else list(threads)
-    result = {**header(device, max(counts)), "rows": [dict(r) for r in rows]}
+    """Device, date, commit, versions, threads (the most) and rows, written to ``json_path`` if there is one."""
+    result = {**header(device, threads), "rows": [dict(r) for r in rows]}
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
+def results_path(kind: str) -> str:
+    """bench/results/<kind>-<name of the GPU>.json"""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return str(Path(__file__).resolve().parent / "results" / f"{kind}-{name}.json")
+
+
 def report(
-    rows: Sequence[Mapping[str, Any]],
-    json_path: str | None,
-    threads: int | Sequence[int],
-    *,
-    device: str = "cpu",
+    rows: Sequence[Mapping[str, Any]], json_path: str | None, threads: int, *, device: str = "cpu"
 ) -> dict[str, Any]:
     """Prints the table of the rows, and writes them as :func:`write_json` does."""
     result = write_json(rows, json_path, threads, device=device)
-    counts = threads if isinstance(threads, int) else ", ".join(map(str, threads))
-    print(f"{result['device']}; torch {torch.__version__}; threads: {counts}; commit {result['commit']}")
+    print(f"{result['device']}; torch {torch.__version__}; threads: {threads}; commit {result['commit']}")
     print(table(rows))
     return result
 

@@ -10,10 +10,8 @@ is 1.
 """
 
 import argparse
-import re
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
@@ -145,8 +143,7 @@ def main() -> None:
         raise SystemExit("there is no CUDA device")
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"conv-{name}.json")
+    path = arguments.json or common.results_path("conv")
 
     def write(done: list[dict[str, Any]]) -> None:
         common.write_json(done, path, arguments.threads, device=DEVICE)

@@ -259,7 +259,7 @@ def main() -> None:
             for name, part in PARTS.items():
                 if arguments.only in (None, name):
                     rows += [{**row, "threads": threads} for row in part(arguments)]
-    common.report(rows, arguments.json, arguments.threads)
+    common.report(rows, arguments.json, max(arguments.threads))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ import argparse
 import importlib
 import importlib.util
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
@@ -357,10 +355,8 @@ def main(arguments: argparse.Namespace) -> None:
         for row in part(arguments.min_time):
             rows.append(row)
             print(json.dumps(row), flush=True)  # stays in the log if the time runs out
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    kind = arguments.only or "gemm"
-    path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"{kind}-{name}.json")
-    common.report(rows, path, arguments.threads, device=DEVICE)
+    path = arguments.json or common.results_path(arguments.only or "gemm")
+    common.report(rows, path, torch.get_num_threads(), device=DEVICE)
     failed = [r for r in rows if r.get("status") == "failed"]
     short = [r for r in rows if r["ok"] is False and r not in failed]
     summary = {"rows": len(rows), "fall short": len(short), "failed": len(failed), "written to": path}

@@ -14,10 +14,8 @@ is printed, and the exit status is 1.
 
 import argparse
 import copy
-import re
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import common
@@ -189,8 +187,7 @@ def cuda_main(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is no CUDA device")
     torch.backends.cudnn.benchmark = True
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = arguments.json or str(Path(__file__).resolve().parent / "results" / f"models-{name}.json")
+    path = arguments.json or common.results_path("models")
 
     def write(done: list[dict[str, object]]) -> None:
         common.write_json(done, path, arguments.threads, device=DEVICE)

@@ -43,7 +43,7 @@ part() {
 tool_part() {
   local name=$1 limit=$2 tool=$3 path
   shift 3
-  path=$(command -v "$tool" || ls /usr/local/cuda/bin/"$tool" /opt/nvidia/nsight-compute/*/"$tool" 2>/dev/null | head -n 1)
+  path=$(command -v "$tool" || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/"$tool" /opt/nvidia/nsight-compute/*/"$tool" 2>/dev/null | head -n 1)
   if [[ -z $path ]]; then
     summary+=("$name: LEFT OUT, $tool is absent")
     failed=1

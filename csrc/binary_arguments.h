@@ -46,8 +46,8 @@ inline at::Tensor rounded(const at::Tensor& x, const BinaryArguments& w) {
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features);
 inline int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : bits.size(0); }
 
-// What a layout of bits for kernels was made for: the length of a row, and whatever else it depends on.
-using TilesForm = std::array<int64_t, 4>;
+// What a layout of bits for kernels was made for: the length of a row, kernel positions and groups.
+using TilesForm = std::array<int64_t, 3>;
 
 // Lets `tiles`, which were derived from `bits`, remember that: their storage holds that of the bits, so that
 // no other bits can take its place. A copy of tiles remembers nothing. `weight`: kept with them, W expanded.

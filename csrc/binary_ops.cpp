@@ -127,7 +127,7 @@ void run(const Kernels& kernels, const BinaryLinear& p) {
                    });
 }
 
-TilesForm linear_form(int64_t inputs) { return {inputs, 1, 1, 0}; }
+TilesForm linear_form(int64_t inputs) { return {inputs, 1, 1}; }
 
 at::Tensor binary_tiles_with(const Kernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
                              int64_t inputs) {
@@ -155,19 +155,23 @@ at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   return tiles;
 }
 
-// Whether a convolution runs on tiles, if the instruction set has such a kernel: not with small groups. With
-// less than a quarter of the 32 outputs or 16 channels that are taken together, the library's convolution is
-// faster. `channels`: of tiles, those of all kernel positions with scales for groups of weights.
-bool conv_takes_tiles(int64_t outputs, int64_t channels, int64_t groups) {
+// Whether a convolution runs on tiles, where the instruction set has such kernels; else the library's is
+// faster. With groups of channels: not with less than a quarter of the 32 outputs or 16 channels that are
+// taken together. With scales for groups of weights, which run along whole rows of W: those of whole words,
+// and enough outputs to gather the values of several kernel positions for.
+bool conv_takes_tiles(int64_t outputs, int64_t channels, int64_t taps, int64_t groups, int64_t group_size) {
+  constexpr int64_t kPatchOutputs = 64;
+  if (group_size > 0) {
+    if (group_size % 16 != 0 || (taps > 1 && outputs < kPatchOutputs)) return false;
+    channels *= taps;
+  }
   return groups == 1 || 4 * outputs * channels >= (outputs + 31) / 32 * 32 * ((channels + 15) / 16 * 16);
 }
 
-// Tiles of [groups, planes, kernel positions] times [outputs, channels] of a group. Empty if none are used.
+// Tiles of [groups, planes, kernel positions] times [outputs, channels] of a group.
 at::Tensor derive_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
   const at::Tensor dense = quantopt::check_bits(bits, channels * taps);
   const int64_t planes = quantopt::planes_of(dense), outputs = dense.size(-2) / groups;
-  if (!conv_takes_tiles(outputs, channels, groups))
-    return at::empty({0}, at::TensorOptions().dtype(at::kShort));
   const int64_t row = dense.size(-1), bytes = (channels + 7) / 8;
   const at::Tensor by_tap =
       at::zeros({groups * planes * taps * outputs, bytes}, at::TensorOptions().dtype(at::kByte));
@@ -190,10 +194,17 @@ at::Tensor derive_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t t
                            channels);
 }
 
-at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
+                             int64_t group_size) {
   quantopt::check_conv_form(bits, channels, taps, groups);
+  if (!conv_takes_tiles(bits.size(-2) / groups, channels, taps, groups, group_size))
+    return at::empty({0}, at::TensorOptions().dtype(at::kShort));
+  if (group_size > 0) {
+    channels *= taps;
+    taps = 1;
+  }
   const at::Tensor tiles = derive_conv_tiles(bits, channels, taps, groups);
-  quantopt::tie_tiles(tiles, bits, {channels * taps, taps, groups, 0});
+  quantopt::tie_tiles(tiles, bits, {channels * taps, taps, groups});
   return tiles;
 }
 
@@ -392,12 +403,20 @@ void gather_patch(const BinaryConv& c, const T* x, int64_t index, T* patch) {
   }
 }
 
-// Outputs of a group below which the library's convolution is faster than gathering patches.
-constexpr int64_t kPatchOutputs = 64;
-
-// c as the product `w` of whole rows of W, which their groups of weights run along, with gathered values.
-void run_on_patches(const Kernels& kernels, const BinaryConv& c, const BinaryLinear& w) {
+// c with a scale for each `group` weights of a row of W: the product of whole rows with gathered values.
+void run_on_patches(const Kernels& kernels, const BinaryConv& c, int64_t group) {
   constexpr int64_t kRows = 16;  // pixels gathered at once
+  BinaryLinear w{};
+  w.outputs = c.outputs;
+  w.inputs = c.channels * c.kernel[0] * c.kernel[1];
+  w.planes = c.planes;
+  w.tiles = c.tiles;
+  w.plane_weights = c.plane_weights;
+  w.scale = c.scale;
+  w.scale_stride = c.scale_stride;
+  w.group = group;
+  w.bias = c.bias;
+  w.activation = c.activation;
   const int64_t pixels = c.images * c.out_height * c.out_width, blocks = (pixels + kRows - 1) / kRows;
   const int64_t bands = (w.outputs + quantopt::kBandRows - 1) / quantopt::kBandRows;
   const int64_t work = kRows * quantopt::kBandRows * w.inputs * w.planes;
@@ -486,26 +505,19 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     }
     return as_type(y, x.scalar_type());
   }
-  // Groups of weights run along whole rows of W: those are tiles then, as of one kernel position.
-  const int64_t taps = group_size > 0 ? 1 : kernel[0] * kernel[1], inputs = w.inputs / taps;
-  BinaryLinear p{};
-  p.outputs = outputs;
-  p.inputs = w.inputs;
-  p.planes = w.planes();
-  p.plane_weights = w.plane_weights.data();
-  p.scale_stride = w.scale_stride();
-  p.group = group_size;
-  p.activation = w.activation;
   // Summed plane by plane, an infinity becomes NaN where planes differ: it is multiplied by levels, as tiles
   // do.
   const bool by_levels = w.planes() > 1 && !w.quantize && !amx && !all_finite(values);
-  if (by_levels || !conv_takes_tiles(outputs, inputs, groups) ||
-      !(group_size > 0 ? outputs >= kPatchOutputs && kernels.uses_tiles(p) : kernels.conv_available())) {
-    return conv_by_library(values.to(at::kFloat), w, x_scale, kernel, stride, padding, dilation, groups)
-        .to(x.scalar_type());
+  const int64_t all_taps = kernel[0] * kernel[1];
+  if (by_levels || !kernels.conv_available() ||
+      !conv_takes_tiles(outputs, channels, all_taps, groups, group_size)) {
+    const at::Tensor fp32 = as_type(values, at::kFloat);
+    return as_type(conv_by_library(fp32, w, x_scale, kernel, stride, padding, dilation, groups),
+                   x.scalar_type());
   }
+  const int64_t taps = group_size > 0 ? 1 : all_taps, inputs = w.inputs / taps;  // of tiles
   const at::Tensor layout =
-      layout_of(tiles, bits, {w.inputs, taps, groups, 0}, groups * p.planes * taps, outputs, inputs,
+      layout_of(tiles, bits, {w.inputs, taps, groups}, groups * w.planes() * taps, outputs, inputs,
                 [&] { return derive_conv_tiles(w.bits, inputs, taps, groups); });
   BinaryConv c{};
   c.images = x.size(0);
@@ -523,10 +535,10 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     c.padding[i] = padding[i];
     c.dilation[i] = dilation[i];
   }
-  c.planes = p.planes;
-  c.plane_weights = p.plane_weights;
-  c.scale_stride = p.scale_stride;
-  c.activation = p.activation;
+  c.planes = w.planes();
+  c.plane_weights = w.plane_weights.data();
+  c.scale_stride = w.scale_stride();
+  c.activation = w.activation;
   if (w.quantize) c.x_scale = x_scale.const_data_ptr<float>();
   for (int64_t group = 0; group < groups; ++group) {
     c.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>()) +
@@ -542,10 +554,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
     }
     c.y = y.mutable_data_ptr<float>() + group * outputs;
     if (group_size > 0) {
-      p.tiles = c.tiles;
-      p.scale = c.scale;
-      p.bias = c.bias;
-      run_on_patches(kernels, c, p);
+      run_on_patches(kernels, c, group_size);
     } else if (amx) {
       run_on_amx(c);
     } else {

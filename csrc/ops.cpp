@@ -65,9 +65,9 @@ TORCH_LIBRARY(quantopt, m) {
   m.def(
       "binary_tiles_and_weight(Tensor bits, int in_features, int[] plane_weights, ScalarType dtype) -> "
       "Tensor");
-  // The same for a convolution with so many channels and outputs in each group and positions of the kernel;
-  // empty where the library's convolution is faster.
-  m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");
+  // The same for a convolution with so many channels and outputs in each group, positions of the kernel and
+  // weights that share a scale (0: all of a row); empty where the library's convolution is faster.
+  m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups, int group_size=0) -> Tensor");
   // The instruction set that the CPU kernels use: QUANTOPT_CPU_ISA as it was when the library was loaded; an
   // error if that is unknown or unsupported.
   m.def("cpu_isa() -> str", &cpu_isa);

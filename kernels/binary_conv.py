@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantopt.kernels.binary_linear import Config, config_for, finish, finish_kernel, larger, splits_for
+from quantopt.kernels.binary_linear import Config, add_up, config_for, finish, larger, splits_for
 
 
 @triton.jit
@@ -321,17 +321,5 @@ def binary_conv2d(
             **meta,
         )
         if splits > 1:
-            block = 1024
-            finish_kernel[(triton.cdiv(all_outputs, block), rows)](
-                sums,
-                y_ptr=y,
-                rows=rows,
-                outputs=all_outputs,
-                splits=splits,
-                rows_of_scale=size[0] * size[1],
-                BLOCK=block,
-                enable_fp_fusion=False,
-                **arguments,
-                **meta,
-            )
+            add_up(sums, y, arguments, meta, rows_of_scale=size[0] * size[1])
     return y

@@ -384,7 +384,8 @@ def multiply_by_library(
         sums = library_product(some, w)
         if w.shape[0] != outputs:
             sums = sums[:, :outputs].contiguous()
-        add_up(sums, target, 1, arguments, meta)
+        # int8 has rows more
+        add_up(sums[: len(target)].unsqueeze(0), target, arguments, meta)
 
 
 def quantize(x: Tensor, q: Tensor, x_scale: Tensor, inputs: int) -> None:
@@ -393,9 +394,11 @@ def quantize(x: Tensor, q: Tensor, x_scale: Tensor, inputs: int) -> None:
     quantize_kernel[(x.shape[0],)](x, q, x_scale, inputs, q.shape[1], x.stride(0), BLOCK=block)
 
 
-def add_up(sums: Tensor, y: Tensor, splits: int, arguments: dict[str, Any], meta: dict[str, Any]) -> None:
-    """y [M, N] from sums [splits, M, N]."""
-    rows, outputs = y.shape
+def add_up(
+    sums: Tensor, y: Tensor, arguments: dict[str, Any], meta: dict[str, Any], rows_of_scale: int = 1
+) -> None:
+    """y, M rows of N, from sums [splits, M, N]; ``rows_of_scale``: rows that share a scale of x."""
+    splits, rows, outputs = sums.shape
     block = 1024
     finish_kernel[(triton.cdiv(outputs, block), rows)](
         sums,
@@ -403,7 +406,7 @@ def add_up(sums: Tensor, y: Tensor, splits: int, arguments: dict[str, Any], meta
         rows=rows,
         outputs=outputs,
         splits=splits,
-        rows_of_scale=1,
+        rows_of_scale=rows_of_scale,
         BLOCK=block,
         enable_fp_fusion=False,
         **arguments,
@@ -505,5 +508,5 @@ def binary_linear(
             **meta,
         )
         if splits > 1:
-            add_up(sums, y.view(rows, outputs), splits, arguments, meta)
+            add_up(sums, y, arguments, meta)
     return y

@@ -132,6 +132,27 @@ def test_a_module_keeps_tiles_of_groups_of_weights(compute: str) -> None:
     assert error < (2e-2 if compute == "int8" else 1e-6)
 
 
+@needs_extension
+def test_what_keeps_tiles_reads_them(isa: str) -> None:
+    """With few outputs, beyond 1x1 and with sizes of groups that are no words, neither."""
+    used = set()
+    for outputs, kernel, group_size in itertools.product((6, 64), (1, 2), (16, 20)):
+        layer = BinaryConv2d(40, outputs, kernel, padding=1, scale="group", group_size=group_size)
+        w = torch.randn(outputs, 40 * kernel**2)
+        layer.set_weights(ops.pack_signs(w), torch.rand(layer.scale.shape) + 0.5, torch.randn(outputs))
+        x = torch.randn(2, 40, 6, 5)
+        expected = layer(x)
+        torch.testing.assert_close(
+            expected, F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=1e-4, atol=1e-4
+        )
+        if layer.tiles is None:
+            continue
+        used.add((outputs, kernel, group_size))
+        layer.tiles.data.bitwise_not_()  # which torch does not count
+        assert torch.equal(layer(x), expected) == (isa == "portable")
+    assert used == {(6, 1, 16), (64, 1, 16), (64, 2, 16)}
+
+
 def test_far_apart(isa: str) -> None:
     """Kernel positions further apart than the image is high take no more memory than the image."""
     if isa == "portable":

@@ -1,11 +1,12 @@
 """The CUDA products with packed weights: their source run on the host, what nvcc made of it, results on a GPU."""
 
+import contextlib
 import itertools
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def guarded_copy(t: Tensor) -> Tensor:
     return t.as_strided([length], [1], t.storage_offset()).clone().as_strided(t.shape, t.stride())
 
 
+@contextlib.contextmanager
+def placing(host: Any, device: str, capability: int, processors: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What brings a tensor to ``device``: to the host, between guard pages, with such a device emulated there."""
+    if device != "cpu":
+        yield lambda t: t.to(device)
+        return
+    host.device(capability, processors)
+    host.guard(True)
+    try:
+        yield guarded_copy
+    finally:
+        host.guard(False)
+
+
 class Case:
     """A product with random weights; its exact result, and what the error is relative to."""
 
@@ -107,12 +122,8 @@ class Case:
     ) -> Tensor:
         """y by ``kernel`` ("": the one of the table), mma divided by ``shape`` and ``splits`` (-1: as planned)."""
         tensors = [self.x, self.bits, self.scale, self.bias]
-        if device == "cpu":
-            host.device(capability, processors)
-            host.guard(True)
-        try:
-            move = guarded_copy if device == "cpu" else lambda t: t.to(device)
-            x, bits, scale, bias = (None if t is None else move(t) for t in tensors)
+        with placing(host, device, capability, processors) as place:
+            x, bits, scale, bias = (None if t is None else place(t) for t in tensors)
             compute = compute or ("int8" if self.int8 else "exact")
             tail = (self.group, compute, host.binary_tiles(bits, self.k), self.activation)
             if not kernel:
@@ -121,9 +132,6 @@ class Case:
                 y = host.binary_linear_by(
                     x, bits, scale, bias, self.k, self.plane_weights, kernel, shape, splits, *tail
                 )
-        finally:
-            if device == "cpu":
-                host.guard(False)
         return y.cpu().clone()
 
     def expected(self) -> tuple[Tensor, Tensor]:
@@ -240,18 +248,11 @@ class ConvCase:
         compute: str = "",
     ) -> Tensor:
         tensors = [self.x, self.bits, self.scale, self.bias]
-        if device == "cpu":
-            host.device(capability, processors)
-            host.guard(True)
-        try:
-            move = guarded_copy if device == "cpu" else lambda t: t.to(device)
-            x, bits, scale, bias = (None if t is None else move(t) for t in tensors)
+        with placing(host, device, capability, processors) as place:
+            x, bits, scale, bias = (None if t is None else place(t) for t in tensors)
             derived = host.binary_conv_tiles(bits, self.channels, self.taps, self.form[4]) if tiles else None
             compute = compute or ("int8" if self.int8 else "exact")
             y = host.binary_conv2d(x, bits, scale, bias, *self.form, 0, compute, derived, self.activation)
-        finally:
-            if device == "cpu":
-                host.guard(False)
         assert y.is_contiguous(memory_format=torch.channels_last)
         return y.cpu().clone()
 

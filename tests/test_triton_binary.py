@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compiled_kernels import compile_product
 from interpreted_kernels import interpreted_kernels
 from quantopt.ops import binary as ops
 from quantopt.reference import binary as reference
@@ -277,50 +278,20 @@ def test_compiles_ahead_of_time(
     architecture: int, rows: int, kind: str, group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To tensor-core instructions, with 16-byte loads of the bits, in a second."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from quantopt.kernels import binary_linear as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = kernels.config_for(rows, group_size)
-    int8 = kind == "*i8"
-    constants: dict[str, Any] = {
-        "PLANE_WEIGHTS": (1,),
-        "GROUP": group_size,
-        "ONE_SCALE": False,
-        "INT8": int8,
-        "PARTIAL": False,
-        "ACTIVATION": "gelu",
-        "ROWS": config.rows,
-        "OUTPUTS": config.outputs,
-        "INPUTS": config.inputs,
-        ("scale_ptr" if group_size else "group_scale_ptr"): None,
-    }
-    if not int8:
-        constants["x_scale_ptr"] = None
-    names = kernels.linear_kernel.arg_names
-    types = {"x_ptr": kind, "bits_ptr": "*u8", "out_ptr": "*fp16"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in names
-    }
-    even = ("outputs", "inputs", "x_stride", "row_bytes", "groups")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name in even)
-    }
-    compiled = triton.compile(
-        ASTSource(kernels.linear_kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            "enable_fp_fusion": False,
+    compiled = compile_product(
+        kernels.linear_kernel,
+        kernels.config_for(rows, group_size),
+        kind,
+        architecture,
+        {
+            "GROUP": group_size,
+            "ACTIVATION": "gelu",
+            ("scale_ptr" if group_size else "group_scale_ptr"): None,
         },
+        even=("outputs", "inputs", "x_stride", "row_bytes", "groups"),
     )
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     ptx = compiled.asm["ptx"]

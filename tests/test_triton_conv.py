@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compiled_kernels import compile_product
 from interpreted_kernels import interpreted_kernels
 from quantopt import backends
 from quantopt.nn import BinaryConv2d
@@ -223,48 +224,17 @@ def test_compiles_ahead_of_time(
     architecture: int, rows: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To tensor-core instructions with asynchronous copies of x, and no array in local memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from quantopt.kernels import binary_conv as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = kernels.block_for(rows, 256, 256)
-    constants: dict[str, Any] = {
-        "PLANE_WEIGHTS": (1,),
-        "ONE_SCALE": False,
-        "INT8": kind == "*i8",
-        "PARTIAL": False,
-        "ACTIVATION": "relu",
-        "ROWS": config.rows,
-        "OUTPUTS": config.outputs,
-        "INPUTS": config.inputs,
-        **dict.fromkeys(("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w"), 1),
-    }
-    if kind != "*i8":
-        constants["x_scale_ptr"] = None
-    names = kernels.conv_kernel.arg_names
-    types = {"x_ptr": kind, "bits_ptr": "*u8", "out_ptr": "*fp16"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in names
-    }
-    even = ("all_channels", "channels", "all_outputs", "outputs")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name in even)
-    }
-    compiled = triton.compile(
-        ASTSource(kernels.conv_kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            "enable_fp_fusion": False,
-        },
+    steps = ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")
+    compiled = compile_product(
+        kernels.conv_kernel,
+        kernels.block_for(rows, 256, 256),
+        kind,
+        architecture,
+        {"ACTIVATION": "relu", **dict.fromkeys(steps, 1)},
+        even=("all_channels", "channels", "all_outputs", "outputs"),
     )
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     ptx = compiled.asm["ptx"]

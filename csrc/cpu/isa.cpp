@@ -116,8 +116,7 @@ Isa detect_best() {
   return best;
 }
 
-std::atomic<Isa> chosen{Isa::portable};
-std::atomic<const char*> refused{nullptr};  // why QUANTOPT_CPU_ISA is, in words that stay
+std::atomic<const std::string*> wanted{nullptr};  // QUANTOPT_CPU_ISA as it was read, in a string that stays
 
 }  // namespace
 
@@ -140,26 +139,22 @@ Isa best_isa() {
 }
 
 Isa active_isa() {
-  if (const char* why = refused.load()) throw std::runtime_error(std::string("QUANTOPT_CPU_ISA=") + why);
-  return chosen.load();
+  const std::string* const name = wanted.load();
+  if (name == nullptr || name->empty()) return best_isa();
+  const std::string prefix = "QUANTOPT_CPU_ISA=" + *name;
+  for (Isa isa : kIsas) {
+    if (*name != isa_name(isa)) continue;
+    if (!built(isa)) throw std::runtime_error(prefix + " was not built");
+    if (const char* why = refusal(isa)) throw std::runtime_error(prefix + " " + why);
+    return isa;
+  }
+  throw std::runtime_error(prefix + " is unknown: use portable, avx2, avx512, avx512vnni or amx");
 }
 
 void read_isa_choice() {
-  const char* value = std::getenv("QUANTOPT_CPU_ISA");
-  const std::string name = value == nullptr ? "" : value;
-  const char* found = nullptr;  // what is wrong with it
-  Isa isa = best_isa();
-  if (!name.empty()) {
-    found = "is unknown: use portable, avx2, avx512, avx512vnni or amx";
-    for (Isa known : kIsas) {
-      if (name != isa_name(known)) continue;
-      isa = known;
-      found = built(known) ? refusal(known) : "was not built";
-    }
-  }
-  static std::set<std::string> reasons;
-  chosen.store(isa);
-  refused.store(found == nullptr ? nullptr : reasons.insert(name + " " + found).first->c_str());
+  static std::set<std::string> names;
+  const char* const name = std::getenv("QUANTOPT_CPU_ISA");
+  wanted.store(&*names.insert(name == nullptr ? "" : name).first);
 }
 
 }  // namespace quantopt

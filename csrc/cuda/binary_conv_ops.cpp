@@ -34,12 +34,14 @@ at::Tensor make_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t tap
   return tiles;
 }
 
-at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
+                             int64_t group_size) {
   check_conv_form(bits, channels, taps, groups);
+  if (group_size > 0) return at::empty({0}, bits.options().dtype(at::kInt));  // see unsupported
   const at::Tensor dense = check_bits(bits, channels * taps);
   const c10::DeviceGuard guard(dense.device());
   const at::Tensor tiles = make_conv_tiles(dense, channels, taps, groups, cuda_place(dense.device()));
-  tie_tiles(tiles, bits, {channels * taps, taps, groups, 0});
+  tie_tiles(tiles, bits, {channels * taps, taps, groups});
   return tiles;
 }
 
@@ -108,7 +110,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   if (groups > 1 && reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 != 0) {
     dense = dense.clone(at::MemoryFormat::ChannelsLast);  // groups are read where they are
   }
-  const TilesForm form{conv.channels * taps, taps, groups, 0};
+  const TilesForm form{conv.channels * taps, taps, groups};
   BinaryWeights w{};
   w.outputs = conv.outputs;
   w.inputs = taps * padded;

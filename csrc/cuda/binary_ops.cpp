@@ -35,7 +35,7 @@ at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
   const at::Tensor dense = check_bits(bits, in_features);
   const c10::DeviceGuard guard(dense.device());
   const at::Tensor tiles = make_tiles(dense, in_features, cuda_place(dense.device()));
-  tie_tiles(tiles, bits, {in_features, 1, 1, 0});
+  tie_tiles(tiles, bits, {in_features, 1, 1});
   return tiles;
 }
 
@@ -79,7 +79,7 @@ at::Tensor binary_tiles_and_weight(const at::Tensor& bits, int64_t in_features, 
   const c10::DeviceGuard guard(dense.device());
   const CudaPlace place = cuda_place(dense.device());
   const at::Tensor tiles = make_tiles(dense, in_features, place);
-  tie_tiles(tiles, bits, {in_features, 1, 1, 0}, expand(dense, in_features, plane_weights, dtype, place),
+  tie_tiles(tiles, bits, {in_features, 1, 1}, expand(dense, in_features, plane_weights, dtype, place),
             plane_weights);
   return tiles;
 }
@@ -197,7 +197,7 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& bits, const BinaryArg
                           tiles->numel() == w.planes * tile_plane_words(w.outputs, w.inputs),
                       "quantopt: tiles do not belong to these bits; derive them anew from the bits");
   }
-  const bool fit = tiles && tiles_fit(*tiles, bits, {inputs, 1, 1, 0});
+  const bool fit = tiles && tiles_fit(*tiles, bits, {inputs, 1, 1});
   if (chosen == BinaryKernel::kLibrary) {
     const at::Tensor kept = fit ? weight_of_tiles(*tiles, plane_weights) : at::Tensor();
     multiply_by_library(p, arguments.bits, plane_weights, kept, place);

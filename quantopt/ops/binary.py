@@ -187,8 +187,6 @@ def conv_tiles(
     """
     taps = kernel_size[0] * kernel_size[1]
     _check_bits(bits, channels * taps, (2, 3))
-    if group_size % 16 or (group_size and taps > 1 and bits.shape[-2] // groups < 64):
-        return None
     chosen = backends.choose("binary_conv2d", bits.device, torch.float32).name
     if chosen not in ("cpu", "cuda") or is_fake(bits):
         return None
@@ -202,9 +200,7 @@ def conv_tiles(
         "int8",
     ):
         return None
-    if group_size:  # groups of weights run along whole rows
-        channels, taps = channels * taps, 1
-    tiles: Tensor = torch.ops.quantopt.binary_conv_tiles(bits, channels, taps, groups)
+    tiles: Tensor = torch.ops.quantopt.binary_conv_tiles(bits, channels, taps, groups, group_size)
     return tiles if tiles.numel() > 0 else None
 
 
@@ -620,14 +616,24 @@ def _(*arguments: Any) -> Tensor:
     return y
 
 
+def _empty_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, *_: Any, **__: Any) -> Tensor:
+    _check_devices(x, bits, scale, bias)  # with bits on "meta" this runs for any x
+    return x.new_empty([*x.shape[:-1], bits.shape[-2]])
+
+
 def _empty_conv2d(
     x: Tensor,
     bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
+    _check_devices(x, bits, scale, bias)
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
@@ -640,78 +646,11 @@ def _empty_conv2d(
     )
 
 
-@torch.library.register_fake("quantopt::binary_conv2d_triton")
-def _(
-    x: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    plane_weights: list[int],
-    compute: str,
-    activation: str,
-) -> Tensor:
-    _check_devices(x, bits, scale, bias)  # with bits on "meta" this runs for any x
-    return _empty_conv2d(x, bits, kernel_size, stride, padding, dilation)
-
-
-@torch.library.register_fake("quantopt::binary_linear_triton")
-def _(
-    x: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    plane_weights: list[int],
-    group_size: int,
-    compute: str,
-    activation: str,
-) -> Tensor:
-    _check_devices(x, bits, scale, bias)
-    return x.new_empty([*x.shape[:-1], bits.shape[-2]])
-
+for _name in ("", "_triton") if _extension.error is None else ("_triton",):
+    torch.library.register_fake(f"quantopt::binary_linear{_name}", _empty_linear)
+    torch.library.register_fake(f"quantopt::binary_conv2d{_name}", _empty_conv2d)
 
 if _extension.error is None:
-
-    @torch.library.register_fake("quantopt::binary_linear")
-    def _(
-        x: Tensor,
-        bits: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        in_features: int,
-        plane_weights: list[int],
-        group_size: int = 0,
-        compute: str = "exact",
-        tiles: Tensor | None = None,
-        activation: str = "none",
-    ) -> Tensor:
-        _check_devices(x, bits, scale, bias)
-        return x.new_empty([*x.shape[:-1], bits.shape[-2]])
-
-    @torch.library.register_fake("quantopt::binary_conv2d")
-    def _(
-        x: Tensor,
-        bits: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        kernel_size: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-        plane_weights: list[int],
-        group_size: int = 0,
-        compute: str = "exact",
-        tiles: Tensor | None = None,
-        activation: str = "none",
-    ) -> Tensor:
-        _check_devices(x, bits, scale, bias)
-        return _empty_conv2d(x, bits, kernel_size, stride, padding, dilation)
 
     @torch.library.register_fake("quantopt::binary_tiles_and_weight")
     def _(bits: Tensor, in_features: int, plane_weights: list[int], dtype: torch.dtype) -> Tensor:

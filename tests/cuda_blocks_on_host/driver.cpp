@@ -75,7 +75,7 @@ TORCH_LIBRARY(quantopt_host, m) {
   m.def(
       "binary_tiles_and_weight(Tensor bits, int in_features, int[] plane_weights, ScalarType dtype) -> "
       "Tensor");
-  m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups) -> Tensor");
+  m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups, int group_size=0) -> Tensor");
   m.def(
       "binary_conv2d(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, int[] plane_weights, int group_size=0, str "

@@ -1,9 +1,9 @@
 // Lookups in AVX-512 registers, for binary_lookup.h: vpermps finds 16 sums of 4 products, vpermt2w 32 sums
 // of 6. On Zen 4 one vpermt2w and one vpaddw start per cycle: 192 multiply-adds, against 64 of vpdpbusd;
 // 1.17 cycles are reached from the first-level cache, of which 0.17 go to shifting indices, 1.4 with all else
-// (4096 x 4096, 128 rows). One vpermps and one addition take 1.03 cycles: 64, against 16
-// of a fused multiply-add; about 1.45 are reached. A dot product by vgf2p8affineqb and vpdpbusd on bit planes
-// would take 2 cycles for 64, as both run on the same units.
+// (4096 x 4096, 128 rows, integer_span and binary_linear alone). One vpermps and one addition take 1.03
+// cycles: 64, against 16 of a fused multiply-add; about 1.45 are reached. A dot product by vgf2p8affineqb and
+// vpdpbusd on bit planes would take 2 cycles for 64, as both run on the same units.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
