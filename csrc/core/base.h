@@ -1,7 +1,9 @@
-// The base direction d of a gradient g, with its state.
+// The base: where the direction d comes from that a rule then constrains.
 //   SGD   m <- beta m + g;  d = g + beta m (Nesterov) or m
 //   Adam  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / c1) / (sqrt(v / c2) + eps)
-// with c1 = 1 - b1^k, c2 = 1 - b2^k at the k-th step. Source: docs/algorithms.md.
+// with c1 = 1 - b1^k, c2 = 1 - b2^k at the k-th step.
+//   given d = g: the caller has put the direction where the gradient is.
+// Source: docs/algorithms.md.
 #pragma once
 
 #include <cmath>
@@ -12,7 +14,11 @@
 
 namespace quantopt {
 
-struct PlainDirection {  // momentum 0: no state
+// BASES of quantopt/rules.py has the same names in the same order; a test compares them.
+enum class Base { kSgd, kAdam, kGiven };
+inline constexpr const char* kBaseNames[] = {"sgd", "adam", "given"};
+
+struct PlainDirection {  // given, and SGD without momentum: no state
   static constexpr bool kMomentum = false;
   static constexpr bool kSecond = false;
   template <class F>

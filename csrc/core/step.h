@@ -3,43 +3,44 @@
 
 #include <cstdint>
 
+#include "base.h"
 #include "hyper.h"
 #include "philox.h"
+#include "rules.h"
 
 namespace quantopt {
 
-enum class Rule { kBase, kAskew, kAskewGradient, kAskewMemory, kSplitting, kAlternating, kProx };
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // One tensor of the list: pointers to dense memory of the same layout, or null where there is no such state.
 struct StepSegment {
   void* param;
   const void* grad;
-  void* momentum;      // m
-  float* second;       // v of Adam
+  void* momentum;      // m of SGD or Adam
+  float* exp_avg_sq;   // v of Adam
   float* latent;       // l, x or u of the rule; for the other rules the fp32 master weights
   float* scale;        // sigma or a, one per span of `group` elements of a row
-  float* next_scale;   // the levels after the step, where they move; else equal to scale
-  const float* sigma;  // alternating: latent bound per span of sigma_row elements; null: not clipped
+  float* next_scale;   // the scales after the step, where they are dynamic; else equal to scale
+  const float* latent_bound;  // alternating: bound of the latent per bound_row elements; null: not clipped
   int64_t numel;
   int64_t row;             // elements per row: scales start anew at every row
   int64_t group;           // elements per scale inside a row
   int64_t scales_per_row;  // ceil(row / group)
-  int64_t sigma_row;       // elements per sigma
+  int64_t bound_row;       // elements per latent bound
   double step;             // k of Adam
   uint32_t index;          // number of the tensor, for random numbers
 };
 
 struct StepOptions {
   Rule rule;
+  Base base;
   Dtype param_dtype;
   Dtype momentum_dtype;
   Hyper hyper;
   const Hyper* device_hyper;  // CUDA: where not null, the numbers are read there when the kernels run
-  int levels;                 // K; not used by kBase
+  int levels;                 // K; not used by kNone
   float level_factor;         // hi = level_factor * scale
-  bool has_momentum;
-  bool adam;
+  bool has_momentum;  // of SGD; Adam always has
   bool nesterov;
   bool decoupled;
   bool stochastic_rounding;  // bfloat16 parameters without a latent or master

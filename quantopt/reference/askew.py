@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantopt.reference.levels import cell, sign
+from quantopt.reference.rule import Weights, gradient, rule
 
 
 def t_star(epsilon: float) -> float:
@@ -91,3 +92,31 @@ def feasible_projection(
         infeasible = constraint(t_before) > math.sqrt(epsilon)
         size = torch.where(infeasible, torch.minimum(size, reach), size)
     return mid + half * sign(t) * size
+
+
+@rule("askew")
+def _velocity(x: Weights, d: Tensor) -> tuple[None, Tensor]:
+    h = x.hyper
+    return None, velocity_step(
+        x.w * x.shrink, d, x.hi, x.levels, lr=h.lr, decay=x.decay, epsilon=h.epsilon, rate=h.rate, cap=h.cap
+    )
+
+
+@gradient("askew_gradient")
+def _constrained(x: Weights, g: Tensor) -> Tensor:
+    h = x.hyper
+    return constrained_gradient(
+        g, x.w * x.shrink, x.hi, x.levels, lr=h.lr, epsilon=h.epsilon, rate=h.rate, cap=h.cap
+    )
+
+
+@rule("askew_gradient")
+def _gradient(x: Weights, d: Tensor) -> tuple[None, Tensor]:
+    return None, gradient_step(x.w * x.shrink, d, x.hi, lr=x.hyper.lr, decay=x.decay)
+
+
+@rule("askew_memory")
+def _memory(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
+    h = x.hyper
+    latent = latent_step(x.w, d, x.hi, lr=h.lr, weight_decay=h.weight_decay, bound=h.bound)
+    return latent, feasible_projection(latent, x.p, x.hi, x.levels, epsilon=h.epsilon, rate=h.rate, cap=h.cap)

@@ -1,6 +1,8 @@
-"""The base direction d of a gradient g. Source: docs/algorithms.md, head."""
+"""The base direction d of a gradient g, and the step of weights without levels. Source: docs/algorithms.md, head."""
 
 from torch import Tensor
+
+from quantopt.reference.rule import Weights, gradient, rule
 
 
 def sgd_direction(g: Tensor, m: Tensor, momentum: float, nesterov: bool) -> tuple[Tensor, Tensor]:
@@ -16,3 +18,14 @@ def adam_direction(
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     return (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps), m, v
+
+
+@gradient("none")
+def decayed_gradient(x: Weights, g: Tensor) -> Tensor:
+    """g + wd w, with coupled weight decay, as in torch.optim."""
+    return g + x.decay * x.w
+
+
+@rule("none")
+def _step(x: Weights, d: Tensor) -> tuple[None, Tensor]:
+    return None, x.w * x.shrink - x.hyper.lr * d

@@ -9,7 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from quantopt.reference.base import decayed_gradient
 from quantopt.reference.levels import project, sign
+from quantopt.reference.rule import Weights, gradient, rule
 
 
 def prox(p: Tensor, hi: Tensor, levels: int, *, threshold: float) -> Tensor:
@@ -24,3 +26,12 @@ def stochastic_sign(u: Tensor, generator: torch.Generator | None = None) -> Tens
     """+1 with probability clamp((u+1)/2, 0, 1), else -1 (BinaryConnect, section 2.3)."""
     probability = ((u + 1) / 2).clamp(0, 1)
     return 2 * torch.bernoulli(probability, generator=generator) - 1
+
+
+gradient("prox")(decayed_gradient)
+
+
+@rule("prox")
+def _prox(x: Weights, d: Tensor) -> tuple[None, Tensor]:
+    p = x.w * x.shrink - x.hyper.lr * d
+    return None, prox(p, x.hi, x.levels, threshold=x.hyper.threshold)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantopt.reference.levels import project
+from quantopt.reference.rule import Weights, rule
 
 
 def relax(x: Tensor, q: Tensor, kappa: float) -> Tensor:
@@ -57,3 +58,21 @@ def alternating_step(
 def alternating_weight(u: Tensor, hi: Tensor, levels: int, *, kappa: float) -> Tensor:
     """p = (u + kappa q) / (1 + kappa), q = project(u) (binary: a sgn(u))."""
     return relax(u, project(u, hi, levels), kappa)
+
+
+@rule("splitting")
+def _splitting(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
+    h = x.hyper
+    r, ex = splitting_point(x.w, d, x.hi, lr=h.lr, weight_decay=h.weight_decay)
+    hi = x.rescale(r)
+    latent = splitting_step(r, ex, hi, x.levels, kappa=h.kappa)
+    return latent, box(latent, hi, lr=h.lr, weight_decay=h.weight_decay)
+
+
+@rule("alternating")
+def _alternating(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
+    h = x.hyper
+    latent = alternating_step(
+        x.w, d, x.hi, x.levels, lr=h.lr, weight_decay=h.weight_decay, lam=h.lam, limit=x.latent_limit
+    )
+    return latent, alternating_weight(latent, x.rescale(latent), x.levels, kappa=h.kappa)
