@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 error: str | None = None
-holds: Any = None  # csrc/module.cpp
+StepPlan: Any = None  # csrc/module.cpp
+holds: Any = None
 same: Any = None
-plan_ready: Any = None
-plan_step: Any = None
 binary_linear: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
@@ -25,8 +24,7 @@ if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
 else:
     try:
         _module = importlib.import_module("quantopt._C")
-        holds, same = _module.holds, _module.same
-        plan_ready, plan_step = _module.plan_ready, _module.plan_step
+        StepPlan, holds, same = _module.StepPlan, _module.holds, _module.same
         binary_linear = _module.binary_linear
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"

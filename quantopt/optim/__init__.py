@@ -1,6 +1,6 @@
 """Optimizers that train quantised weights, thin classes over the fused step."""
 
-from quantopt.optim.anneal import Anneal, authors_epsilon
+from quantopt.optim.anneal import Anneal
 from quantopt.optim.askew import AskewAdam, AskewSGD
 from quantopt.optim.baselines import BinaryConnect, BinaryRelax, ProxQuant
 from quantopt.optim.groups import param_groups
@@ -14,6 +14,5 @@ __all__ = [
     "BinaryConnect",
     "BinaryRelax",
     "ProxQuant",
-    "authors_epsilon",
     "param_groups",
 ]
