@@ -13,7 +13,8 @@ def local(t: Tensor) -> Tensor:
     """The shard of this rank; any other tensor as it is."""
     if type(t) is Tensor or not is_sharded(t):
         return t
-    shard: Any = t.to_local()  # type: ignore[attr-defined] # of a DTensor
+    # to_local() makes another Parameter of it at each call
+    shard: Any = t._local_tensor  # type: ignore[attr-defined]
     if type(shard) is not Tensor and hasattr(shard, "wait"):  # a collective still fills it
         shard = shard.wait()
     assert isinstance(shard, Tensor)

@@ -165,8 +165,10 @@ class Bucket:
         self.copied: list[tuple[Tensor, Tensor]] = []  # (tensor, copy in a layout that kernels take)
         self.grads: list[Tensor] = []
         self.record = self._record(opt, group, group_index, hyper)
-        self.weights = list(self.record.params)
-        self.layouts = [(shard.shape, shard.stride()) for shard in self.shards]
+        self.looked_at = [
+            (p, shard, shard.shape, shard.stride(), w, w.stride())
+            for p, shard, w in zip(params, self.shards, self.record.params, strict=True)
+        ]
         self.plan: Any = None
         self.finds_gradients = False
         if choose("fused_step", self.device, self.dtype, opt.backend).name == self.device.type:
@@ -237,19 +239,20 @@ class Bucket:
         """Puts the gradients, in their weights' dtype and layout, into ``grads``. False where a parameter has none or
         has changed."""
         self.grads.clear()
-        for p, shard, layout, w in zip(self.params, self.shards, self.layouts, self.weights, strict=True):
+        dtype, device, strided = self.dtype, self.device, torch.strided
+        for p, shard, shape, stride, w, w_stride in self.looked_at:
             g: Any = p.grad
-            if g is None or p.dtype is not self.dtype or p.device != self.device:
+            if g is None or p.dtype is not dtype or p.device != device:
                 return False
             if self.sharded:
                 if local(p) is not shard:
                     return False
                 g = local(g)
-            if shard.shape != layout[0] or shard.stride() != layout[1]:
+            if shard.shape != shape or shard.stride() != stride or g.layout is not strided:
                 return False
-            if g.layout is not torch.strided or g.is_complex():
-                return False
-            if g.dtype is not self.dtype or g.stride() != w.stride() or g.is_neg() or type(g) is not Tensor:
+            if g.dtype is not dtype or g.stride() != w_stride or g.is_neg() or type(g) is not Tensor:
+                if g.is_complex():
+                    return False
                 g = torch.empty_like(w).copy_(g)
             self.grads.append(g)
         return True
