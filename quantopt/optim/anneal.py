@@ -9,6 +9,8 @@ from torch import Tensor
 
 from quantopt.optim.base import LevelOptimizer
 
+__all__ = ["Anneal"]
+
 Schedule = Callable[[dict[str, Any], int, int], dict[str, float]]
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from quantopt.optim.base import LevelOptimizer
 from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
 
+__all__ = ["AskewAdam", "AskewSGD"]
+
 # The anneal of the interval: (fraction of the training at which t* leaves 0, at which it stays, its last value).
 PLAIN_ANNEAL = (0.7, 0.9, 0.995)
 MEMORY_ANNEAL = (0.5, 0.8, 1.0)

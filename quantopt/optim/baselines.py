@@ -12,6 +12,8 @@ from quantopt.optim.stam import geometric
 from quantopt.reference.baselines import stochastic_sign
 from quantopt.reference.levels import spread_over
 
+__all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]
+
 
 class _Baseline(LevelOptimizer):
     """The default of lr depends on the base: that of SGD is ``SGD_LR``."""
@@ -209,6 +211,3 @@ class ProxQuant(_Baseline):
         if not 0 < end <= 1:
             raise ValueError(f"{end=}: must be 0 < end <= 1")
         return {"reg_strength": math.inf if step >= end * total_steps else group["reg"] * (step + 1)}
-
-
-__all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]

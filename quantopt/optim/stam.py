@@ -6,6 +6,8 @@ from typing import Any
 from quantopt.optim.base import LevelOptimizer
 from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
 
+__all__ = ["STAM"]
+
 # The anneal of kappa: (fraction of the training at which it leaves 0, at which it becomes infinite, its first value,
 # its last finite one).
 ALTERNATING_ANNEAL = (0.0, 0.8, 0.01, 100.0)
