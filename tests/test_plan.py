@@ -298,7 +298,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="bfloat16"):
         opt.step()
     with pytest.raises(ValueError, match="nesterov"):
-        quantopt.AskewAdam(parameters([(2, 2)]), nesterov=True)
+        quantopt.AskewAdam([{"params": parameters([(2, 2)]), "nesterov": True}])
 
 
 def test_hard_proxquant_keeps_levels_where_the_step_overflows() -> None:
