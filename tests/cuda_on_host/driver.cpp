@@ -1,5 +1,5 @@
-// The operators of csrc/cuda on the host: those of quantopt as quantopt_host, for CPU tensors. While `guard` is
-// on, the memory of a tensor ends at a guard page: a read beyond it is a crash.
+// The operators of csrc/cuda on the host: those of quantopt as quantopt_host, for CPU tensors. While `guard`
+// is on, the memory of a tensor ends at a guard page: a read beyond it is a crash.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <cuda_runtime.h>
