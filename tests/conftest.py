@@ -25,7 +25,9 @@ def supported_isas() -> list[str]:
 
 
 def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the processors; tests of threads set their number
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # the workers share the processors; tests of threads set their number
         torch.set_num_threads(1)
 
 

@@ -59,6 +59,23 @@ def test_sizes_around_the_chunk(host: Any, numel: int) -> None:
         step_cases.check(case, ours, step_cases.make(case, [(numel,)]))
 
 
+@pytest.mark.parametrize("dtype", [step_cases.F32, step_cases.BF16])
+def test_guard_pages_after_every_tensor(host: Any, dtype: torch.dtype) -> None:
+    """A read or write beyond a tensor is a crash."""
+    for numel in (1, 3, 4, 15, 16, 17, 4095, 4096, 4097):
+        for case in (
+            step_cases.Case("askew_memory", 4, "momentum", "channel", dtype),
+            step_cases.Case("alternating", 2, "momentum", "channel", dtype, moving_levels=True),
+        ):
+            host.guard(True)
+            try:
+                ours = step_cases.make(case, [(1, numel), (3, numel)])
+                run_on_host(host, case, ours)
+            finally:
+                host.guard(False)
+            step_cases.check(case, ours, step_cases.make(case, [(1, numel), (3, numel)]))
+
+
 @pytest.mark.parametrize("row", [1, 31, 32, 511, 512, 513, 4095, 4096, 4097, 8193])
 @pytest.mark.parametrize("rule", ["splitting", "alternating"])
 def test_moving_levels_of_rows_by_warp_by_block_and_longer(host: Any, rule: str, row: int) -> None:
