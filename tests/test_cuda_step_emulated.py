@@ -76,7 +76,7 @@ def test_guard_pages_after_every_tensor(host: Any, dtype: torch.dtype) -> None:
             step_cases.check(case, ours, step_cases.make(case, [(1, numel), (3, numel)]))
 
 
-@pytest.mark.parametrize("row", [1, 31, 32, 511, 512, 513, 4095, 4096, 4097, 8193])
+@pytest.mark.parametrize("row", [1, 31, 32, 511, 512, 513, 4095, 4096, 4097, 8193, 20_481])
 @pytest.mark.parametrize("rule", ["splitting", "alternating"])
 def test_moving_levels_of_rows_by_warp_by_block_and_longer(host: Any, rule: str, row: int) -> None:
     for dtype in (step_cases.F32, step_cases.BF16):
