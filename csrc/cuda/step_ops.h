@@ -10,10 +10,10 @@
 
 namespace quantopt {
 
-// Steps every segment on the current stream of `device`, asynchronously. `steps`: one counter per parameter,
-// or none. Throws where a tensor is on another device or a launch fails.
-void step_on_device(const StepOptions& options, const std::vector<StepSegment>& segments, bool moving_levels,
-                    at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
-                    const std::optional<at::Tensor>& found_inf, const at::Tensor& param);
+// Steps every segment on the current stream of the device of `first_param`, asynchronously. `steps`: one
+// counter per parameter, or none. Throws where a tensor is on another device or a launch fails.
+void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segments, bool dynamic_scale,
+                      at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf, const at::Tensor& first_param);
 
 }  // namespace quantopt
