@@ -1,51 +1,60 @@
-"""Steps of every rule as arguments of `quantopt::fused_step`, and how they are compared: what the tests of the CUDA and
-the Triton kernels share."""
+"""Records of steps with every rule on every base, and how results are compared: shared by the tests of the CUDA and the
+Triton kernels."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantopt.ops.step import RULES, hyper_tensor
+from quantopt.ops.step import hyper_tensor
 from quantopt.reference import step as reference
+from quantopt.rules import BASES, HYPER, RULES, StepRecord
 
 SHAPES = ((5, 13, 3), (129,), (0, 4), (64, 32), (1,), (7, 1031))
 GROUP_SIZE = 7
-LATENT = ("askew_memory", "splitting", "alternating")
-ADAM = ("base", "askew", "askew_gradient", "askew_memory")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+QUANTISED = [name for name, rule in RULES.items() if rule.quantised]
+DYNAMIC = [name for name, rule in RULES.items() if rule.dynamic_scale]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     rule: str
     levels: int
-    direction: str  # "plain", "momentum", "nesterov", "adam"
+    base: str  # of BASES; "sgd" has momentum buffers unless momentum is 0
     scale: str  # "tensor", "channel", "group"
     dtype: torch.dtype = F32
     momentum_dtype: torch.dtype = F32
     master: bool = False
     seed: int = -1
-    moving_levels: bool = False
-    sigma: str = ""  # of the alternating rule: "tensor", "channel" or none
+    dynamic_scale: bool = False
+    latent_bound: str = ""  # of the alternating rule: "tensor", "channel" or none
     hyper_on_device: bool = False
+    nesterov: bool = False
     decoupled: bool = False
     maximize: bool = False
-    rate: float = 0.1
-    epsilon: float = 0.3
     grad_scale: float | None = None
     found_inf: float | None = None
+    # the fields of HYPER
     lr: float = 0.1
     momentum: float = 0.9
+    beta2: float = 0.99
+    adam_eps: float = 1e-8
     weight_decay: float = 0.01
+    epsilon: float = 0.3
+    rate: float = 0.1
     cap: float = 0.25
+    bound: float = 1.5
     kappa: float = 0.4
     lam: float = 0.0
     threshold: float = 0.02
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.base == "adam" or (self.base == "sgd" and self.momentum != 0)
 
     def __str__(self) -> str:
         changed = [
@@ -53,89 +62,73 @@ class Case:
             for field in dataclasses.fields(self)[4:]
             if getattr(self, field.name) != field.default
         ]
-        return "-".join([self.rule, str(self.levels), self.direction, self.scale, *changed])
+        return "-".join([self.rule, str(self.levels), self.base, self.scale, *changed])
 
 
 def all_cases() -> Iterator[Case]:
-    """Every rule, direction, grid and scale, then the types, then the options one by one."""
-    for rule, direction in itertools.product(RULES, ("plain", "momentum", "nesterov", "adam")):
-        if direction == "adam" and rule not in ADAM:
-            continue
-        if rule == "base":
-            yield Case(rule, 2, direction, "tensor")
-            continue
-        for grid, scale in ((2, "tensor"), (2, "channel"), (4, "group"), (3, "channel"), (16, "tensor")):
-            yield Case(rule, grid, direction, scale)
+    """Every rule, base, grid and kind of scale, then the dtypes, then the options one by one."""
+    for rule, base in itertools.product(RULES, BASES):
+        grids = ((2, "tensor"), (2, "channel"), (4, "group"), (3, "channel"), (16, "tensor"))
+        for levels, scale in grids if RULES[rule].quantised else grids[:1]:
+            yield Case(rule, levels, base, scale)
+            if base == "sgd":
+                yield Case(rule, levels, base, scale, nesterov=True)
+                yield Case(rule, levels, base, scale, momentum=0.0)
     for rule in RULES:
-        direction = "adam" if rule in ADAM else "momentum"
-        yield Case(rule, 2, "momentum", "tensor", decoupled=True)
-        yield Case(rule, 2, direction, "channel", maximize=True, grad_scale=8.0, found_inf=0.0)
-        yield Case(rule, 4, direction, "channel", found_inf=1.0)
-        yield Case(rule, 4, direction, "channel", hyper_on_device=True)
+        yield Case(rule, 2, "sgd", "tensor", decoupled=True)
+        yield Case(rule, 2, "adam", "channel", maximize=True, grad_scale=8.0, found_inf=0.0)
+        yield Case(rule, 4, "adam", "channel", found_inf=1.0)
+        yield Case(rule, 4, "adam", "channel", hyper_on_device=True)
     yield from typed_cases()
     for epsilon in (0.0, 1.0):
-        yield Case("askew", 2, "momentum", "tensor", epsilon=epsilon)
-        yield Case("askew_memory", 2, "momentum", "tensor", epsilon=epsilon, rate=math.inf)
-    yield Case("askew_memory", 4, "nesterov", "group", rate=math.inf, hyper_on_device=True)
-    yield Case("askew_gradient", 2, "momentum", "tensor", lr=0.0)
-    for rule, (grid, scale) in itertools.product(
+        yield Case("askew", 2, "sgd", "tensor", epsilon=epsilon)
+        yield Case("askew_memory", 2, "sgd", "tensor", epsilon=epsilon, rate=math.inf)
+    yield Case("askew_memory", 4, "sgd", "group", nesterov=True, rate=math.inf, hyper_on_device=True)
+    yield Case("askew_gradient", 2, "sgd", "tensor", lr=0.0)
+    for rule, (levels, scale) in itertools.product(
         ("splitting", "alternating"), ((2, "tensor"), (4, "channel"))
     ):
-        yield Case(rule, grid, "momentum", scale, kappa=math.inf)
-    for sigma in ("tensor", "channel"):
-        yield Case("alternating", 2, "momentum", "tensor", sigma=sigma, lam=0.5)
-        yield Case("alternating", 4, "momentum", "channel", sigma=sigma, kappa=math.inf)
-    yield Case("prox", 4, "plain", "group", threshold=math.inf)
-    yield from moving_cases()
+        yield Case(rule, levels, "sgd", scale, kappa=math.inf)
+    for latent_bound in ("tensor", "channel"):
+        yield Case("alternating", 2, "sgd", "tensor", latent_bound=latent_bound, lam=0.5)
+        yield Case("alternating", 4, "sgd", "channel", latent_bound=latent_bound, kappa=math.inf)
+    yield Case("prox", 4, "given", "group", threshold=math.inf)
+    yield from dynamic_cases()
 
 
 def typed_cases() -> Iterator[Case]:
     for rule, dtype, momentum_dtype in itertools.product(RULES, (F32, BF16, F16), (F32, BF16)):
-        for master in (False, True) if rule not in LATENT and dtype != F32 else (False,):
+        for master in (False, True) if not RULES[rule].latent and dtype != F32 else (False,):
             if (dtype, momentum_dtype, master) == (F32, F32, False):
                 continue
-            grid, scale = (2, "tensor") if dtype == BF16 else (4, "channel")
-            yield Case(rule, grid, "momentum", scale, dtype, momentum_dtype, master)
+            levels, scale = (2, "tensor") if dtype == BF16 else (4, "channel")
+            yield Case(rule, levels, "sgd", scale, dtype, momentum_dtype, master)
     for rule, momentum_dtype in itertools.product(RULES, (F32, BF16)):
-        if rule in LATENT:
+        if RULES[rule].latent:
             continue
-        direction = "adam" if rule in ADAM else "momentum"
-        yield Case(rule, 2, "momentum", "tensor", BF16, momentum_dtype, seed=2**40 + 77)
-        yield Case(rule, 4, direction, "channel", BF16, momentum_dtype, seed=5, hyper_on_device=True)
+        yield Case(rule, 2, "sgd", "tensor", BF16, momentum_dtype, seed=2**40 + 77)
+        yield Case(rule, 4, "adam", "channel", BF16, momentum_dtype, seed=5, hyper_on_device=True)
     yield Case("askew_memory", 2, "adam", "tensor", BF16, rate=math.inf)
-    yield Case("base", 2, "plain", "tensor", F16)
+    yield Case("splitting", 4, "adam", "channel", BF16, BF16)
+    yield Case("none", 2, "given", "tensor", F16)
+    yield Case("alternating", 2, "given", "channel", BF16)
 
 
-def moving_cases() -> Iterator[Case]:
-    for rule, grid, scale in itertools.product(("splitting", "alternating"), (2, 4), ("tensor", "channel")):
-        yield Case(rule, grid, "momentum", scale, moving_levels=True)
-    for rule, dtype in itertools.product(("splitting", "alternating"), (BF16, F16)):
-        yield Case(rule, 2, "nesterov", "channel", dtype, BF16, moving_levels=True, hyper_on_device=True)
-    yield Case("alternating", 2, "plain", "channel", sigma="channel", lam=0.5, moving_levels=True)
-    yield Case("alternating", 2, "momentum", "channel", moving_levels=True, found_inf=1.0)
-
-
-@dataclasses.dataclass
-class Inputs:
-    params: list[Tensor]
-    grads: list[Tensor]
-    momentums: list[Tensor]
-    seconds: list[Tensor]
-    latents: list[Tensor]
-    scales: list[Tensor]
-    sigmas: list[Tensor]
-    steps: list[Tensor]
-    hyper: Tensor
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-    def changing(self) -> list[Tensor]:
-        return [*self.params, *self.momentums, *self.seconds, *self.latents, *self.scales, *self.steps]
+def dynamic_cases() -> Iterator[Case]:
+    for rule, base in itertools.product(DYNAMIC, BASES):
+        for levels, scale in itertools.product((2, 4), ("tensor", "channel")):
+            yield Case(rule, levels, base, scale, dynamic_scale=True)
+    for rule, dtype, base in itertools.product(DYNAMIC, (BF16, F16), ("sgd", "adam")):
+        yield Case(
+            rule, 2, base, "channel", dtype, BF16, dynamic_scale=True, nesterov=base == "sgd", hyper_on_device=True
+        )  # fmt: skip
+    yield Case("alternating", 2, "given", "channel", latent_bound="channel", lam=0.5, dynamic_scale=True)
+    yield Case("alternating", 2, "sgd", "channel", dynamic_scale=True, found_inf=1.0)
 
 
 def make(
     case: Case, shapes: Sequence[tuple[int, ...]] = SHAPES, device: str = "cpu", offset: int = 0
-) -> Inputs:
+) -> StepRecord:
     """Random tensors, the same for the same arguments, ``offset`` elements into their storage."""
     generator = torch.Generator().manual_seed(len(shapes))
 
@@ -155,66 +148,72 @@ def make(
     def scale(shape: tuple[int, ...], kind: str) -> Tensor:
         groups = -(-math.prod(shape[1:]) // GROUP_SIZE)
         size = {"tensor": (1,), "channel": (shape[0],), "group": (shape[0], groups)}[kind]
-        if case.moving_levels and len(shape) == 1:
+        if case.dynamic_scale and len(shape) == 1:
             size = (1,)  # one channel
         return (torch.rand(size, generator=generator) + 0.5).to(device)
 
     def one(value: float | None) -> Tensor | None:
         return None if value is None else torch.tensor([value], device=device)
 
-    hyper = hyper_tensor(
-        lr=case.lr, momentum=case.momentum, beta2=0.99, adam_eps=1e-8, weight_decay=case.weight_decay,
-        epsilon=case.epsilon, rate=case.rate, cap=case.cap, bound=1.5, kappa=case.kappa, lam=case.lam,
-        threshold=case.threshold,
-    )  # fmt: skip
-    adam = case.direction == "adam"
-    return Inputs(
+    rule, adam = RULES[case.rule], case.base == "adam"
+    hyper = hyper_tensor(**{name: getattr(case, name) for name in HYPER})
+    return StepRecord(
+        rule=case.rule,
+        base=case.base,
         params=tensors(lambda shape: normal(shape).clamp(-1, 1), case.dtype),
         grads=tensors(normal, case.dtype),
-        momentums=tensors(normal, case.momentum_dtype, case.direction != "plain"),
-        seconds=tensors(lambda shape: normal(shape).square(), wanted=adam),
-        latents=tensors(normal, wanted=case.rule in LATENT or case.master),
-        scales=[scale(shape, case.scale) for shape in shapes if case.rule != "base"],
-        sigmas=[scale(shape, case.sigma) for shape in shapes if case.sigma],
+        momentum_buffers=tensors(normal, case.momentum_dtype, case.has_momentum),
+        exp_avg_sqs=tensors(lambda shape: normal(shape).square(), wanted=adam),
+        latents=tensors(normal, wanted=rule.latent or case.master),
+        scales=[scale(shape, case.scale) for shape in shapes if rule.quantised],
+        latent_bounds=[scale(shape, case.latent_bound) for shape in shapes if case.latent_bound],
         steps=[torch.tensor(3.0, device=device) for _ in shapes if adam or case.seed >= 0],
         hyper=hyper.to(device) if case.hyper_on_device else hyper,
+        levels=case.levels,
+        group_size=GROUP_SIZE,
+        dynamic_scale=case.dynamic_scale,
+        nesterov=case.nesterov,
+        maximize=case.maximize,
+        decoupled=case.decoupled,
+        seed=case.seed,
         grad_scale=one(case.grad_scale),
         found_inf=one(case.found_inf),
     )
 
 
-def to_cpu(inputs: Inputs) -> Inputs:
+def changing(record: StepRecord) -> list[Tensor]:
+    """The tensors that a step writes."""
+    return [
+        *record.params, *record.momentum_buffers, *record.exp_avg_sqs, *record.latents, *record.scales, *record.steps
+    ]  # fmt: skip
+
+
+def map_lists(
+    record: StepRecord, function: Callable[[Tensor], Tensor], keep: tuple[str, ...] = ()
+) -> StepRecord:
+    """The record with the function applied to the tensors of each list, but those named in ``keep``."""
     lists = {
-        field.name: [t.cpu() for t in getattr(inputs, field.name)] for field in dataclasses.fields(inputs)[:8]
+        name: [function(tensor) for tensor in value]
+        for name, value in record._asdict().items()
+        if isinstance(value, list) and name not in keep
     }
-    return dataclasses.replace(inputs, **lists)
+    return record._replace(**lists)
 
 
-def options(case: Case) -> dict[str, Any]:
-    return dict(
-        levels=case.levels,
-        group_size=GROUP_SIZE,
-        moving_levels=case.moving_levels,
-        nesterov=case.direction == "nesterov",
-        maximize=case.maximize,
-        decoupled=case.decoupled,
-        seed=case.seed,
-    )
+def op(record: StepRecord) -> None:
+    """The operator of the compiled kernels."""
+    torch.ops.quantopt.fused_step(*record)
 
 
-def run(fused_step: Callable[..., Any], case: Case, inputs: Inputs) -> None:
-    """Calls the operator, or a function of the same arguments."""
-    lists = [getattr(inputs, field.name) for field in dataclasses.fields(inputs)[:9]]
-    fused_step(case.rule, *lists, **options(case), grad_scale=inputs.grad_scale, found_inf=inputs.found_inf)
+def run(fused_step: Callable[[StepRecord], None], case: Case, record: StepRecord) -> None:
+    fused_step(record)
 
 
-def check(case: Case, got: Inputs, before: Inputs) -> None:
-    """Compares ``got``, the tensors after a step, with the reference in float64 from those ``before`` it."""
-    names = ("params", "grads", "momentums", "seconds", "latents", "scales", "sigmas")
-    lists = {name: [tensor.double() for tensor in getattr(before, name)] for name in names}
-    expected = dataclasses.replace(before, **lists)
-    run(reference.fused_step, dataclasses.replace(case, seed=-1), expected)
-    for ours, theirs in zip(got.changing(), expected.changing(), strict=True):
+def check(case: Case, got: StepRecord, before: StepRecord) -> None:
+    """Compares ``got``, the record after a step, with the float64 reference from ``before``, the record before it."""
+    expected = map_lists(before, Tensor.double, keep=("steps",))._replace(seed=-1)
+    reference.fused_step(expected)
+    for ours, theirs in zip(changing(got), changing(expected), strict=True):
         if ours.dtype == F32:
             torch.testing.assert_close(ours.cpu(), theirs.float(), rtol=5e-5, atol=2e-5)
         else:  # a unit in the last place, by either way of rounding
