@@ -1,9 +1,12 @@
 """What the tests share: the markers, the forced instruction sets, reproducible random numbers."""
 
+from typing import Any
+
 import hypothesis
 import pytest
 import torch
 
+import cuda_host
 from quantopt import _extension
 
 # Timings differ too much between machines for a deadline; a failure must be the same on the next run.
@@ -43,6 +46,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"{request.param} is not built or not supported by this processor")
     force_isa(monkeypatch, request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def host() -> Any:
+    """The operators of quantopt with the kernels of CUDA, emulated on the host."""
+    return cuda_host.load()
 
 
 @pytest.fixture(autouse=True)

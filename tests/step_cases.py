@@ -4,6 +4,7 @@ Triton kernels."""
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -126,6 +127,9 @@ def dynamic_cases() -> Iterator[Case]:
     yield Case("alternating", 2, "sgd", "channel", dynamic_scale=True, found_inf=1.0)
 
 
+CASES = list(all_cases())
+
+
 def make(
     case: Case, shapes: Sequence[tuple[int, ...]] = SHAPES, device: str = "cpu", offset: int = 0
 ) -> StepRecord:
@@ -223,3 +227,20 @@ def check(case: Case, got: StepRecord, before: StepRecord) -> None:
         pairs = zip(got.params, before.params, strict=True)
         changed = [not torch.equal(ours.cpu(), old) for ours, old in pairs if ours.numel()]
         assert all(changed), "the step changed nothing"
+
+
+def same(ours: StepRecord, expected: StepRecord) -> bool:
+    pairs = zip(changing(ours), changing(expected), strict=True)
+    return all(torch.equal(got.cpu(), want) for got, want in pairs)
+
+
+def random_launches(count: int) -> Iterator[tuple[Case, list[tuple[int, ...]], int]]:
+    """Cases, shapes of a list, offsets in memory."""
+    choice = random.Random(0)
+    cases = [case for case in CASES if case.found_inf is None]
+    for _ in range(count):
+        shapes: list[tuple[int, ...]] = []
+        for _ in range(choice.randint(1, 12)):
+            rows = choice.choice([1, 2, 5, 64])
+            shapes.append((rows, choice.choice([1, 8, 27, 576, 1000, 4608]) if rows < 64 else 27))
+        yield choice.choice(cases), shapes, choice.choice([0, 0, 1, 4])

@@ -2,9 +2,9 @@
 #include "cuda/step_ops.h"
 
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "cuda/step.h"
+#include "cuda/torch_cuda.h"
 
 namespace quantopt {
 namespace {
@@ -43,8 +43,7 @@ void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segm
   inputs.dynamic_scale = dynamic_scale;
   inputs.device = device.index();
   const c10::DeviceGuard guard(device);
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  inputs.stream = stream.native_handle();
+  inputs.stream = current_stream(device);
   const auto count = static_cast<int64_t>(segments.size());
   at::Tensor workspace;  // of the caching allocator, which reuses it for later work on this stream alone
   if (const int64_t bytes = cuda_step_workspace(segments.data(), count, dynamic_scale)) {
