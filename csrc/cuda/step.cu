@@ -40,7 +40,7 @@ cudaError_t count_steps(const CudaStepInputs& inputs, cudaStream_t stream) {
     counters.count = static_cast<int>(std::min<int64_t>(kCounters, inputs.step_count - first));
     std::copy_n(inputs.steps + first, counters.count, counters.at);
     const unsigned blocks = (static_cast<unsigned>(counters.count) + kThreads - 1) / kThreads;
-    const cudaError_t error = launch(count_kernel, blocks, stream, counters, inputs.found_inf);
+    const cudaError_t error = launch(launch_of(blocks, stream), count_kernel, counters, inputs.found_inf);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -224,8 +224,8 @@ class Launcher {
     table.first_block[0] = 0;
     const auto flush = [&] {
       if (table.count == 0) return cudaSuccess;
-      const cudaError_t error = launch(scale_epilogue_kernel, table.first_block[table.count],
-                                       static_cast<cudaStream_t>(inputs_.stream), table, inputs_.found_inf);
+      const Launch how = launch_of(table.first_block[table.count], static_cast<cudaStream_t>(inputs_.stream));
+      const cudaError_t error = launch(how, scale_epilogue_kernel, table, inputs_.found_inf);
       table.count = 0;
       return error;
     };
@@ -246,7 +246,6 @@ class Launcher {
     return flush();
   }
 
- public:
   // The sums of the chunks of all long rows, then the previous scales of these rows, tensor by tensor.
   struct Workspace {
     double* partial;
@@ -266,7 +265,6 @@ class Launcher {
     }
   };
 
- private:
   const StepOptions& options_;
   const CudaStepInputs& inputs_;
   Storage storage_;

@@ -13,10 +13,8 @@ namespace {
 template <class Row, class Direction>
 cudaError_t launch_with(const StepLaunch& s) {
   const auto constants = Row::constants(s.params.hyper, s.params.decoupled);
-  const unsigned blocks = s.table.first_block[s.table.count];
-  const auto with = [&](auto* kernel) {
-    return launch(kernel, blocks, s.stream, s.table, s.params, constants);
-  };
+  const Launch how = launch_of(s.table.first_block[s.table.count], s.stream);
+  const auto with = [&](auto* kernel) { return launch(how, kernel, s.table, s.params, constants); };
   if constexpr (Row::kDynamicScale) {
     if (s.phase == Phase::kMagnitude) return with(magnitude_kernel<Row, Direction>);
     if (s.phase == Phase::kRows) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/step.h"
+#include "cuda/launch.h"
 
 namespace quantopt {
 
@@ -108,16 +109,9 @@ struct StepLaunch {
   cudaStream_t stream;
 };
 
-// Returns the error of this launch: one left over by others is not ours to report or to clear.
-template <class... Arguments>
-cudaError_t launch(void (*kernel)(Arguments...), unsigned blocks, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  static_assert((sizeof(Arguments) + ...) + 16 * sizeof...(Arguments) <= kArgumentBytes, "kernel arguments");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+// `blocks` blocks of kThreads threads.
+inline Launch launch_of(unsigned blocks, cudaStream_t stream) {
+  return {dim3(blocks), kThreads, 0, false, 1, stream};
 }
 
 // Launches the kernels of one rule; step_dispatch.h defines it.
