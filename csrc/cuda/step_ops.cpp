@@ -7,17 +7,6 @@
 #include "cuda/torch_cuda.h"
 
 namespace quantopt {
-namespace {
-
-const float* flag_on(const std::optional<at::Tensor>& tensor, at::Device device, const char* what) {
-  if (!tensor) return nullptr;
-  TORCH_CHECK_VALUE(tensor->device() == device && tensor->scalar_type() == at::kFloat && tensor->numel() == 1,
-                    "fused_step: ", what, " must be one float32 number on ", device);
-  return tensor->const_data_ptr<float>();
-}
-
-}  // namespace
-
 void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segments, bool dynamic_scale,
                       at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf, const at::Tensor& first_param) {
@@ -36,8 +25,8 @@ void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segm
     counters.push_back(step.mutable_data_ptr<float>());
   }
   CudaStepInputs inputs{};
-  inputs.grad_scale = flag_on(grad_scale, device, "grad_scale");
-  inputs.found_inf = flag_on(found_inf, device, "found_inf");
+  inputs.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr;
+  inputs.found_inf = found_inf ? found_inf->const_data_ptr<float>() : nullptr;
   inputs.steps = counters.empty() ? nullptr : counters.data();
   inputs.step_count = static_cast<int64_t>(counters.size());
   inputs.dynamic_scale = dynamic_scale;

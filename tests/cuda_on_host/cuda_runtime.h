@@ -1,8 +1,8 @@
-// The part of CUDA that the kernels of csrc/cuda need, on the host. The blocks of a launch, or its clusters of
-// blocks, run one after the other. The threads of a block are coroutines with separate stacks: each runs from
-// one barrier or warp-wide operation to the next. Dynamic shared memory is filled with nonsense before every
-// block and ends at a guard page; a __shared__ variable is one for all blocks. An asynchronous copy to shared
-// memory happens when its thread waits for it, as late as it may. Only x86-64.
+// The part of CUDA that the kernels of csrc/cuda need, on the host. The blocks of a launch, or its clusters
+// of blocks, run one after the other. The threads of a block are coroutines with separate stacks: each runs
+// from one barrier or warp-wide operation to the next. Dynamic shared memory is filled with nonsense before
+// every block and ends at a guard page; a __shared__ variable is one for all blocks. An asynchronous copy to
+// shared memory happens when its thread waits for it, as late as it may. Only x86-64.
 #pragma once
 
 #include <sys/mman.h>
