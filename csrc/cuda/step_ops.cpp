@@ -7,15 +7,16 @@
 #include "cuda/torch_cuda.h"
 
 namespace quantopt {
+
 void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segments, bool dynamic_scale,
                       at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf, const at::Tensor& first_param) {
   const at::Device device = first_param.device();
   for (const StepSegment& segment : segments) {
-    TORCH_CHECK_VALUE(!dynamic_scale || segment.latent_bound == nullptr || segment.bound_row >= segment.row,
-                      "fused_step: latent_bounds[", segment.index,
-                      "] has one value per channel, its dynamic scale one for the ",
-                      "tensor: pass a latent bound of one element");
+    TORCH_CHECK_VALUE(
+        !dynamic_scale || segment.latent_bound == nullptr || segment.bound_row >= segment.row,
+        "fused_step: latent_bounds[", segment.index,
+        "] has one value per channel, but the dynamic scale of its parameter has one: pass one");
   }
   thread_local std::vector<float*> counters;  // its memory serves the next step
   counters.clear();
