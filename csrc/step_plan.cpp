@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "step_arguments.h"
 #include "step_ops.h"
@@ -70,7 +71,7 @@ bool StepPlan::unchanged() const {
   return true;
 }
 
-bool StepPlan::valid(std::optional<at::TensorList> grads) {
+bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
   has_gradients_ = false;
   if (grads && grads->size() != params_.size()) return false;
   for (const at::Tensor& param : left_out_) {
@@ -83,6 +84,7 @@ bool StepPlan::valid(std::optional<at::TensorList> grads) {
     if (!fits(grad, param)) return false;
     segment.grad = grad.unsafeGetTensorImpl()->data();
   }
+  if (grads) given_grads_ = std::move(*grads);
   has_gradients_ = true;
   return true;
 }
@@ -92,6 +94,7 @@ void StepPlan::step(const std::optional<at::Tensor>& grad_scale, const std::opti
   has_gradients_ = false;
   if (options_.device_hyper == nullptr) options_.hyper = *static_cast<const Hyper*>(hyper_.const_data_ptr());
   run_step(options_, segments_, dynamic_scale_, steps_, grad_scale, found_inf, params_[0]);
+  given_grads_.clear();
   for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -108,7 +108,7 @@ def typed_cases() -> Iterator[Case]:
         if RULES[rule].latent:
             continue
         yield Case(rule, 2, "sgd", "tensor", BF16, momentum_dtype, seed=2**40 + 77)
-        yield Case(rule, 4, "adam", "channel", BF16, momentum_dtype, seed=5, hyper_on_device=True)
+        yield Case(rule, 4, "adam", "channel", BF16, momentum_dtype, seed=5, hyper_on_device=True, lr=0.2)
     yield Case("askew_memory", 2, "adam", "tensor", BF16, rate=math.inf)
     yield Case("splitting", 4, "adam", "channel", BF16, BF16)
     yield Case("none", 2, "given", "tensor", F16)
