@@ -21,7 +21,10 @@ def load() -> Any:
     with_torch = ["-O0", "-g0", *(f"-I{path}" for path in include_paths())]
     device = ["-O2", "-w", "-DQUANTOPT_HAVE_SM90A", "-x", "c++"]
     hosts = [folder / "driver.cpp", *sorted((ROOT / "csrc").glob("*_arguments.cpp"))]
-    kernels = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem != "device"]
+    kernels = [
+        path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem not in ("device", "step_rule")
+    ]
+    kernels.append(folder / "step_rules.cpp")
     sources = {
         **dict.fromkeys(hosts, with_torch),
         **dict.fromkeys(kernels, device),

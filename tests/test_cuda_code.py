@@ -12,6 +12,7 @@ import torch
 from machine_code import ARCHS, extension_file, kernels_of, needs_cuda_build
 from product_cases import SHAPES, WGMMA_TOKENS
 from quantopt import _extension
+from quantopt.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,9 @@ def test_no_kernel_spills_a_register() -> None:
     )
     if not logs:
         pytest.skip("the extension was not built in this tree")
-    text = "".join(log.read_text() for log in logs if (ROOT / f"csrc/cuda/{log.stem}.cu").exists())
+    text = "".join(
+        log.read_text() for log in logs if (ROOT / f"csrc/cuda/{log.name.split('.')[0]}.cu").exists()
+    )
     kernels = re.findall(
         r"Compiling entry function '(\S+)' for 'sm_(\S+)'(.*?)Used \d+ registers", text, re.DOTALL
     )
@@ -54,19 +57,26 @@ def test_no_kernel_spills_a_register() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_machine_code_of_steps(arch: str) -> None:
     """Every step kernel reads and writes 16 bytes at a time and keeps nothing in local memory."""
+    rules = list(RULES.values())
     found = dict.fromkeys(("step_kernel", "row_kernel", "magnitude_kernel"), 0)
     for name, code in kernels_of(arch).items():
         kind = next((kind for kind in found if kind in name), None)
         if kind is None:
             continue
         found[kind] += 1
-        latent = any(rule in name for rule in ("Memory", "Splitting", "Alternating"))
-        stored = 2 + latent + ("AdamStep" in name)  # the parameter, momentum and others
+        rule = rules[int(re.search(r"RowOfILNS_4RuleE(\d+)E", name)[1])]  # type: ignore[index]
+        stored = 2 + rule.latent + ("AdamBase" in name)  # the parameter, momentum and others
         assert code.count("LDG.E.128") >= stored, name
         assert code.count("STG.E.128") >= (0 if kind == "magnitude_kernel" else stored), name
         assert not re.search(r"\b(STL|LDL)\b", code), name
-    # step: 7 rules without a latent, 5 of which have Adam too, in 4 storages; 6 with one, 2 with Adam, in 2
-    assert found == {"step_kernel": 12 * 4 + 8 * 2, "row_kernel": 8, "magnitude_kernel": 4}
+    # for each rule, binary or not, and SGD or Adam: 4 storages without a latent, 2 with one
+    rows = [rule for rule in rules for _ in range(4 if rule.quantised else 2)]
+    dynamic = sum(rule.dynamic_scale for rule in rows)
+    assert found == {
+        "step_kernel": sum(2 if rule.latent else 4 for rule in rows),
+        "row_kernel": 2 * dynamic,
+        "magnitude_kernel": dynamic,
+    }
 
 
 @needs_cuda_build

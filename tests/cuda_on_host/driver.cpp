@@ -12,31 +12,30 @@
 #define TORCH_LIBRARY(library, m) TORCH_LIBRARY_FRAGMENT(quantopt_host, m)
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) TORCH_LIBRARY_FRAGMENT(quantopt_host, m)
-#include "cuda/step.h"
+#include "cuda/binary_conv_ops.cpp"
+#include "cuda/binary_ops.cpp"
+#include "cuda/step_ops.cpp"
+#include "ops.cpp"
+#include "step_ops.cpp"
 
 namespace quantopt {
 
 inline bool hyper_on_device = false;
 
-// step_on_cuda, with the numbers of the step in "device" memory where the test says so.
-const char* step_on_host(StepOptions options, const StepSegment* segments, int64_t count,
-                         const CudaStepInputs& inputs) {
-  const Hyper hyper = options.hyper;
+// The step of CPU tensors by the kernels of CUDA, with hyper-parameters in "device" memory where the test
+// says so.
+void run_step_on_cpu(const StepOptions& options, std::vector<StepSegment>& segments, bool dynamic_scale,
+                     at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
+                     const std::optional<at::Tensor>& found_inf, const at::Tensor& first_param) {
+  StepOptions here = options;
   if (hyper_on_device) {
-    options.device_hyper = &hyper;
-    options.hyper = {};
+    here.device_hyper = &options.hyper;
+    here.hyper = {};
   }
-  return step_on_cuda(options, segments, count, inputs);
+  run_step_on_cuda(here, segments, dynamic_scale, steps, grad_scale, found_inf, first_param);
 }
 
 }  // namespace quantopt
-
-#include "cuda/binary_conv_ops.cpp"
-#include "cuda/binary_ops.cpp"
-#include "ops.cpp"
-#define step_on_cuda step_on_host
-#include "cuda/step_ops.cpp"
-#undef step_on_cuda
 
 namespace {
 
@@ -84,7 +83,7 @@ TORCH_LIBRARY_FRAGMENT(quantopt_host, m) {
   });
   // The threads of a block run in the other order: a missing barrier shows.
   m.def("backwards(bool on) -> ()", [](bool on) { emulator::backwards = on; });
-  // fused_step reads the numbers of the step as from a device.
+  // fused_step reads the hyper-parameters as from a device.
   m.def("hyper_on_device(bool on) -> ()", [](bool on) { quantopt::hyper_on_device = on; });
   // Of each launch only the last `count` blocks along x run; all where it is negative.
   m.def("last_blocks(int count) -> ()", [](int64_t count) { last_blocks = static_cast<unsigned>(count); });
