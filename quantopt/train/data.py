@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from quantopt.files import atomic_write
 from quantopt.train import sources, unpickle
 from quantopt.train.errors import InputError
-from quantopt.train.files import atomic_write
 
 Array = NDArray[Any]
 

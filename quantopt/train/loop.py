@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
+from quantopt.files import atomic_write, remove_temporaries
 from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, models, recipes
 from quantopt.train.data import Dataset
 from quantopt.train.environment import versions
 from quantopt.train.errors import InputError
-from quantopt.train.files import atomic_write, remove_temporaries
 from quantopt.train.graph import Graphed
 
 CHECKPOINT = "checkpoint.pt"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantopt.train.files import atomic_write
+from quantopt.files import atomic_write
 from quantopt.train.loop import HISTOGRAM_LIMIT
 
 CURVES_PNG = "curves.png"

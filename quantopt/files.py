@@ -1,6 +1,7 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Atomic writing of files."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,11 @@ from pathlib import Path
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
-    A reader, or a run killed at any moment, finds the old contents or the new ones, never a part of them.
+    A reader, or a process that is killed at any moment, finds the old contents or the new ones, never a part of them.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch(exist_ok=False)  # fails rather than follow a link, and takes the usual permissions
         write(temporary)
         _flush(temporary)
         temporary.replace(path)

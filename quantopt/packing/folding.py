@@ -1,8 +1,8 @@
-"""Batch norm and activations that follow a packed layer, into its scale, bias and epilogue.
+"""Folds batch norms and activations into the scale, bias and epilogue of the packed layer that they follow.
 
 In evaluation a batch norm is y -> f (y - mean) + beta with f = gamma / sqrt(var + eps), one factor for each output
-channel of the layer before it: scale -> |f| scale, bias -> f (bias - mean) + beta, and the weights of a row change
-sign where f < 0, so that scales stay positive.
+channel of the layer. Folding sets scale -> |f| scale and bias -> f (bias - mean) + beta, and flips the signs of a row
+of weights where f < 0, so that scales stay positive.
 """
 
 import copy
@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from quantopt.reference.binary import pack_signs
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-MOST_OPTIONAL = 4  # arguments of forward: it is traced once for each choice of them
+MAX_OPTIONAL = 4  # optional arguments of forward, which is traced for each subset of them
 FOLDABLE = {kind.__name__: kind for kind in (*NORMS, nn.ReLU, nn.GELU, nn.SiLU)}
 
 
 class Folded(nn.Identity):
-    """What stands where a batch norm or an activation was folded into the packed layer before it.
+    """The identity in place of a batch norm or an activation that was folded into the preceding layer.
 
-    Has the arguments (num_features, eps, inplace, ...) of the module it replaces.
+    Has the attributes (num_features, eps, inplace, ...) of the module it replaces.
     """
 
     def __init__(self, replaced: nn.Module) -> None:
@@ -36,10 +36,10 @@ class Folded(nn.Identity):
                 setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Of three dimensions the norm's channels are the second, not the outputs that it was folded into.
+        # In three dimensions a BatchNorm1d normalises dimension 1, but the layer's outputs are dimension 2.
         if self.kind == "BatchNorm1d" and x.dim() != 2:
             raise ValueError(
-                f"a BatchNorm1d was folded into the layer before for [batch, features], not {list(x.shape)}: "
+                f"a BatchNorm1d that was folded into a Linear takes [batch, features], not {list(x.shape)}: "
                 "pack with fold_batchnorm=False"
             )
         return x
@@ -49,7 +49,7 @@ class Folded(nn.Identity):
 
 
 class Chain(NamedTuple):
-    """A layer and the modules that follow it wherever forward calls it, and that follow nothing else."""
+    """A layer and the modules that follow each of its calls in forward and nothing else."""
 
     layer: nn.Linear | nn.Conv2d
     norm: nn.Module | None
@@ -68,7 +68,7 @@ def activation_of(module: nn.Module | None) -> str:
 def fold(
     bits: Tensor, scale: Tensor, bias: Tensor | None, row_length: int, norm: nn.Module
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(bits, scale, bias) of a layer with ``norm``, a batch norm in evaluation, after it; new tensors where changed.
+    """(bits, scale, bias) of a layer followed by ``norm``, a batch norm in evaluation; the arguments are not changed.
 
     bits uint8 [N, ceil(K/8)] or [P, N, ceil(K/8)], scale fp32 [1], [N] or [N, groups], bias [N] or None.
     """
@@ -86,25 +86,25 @@ def fold(
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks want to see the module's calls, which folding would end."""
+    """Whether the module has hooks, which would see no call after folding."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Calls:
-    """Which module is called where."""
+    """The calls of modules in one trace of a model's forward."""
 
     def __init__(self, root: nn.Module, arguments: dict[str, None]) -> None:
-        """Follows the forward of ``root``, called without the optional ``arguments``.
+        """Traces the forward of ``root``, called without the optional ``arguments``.
 
-        That runs the model's own code, so a copy is traced: it may keep values or write to buffers.
+        Tracing runs the model's code, which may store values or write to buffers, so a copy is traced.
         """
         twin = copy.deepcopy(root, {id(p): p for p in root.parameters()})
-        own = dict(zip(map(id, twin.modules()), root.modules(), strict=True))
-        named = {name: own[id(module)] for name, module in twin.named_modules(remove_duplicate=False)}
+        originals = dict(zip(map(id, twin.modules()), root.modules(), strict=True))
+        named = {name: originals[id(module)] for name, module in twin.named_modules(remove_duplicate=False)}
         graph = fx.Tracer().trace(twin, concrete_args=arguments or None)
         self.modules: dict[fx.Node, nn.Module] = {}
         self.nodes: dict[int, list[fx.Node]] = {}
-        self.touched: set[int] = set()  # modules that are used in other ways than by a call in a graph
+        self.touched: set[int] = set()  # modules that the graph uses in other ways than by a call
         for node in graph.nodes:
             if node.op == "get_attr":
                 self.touched.add(id(named.get(str(node.target).rpartition(".")[0])))
@@ -138,9 +138,9 @@ class _Calls:
 def _traces(model: nn.Module) -> list[_Calls]:
     """The calls that forward makes with each choice of its optional arguments (those that are None by default)."""
     optional = [name for name, p in inspect.signature(model.forward).parameters.items() if p.default is None]
-    if len(optional) > MOST_OPTIONAL:
+    if len(optional) > MAX_OPTIONAL:
         raise TypeError(
-            f"more than {MOST_OPTIONAL} arguments of its forward are optional: {', '.join(optional)}"
+            f"more than {MAX_OPTIONAL} arguments of its forward are optional: {', '.join(optional)}"
         )
     choices = itertools.product((False, True), repeat=len(optional))
     return [
@@ -150,16 +150,16 @@ def _traces(model: nn.Module) -> list[_Calls]:
 
 
 def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> list[Chain]:
-    """What can be folded into each of ``layers``, modules of ``model``: what follows it wherever forward calls it.
+    """What can be folded into each of ``layers``, modules of ``model``: what follows each of its calls in forward.
 
-    The forward pass is traced by torch.fx, with and without each argument that is None by default. Where that fails,
-    nothing is known of what else is called with a layer's output: nothing is folded, and a warning gives the reason.
-    Calls from other methods than forward, and branches on isinstance or ``is`` that depend on other arguments, cannot
-    be seen. Raises ValueError if there is something to fold, but the model is in training.
+    torch.fx traces the forward pass with and without each argument that is None by default. If tracing fails, the
+    other uses of a layer's output are unknown: nothing is folded, and a warning gives the reason.
+    Traces do not show calls from other methods than forward, nor branches on isinstance or ``is`` that depend on other
+    arguments. Raises ValueError if there is something to fold, but the model is in training.
     """
     try:
         traces = _traces(model)
-    except Exception as error:  # whatever the model's own code makes of a proxy
+    except Exception as error:  # the model's code may raise anything when it is given a proxy
         warnings.warn(
             f"fold_batchnorm=True folded nothing: torch.fx cannot trace the model ({error}), so that what follows a "
             "layer is not known. Make its forward traceable, or pack without folding",
@@ -184,7 +184,7 @@ def find_chains(model: nn.Module, layers: Collection[nn.Linear | nn.Conv2d]) -> 
         if norm is not None or activation is not None:
             chains.append(Chain(layer, norm, activation))
     norms = {id(chain.norm) for chain in chains}
-    # A module with others in it may call them in one mode alone.
+    # A module with children may call them in one mode only.
     if chains and any(m.training for m in model.modules() if m._modules or id(m) in norms):
         raise ValueError(
             "fold_batchnorm=True folds what follows a layer in evaluation, but the model is in training: "
