@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import quantopt
 from quantopt.train import report
-from quantopt.train.cli import check_out, guarded
+from quantopt.train.cli import guarded
+from quantopt.train.directory import check_out
 
 DIMENSIONS = 10
 HIDDEN = 3
