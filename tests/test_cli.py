@@ -15,15 +15,7 @@ from quantopt.backends import OPERATIONS
 from quantopt.train import cli
 from training_data import write_patterns
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def patterns(tmp_path_factory) -> Path:
-    return write_patterns(tmp_path_factory.mktemp("data") / "patterns")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

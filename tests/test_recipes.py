@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import quantopt
-from quantopt.train import cli, models, recipes
+from quantopt.train import cli, models, optimizers, recipes
+from quantopt.train.config import HYPERPARAMETERS, Config
 from quantopt.train.errors import InputError
-from quantopt.train.loop import Config
 from training_data import write_patterns
 
 NETWORKS = ("vgg11", "vgg16", "resnet18")  # those of the GPU; cnn is for the CPU
@@ -29,17 +29,17 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
     assert set(recipes.names()) == (
         {f"{n}-{rest}" for n in NETWORKS for rest in expected}
         | {f"cnn-{rest}" for rest in small}
-        | set(recipes.OPTIMIZERS)
+        | set(optimizers.OPTIMIZERS)
     )
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_builds(name, networks):
     settings = recipes.load(name)
-    assert set(recipes.HYPERPARAMETERS) <= set(settings)
-    config = Config(**settings).resolved()
+    assert set(HYPERPARAMETERS) <= set(settings)
+    config = recipes.complete(Config(**settings))
     assert all(getattr(config, key) == value for key, value in settings.items())
-    if name in recipes.OPTIMIZERS:
+    if name in optimizers.OPTIMIZERS:
         assert config.optimizer == name
         return
     assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= (
@@ -48,7 +48,7 @@ def test_every_recipe_builds(name, networks):
     with torch.device("meta"):  # what the recipe makes of the network, without its memory
         model = models.build(config.model, (3, 32, 32), 10)
     model = model.to_empty(device="cpu")
-    built = recipes.build(config.optimizer, model, 10, settings)
+    built = optimizers.build(config.optimizer, model, 10, settings)
     if config.optimizer == "luq":
         layers = [m for m in model.modules() if isinstance(m, quantopt.nn.LUQConv2d | quantopt.nn.LUQLinear)]
     elif config.activations:
@@ -65,23 +65,23 @@ def test_every_recipe_builds(name, networks):
     assert len(layers) == inner
 
 
-@pytest.mark.parametrize("name", [name for name, (_, key) in recipes.OPTIMIZERS.items() if key])
+@pytest.mark.parametrize("name", [name for name, (_, key) in optimizers.OPTIMIZERS.items() if key])
 def test_recipes_of_the_optimizers_state_the_schedule_of_the_class(name):
     settings = recipes.load(name)
-    built = recipes.build(name, models.build("mlp", (1, 8, 8), 4), 100, settings)
+    built = optimizers.build(name, models.build("mlp", (1, 8, 8), 4), 100, settings)
     group = built.optimizer.param_groups[0]
     assert settings["anneal"]
     for step in range(101):
         assert built.anneal.schedule(group, step, 100) == built.optimizer.annealed(group, step, 100)
 
 
-@pytest.mark.parametrize("name", recipes.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_rates_in_tensors_take_the_same_course(name):
     ends = []
     for capturable in (False, True):
         torch.manual_seed(0)
         model = models.build("mlp", (1, 8, 8), 4)
-        built = recipes.build(name, model, 6, recipes.load(name), capturable=capturable)
+        built = optimizers.build(name, model, 6, recipes.load(name), capturable=capturable)
         rate = built.optimizer.param_groups[0]["lr"]
         assert isinstance(rate, torch.Tensor) == capturable
         for step in range(6):

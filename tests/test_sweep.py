@@ -5,7 +5,7 @@ import json
 import pytest
 
 from quantopt.train import cli, sweep
-from quantopt.train.loop import OUT_OF_TIME
+from quantopt.train.errors import OUT_OF_TIME
 from training_data import write_patterns
 
 
