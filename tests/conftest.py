@@ -1,5 +1,6 @@
 """What the tests share: markers, forced instruction sets, reproducible random numbers, a small data set to train on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 
 from quantopt import _extension
-from training_data import write_patterns
 
 # Timings differ too much between machines for a deadline; a failure must be the same on the next run.
 hypothesis.settings.register_profile("quantopt", deadline=None, derandomize=True)
@@ -59,6 +59,8 @@ def seed() -> None:
 @pytest.fixture(scope="session")
 def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a data set that trains in a moment."""
+    from training_data import write_patterns
+
     return write_patterns(tmp_path_factory.mktemp("data") / "patterns")
 
 
@@ -78,6 +80,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     home = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     return home / "quantopt"
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, here and in processes of the test: small networks train faster, and all with the same bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

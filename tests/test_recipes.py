@@ -1,7 +1,9 @@
 """The recipes: every file is read and builds its network and optimizer; files and overrides on the command line."""
 
 import copy
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import quantopt
 from quantopt.train import cli, models, optimizers, recipes
 from quantopt.train.config import HYPERPARAMETERS, Config
 from quantopt.train.errors import InputError
-from training_data import write_patterns
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NETWORKS = ("vgg11", "vgg16", "resnet18")  # those of the GPU; cnn is for the CPU
 
@@ -31,6 +34,15 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
         | {f"cnn-{rest}" for rest in small}
         | set(optimizers.OPTIMIZERS)
     )
+
+
+def test_recipes_have_the_values_of_0_1_0():
+    """tests/data/recipes.json has a digest of the settings of each; a recipe that is meant to change gets a new one."""
+    digests = json.loads((Path(__file__).parent / "data" / "recipes.json").read_text())
+    assert digests == {
+        name: hashlib.sha256(json.dumps(recipes.load(name), sort_keys=True).encode()).hexdigest()[:16]
+        for name in recipes.names()
+    }
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -116,9 +128,8 @@ def test_bad_recipes(tmp_path, text, message):
         recipes.load(str(tmp_path / "none.toml"))
 
 
-def test_recipe_on_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    patterns = write_patterns(tmp_path / "patterns")
+@pytest.mark.usefixtures("cache", "blank_figures")
+def test_recipe_on_the_command_line(patterns, tmp_path, capsys):
     file = tmp_path / "mine.toml"
     file.write_text('base = "askew"\nbits = 2\nlr = 0.7\nepochs = 9\nmodel = "mlp"\nprecision = "bfloat16"\n')
     common = ["train", "--data", str(patterns), "--quiet", "--device", "cpu", "--recipe", str(file)]
@@ -139,9 +150,9 @@ def test_recipe_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert "--optimizer: is part of the recipe" in capsys.readouterr().err
 
 
-def test_luq_has_no_packed_network(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    patterns, out = write_patterns(tmp_path / "patterns"), str(tmp_path / "luq")
+@pytest.mark.usefixtures("cache", "blank_figures")
+def test_luq_has_no_packed_network(patterns, tmp_path, capsys):
+    out = str(tmp_path / "luq")
     assert (
         cli.main(
             ["train", "--data", str(patterns), "--quiet", "--epochs", "1", "--optimizer", "luq", "--out", out]

@@ -10,28 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantopt.train import cli, data, loop, optimizers
+from quantopt.train import cli, optimizers
 from quantopt.train.config import Config
 from quantopt.train.errors import InputError
 from quantopt.train.loop import Trainer, train
-from training_data import assert_equal, checkpoint
+from training_data import CONFIG, assert_equal, checkpoint, run
 
-CONFIG = Config(data="patterns", epochs=4, batch_size=32)
-
-
-@pytest.fixture(autouse=True)
-def surroundings(cache, monkeypatch):
-    """One thread, so that a run in another process computes the same."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(dataset: data.Dataset, **changes) -> loop.Result:
-    out = changes.pop("out", None)
-    return train(dataclasses.replace(CONFIG, **changes), dataset, out=out, progress=False)
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 class Interruption(Exception):
@@ -95,37 +80,30 @@ sys.exit(cli.main(arguments))
 """
 
 
+def arguments(patterns, optimizer: str, out) -> list[str]:
+    options = ["--optimizer", optimizer, "--epochs", "4", "--batch-size", "32", "--device", "cpu", "--quiet"]
+    return ["train", "--data", str(patterns), *options, "--augment", "crop", "--out", str(out)]
+
+
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("point", "optimizer", "epoch"),
     [("mid-epoch", "askew", 2), ("writing", "stam", 1), ("finished", "askew", 4)],
 )
 def test_killed_run_ends_as_if_it_had_not_been(patterns, tmp_path, capsys, point, optimizer, epoch):
-    def arguments(out: str) -> list[str]:
-        options = [
-            "--optimizer",
-            optimizer,
-            "--epochs",
-            "4",
-            "--batch-size",
-            "32",
-            "--device",
-            "cpu",
-            "--quiet",
-        ]
-        return ["train", "--data", str(patterns), *options, "--augment", "crop", "--out", str(tmp_path / out)]
-
-    command = [sys.executable, "-c", KILLED, point, *arguments("cut")]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    command = [sys.executable, "-c", KILLED, point, *arguments(patterns, optimizer, cut)]
     killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert checkpoint(tmp_path / "cut")["epoch"] == epoch
-    assert not (tmp_path / "cut" / "report.json").exists()
-    assert cli.main([*arguments("cut"), "--resume"]) == 0
-    assert cli.main(arguments("whole")) == 0
+    assert checkpoint(cut)["epoch"] == epoch
+    assert not (cut / "report.json").exists()
+    assert cli.main([*arguments(patterns, optimizer, cut), "--resume"]) == 0
+    assert cli.main(arguments(patterns, optimizer, whole)) == 0
     capsys.readouterr()
-    assert_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
-    packed = [load_file(tmp_path / out / "model.safetensors") for out in ("whole", "cut")]
+    assert_equal(checkpoint(whole), checkpoint(cut))
+    packed = [load_file(out / "model.safetensors") for out in (whole, cut)]
     assert_equal(*packed)
-    names = {file.name for file in (tmp_path / "cut").iterdir()}
+    names = {file.name for file in cut.iterdir()}
     assert names == {"checkpoint.pt", "report.json", "model.safetensors", "curves.png", "weights.png"}
 
 

@@ -6,14 +6,12 @@ import pytest
 
 from quantopt.train import cli, sweep
 from quantopt.train.errors import OUT_OF_TIME
-from training_data import write_patterns
+
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    patterns = write_patterns(tmp_path / "patterns")
+def arguments(patterns, tmp_path):
     common = ["--data", str(patterns), "--device", "cpu", "--model", "mlp", "--epochs", "2"]
     return [*common, "--out", str(tmp_path / "out")]
 

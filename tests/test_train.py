@@ -13,24 +13,9 @@ from quantopt.train import augment, data, demo, loop, measure, optimizers, repor
 from quantopt.train.config import Config
 from quantopt.train.errors import InputError, TrainingError
 from quantopt.train.loop import Trainer, train
-from training_data import assert_equal, checkpoint
+from training_data import CONFIG, assert_equal, checkpoint, run
 
-CONFIG = Config(data="patterns", epochs=4, batch_size=32)
-
-
-@pytest.fixture(autouse=True)
-def surroundings(cache, monkeypatch):
-    """One thread, so that a run in another process computes the same."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(dataset: data.Dataset, **changes) -> loop.Result:
-    out = changes.pop("out", None)
-    return train(dataclasses.replace(CONFIG, **changes), dataset, out=out, progress=False)
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
@@ -190,7 +175,7 @@ def test_captured_training_takes_the_same_course(dataset, optimizer):
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])
 def test_packed_logits_are_those_of_the_projected_network(dataset, model):
-    config = dataclasses.replace(CONFIG, model=model, epochs=1, batch_size=80)
+    config = dataclasses.replace(CONFIG, model=model, epochs=1, batch_size=80, limit=80)
     trainer = Trainer(config, dataset)
     from tqdm import tqdm
 
@@ -252,11 +237,11 @@ def test_runs_with_one_seed_agree_and_with_another_differ(dataset):
 
 
 def test_binary_digits_are_nearly_as_accurate_as_float():
-    """One seed and a third of the default budget; docs and bench have the full numbers."""
+    """One seed and few epochs; docs and bench have the full numbers."""
     digits = data.digits()
     accuracy = {}
     for optimizer in ("sgd", "askew", "stam"):
-        final = train(Config(optimizer=optimizer, epochs=10), digits, progress=False).report
+        final = train(Config(optimizer=optimizer, epochs=4), digits, progress=False).report
         accuracy[optimizer] = final["accuracy_latent" if optimizer == "sgd" else "accuracy_packed"]
     assert min(accuracy.values()) > 96.5 and accuracy["sgd"] - min(accuracy.values()) < 2.5
 
@@ -312,8 +297,15 @@ def test_bad_configurations(dataset, tmp_path, changes, message):
 # ------------------------------------------------------------------------------------------------ the demo
 
 
-def test_demo_prints_a_row_per_optimizer_and_writes_its_files(patterns, tmp_path, capsys):
+def test_demo_prints_a_row_per_optimizer_and_writes_its_files(patterns, tmp_path, capsys, monkeypatch):
     from PIL import Image
+
+    draw = report.save_figure
+    monkeypatch.setattr(  # the figures of the demo alone are looked at
+        report,
+        "save_figure",
+        lambda figure, path: draw(figure, path) if path.parent.name == "demo" else path.touch(),
+    )
 
     assert demo.main(["--data", str(patterns), "--epochs", "2", "--out", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out

@@ -1,11 +1,16 @@
 """A small data set that trains in a moment, four classes of 8x8 images as IDX files, and comparisons of runs."""
 
+import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from quantopt.train import data
+from quantopt.train.config import Config
+from quantopt.train.loop import Result, train
 
 
 def write_patterns(folder: Path, train: int = 160, test: int = 60, size: int = 8) -> Path:
@@ -20,6 +25,15 @@ def write_patterns(folder: Path, train: int = 160, test: int = 60, size: int = 8
             header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
             (folder / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
     return folder
+
+
+CONFIG = Config(data="patterns", epochs=4, batch_size=32)
+
+
+def run(dataset: data.Dataset, **changes: Any) -> Result:
+    """Trains by CONFIG with some changes; `out` as in `train`."""
+    out = changes.pop("out", None)
+    return train(dataclasses.replace(CONFIG, **changes), dataset, out=out, progress=False)
 
 
 def assert_equal(a: object, b: object, where: str = "checkpoint") -> None:
