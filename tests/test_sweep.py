@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from quantopt.train import cli, sweep
+from quantopt.train import cli, report, sweep
 from quantopt.train.errors import OUT_OF_TIME
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -16,7 +16,7 @@ def arguments(patterns, tmp_path):
     return [*common, "--out", str(tmp_path / "out")]
 
 
-def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
+def test_sweep_cut_and_continued(tmp_path, arguments, monkeypatch, capsys):
     out = tmp_path / "out"
     command = ["sweep", "stam", "luq", "--seeds", "2", *arguments]
     assert cli.main([*command, "--minutes", "1e-9"]) == OUT_OF_TIME  # no run is begun
@@ -25,6 +25,11 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
     assert cli.main([*train, "--minutes", "1e-6"]) == OUT_OF_TIME
     assert (out / "stam-0" / "checkpoint.pt").exists() and not (out / "stam-0" / "report.json").exists()
     assert "unfinished: stam-0, stam-1, luq-0, luq-1" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # runs that are finished are not started again
+        patch.setattr(report, "save_figure", lambda figure, path: path.touch())
+        for seed in ("0", "1"):
+            luq = ["--recipe", "luq", "--seed", seed, "--quiet", *arguments[:-1], str(out / f"luq-{seed}")]
+            assert cli.main(["train", *luq]) == 0
     assert cli.main([*command, "--jobs", "2"]) == 0
     results = json.loads((out / "accuracy.json").read_text())
     assert {"device", "date", "commit", "versions", "threads"} < set(results) and results[
@@ -38,11 +43,11 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
         ("luq", 4, 2, 2),
     ]
     reports = [json.loads((out / f"stam-{seed}" / "report.json").read_text()) for seed in (0, 1)]
-    a, b = (report["accuracy_quantized"] for report in reports)
+    a, b = (run["accuracy_quantized"] for run in reports)
     assert rows[0]["mean"] == pytest.approx((a + b) / 2) and rows[0]["std"] == pytest.approx(
         abs(a - b) / 2**0.5
     )
-    packed = [report["accuracy_packed"] for report in reports]
+    packed = [run["accuracy_packed"] for run in reports]
     assert rows[0]["packed_mean"] == pytest.approx(sum(packed) / 2) and rows[1]["packed_mean"] is None
     assert rows[0]["packed_difference"] == max(abs(packed[0] - a), abs(packed[1] - b))
     assert rows[0]["speedup"] > 0 and rows[0]["bytes_float"] > rows[0]["bytes_packed"] > 0
@@ -68,7 +73,7 @@ def test_bad_sweeps(tmp_path, arguments, capsys):
 
 
 def test_the_table_aligns():
-    report = {
+    run = {
         "config": {
             **{"model": "cnn", "optimizer": "sgd", "bits": 0, "activations": 0, "epochs": 3},
             **{"limit": None, "validation": None},
@@ -79,7 +84,7 @@ def test_the_table_aligns():
         "bytes_float": None,
         "bytes_packed": None,
     }
-    row = sweep.row([report])
+    row = sweep.row([run])
     assert row["mean"] == 90 and row["std"] == 0
     packed = {"packed_mean": 89.5, "bits": "ternary", "bytes_float": 99, "bytes_packed": 9, "speedup": 12.3}
     lines = sweep.table({"sgd": row, "resnet18-askew-adam-ternary": {**row, **packed}}).splitlines()

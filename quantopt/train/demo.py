@@ -23,8 +23,8 @@ from quantopt.train.measure import weight_bytes
 
 OPTIMIZERS = ("sgd", "binaryconnect", "binaryrelax", "proxquant", "askew", "stam")
 
-# Bytes of training images below which a second thread gains nothing: each operation is so short that the threads mostly
-# wait for each other, and for long where the machine is busy.
+# Bytes of training images below which one thread is used: the operations are so short that more threads mostly wait for
+# each other, which takes long on a busy machine.
 _SMALL = 1 << 20
 
 

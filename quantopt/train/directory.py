@@ -1,28 +1,37 @@
-"""The directory of a run: the names of its files, and how they are read and written."""
+"""The result of a run and its directory: the names of the files, and how they are read and written."""
 
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import quantopt
 from quantopt.train import report
 from quantopt.train.errors import InputError
-
-if TYPE_CHECKING:
-    from quantopt.train.loop import Result
 
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
 MODEL = "model.safetensors"
 
 
+@dataclass
+class Result:
+    """A finished run: its report (the contents of report.json), the float and the packed network (None for sgd and
+    luq), and histograms [epochs + 1, bins] of the weights before training and after each epoch (measure.histogram)."""
+
+    report: dict[str, Any]
+    model: nn.Module
+    packed: nn.Module | None
+    histograms: Tensor
+
+
 def check_out(out: Path) -> None:
-    """Raises InputError unless files can be written in `out` or, where it does not exist, it can be made. Leaves
-    nothing behind."""
+    """Raises InputError unless files can be written in `out`, or `out` can be made. Leaves nothing behind."""
     existing = out
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -33,7 +42,7 @@ def check_out(out: Path) -> None:
         raise InputError("--out", f"{out} is not writable: {existing}: {error.strerror or error}") from None
 
 
-def write_run(out: Path, result: "Result") -> None:
+def write_run(out: Path, result: Result) -> None:
     """Writes a finished run's model.safetensors, plots and report.json, the report last."""
     name = result.report["config"]["optimizer"]
     packed = result.packed
@@ -54,7 +63,7 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
         raise InputError(
             argument,
             f"{path} is damaged, or holds more than the tensors, numbers and texts of a checkpoint "
-            f"({type(error).__name__}); nothing of it was run",
+            f"({type(error).__name__}); no code in it was run",
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise InputError(argument, f"{path} is not a checkpoint of quantopt")
@@ -62,6 +71,7 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
+    """What a report.json says of the network and its data. InputError naming --model if it is bad."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         config: dict[str, Any] = contents["config"]

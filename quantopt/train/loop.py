@@ -3,12 +3,12 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from quantopt.files import atomic_write, remove_temporaries
 from quantopt.train import augment, models, optimizers, recipes
 from quantopt.train.config import Config
 from quantopt.train.data import Dataset
-from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, read_checkpoint
+from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, Result, read_checkpoint
 from quantopt.train.environment import versions
 from quantopt.train.errors import InputError, OutOfTime, TrainingError
 from quantopt.train.graph import Graphed
@@ -42,31 +42,19 @@ CURVES = (
     "sign_flips",
 )
 """Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity. accuracy: of
-the training images as they were seen; test_accuracy: of the network as it runs in training, with its running batch-norm
-statistics, after the epoch (None where `Config.test_every` says so)."""
-
-
-@dataclass
-class Result:
-    """A finished run: its report (what report.json holds), the float and the packed network (None for sgd), and
-    weight histograms [epochs + 1, bins] of the quantised weights in units of their scale, before training and after
-    each epoch."""
-
-    report: dict[str, Any]
-    model: nn.Module
-    packed: nn.Module | None
-    histograms: Tensor
+the training images at the step that used them. test_accuracy: of the network as it runs in training, with its running
+batch-norm statistics, after the epoch (None in epochs that `Config.test_every` leaves out)."""
 
 
 class Trainer:
-    """A run: network, optimizer, schedules, random numbers and curves, after `epoch` whole epochs.
+    """A run: network, optimizer, schedules, random numbers and curves, after `epoch` epochs.
 
     Everything that influences the next epoch is in `state_dict()`. The global random state of torch is seeded.
     Raises InputError if the network does not fit the images or a value is refused.
     """
 
     def __init__(self, config: Config, dataset: Dataset, initial: dict[str, Any] | None = None) -> None:
-        """initial: the model's state to start from, as a checkpoint holds it, None for random weights."""
+        """initial: the state_dict of the model to start from, None for random weights."""
         config = recipes.complete(config)
         self.config = config
         for name in ("validation", "limit"):
@@ -156,7 +144,7 @@ class Trainer:
         self._correct += (logits.detach().argmax(1) == labels).sum()
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
-        """One pass over the training images in random order; images beyond the last whole batch are left out."""
+        """One pass over the training images in random order; an incomplete last batch is left out."""
         started = time.perf_counter()
         self.model.train()
         order = torch.randperm(len(self.train_labels), generator=self.generator, device=self.device)
@@ -190,7 +178,7 @@ class Trainer:
         self._show(bar, loss_mean, accuracy, self.curves["fraction_feasible"][-1])
 
     def test(self) -> None:
-        """Appends the test accuracy after an epoch to the curves, if its turn has come."""
+        """Appends the test accuracy after an epoch to the curves, None in epochs that are not measured."""
         every, accuracy = self.config.test_every, None
         if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
             with self._autocast():
@@ -198,7 +186,7 @@ class Trainer:
         self.curves["test_accuracy"].append(accuracy)
 
     def _autocast(self) -> torch.autocast:
-        # weights that autocast has cast and kept would be those of the capture in every replay of a graph
+        # A graph would replay with the casts of weights that autocast had cached at the capture.
         return torch.autocast(
             self.device.type,
             torch.bfloat16,
@@ -207,7 +195,7 @@ class Trainer:
         )
 
     def _record(self) -> None:
-        """Appends to the curves what describes the quantised weights, and their histogram."""
+        """Appends the metrics of the quantised weights to the curves, and their histogram."""
         measured = ("loss", "accuracy", "test_accuracy")
         values: dict[str, Any] = {name: None for name in CURVES if name not in measured}
         if self.quantised:
@@ -268,16 +256,16 @@ class Trainer:
             raise InputError(argument, f"the checkpoint does not fit: {error}") from None
 
     def load_weights(self, state: dict[str, Any], argument: str) -> None:
-        """Everything but the random state, which alone depends on the kind of device; errors as `load_state_dict`."""
-        own = self.describe()
-        theirs = state.get("config")
-        if not isinstance(theirs, dict):
+        """As `load_state_dict`, without the random state, which depends on the kind of device."""
+        present = self.describe()
+        saved = state.get("config")
+        if not isinstance(saved, dict):
             raise InputError(argument, "this is not a checkpoint of quantopt")
         free = ("data", "device") if argument != "--resume" else ("data",)
         differing = [
-            f"{key} is {theirs.get(key)!r} in the checkpoint and {own.get(key)!r} now"
-            for key in sorted(own.keys() | theirs.keys())
-            if key not in free and theirs.get(key) != own.get(key)
+            f"{key} is {saved.get(key)!r} in the checkpoint and {present.get(key)!r} now"
+            for key in sorted(present.keys() | saved.keys())
+            if key not in free and saved.get(key) != present.get(key)
         ]
         if differing:
             raise InputError(argument, f"the checkpoint is of another run: {'; '.join(differing)}")
@@ -374,10 +362,10 @@ def train(
 ) -> Result:
     """Trains, with a checkpoint in `out` after every epoch, and measures; see `Result`.
 
-    out: a directory, made once the arguments have proved good; None writes nothing. resume: continue from `out`'s
-    checkpoint, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: where
-    the next epoch would end later, stop after the checkpoint of the last, at least one. Raises InputError on a bad
-    value or checkpoint, TrainingError if the loss is not finite, OutOfTime.
+    out: a directory, made after the arguments are checked; None writes nothing. resume: continue from the checkpoint in
+    `out`, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: the run
+    stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad value or
+    checkpoint, TrainingError if the loss is not finite, OutOfTime if the minutes are over.
     """
     started = time.monotonic()
     checkpoint = None if out is None else out / CHECKPOINT

@@ -1,4 +1,4 @@
-"""What is measured of networks: accuracy, bytes, speed, histograms of weights."""
+"""Measurements of networks: accuracy, bytes, speed, histograms of weights."""
 
 import statistics
 import time
@@ -37,9 +37,9 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def reestimate_batch_norm(model: nn.Module, images: Tensor, mode: str = "none") -> None:
     """Replaces the batch-norm statistics by averages over `images` at the present weights (torch's `update_bn`).
 
-    mode: how `images` are augmented, which must be as in training: the network has learned with the statistics of such
-    images, and with those of the images as they are it lost 1 to 3 points (docs/experiments.md). Runs over at most
-    20,000 images, in an order and with shifts that are random but always the same, in equal batches.
+    mode: the augmentation of `images`. It must be that of training: with statistics of images that are not augmented
+    the accuracy fell by 1 to 3 points (docs/experiments.md, 1). Uses at most 20,000 images, in equal batches; their
+    order and shifts are random but the same at each call.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_STATISTICS_IMAGES]
     size = min(_STATISTICS_BATCH, len(order))
@@ -54,7 +54,7 @@ def reestimate_batch_norm(model: nn.Module, images: Tensor, mode: str = "none") 
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of what a file of `model` holds: its state_dict, tensors that share memory once."""
+    """Bytes of the state_dict of `model`; tensors that share memory count once."""
     tensors = {(t.data_ptr(), t.shape): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -72,7 +72,10 @@ def weight_bytes(model: nn.Module, packed: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def images_per_second(networks: Sequence[nn.Module], images: Tensor) -> list[float]:
-    """Of each of `networks`, in evaluation mode: the median over up to ten batches, for which they take turns."""
+    """Images per second of each network, in evaluation mode: the median over up to ten batches.
+
+    The networks take turns at each batch, so that other load on the machine affects all of them.
+    """
     times: list[list[float]] = [[] for _ in networks]
     size = min(_EVALUATION_BATCH[images.device.type], len(images))
     for batch in (images[:size], *images.split(size)[:10]):  # the first is a warm-up
@@ -108,8 +111,8 @@ def histogram(model: nn.Module, optimizer: Any | None) -> Tensor:
 
 
 class Stopwatch:
-    """Sums the time spent in `with` blocks; on a GPU the time between events of its stream, read at the end. Nothing is
-    measured inside a CUDA graph."""
+    """Sums the time spent in `with` blocks; on a GPU that is the time between events of the stream. Inside a CUDA graph
+    nothing is measured."""
 
     def __init__(self, device: torch.device, graphed: bool) -> None:
         self._cuda = device.type == "cuda"
