@@ -5,6 +5,8 @@ import json
 import pytest
 
 from quantopt.train import cli, report, sweep
+from quantopt.train.arguments import given, passed_on
+from quantopt.train.config import OPTIONS
 from quantopt.train.errors import OUT_OF_TIME
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -60,6 +62,17 @@ def test_sweep_cut_and_continued(tmp_path, arguments, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(command) == 2
     assert "--out: the runs of stam differ in more than their seed" in capsys.readouterr().err
+
+
+def test_every_option_of_a_sweep_reaches_its_runs(patterns):
+    options = ["--data", patterns, "--model", "mlp", "--epochs", 2, "--batch-size", 8, "--limit", 40]
+    options += ["--validation", 20, "--device", "cpu", "--channels-last", "--no-compile", "--cuda-graph"]
+    parser = cli._parser()
+    swept = parser.parse_args(["sweep", "stam", "--out", "out", *map(str, options)])
+    trained = parser.parse_args(["train", *passed_on(swept, "sweep")])
+    expected = given(swept)
+    assert set(expected) == {name for name, option in OPTIONS.items() if "sweep" in option.commands}
+    assert {name: given(trained)[name] for name in expected} == expected
 
 
 def test_bad_sweeps(tmp_path, arguments, capsys):
