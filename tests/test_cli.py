@@ -15,15 +15,7 @@ from quantopt.backends import OPERATIONS
 from quantopt.train import cli
 from training_data import write_patterns
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def patterns(tmp_path_factory) -> Path:
-    return write_patterns(tmp_path_factory.mktemp("data") / "patterns")
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +84,7 @@ def test_train_shows_progress_and_writes_everything(patterns, tmp_path, capsys):
     assert report["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_quiet_train_of_sgd(patterns, tmp_path, capsys):
     assert (
         run(
@@ -128,6 +121,7 @@ def test_eval_agrees_with_the_report(patterns, finished, tmp_path, capsys):
         assert capsys.readouterr().out.startswith(expected)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_eval_of_quantised_activations_without_a_report(patterns, tmp_path, capsys):
     options = ["--optimizer", "askew", "--bits", 4, "--activations", 4, "--skip", "none"]
     assert run("train", "--data", patterns, "--epochs", 1, *options, "--out", tmp_path) == 0
@@ -292,6 +286,7 @@ def test_pack_of_something_else(patterns, tmp_path, capsys):
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint.pt"}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_sgd_runs_have_nothing_to_pack(patterns, tmp_path, capsys):
     out = tmp_path / "sgd"
     assert run("train", "--data", patterns, "--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out) == 0
