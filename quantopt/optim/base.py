@@ -259,7 +259,9 @@ class LevelOptimizer(torch.optim.Optimizer):
         groups = [self.param_groups[i] for i in stale]
         for group in groups:
             self._check_grads(group)
-        indices = [state.ensure(self, group, with_grad_only=True) for group in groups]
+        indices = [state.with_gradients(group) for group in groups]
+        for group, chosen in zip(groups, indices, strict=True):
+            state.ensure(self, group, chosen)
         steps: dict[int, GroupStep] = dict(enumerate(self._group_steps))
         for i, group, chosen in zip(stale, groups, indices, strict=True):
             before = next((step for step in self._group_steps if step.group is group), None)
@@ -335,13 +337,12 @@ class LevelOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def quantization(self, p: nn.Parameter) -> Quantization | None:
         """Codes and outer levels of the projection of ``p``, or None if ``p`` is not quantised by this optimizer."""
-        found = ((group, own) for group, own in views.quantised_params(self) if own is p)
-        return next((views.quantization(self, group, own) for group, own in found), None)
-
-    @torch.no_grad()
-    def quantizations(self) -> dict[nn.Parameter, Quantization]:
-        """:meth:`quantization` of every quantised parameter."""
-        return {p: views.quantization(self, group, p) for group, p in views.quantised_params(self)}
+        for group in self.param_groups:
+            for i, own in enumerate(group["params"] if group["bits"] != 0 else ()):
+                if own is p and p.numel():
+                    state.ensure(self, group, [i])
+                    return views.quantization(self, group, p)
+        return None
 
     @torch.no_grad()
     def metrics(self) -> list[dict[str, Any]]:

@@ -77,15 +77,19 @@ def required(facts: Facts) -> dict[str, torch.dtype]:
     return {key: row.dtype(facts) for key, row in STATE.items() if row.needed(facts)}
 
 
-def ensure(opt: LevelOptimizer, group: dict[str, Any], with_grad_only: bool = False) -> list[int]:
-    """Makes the state of the parameters that take part what the group's options ask for: what is missing is made, what
-    is of another dtype converted, what nobody updates any more dropped. Returns their indices. All or nothing."""
+def with_gradients(group: dict[str, Any]) -> list[int]:
+    """Indices of the parameters of a group that a step would change."""
+    return [i for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
+
+
+def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None = None) -> None:
+    """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
+    what is of another dtype converted, what nobody updates any more dropped. All or nothing."""
     made: dict[nn.Parameter, dict[str, Any]] = {}
-    taking_part = []
-    for i, p in enumerate(group["params"]):
-        if p.numel() == 0 or (with_grad_only and p.grad is None):
+    for i in range(len(group["params"])) if indices is None else indices:
+        p = group["params"][i]
+        if p.numel() == 0:
             continue
-        taking_part.append(i)
         name = opt.name_of(group, i)
         if p.is_complex() or not p.is_floating_point():
             raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters are trained")
@@ -105,7 +109,6 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], with_grad_only: bool = Fa
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():
         opt.state[p] = state
-    return taking_part
 
 
 class _Initial:

@@ -15,16 +15,27 @@ from torch import nn
 
 import quantopt
 from quantopt.backends import choose
+from quantopt.optim.base import LevelOptimizer
+from quantopt.optim.options import SCHEDULED
+
+# The classes of quantopt.optim go by their names in small letters, but for these.
+_SPELLED = {"AskewSGD": "askew", "AskewAdam": "askew-adam"}
+
+
+def _annealed_key(optimizer: type[LevelOptimizer]) -> str | None:
+    """The group key that Anneal drives."""
+    keys = optimizer([nn.Parameter(torch.ones(1))]).defaults.keys() & set(SCHEDULED) - {"lr"}  # type: ignore[call-arg]
+    return next(iter(keys), None)
+
 
 # Each optimizer's class, and the group key that Anneal drives.
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "sgd": (torch.optim.SGD, None),
-    "binaryconnect": (quantopt.BinaryConnect, None),
-    "binaryrelax": (quantopt.BinaryRelax, "kappa"),
-    "proxquant": (quantopt.ProxQuant, "reg_strength"),
-    "askew": (quantopt.AskewSGD, "epsilon"),
-    "askew-adam": (quantopt.AskewAdam, "epsilon"),
-    "stam": (quantopt.STAM, "kappa"),
+    **{
+        _SPELLED.get(name, name.lower()): (value, _annealed_key(value))
+        for name, value in vars(quantopt.optim).items()
+        if isinstance(value, type) and issubclass(value, LevelOptimizer)
+    },
     "luq": (torch.optim.SGD, None),
 }
 FLOAT = {"sgd": 0, "luq": 4}
