@@ -63,7 +63,7 @@ def dynamic_rows() -> Iterator[tuple[str, str, torch.dtype, int]]:
         yield from ((rule, base, dtype, row) for base in ("adam", "given") for row in (33, 600, 4100))
 
 
-@pytest.mark.parametrize(("rule", "base", "dtype", "row"), dynamic_rows(), ids=str)
+@pytest.mark.parametrize(("rule", "base", "dtype", "row"), list(dynamic_rows()), ids=str)
 def test_dynamic_scales_of_rows_by_warp_by_block_and_longer(
     host: Any, rule: str, base: str, dtype: torch.dtype, row: int
 ) -> None:
