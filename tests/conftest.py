@@ -1,5 +1,6 @@
 """What the tests share: the markers, the forced instruction sets, reproducible random numbers."""
 
+import os
 from typing import Any
 
 import hypothesis
@@ -21,6 +22,13 @@ def supported_isas() -> list[str]:
     if _extension.error is not None:
         return []
     return [isa for isa in ISAS if torch.ops.quantopt.cpu_isa_supported(isa)]
+
+
+def pytest_configure() -> None:
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # the workers share the processors; tests of threads set their number
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

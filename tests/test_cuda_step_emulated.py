@@ -56,10 +56,29 @@ def test_sizes_around_the_chunk(host: Any, numel: int) -> None:
         check(case, ours, make(case, [(numel,)]))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_guard_pages_after_every_tensor(host: Any, dtype: torch.dtype) -> None:
+    """A read or write beyond a tensor is a crash."""
+    for numel in (1, 3, 4, 15, 16, 17, 4095, 4096, 4097):
+        for case in (
+            Case("askew_memory", 4, "sgd", "channel", dtype),
+            Case("alternating", 2, "adam", "channel", dtype, dynamic_scale=True),
+        ):
+            host.guard(True)
+            try:
+                ours = make(case, [(1, numel), (3, numel)])
+                run_on_host(host, case, ours)
+            finally:
+                host.guard(False)
+            check(case, ours, make(case, [(1, numel), (3, numel)]))
+
+
 def dynamic_rows() -> Iterator[tuple[str, str, torch.dtype, int]]:
     """Lengths of rows around the limits of a warp, a block and a chunk for each rule; each kernel on each base."""
     for rule, dtype in itertools.product(DYNAMIC, (F32, BF16)):
-        yield from ((rule, "sgd", dtype, row) for row in (1, 31, 32, 511, 512, 513, 4095, 4096, 4097, 8193))
+        yield from (
+            (rule, "sgd", dtype, row) for row in (1, 31, 32, 511, 512, 513, 4095, 4096, 4097, 8193, 20_481)
+        )
         yield from ((rule, base, dtype, row) for base in ("adam", "given") for row in (33, 600, 4100))
 
 
@@ -68,7 +87,7 @@ def test_dynamic_scales_of_rows_by_warp_by_block_and_longer(
     host: Any, rule: str, base: str, dtype: torch.dtype, row: int
 ) -> None:
     case = Case(rule, 2, base, "channel", dtype, dynamic_scale=True)
-    shapes = [(1, row), (9, row)] if row <= 512 else [(1, row), (2, row)]
+    shapes = [(3, row), (9, row)]
     ours, unaligned = make(case, shapes), make(case, shapes, offset=1)
     launches = run_on_host(host, case, ours)
     assert launches == (1 if row <= 4096 else 3) + (base == "adam")  # and one that counts the steps
