@@ -226,8 +226,7 @@ class Launcher {
     const auto flush = [&] {
       if (table.count == 0) return cudaSuccess;
       const Launch how = launch_of(table.first_block[table.count], static_cast<cudaStream_t>(inputs_.stream));
-      const cudaError_t error =
-          launch<kStepArgumentBytes>(how, scale_epilogue_kernel, table, inputs_.found_inf);
+      const cudaError_t error = launch(how, scale_epilogue_kernel, table, inputs_.found_inf);
       table.count = 0;
       return error;
     };
