@@ -19,7 +19,7 @@ PATTERN = re.compile(
 )
 
 
-def row(match: re.Match[str]) -> str:
+def rule_name(match: re.Match[str]) -> str:
     """The name of RowOf<(Rule)1, true>."""
     rule = list(RULES.values())[int(match[1])]
     return rule.name + (" binary" if rule.quantised and match[2] == "true" else "")
@@ -34,7 +34,7 @@ def readable(names: list[str]) -> list[str]:
     for name in text.splitlines():
         name = re.sub(r"quantopt::|\(anonymous namespace\)::|^void ", "", name)
         name = re.sub(r"\((quantopt::)?Storage\)(\d)", lambda match: STORAGE[int(match[2])], name)
-        name = re.sub(r"RowOf<\(Rule\)(\d+), (true|false)>", row, name)
+        name = re.sub(r"RowOf<\(Rule\)(\d+), (true|false)>", rule_name, name)
         short.append(re.split(r">\(|\((?=LongTable|Counters)", name)[0])
     closed = [name + ">" if name.count("<") > name.count(">") else name for name in short]
     return [name.replace(" >", ">") for name in closed]

@@ -2,7 +2,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <utility>
 
 #include "step_arguments.h"
@@ -11,15 +10,20 @@
 namespace quantopt {
 namespace {
 
+// A loop, as std::equal of so few numbers would call memcmp.
 bool equal(at::IntArrayRef values, const int64_t* expected) {
-  return std::equal(values.begin(), values.end(), expected);
+  for (int64_t value : values) {
+    if (value != *expected++) return false;
+  }
+  return true;
 }
 
 // Whether the kernels may read a gradient along with its parameter.
 bool fits(const at::Tensor& grad, const at::Tensor& param) {
   return grad.defined() && grad.dtype() == param.dtype() && grad.layout() == at::kStrided &&
-         grad.device() == param.device() && grad.sizes() == param.sizes() &&
-         (grad.strides() == param.strides() || (grad.is_contiguous() && param.is_contiguous())) &&
+         grad.device() == param.device() && grad.dim() == param.dim() &&
+         equal(grad.sizes(), param.sizes().data()) &&
+         (equal(grad.strides(), param.strides().data()) || (grad.is_contiguous() && param.is_contiguous())) &&
          !grad.is_neg() && !grad.unsafeGetTensorImpl()->is_python_dispatch();
 }
 

@@ -40,7 +40,8 @@ cudaError_t count_steps(const CudaStepInputs& inputs, cudaStream_t stream) {
     counters.count = static_cast<int>(std::min<int64_t>(kCounters, inputs.step_count - first));
     std::copy_n(inputs.steps + first, counters.count, counters.at);
     const unsigned blocks = (static_cast<unsigned>(counters.count) + kThreads - 1) / kThreads;
-    const cudaError_t error = launch(launch_of(blocks, stream), count_kernel, counters, inputs.found_inf);
+    const cudaError_t error =
+        launch<kStepArgumentBytes>(launch_of(blocks, stream), count_kernel, counters, inputs.found_inf);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

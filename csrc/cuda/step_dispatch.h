@@ -14,7 +14,9 @@ template <class Row, class Direction>
 cudaError_t launch_with(const StepLaunch& s) {
   const auto constants = Row::constants(s.params.hyper, s.params.decoupled);
   const Launch how = launch_of(s.table.first_block[s.table.count], s.stream);
-  const auto with = [&](auto* kernel) { return launch(how, kernel, s.table, s.params, constants); };
+  const auto with = [&](auto* kernel) {
+    return launch<kStepArgumentBytes>(how, kernel, s.table, s.params, constants);
+  };
   if constexpr (Row::kDynamicScale) {
     if (s.phase == Phase::kMagnitude) return with(magnitude_kernel<Row, Direction>);
     if (s.phase == Phase::kRows) {

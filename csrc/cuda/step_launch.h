@@ -22,7 +22,7 @@ constexpr int64_t kBlockRow = kThreads * kRowPerThread;
 
 // Bytes that the arguments of a kernel may take; all architectures of CUDA 12.1 and later allow the larger
 // size.
-constexpr size_t kArgumentBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
+constexpr size_t kStepArgumentBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
 // How the elements of a tensor are read, and which scale they take.
 enum class Access : uint32_t {
@@ -73,7 +73,7 @@ struct StepTensor {
 // block finds its tensor.
 constexpr size_t kOtherArgumentBytes = 512;
 constexpr int kTensors =
-    static_cast<int>((kArgumentBytes - kOtherArgumentBytes) / (sizeof(StepTensor) + sizeof(uint32_t)));
+    static_cast<int>((kStepArgumentBytes - kOtherArgumentBytes) / (sizeof(StepTensor) + sizeof(uint32_t)));
 
 struct StepTable {
   StepTensor tensors[kTensors];

@@ -58,12 +58,12 @@ __device__ __forceinline__ void store_words(void* p, const Raw<N>& raw, int word
 
 // Elements i .. i + N - 1 at an address that is a multiple of 16, or the first `count` of them.
 template <int N>
-__device__ __forceinline__ Raw<N> load_raw(Dtype dtype, const void* p, int64_t i, bool whole, int count) {
+__device__ __forceinline__ Raw<N> load_raw(Dtype dtype, const void* p, int64_t i, bool full, int count) {
   Raw<N> raw;
   if (dtype == Dtype::kFloat32) {
     const auto* from = static_cast<const uint32_t*>(p) + i;
     if constexpr (N >= 4) {
-      if (whole) {
+      if (full) {
         load_words(from, raw, N);
         return raw;
       }
@@ -73,7 +73,7 @@ __device__ __forceinline__ Raw<N> load_raw(Dtype dtype, const void* p, int64_t i
   } else {
     const auto* from = static_cast<const uint16_t*>(p) + i;
     if constexpr (N >= 8) {
-      if (whole) {
+      if (full) {
         load_words(from, raw, N / 2);
         return raw;
       }
@@ -89,12 +89,12 @@ __device__ __forceinline__ Raw<N> load_raw(Dtype dtype, const void* p, int64_t i
 }
 
 template <int N>
-__device__ __forceinline__ void store_raw(Dtype dtype, const Raw<N>& raw, void* p, int64_t i, bool whole,
+__device__ __forceinline__ void store_raw(Dtype dtype, const Raw<N>& raw, void* p, int64_t i, bool full,
                                           int count) {
   if (dtype == Dtype::kFloat32) {
     auto* to = static_cast<uint32_t*>(p) + i;
     if constexpr (N >= 4) {
-      if (whole) return store_words(to, raw, N);
+      if (full) return store_words(to, raw, N);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void store_raw(Dtype dtype, const Raw<N>& raw, void* 
   } else {
     auto* to = static_cast<uint16_t*>(p) + i;
     if constexpr (N >= 8) {
-      if (whole) return store_words(to, raw, N / 2);
+      if (full) return store_words(to, raw, N / 2);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t row = static_cast<int64_t>(blockIdx.x - table.first_block[at]) * (kThreads / team) +
                       static_cast<int>(threadIdx.x) / team;
   const int64_t start = row * t.row;
-  if (start >= t.numel) return;  // a whole warp; the block has no barrier then
+  if (start >= t.numel)
+    return;  // all threads of a warp or of the block: the others wait at no barrier for them
 
   const bool vectors = t.access != Access::kElements;
   const auto count_of = [&](int k) {  // elements of vector k of this thread

@@ -160,16 +160,16 @@ struct Stepper {
   __device__ __forceinline__ bool has_momentum() const { return Direction::kAdam || t.momentum != nullptr; }
 
   template <int N>
-  __device__ __forceinline__ Elements<N> load(int64_t i, bool whole, int count) const {
+  __device__ __forceinline__ Elements<N> load(int64_t i, bool full, int count) const {
     Elements<N> e;
-    e.grad = load_raw<N>(param_type<S>(params), t.grad, i, whole, count);
+    e.grad = load_raw<N>(param_type<S>(params), t.grad, i, full, count);
     if (R::kReadsWeight || !has_latent()) {
-      e.param = load_raw<N>(param_type<S>(params), t.param, i, whole, count);
+      e.param = load_raw<N>(param_type<S>(params), t.param, i, full, count);
     }
-    if (has_latent()) e.latent = load_raw<N>(Dtype::kFloat32, t.latent, i, whole, count);
-    if (has_momentum()) e.momentum = load_raw<N>(momentum_type<S>(params), t.momentum, i, whole, count);
+    if (has_latent()) e.latent = load_raw<N>(Dtype::kFloat32, t.latent, i, full, count);
+    if (has_momentum()) e.momentum = load_raw<N>(momentum_type<S>(params), t.momentum, i, full, count);
     if constexpr (Direction::kAdam) {
-      e.exp_avg_sq = load_raw<N>(Dtype::kFloat32, t.exp_avg_sq, i, whole, count);
+      e.exp_avg_sq = load_raw<N>(Dtype::kFloat32, t.exp_avg_sq, i, full, count);
     }
     return e;
   }
@@ -198,7 +198,7 @@ struct Stepper {
   // Steps the weights w by d and stores the elements with all their state.
   template <int N>
   __device__ __forceinline__ void update_and_store(const R& rule, const Elements<N>& e, const Floats<N>& w,
-                                                   const Floats<N>& d, int64_t i, bool whole,
+                                                   const Floats<N>& d, int64_t i, bool full,
                                                    int count) const {
     Floats<N> weight, old_weight{};
     Floats<N> next;
@@ -212,12 +212,12 @@ struct Stepper {
         weight.at[n] = next.at[n];
       }
     }
-    if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, whole, count);
+    if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, full, count);
     if constexpr (Direction::kAdam) {
-      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, whole, count);
+      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
     }
     if (has_latent()) {
-      store_raw(Dtype::kFloat32, narrow(Dtype::kFloat32, next), t.latent, i, whole, count);
+      store_raw(Dtype::kFloat32, narrow(Dtype::kFloat32, next), t.latent, i, full, count);
     }
     Raw<N> out;
     if (is_bfloat16(S) && params.stochastic_rounding) {
@@ -225,7 +225,7 @@ struct Stepper {
     } else {
       out = narrow(param_type<S>(params), weight);
     }
-    store_raw(param_type<S>(params), out, t.param, i, whole, count);
+    store_raw(param_type<S>(params), out, t.param, i, full, count);
   }
 
   template <int N>
