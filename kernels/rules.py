@@ -172,6 +172,21 @@ def adam_direction(g, m, v, correction1, correction2, h):
     return d, m, v
 
 
+@triton.jit
+def direction(
+    g, m, v, corrections_ptr, tensor_index, h, BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr
+):  # fmt: skip
+    """(d, m, v). At corrections_ptr: 1 - beta1^k and 1 - beta2^k of each tensor."""
+    d = g
+    if BASE == "adam":
+        correction1 = tl.load(corrections_ptr + 2 * tensor_index)
+        correction2 = tl.load(corrections_ptr + 2 * tensor_index + 1)
+        d, m, v = adam_direction(g, m, v, correction1, correction2, h)
+    elif HAS_MOMENTUM:
+        d, m = sgd_direction(g, m, h, NESTEROV)
+    return d, m, v
+
+
 # ---- the rules ---------------------------------------------------------------------------------------------------
 
 

@@ -19,14 +19,13 @@ from quantopt.kernels.rules import (
     Grid,
     Numbers,
     Weights,
-    adam_direction,
     derive_numbers_kernel,
+    direction,
     gradient,
     load_numbers,
     load_tuple,
     make_grid,
     point,
-    sgd_direction,
     step,
 )
 from quantopt.kernels.step_tables import BLOCK, CHUNK, ROW_BLOCK, Row, Table, plan_of
@@ -35,6 +34,7 @@ from quantopt.rules import BASES, HYPER, RULES, StepRecord
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 GAUSSIAN_STEP = {2: 2.0, 3: 1.224, 4: 0.9957, 8: 0.5860, 16: 0.3352}  # as in csrc/core/levels.h
 ROW_WIDTH = tl.constexpr(len(Row._fields))
+LENGTH = tl.constexpr(Row._fields.index("length"))
 FIRST_PROGRAM = tl.constexpr(Row._fields.index("first_program"))
 
 
@@ -43,7 +43,7 @@ FIRST_PROGRAM = tl.constexpr(Row._fields.index("first_program"))
 
 @triton.jit
 def find(table_ptr, count, program):
-    """The Row whose programs this one belongs to: the last that begins not after it."""
+    """The address of the row whose programs this one belongs to: the last that begins not after it."""
     at = 0
     end = count
     while end - at > 1:
@@ -52,7 +52,12 @@ def find(table_ptr, count, program):
             at = middle
         else:
             end = middle
-    return Row(*load_tuple(table_ptr + at * ROW_WIDTH, ROW_WIDTH))
+    return table_ptr + at * ROW_WIDTH
+
+
+@triton.jit
+def load_row(row_ptr):
+    return Row(*load_tuple(row_ptr, ROW_WIDTH))
 
 
 @triton.jit
@@ -89,27 +94,20 @@ def latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND: tl.constexpr):
 
 
 @triton.jit
-def direction(
-    x, row, i, inside, factor, corrections_ptr,
-    RULE: tl.constexpr, BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    PARAM_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+def read_state(
+    row, i, inside, factor,
+    BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PARAM_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(d, momentum buffer, second moment); the latter two are those after the step, g where there is none."""
+    """(gradient, momentum buffer, second moment); the gradient in place of what there is not."""
     g = read(pointer(row.grad, PARAM_TYPE, ALIGNED), i, inside, WHOLE) * factor
     m = g
     v = g
     if HAS_MOMENTUM:
         m = read(pointer(row.momentum_buffer, MOMENTUM_TYPE, ALIGNED), i, inside, WHOLE)
-    g = gradient(x, g, RULE)
-    d = g
     if BASE == "adam":
         v = read(pointer(row.exp_avg_sq, tl.float32, ALIGNED), i, inside, WHOLE)
-        correction1 = tl.load(corrections_ptr + 2 * row.tensor_index)
-        correction2 = tl.load(corrections_ptr + 2 * row.tensor_index + 1)
-        d, m, v = adam_direction(g, m, v, correction1, correction2, x.h)
-    elif HAS_MOMENTUM:
-        d, m = sgd_direction(g, m, x.h, NESTEROV)
-    return d, m, v
+    return g, m, v
 
 
 @triton.jit
@@ -158,7 +156,7 @@ def load_grid(
 
 @triton.jit
 def step_block(
-    row, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
+    row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
     RULE: tl.constexpr, BASE: tl.constexpr, BINARY: tl.constexpr, QUANTISED: tl.constexpr,
     DYNAMIC_SCALE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, HAS_LATENT: tl.constexpr,
     HAS_LATENT_BOUND: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM_TYPE: tl.constexpr,
@@ -166,8 +164,12 @@ def step_block(
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements [first, first + BLOCK) of one tensor."""
+    row = load_row(row_ptr)  # here, as it takes many registers
     i = first + tl.arange(0, BLOCK)
     inside = i < row.numel
+    g, m, v = read_state(
+        row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, WHOLE
+    )
     param_ptr = pointer(row.param, PARAM_TYPE, ALIGNED)
     if HAS_LATENT:
         w = read(pointer(row.latent, tl.float32, ALIGNED), i, inside, WHOLE)
@@ -183,10 +185,8 @@ def step_block(
             before = load_grid(row.scale_before, at, inside, level_factor, intervals, BINARY, ONE_SCALE, WHOLE)
     limit = latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND)
     x = Weights(w, grid, before, limit, h, param_ptr, i, inside, WHOLE)
-    d, m, v = direction(
-        x, row, i, inside, factor, corrections_ptr,
-        RULE, BASE, HAS_MOMENTUM, NESTEROV, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, WHOLE,
-    )  # fmt: skip
+    g = gradient(x, g, RULE)
+    d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
     latent, weight = step(x, d, RULE)
     write_state(
         row, i, inside, m, v, latent, BASE, HAS_MOMENTUM, HAS_LATENT, MOMENTUM_TYPE, ALIGNED, WHOLE
@@ -211,7 +211,8 @@ def step_kernel(
     if skipped(found_inf_ptr):
         return
     program = tl.program_id(0)
-    row = find(table_ptr, count, program)
+    row_ptr = find(table_ptr, count, program)
+    row = load_row(row_ptr)
     h = load_numbers(numbers_ptr)
     factor = gradient_factor_of(grad_scale_ptr, sign)
     begin = tl.multiple_of((program - row.first_program) * CHUNK, CHUNK)
@@ -219,13 +220,13 @@ def step_kernel(
         first = begin + block * BLOCK
         if first + BLOCK <= row.numel:
             step_block(
-                row, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
+                row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
                 RULE, BASE, BINARY, QUANTISED, DYNAMIC_SCALE, HAS_MOMENTUM, NESTEROV, HAS_LATENT,
                 HAS_LATENT_BOUND, STOCHASTIC, PARAM_TYPE, MOMENTUM_TYPE, ONE_SCALE, SMALL, ALIGNED, True, BLOCK,
             )  # fmt: skip
         elif first < row.numel:
             step_block(
-                row, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
+                row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
                 RULE, BASE, BINARY, QUANTISED, DYNAMIC_SCALE, HAS_MOMENTUM, NESTEROV, HAS_LATENT,
                 HAS_LATENT_BOUND, STOCHASTIC, PARAM_TYPE, MOMENTUM_TYPE, ONE_SCALE, SMALL, ALIGNED, False, BLOCK,
             )  # fmt: skip
@@ -249,11 +250,12 @@ def row_kernel(
     if skipped(found_inf_ptr):
         return
     program = tl.program_id(0)
-    row = find(table_ptr, count, program)
+    row_ptr = find(table_ptr, count, program)
+    row = load_row(row_ptr)
     h = load_numbers(numbers_ptr)
     factor = gradient_factor_of(grad_scale_ptr, sign)
 
-    length = row.length
+    length = tl.load(row_ptr + LENGTH)  # not row.length: Triton 3.6 drops the multiple of what a function returns
     if ALIGNED:  # rows of a multiple of 16 elements: what is inside changes 16 bytes at a time
         length = tl.multiple_of(length, 16)
     parts = (length + BLOCK - 1) // BLOCK
@@ -263,16 +265,17 @@ def row_kernel(
     inside = within < length
     i = number * length + within
 
+    g, m, v = read_state(
+        row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, False
+    )
     param_ptr = pointer(row.param, PARAM_TYPE, ALIGNED)
     w = read(pointer(row.latent, tl.float32, ALIGNED), i, inside, False)
     scale_ptr = pointer(row.scale, tl.float32, False) + number
     before = make_grid(tl.load(scale_ptr), level_factor, intervals, BINARY)
     limit = latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND)
     x = Weights(w, before, before, limit, h, param_ptr, i, inside, False)
-    d, m, v = direction(
-        x, row, i, inside, factor, corrections_ptr,
-        RULE, BASE, HAS_MOMENTUM, NESTEROV, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, False,
-    )  # fmt: skip
+    g = gradient(x, g, RULE)
+    d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
     total = tl.reduce(tl.where(inside, tl.abs(point(x, d, RULE)), 0.0), 0, add)
     if STEP:
         scale = (total.to(tl.float64) / length.to(tl.float64)).to(tl.float32)
@@ -292,7 +295,7 @@ def finish_kernel(table_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl
     if skipped(found_inf_ptr):
         return
     program = tl.program_id(0)
-    row = find(table_ptr, count, program)
+    row = load_row(find(table_ptr, count, program))
     number = program - row.first_program
     parts = (row.length + PART - 1) // PART
     sums_ptr = pointer(row.partial_sums, tl.float32, False) + number * parts
