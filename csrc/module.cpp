@@ -1,12 +1,24 @@
-// The module quantopt._C. Importing it loads the library, which registers the operators. It has a few
-// functions of its own, for what cannot wait: whether the plan of a step over many small tensors holds, the
-// step itself, and the call of a small packed layer.
-#include <Python.h>
+// The module quantopt._C. Importing it loads the library, which registers the operators. Beside StepPlan it
+// has a few functions whose call must cost little, without pybind11's parsing of arguments: whether a group
+// of parameters is as it was, and the call of a small packed layer.
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 
-#include <exception>
+#include <iterator>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "binary_call.h"
+#include "core/base.h"
+#include "core/hyper.h"
+#include "core/rules.h"
 #include "step_plan.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -49,39 +61,12 @@ PyObject* same(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// plan_ready(number) and plan_step(number) of csrc/step_plan.h.
-PyObject* plan_ready(PyObject*, PyObject* number) {
-  const long long plan = PyLong_AsLongLong(number);
-  if (plan == -1 && PyErr_Occurred()) return nullptr;
-  try {
-    return PyBool_FromLong(quantopt::step_plan_ready(plan));
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-}
-
-PyObject* plan_step(PyObject*, PyObject* number) {
-  const long long plan = PyLong_AsLongLong(number);
-  if (plan == -1 && PyErr_Occurred()) return nullptr;
-  PyThreadState* const others = PyEval_SaveThread();
-  try {
-    quantopt::step_plan_step(plan);
-  } catch (const std::exception& error) {
-    PyEval_RestoreThread(others);
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  PyEval_RestoreThread(others);
-  Py_RETURN_NONE;
-}
-
 // A function that takes an array of arguments, as a method table wants it.
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-PyMethodDef methods[] = {
+PyMethodDef fast_functions[] = {
     {"binary_linear", fast(quantopt::binary_linear_call), METH_FASTCALL,
      "binary_linear(...) -> Tensor | None: the operator with all its arguments; None: torch.ops must call "
      "it"},
@@ -89,15 +74,117 @@ PyMethodDef methods[] = {
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
     {"same", fast(same), METH_FASTCALL,
      "same(a, b) -> bool: whether two lists hold the same objects in the same order"},
-    {"plan_ready", plan_ready, METH_O,
-     "plan_ready(number) -> bool: whether the step plan of this number still fits"},
-    {"plan_step", plan_step, METH_O, "plan_step(number): one step of the plan"},
     {nullptr, nullptr, 0, nullptr},
 };
 
+// ---- StepPlan
+
+const at::Tensor& tensor_of(py::handle object, const char* name) {
+  if (!THPVariable_Check(object.ptr())) {
+    throw py::type_error(std::string("StepPlan: ") + name + " must be tensors, not " +
+                         Py_TYPE(object.ptr())->tp_name);
+  }
+  return THPVariable_Unpack(object.ptr());
+}
+
+std::optional<at::Tensor> optional_tensor(py::handle object, const char* name) {
+  if (object.is_none()) return std::nullopt;
+  return tensor_of(object, name);
+}
+
+// None within the list gives an undefined tensor.
+std::vector<at::Tensor> tensors_of(py::handle list, const char* name) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(py::len(list));
+  for (py::handle item : list) tensors.push_back(optional_tensor(item, name).value_or(at::Tensor()));
+  return tensors;
+}
+
+// From a StepRecord of quantopt/rules.py, by the names of its fields.
+std::unique_ptr<quantopt::StepPlan> make_plan(py::handle record, py::handle left_out) {
+  const auto list = [&](const char* name) { return tensors_of(record.attr(name), name); };
+  const auto text = [&](const char* name) { return record.attr(name).cast<std::string>(); };
+  const auto number = [&](const char* name) { return record.attr(name).cast<int64_t>(); };
+  const auto flag = [&](const char* name) { return record.attr(name).cast<bool>(); };
+  const auto rule = text("rule"), base = text("base");
+  const auto params = list("params"), grads = list("grads"), momentum_buffers = list("momentum_buffers"),
+             exp_avg_sqs = list("exp_avg_sqs"), latents = list("latents"), scales = list("scales"),
+             latent_bounds = list("latent_bounds"), steps = list("steps");
+  quantopt::StepRecord r{};
+  r.rule = rule;
+  r.base = base;
+  r.params = params;
+  r.grads = grads;
+  r.momentum_buffers = momentum_buffers;
+  r.exp_avg_sqs = exp_avg_sqs;
+  r.latents = latents;
+  r.scales = scales;
+  r.latent_bounds = latent_bounds;
+  r.steps = steps;
+  r.hyper = tensor_of(record.attr("hyper"), "hyper");
+  r.levels = number("levels");
+  r.group_size = number("group_size");
+  r.dynamic_scale = flag("dynamic_scale");
+  r.nesterov = flag("nesterov");
+  r.maximize = flag("maximize");
+  r.decoupled = flag("decoupled");
+  r.seed = number("seed");
+  return std::make_unique<quantopt::StepPlan>(r, tensors_of(left_out, "left_out"));
+}
+
+bool plan_valid(quantopt::StepPlan& plan, py::handle grads) {
+  if (grads.is_none()) return plan.valid(std::nullopt);
+  return plan.valid(tensors_of(grads, "grads"));
+}
+
+void plan_step(quantopt::StepPlan& plan, py::handle grad_scale, py::handle found_inf) {
+  const auto scale = optional_tensor(grad_scale, "grad_scale"),
+             found = optional_tensor(found_inf, "found_inf");
+  const py::gil_scoped_release others_run;
+  plan.step(scale, found);
+}
+
+// torch's exceptions as the Python ones that its operators raise, without the C++ stack.
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const c10::ValueError& e) {
+    PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+  } catch (const c10::TypeError& e) {
+    PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
+  } catch (const c10::Error& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+  }
+}
+
+// ---- the tables of csrc/core, for the test that compares them with quantopt/rules.py
+
+py::list rules() {
+  py::list rows;
+  for (const quantopt::RuleFacts& facts : quantopt::kRules) {
+    rows.append(py::make_tuple(facts.name, facts.quantised, facts.latent, facts.dynamic_scale));
+  }
+  return rows;
+}
+
+template <size_t Count>
+py::list names(const char* const (&table)[Count]) {
+  py::list result;
+  for (const char* name : table) result.append(name);
+  return result;
+}
+
 }  // namespace
 
-extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
-  return PyModule_Create(&definition);
+PYBIND11_MODULE(_C, m) {
+  if (PyModule_AddFunctions(m.ptr(), fast_functions) != 0) throw py::error_already_set();
+  py::register_local_exception_translator(&translate);
+  py::class_<quantopt::StepPlan>(m, "StepPlan",
+                                 "The steps of one list of parameters, checked once; see csrc/step_plan.h.")
+      .def(py::init(&make_plan), py::arg("record"), py::arg("left_out") = py::list())
+      .def("valid", &plan_valid, py::arg("grads") = py::none())
+      .def("step", &plan_step, py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none());
+  m.def("rules", &rules);
+  m.def("bases", [] { return names(quantopt::kBaseNames); });
+  m.def("hyper_names", [] { return names(quantopt::kHyperNames); });
 }

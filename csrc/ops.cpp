@@ -1,5 +1,5 @@
-// The operators: every schema stands here, once. The implementations register themselves per device in
-// csrc/step_ops.cpp and csrc/binary_ops.cpp (CPU) and csrc/cuda/*.cpp (CUDA).
+// The operators: every schema stands here, once. The implementations register themselves per device:
+// csrc/step_ops.cpp for both, csrc/binary_ops.cpp for the CPU, csrc/cuda/*.cpp for CUDA.
 #include <torch/library.h>
 
 #include <string>
@@ -26,17 +26,14 @@ TORCH_LIBRARY(quantopt, m) {
   quantopt::read_isa_choice();  // while Python waits: nothing writes to the environment meanwhile
   // What the extension was built with, as JSON.
   m.def("build_info() -> str", &build_info);
-  // One optimizer step of a list of parameters of one dtype on one device, in place. rule: base, askew,
-  // askew_gradient, askew_memory, splitting, alternating, prox. Lists other than params and grads may be
-  // empty where there is no such state. hyper: csrc/core/hyper.h. Documented in quantopt/ops/step.py.
+  // One optimizer step of a list of parameters of one dtype on one device, in place: the arguments are the
+  // fields of StepRecord of quantopt/rules.py, which documents them, and of csrc/step_record.h.
   m.def(
-      "fused_step(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentums, Tensor(c!)[] "
-      "seconds, "
-      "Tensor(d!)[] latents, Tensor(e!)[] scales, Tensor[] sigmas, Tensor(f!)[] steps, Tensor hyper, *, int "
-      "levels=2, "
-      "int group_size=0, bool moving_levels=False, bool nesterov=False, bool maximize=False, bool "
-      "decoupled=False, "
-      "int seed=-1, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+      "fused_step(str rule, str base, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] latents, Tensor(e!)[] scales, Tensor[] latent_bounds, "
+      "Tensor(f!)[] steps, Tensor hyper, int levels=2, int group_size=0, bool dynamic_scale=False, "
+      "bool nesterov=False, bool maximize=False, bool decoupled=False, int seed=-1, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   // y = activation(x W^T + b), W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact,
   // bf16, int8. activation: none, relu, gelu (by erf), silu. tiles: the result of binary_tiles, or None.
   // Documented in quantopt/ops/binary.py.

@@ -3,22 +3,30 @@
 #include <ATen/core/TensorBody.h>
 #include <c10/util/Exception.h>
 
-#include <limits>
-
-#include "core/levels.h"
+#include <iterator>
+#include <string>
+#include <string_view>
 
 namespace quantopt {
 namespace {
 
+// The index of a name in a table whose names are name_of(0), name_of(1), ...
+template <size_t Count, class Name>
+size_t find(std::string_view name, const char* what, const Name& name_of) {
+  std::string known;
+  for (size_t i = 0; i < Count; ++i) {
+    if (name == name_of(i)) return i;
+    known += (i == 0 ? "" : ", ") + std::string(name_of(i));
+  }
+  TORCH_CHECK_VALUE(false, "fused_step: unknown ", what, " '", name, "'; use one of ", known);
+}
+
 Rule rule_of(std::string_view name) {
-  if (name == "base") return Rule::kBase;
-  if (name == "askew") return Rule::kAskew;
-  if (name == "askew_gradient") return Rule::kAskewGradient;
-  if (name == "askew_memory") return Rule::kAskewMemory;
-  if (name == "splitting") return Rule::kSplitting;
-  if (name == "alternating") return Rule::kAlternating;
-  if (name == "prox") return Rule::kProx;
-  TORCH_CHECK_VALUE(false, "fused_step: unknown rule '", name, "'");
+  return static_cast<Rule>(find<std::size(kRules)>(name, "rule", [](size_t i) { return kRules[i].name; }));
+}
+
+Base base_of(std::string_view name) {
+  return static_cast<Base>(find<std::size(kBaseNames)>(name, "base", [](size_t i) { return kBaseNames[i]; }));
 }
 
 Dtype dtype_of(const at::Tensor& tensor, const char* what) {
@@ -30,10 +38,6 @@ Dtype dtype_of(const at::Tensor& tensor, const char* what) {
       TORCH_CHECK_TYPE(false, "fused_step: ", what, " has dtype ", tensor.scalar_type(),
                        "; float32, bfloat16 or float16 is needed (the reference backend takes float64)");
   }
-}
-
-bool is_latent(Rule rule) {
-  return rule == Rule::kAskewMemory || rule == Rule::kSplitting || rule == Rule::kAlternating;
 }
 
 void check_count(at::TensorList list, size_t count, const char* what, bool optional) {
@@ -63,125 +67,130 @@ int64_t channels_of(const at::Tensor& param) { return param.dim() > 0 ? param.si
 
 }  // namespace
 
-StepOptions step_options(const StepArguments& a) {
+StepOptions step_options(const StepRecord& r) {
   StepOptions o{};
-  o.rule = rule_of(a.rule);
-  const bool on_device = !a.hyper.device().is_cpu();
-  TORCH_CHECK_VALUE(a.hyper.scalar_type() == at::kDouble && a.hyper.is_contiguous() &&
-                        a.hyper.numel() == kHyperCount &&
-                        (!on_device || (!a.params.empty() && a.hyper.device() == a.params[0].device())),
+  o.rule = rule_of(r.rule);
+  o.base = base_of(r.base);
+  const RuleFacts& facts = facts_of(o.rule);
+  const bool on_device = !r.hyper.device().is_cpu();
+  TORCH_CHECK_VALUE(r.hyper.scalar_type() == at::kDouble && r.hyper.is_contiguous() &&
+                        r.hyper.numel() == kHyperCount &&
+                        (!on_device || (!r.params.empty() && r.hyper.device() == r.params[0].device())),
                     "fused_step: hyper must be a contiguous float64 tensor of ", kHyperCount,
-                    " numbers, on the CPU or on the device of the parameters");
-  const auto* hyper = static_cast<const Hyper*>(a.hyper.const_data_ptr());
+                    " numbers, on the CPU or on the device of params");
+  const auto* hyper = static_cast<const Hyper*>(r.hyper.const_data_ptr());
   if (on_device) {
     o.device_hyper = hyper;
   } else {
     o.hyper = *hyper;
   }
-  o.levels = static_cast<int>(a.levels);
-  o.level_factor = outer_level_factor(o.levels);
-  TORCH_CHECK_VALUE(o.rule == Rule::kBase || o.level_factor > 0.0f,
-                    "fused_step: levels must be 2, 3, 4, 8 or 16, not ", a.levels);
-  o.has_momentum = !a.momentums.empty();
-  o.adam = !a.seconds.empty();
-  o.nesterov = a.nesterov;
-  o.decoupled = a.decoupled;
-  o.stochastic_rounding = a.seed >= 0;
-  o.gradient_factor = a.maximize ? -1.0f : 1.0f;
-  o.key = {static_cast<uint32_t>(a.seed), static_cast<uint32_t>(static_cast<uint64_t>(a.seed) >> 32), 0, 0};
-  if (!a.params.empty()) o.param_dtype = dtype_of(a.params[0], "params[0]");
-  if (o.has_momentum) o.momentum_dtype = dtype_of(a.momentums[0], "momentums[0]");
+  o.levels = static_cast<int>(r.levels);
+  o.level_factor = max_level_factor(o.levels);
+  TORCH_CHECK_VALUE(!facts.quantised || o.level_factor > 0.0f,
+                    "fused_step: levels must be 2, 3, 4, 8 or 16, not ", r.levels);
+  o.has_momentum = !r.momentum_buffers.empty();
+  o.nesterov = r.nesterov;
+  o.decoupled = r.decoupled;
+  o.stochastic_rounding = r.seed >= 0;
+  o.gradient_factor = r.maximize ? -1.0f : 1.0f;
+  o.key = {static_cast<uint32_t>(r.seed), static_cast<uint32_t>(static_cast<uint64_t>(r.seed) >> 32), 0, 0};
+  if (!r.params.empty()) o.param_dtype = dtype_of(r.params[0], "params[0]");
+  if (o.has_momentum) o.momentum_dtype = dtype_of(r.momentum_buffers[0], "momentum_buffers[0]");
 
+  TORCH_CHECK_VALUE(o.base != Base::kGiven || !o.has_momentum,
+                    "fused_step: base 'given' takes grads as the direction; pass no momentum_buffers");
+  TORCH_CHECK_VALUE(o.base == Base::kAdam || r.exp_avg_sqs.empty(), "fused_step: base '", r.base,
+                    "' has no second moments; pass no exp_avg_sqs, or base 'adam'");
+  TORCH_CHECK_VALUE(!r.dynamic_scale || facts.dynamic_scale, "fused_step: rule '", r.rule,
+                    "' has no dynamic scale; pass dynamic_scale=False");
   TORCH_CHECK_VALUE(
-      !o.adam || (o.has_momentum && (o.rule == Rule::kBase || o.rule == Rule::kAskew ||
-                                     o.rule == Rule::kAskewGradient || o.rule == Rule::kAskewMemory)),
-      "fused_step: rule '", a.rule, "' has no Adam form");
-  TORCH_CHECK_VALUE(!a.moving_levels || o.rule == Rule::kSplitting || o.rule == Rule::kAlternating,
-                    "fused_step: rule '", a.rule, "' has no moving levels");
-  TORCH_CHECK_VALUE(
-      !o.stochastic_rounding ||
-          (o.param_dtype == Dtype::kBFloat16 && a.latents.empty() && !is_latent(o.rule)),
-      "fused_step: stochastic rounding is for bfloat16 parameters without latent or master weights");
+      !o.stochastic_rounding || (o.param_dtype == Dtype::kBFloat16 && r.latents.empty() && !facts.latent),
+      "fused_step: stochastic rounding is for bfloat16 params without latents; pass seed=-1");
   return o;
 }
 
-void step_segments(const StepArguments& a, at::Device device, std::vector<StepSegment>& segments) {
-  const Rule rule = rule_of(a.rule);
-  const bool quantised = rule != Rule::kBase;
-  const size_t count = a.params.size();
-  check_count(a.grads, count, "grads", false);
-  check_count(a.momentums, count, "momentums", true);
-  check_count(a.seconds, count, "seconds", true);
-  check_count(a.latents, count, "latents", !is_latent(rule));
-  check_count(a.scales, quantised ? count : 0, "scales", false);
-  check_count(a.sigmas, count, "sigmas", true);
-  check_count(a.steps, count, "steps", a.seconds.empty() && a.seed < 0);
+void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegment>& segments) {
+  const RuleFacts& facts = facts_of(rule_of(r.rule));
+  const bool adam = base_of(r.base) == Base::kAdam;
+  const size_t count = r.params.size();
+  check_count(r.grads, count, "grads", false);
+  check_count(r.momentum_buffers, count, "momentum_buffers", !adam);
+  check_count(r.exp_avg_sqs, count, "exp_avg_sqs", !adam);
+  check_count(r.latents, count, "latents", !facts.latent);
+  check_count(r.scales, facts.quantised ? count : 0, "scales", false);
+  check_count(r.latent_bounds, count, "latent_bounds", true);
+  check_count(r.steps, count, "steps", !adam && r.seed < 0);
 
   segments.clear();
   for (size_t i = 0; i < count; ++i) {
-    const at::Tensor& param = a.params[i];
+    const at::Tensor& param = r.params[i];
     TORCH_CHECK_VALUE(param.device() == device, "fused_step: params[", i, "] is on ", param.device(),
                       ", not ", device);
-    TORCH_CHECK_TYPE(param.scalar_type() == a.params[0].scalar_type(), "fused_step: params[", i, "] is ",
-                     param.scalar_type(), ", params[0] ", a.params[0].scalar_type(),
+    TORCH_CHECK_TYPE(param.scalar_type() == r.params[0].scalar_type(), "fused_step: params[", i, "] is ",
+                     param.scalar_type(), ", params[0] ", r.params[0].scalar_type(),
                      "; pass one dtype at a time");
     TORCH_CHECK_VALUE(param.is_non_overlapping_and_dense(), "fused_step: params[", i,
                       "] is not dense in memory");
-    check_like(a.grads[i], param, "grads", i);
-    TORCH_CHECK_TYPE(a.grads[i].scalar_type() == param.scalar_type(), "fused_step: grads[", i, "] is ",
-                     a.grads[i].scalar_type(), ", its parameter ", param.scalar_type());
+    check_like(r.grads[i], param, "grads", i);
+    TORCH_CHECK_TYPE(r.grads[i].scalar_type() == param.scalar_type(), "fused_step: grads[", i, "] is ",
+                     r.grads[i].scalar_type(), ", its parameter ", param.scalar_type());
     StepSegment s{};
     s.index = static_cast<uint32_t>(i);
     s.numel = param.numel();
     s.param = param.data_ptr();
-    s.grad = a.grads[i].const_data_ptr();
-    if (!a.momentums.empty()) {
-      check_like(a.momentums[i], param, "momentums", i);
-      TORCH_CHECK_TYPE(a.momentums[i].scalar_type() == a.momentums[0].scalar_type(), "fused_step: momentums[",
-                       i, "] is ", a.momentums[i].scalar_type(), ", momentums[0] ",
-                       a.momentums[0].scalar_type());
-      s.momentum = a.momentums[i].data_ptr();
+    s.grad = r.grads[i].const_data_ptr();
+    if (!r.momentum_buffers.empty()) {
+      const at::Tensor& momentum = r.momentum_buffers[i];
+      check_like(momentum, param, "momentum_buffers", i);
+      TORCH_CHECK_TYPE(momentum.scalar_type() == r.momentum_buffers[0].scalar_type(),
+                       "fused_step: momentum_buffers[", i, "] is ", momentum.scalar_type(),
+                       ", momentum_buffers[0] ", r.momentum_buffers[0].scalar_type());
+      s.momentum = momentum.data_ptr();
     }
-    if (!a.seconds.empty()) {
-      check_float(a.seconds[i], param, "seconds", i);
-      s.second = static_cast<float*>(a.seconds[i].data_ptr());
+    if (!r.exp_avg_sqs.empty()) {
+      check_float(r.exp_avg_sqs[i], param, "exp_avg_sqs", i);
+      s.exp_avg_sq = static_cast<float*>(r.exp_avg_sqs[i].data_ptr());
     }
-    if (!a.latents.empty()) {
-      check_float(a.latents[i], param, "latents", i);
-      s.latent = static_cast<float*>(a.latents[i].data_ptr());
+    if (!r.latents.empty()) {
+      check_float(r.latents[i], param, "latents", i);
+      s.latent = static_cast<float*>(r.latents[i].data_ptr());
     }
-    if (!a.steps.empty()) {
-      TORCH_CHECK_TYPE(a.steps[i].scalar_type() == at::kFloat && a.steps[i].numel() == 1,
-                       "fused_step: steps[", i, "] must be one float32 number");
+    if (!r.steps.empty()) {
+      const at::Tensor& step = r.steps[i];
+      TORCH_CHECK_TYPE(step.scalar_type() == at::kFloat && step.numel() == 1, "fused_step: steps[", i,
+                       "] must be one float32 number");
+      TORCH_CHECK_VALUE(step.device() == device, "fused_step: steps[", i, "] is on ", step.device(),
+                        ", not on ", device);
     }
     if (s.numel == 0) continue;
     const int64_t channels = channels_of(param);
-    if (quantised) {
-      const at::Tensor& scale = a.scales[i];
+    if (facts.quantised) {
+      const at::Tensor& scale = r.scales[i];
       TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.device() == device,
                        "fused_step: scales[", i, "] must be contiguous float32 on ", device);
-      const bool whole = scale.numel() == 1;
-      s.row = whole ? s.numel : s.numel / channels;
-      s.group = !whole && scale.dim() == 2 ? a.group_size : s.row;
-      TORCH_CHECK_VALUE(s.group > 0, "fused_step: group_size must be positive, not ", a.group_size);
+      const bool one = scale.numel() == 1;
+      s.row = one ? s.numel : s.numel / channels;
+      s.group = !one && scale.dim() == 2 ? r.group_size : s.row;
+      TORCH_CHECK_VALUE(s.group > 0, "fused_step: group_size must be positive, not ", r.group_size);
       s.scales_per_row = (s.row + s.group - 1) / s.group;
       TORCH_CHECK_VALUE(scale.numel() == s.numel / s.row * s.scales_per_row, "fused_step: scales[", i,
                         "] has shape ", scale.sizes(), " for a parameter of shape ", param.sizes());
-      TORCH_CHECK_VALUE(whole || param.is_contiguous() || (scale.dim() == 1 && param.stride(0) == s.row),
+      TORCH_CHECK_VALUE(one || param.is_contiguous() || (scale.dim() == 1 && param.stride(0) == s.row),
                         "fused_step: params[", i, "] has strides ", param.strides(),
                         ", in which the slices of its scales are not consecutive");
-      TORCH_CHECK_VALUE(!a.moving_levels || s.group == s.row,
-                        "fused_step: moving levels are per channel or tensor");
+      TORCH_CHECK_VALUE(!r.dynamic_scale || s.group == s.row, "fused_step: scales[", i, "] has shape ",
+                        scale.sizes(), "; a dynamic scale is one per tensor or channel");
       s.scale = static_cast<float*>(scale.data_ptr());
       s.next_scale = s.scale;
     }
-    if (!a.sigmas.empty()) {
-      const at::Tensor& sigma = a.sigmas[i];
-      TORCH_CHECK_TYPE(sigma.scalar_type() == at::kFloat && sigma.is_contiguous() &&
-                           sigma.device() == device && (sigma.numel() == 1 || sigma.numel() == channels),
-                       "fused_step: sigmas[", i, "] must be float32, one or one per channel, on ", device);
-      s.sigma = static_cast<const float*>(sigma.const_data_ptr());
-      s.sigma_row = s.numel / sigma.numel();
+    if (!r.latent_bounds.empty()) {
+      const at::Tensor& bound = r.latent_bounds[i];
+      TORCH_CHECK_TYPE(bound.scalar_type() == at::kFloat && bound.is_contiguous() &&
+                           bound.device() == device && (bound.numel() == 1 || bound.numel() == channels),
+                       "fused_step: latent_bounds[", i, "] must be float32, one or one per channel, on ",
+                       device);
+      s.latent_bound = static_cast<const float*>(bound.const_data_ptr());
+      s.bound_row = s.numel / bound.numel();
     }
     segments.push_back(s);
   }

@@ -1,30 +1,19 @@
-// Turns the arguments of the op quantopt::fused_step into StepOptions and StepSegments, with every check that
-// the kernels rely on. Shared by the CPU and CUDA registrations.
+// Turns a StepRecord into StepOptions and StepSegments, with every check that the kernels of any device rely
+// on.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <string_view>
 #include <vector>
 
 #include "core/step.h"
+#include "step_record.h"
 
 namespace quantopt {
 
-struct StepArguments {
-  std::string_view rule;
-  at::TensorList params, grads, momentums, seconds, latents, scales, sigmas, steps;
-  const at::Tensor& hyper;
-  int64_t levels, group_size;
-  bool moving_levels, nesterov, maximize, decoupled;
-  int64_t seed;
-};
+// Options whose gradient_factor is the sign alone and whose random key has the seed alone: the rest depends
+// on tensors that are read at each step.
+StepOptions step_options(const StepRecord& record);
 
-// Options without the gradient factor and the step of the random key, which depend on tensors.
-StepOptions step_options(const StepArguments& arguments);
-
-// Checks every tensor; `device` is where they must be. Tensors without elements give no segment.
-void step_segments(const StepArguments& arguments, at::Device device, std::vector<StepSegment>& segments);
+// Checks every tensor; `device` is where they must be. Parameters without elements give no segment.
+void step_segments(const StepRecord& record, at::Device device, std::vector<StepSegment>& segments);
 
 }  // namespace quantopt

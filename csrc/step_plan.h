@@ -1,14 +1,55 @@
-// The calls that every step makes of its plan (quantopt::StepPlan, step_plan.cpp), by the plan's number. A
-// call through torch's class bindings takes over a microsecond, a tenth of a step of small tensors.
+// What a step of one list of parameters needs, checked and laid out once: a step with the plan only looks up
+// the gradients, so that lists of many small tensors do not wait for Python. quantopt._C.StepPlan is this
+// class.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "core/step.h"
+#include "step_record.h"
 
 namespace quantopt {
 
-// Looks up the present gradients; see StepPlan::ready. Throws std::out_of_range if there is no such plan.
-bool step_plan_ready(int64_t number);
-// One step with these gradients, without a GradScaler.
-void step_plan_step(int64_t number);
+class StepPlan {
+ public:
+  // Of the arguments of fused_step but for its gradients, which valid() looks up; without any, params stand
+  // for them in the checks. left_out: parameters that take no part, as they have no gradient or no elements.
+  StepPlan(const StepRecord& record, at::TensorList left_out);
+
+  // Takes up the gradients, the parameters' own if none are given. False if the plan is out of date: a
+  // parameter or its state has moved or has another dtype, shape or strides, a gradient is missing, no plain
+  // strided tensor or not of its parameter's dtype and layout, or a parameter left out has elements and a
+  // gradient now.
+  bool valid(std::optional<at::TensorList> grads);
+
+  // One step with the gradients of the last valid(), which must have been true, and the present content of
+  // hyper.
+  void step(const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
+
+ private:
+  // A tensor that the segments point into, and where it lay. Its sizes and strides then follow those of the
+  // tensors before it in layouts_.
+  struct Watched {
+    at::Tensor tensor;
+    const void* data;
+    caffe2::TypeMeta dtype;
+  };
+
+  void watch(at::TensorList tensors);
+  bool unchanged() const;
+
+  std::vector<at::Tensor> params_, left_out_, steps_;
+  at::Tensor hyper_;
+  bool dynamic_scale_;
+  StepOptions options_;
+  std::vector<StepSegment> segments_;
+  std::vector<Watched> watched_;
+  std::vector<int64_t> layouts_;
+  bool has_gradients_ = false;
+};
 
 }  // namespace quantopt

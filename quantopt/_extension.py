@@ -14,8 +14,7 @@ import torch
 error: str | None = None
 holds: Any = None  # csrc/module.cpp
 same: Any = None
-plan_ready: Any = None
-plan_step: Any = None
+StepPlan: Any = None
 binary_linear: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
@@ -26,7 +25,7 @@ else:
     try:
         _module = importlib.import_module("quantopt._C")
         holds, same = _module.holds, _module.same
-        plan_ready, plan_step = _module.plan_ready, _module.plan_step
+        StepPlan = _module.StepPlan
         binary_linear = _module.binary_linear
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"

@@ -33,7 +33,7 @@ int main() {
       options.param_dtype = options.momentum_dtype = dtype;
       options.hyper = {0.1, 0.9, 0, 0, 0.01, 0.5, 0.1, 0.25, 2, 0, 0, 0};
       options.levels = 4;
-      options.level_factor = outer_level_factor(4);
+      options.level_factor = max_level_factor(4);
       options.has_momentum = true;
       options.gradient_factor = 1.0f;
       StepSegment segment{};

@@ -54,15 +54,15 @@ struct Constraint {
   QUANTOPT_HOST_DEVICE Constraint(const AskewConstants& constants, const Grid& levels)
       : c(constants),
         grid(levels),
-        nearest(constants.t_star * levels.half),
-        per_half_squared(1.0f / (levels.half * levels.half)),
-        gain(0.25f * constants.rate * levels.half * levels.half),
-        longest(constants.cap * levels.half) {}
+        nearest(constants.t_star * levels.half_step),
+        per_half_squared(1.0f / (levels.half_step * levels.half_step)),
+        gain(0.25f * constants.rate * levels.half_step * levels.half_step),
+        longest(constants.cap * levels.half_step) {}
 
   // half min(k, cap) for an infeasible weight; infinite k at t = 0 becomes the cap.
   template <class F>
   QUANTOPT_HOST_DEVICE F restoring_step(F distance) const {
-    const F u = (grid.half - distance) * (grid.half + distance) * per_half_squared;
+    const F u = (grid.half_step - distance) * (grid.half_step + distance) * per_half_squared;
     const F k = gain * (u * u - c.epsilon) / (distance * u + 1e-30f);  // no 0 / 0 at rate 0
     return minimum(k, fill<F>(longest));
   }
@@ -156,7 +156,7 @@ struct AskewMemory : Constraint<Binary> {
     const Grid& grid = this->grid;
     const F mid = cell_middle<Binary>(l, grid);
     const F offset = l - mid;
-    F distance = clamp(absolute(offset), this->c.t_star * grid.half, grid.half);
+    F distance = clamp(absolute(offset), this->c.t_star * grid.half_step, grid.half_step);
     if (LimitedSpeed) {
       const F distance_before = absolute(this->offset(before));
       const F reached = minimum(distance, distance_before + this->restoring_step(distance_before));

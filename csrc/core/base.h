@@ -20,7 +20,7 @@ inline constexpr const char* kBaseNames[] = {"sgd", "adam", "given"};
 
 struct PlainDirection {  // given, and SGD without momentum: no state
   static constexpr bool kMomentum = false;
-  static constexpr bool kSecond = false;
+  static constexpr bool kExpAvgSq = false;
   template <class F>
   QUANTOPT_HOST_DEVICE F operator()(F g, F&, F&) const {
     return g;
@@ -29,7 +29,7 @@ struct PlainDirection {  // given, and SGD without momentum: no state
 
 struct MomentumDirection {
   static constexpr bool kMomentum = true;
-  static constexpr bool kSecond = false;
+  static constexpr bool kExpAvgSq = false;
 
   float beta;
   bool nesterov;
@@ -44,7 +44,7 @@ struct MomentumDirection {
 
 struct AdamDirection {
   static constexpr bool kMomentum = true;
-  static constexpr bool kSecond = true;
+  static constexpr bool kExpAvgSq = true;
 
   float beta1, beta2, one_minus_beta1, one_minus_beta2;
   float correction1, correction2;  // c1, c2

@@ -1,6 +1,6 @@
 // Uniform grids of K levels on [-hi, hi] and the coordinates of a weight in its cell.
 //
-//   half = hi / (K - 1)                      half the distance between two levels
+//   half = hi / (K - 1)                      half the distance between two levels, Grid::half_step
 //   j    = clamp(floor((w + hi) / (2 half)), 0, K - 2)
 //   mid  = -hi + (2 j + 1) half = (2 j - (K - 2)) half,   t = (w - mid) / half
 // Levels are at t = -1 and t = +1; |t| may exceed 1 in the outer cells.
@@ -12,9 +12,9 @@
 
 namespace quantopt {
 
-// hi = outer_level_factor(K) * sigma. Binary: 1; else (K-1)/2 times the step of the best uniform
+// hi = max_level_factor(K) * scale. Binary: 1; else (K-1)/2 times the step of the best uniform
 // quantiser of a unit Gaussian (Max 1960).
-inline float outer_level_factor(int levels) {
+inline float max_level_factor(int levels) {
   switch (levels) {
     case 2: return 1.0f;
     case 3: return 1.224f;
@@ -26,18 +26,18 @@ inline float outer_level_factor(int levels) {
 }
 
 struct Grid {
-  float hi;          // outer level
-  float half;        // hi / (K - 1)
-  float last;        // K - 2, the index of the last cell
-  float twice_half;  // 2 half
+  float hi;         // largest level
+  float half_step;  // half = hi / (K - 1)
+  float last;       // K - 2, the index of the last cell
+  float full_step;  // 2 half
 };
 
-QUANTOPT_HOST_DEVICE Grid make_grid(float sigma, float factor, int levels) {
+QUANTOPT_HOST_DEVICE Grid make_grid(float scale, float factor, int levels) {
   Grid grid;
-  grid.hi = sigma * factor;
-  grid.half = grid.hi / static_cast<float>(levels - 1);
+  grid.hi = scale * factor;
+  grid.half_step = grid.hi / static_cast<float>(levels - 1);
   grid.last = static_cast<float>(levels - 2);
-  grid.twice_half = 2.0f * grid.half;
+  grid.full_step = 2.0f * grid.half_step;
   return grid;
 }
 
@@ -45,8 +45,8 @@ QUANTOPT_HOST_DEVICE Grid make_grid(float sigma, float factor, int levels) {
 template <bool Binary, class F>
 QUANTOPT_HOST_DEVICE F cell_middle(F w, const Grid& grid) {
   if (Binary) return fill<F>(0.0f);
-  const F j = clamp(round_down((w + grid.hi) / grid.twice_half), 0.0f, grid.last);
-  return (2.0f * j - grid.last) * grid.half;  // exactly 0 in the centre cell of an even K
+  const F j = clamp(round_down((w + grid.hi) / grid.full_step), 0.0f, grid.last);
+  return (2.0f * j - grid.last) * grid.half_step;  // exactly 0 in the centre cell of an even K
 }
 
 // Nearest level; a tie goes away from zero, a tie at zero to the positive level.
@@ -56,7 +56,7 @@ QUANTOPT_HOST_DEVICE F project(F w, const Grid& grid) {
   const F mid = cell_middle<false>(w, grid);
   const F offset = w - mid;
   const F away = mid < 0.0f ? offset - 1.0f : offset + 1.0f;
-  return mid + with_sign_of(fill<F>(grid.half), offset == 0.0f ? away : offset);
+  return mid + with_sign_of(fill<F>(grid.half_step), offset == 0.0f ? away : offset);
 }
 
 }  // namespace quantopt

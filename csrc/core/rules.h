@@ -1,9 +1,9 @@
-// The rules of the fused step. A rule is what the constraint to levels does with the base direction d; where d comes
-// from is the base (base.h), and every rule runs on every base.
+// The rules of the fused step. A rule is what the constraint to levels does with the base direction d; where
+// d comes from is the base (base.h), and every rule runs on every base.
 //
-// A new rule adds: a struct with its equation, here or in a header of its family; a row struct below; a line to
-// QUANTOPT_RULES. The CPU and CUDA kernels are compiled for every line. RULES of quantopt/rules.py has the same names
-// and facts; a test compares them.
+// A new rule adds: a struct with its equation, here or in a header of its family; a row struct below; a line
+// to QUANTOPT_RULES. The CPU and CUDA kernels are compiled for every line. RULES of quantopt/rules.py has the
+// same names and facts; a test compares them.
 #pragma once
 
 #include <cfloat>
@@ -33,12 +33,13 @@ struct Type {
 
 // Row of a rule, template <bool Binary> for grids of two levels:
 //   Constants, constants(hyper, decoupled): what is the same for all spans of a step.
-//   object<R>(constants, levels): the object that steps a span, with gradient(), step(), and, if it has a latent,
+//   object<R>(constants, levels): the object that steps a span, with gradient(), step(), and, if it has a
+//   latent,
 //     weight(); with a dynamic scale also point(), whose mean magnitude becomes the scale.
 //   visit_object(constants, visit): calls visit(Type<R>) for the R that serves these constants.
 template <class RuleConstants, class RuleObject>
 struct RuleRow {
-  static constexpr bool kQuantised = true;     // has levels, and so a scale
+  static constexpr bool kQuantised = true;      // has levels, and so a scale
   static constexpr bool kDynamicScale = false;  // the scale may follow the weights
   using Constants = RuleConstants;
   using Object = RuleObject;
@@ -154,12 +155,14 @@ inline constexpr RuleFacts kRules[] = {
 
 constexpr const RuleFacts& facts_of(Rule rule) { return kRules[static_cast<int>(rule)]; }
 
-// RowOf<Rule::kProx, true> is ProxRow<true>.
+// RowOf<Rule::kProx, true> is ProxRow<true> with the rule that it belongs to.
 template <Rule rule, bool Binary>
 struct RowOf;
-#define QUANTOPT_ROW(rule, name, Row) \
-  template <bool Binary>              \
-  struct RowOf<Rule::rule, Binary> : Row<Binary> {};
+#define QUANTOPT_ROW(rule, name, Row)              \
+  template <bool Binary>                           \
+  struct RowOf<Rule::rule, Binary> : Row<Binary> { \
+    static constexpr Rule kRule = Rule::rule;      \
+  };
 QUANTOPT_RULES(QUANTOPT_ROW)
 #undef QUANTOPT_ROW
 
@@ -168,11 +171,11 @@ template <bool Binary, class Visit>
 inline auto visit_rule(Rule rule, const Visit& visit) {
   switch (rule) {
 #define QUANTOPT_ROW(rule, name, Row) \
-  case Rule::rule: return visit(Row<Binary>{});
+  case Rule::rule: return visit(RowOf<Rule::rule, Binary>{});
     QUANTOPT_RULES(QUANTOPT_ROW)
 #undef QUANTOPT_ROW
   }
-  return visit(NoneRow<Binary>{});  // every value of Rule has a case
+  return visit(RowOf<Rule::kNone, Binary>{});  // every value of Rule has a case
 }
 
 }  // namespace quantopt

@@ -16,11 +16,11 @@ enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 struct StepSegment {
   void* param;
   const void* grad;
-  void* momentum;      // m of SGD or Adam
-  float* exp_avg_sq;   // v of Adam
-  float* latent;       // l, x or u of the rule; for the other rules the fp32 master weights
-  float* scale;        // sigma or a, one per span of `group` elements of a row
-  float* next_scale;   // the scales after the step, where they are dynamic; else equal to scale
+  void* momentum;             // m of SGD or Adam
+  float* exp_avg_sq;          // v of Adam
+  float* latent;              // l, x or u of the rule; for the other rules the fp32 master weights
+  float* scale;               // sigma or a, one per span of `group` elements of a row
+  float* next_scale;          // the scales after the step, where they are dynamic; else equal to scale
   const float* latent_bound;  // alternating: bound of the latent per bound_row elements; null: not clipped
   int64_t numel;
   int64_t row;             // elements per row: scales start anew at every row
@@ -40,7 +40,7 @@ struct StepOptions {
   const Hyper* device_hyper;  // CUDA: where not null, the numbers are read there when the kernels run
   int levels;                 // K; not used by kNone
   float level_factor;         // hi = level_factor * scale
-  bool has_momentum;  // of SGD; Adam always has
+  bool has_momentum;          // of SGD; Adam always has
   bool nesterov;
   bool decoupled;
   bool stochastic_rounding;  // bfloat16 parameters without a latent or master

@@ -66,7 +66,7 @@ struct Piece {
   int64_t begin, end;
 };
 
-void step_with_fixed_levels(const StepContext& context, std::vector<StepSegment>& segments,
+void step_with_fixed_scales(const StepContext& context, std::vector<StepSegment>& segments,
                             const Kernels& kernels) {
   thread_local std::vector<Piece> pieces;  // kept between steps: no allocation once it has grown
   pieces.clear();
@@ -84,8 +84,8 @@ void step_with_fixed_levels(const StepContext& context, std::vector<StepSegment>
 
 // Rows up to a chunk long are reduced and stepped while they are in the cache; longer ones are reduced chunk
 // by chunk first, and read a second time.
-void step_with_moving_levels(const StepContext& context, std::vector<StepSegment>& segments,
-                             const Kernels& kernels) {
+void step_with_dynamic_scales(const StepContext& context, std::vector<StepSegment>& segments,
+                              const Kernels& kernels) {
   thread_local std::vector<Piece> pieces, long_pieces;
   thread_local std::vector<float> next_scales;
   thread_local std::vector<double> sums;
@@ -148,17 +148,17 @@ void step_with_moving_levels(const StepContext& context, std::vector<StepSegment
 
 }  // namespace
 
-void step_on_cpu(StepOptions options, std::vector<StepSegment>& segments, bool moving_levels) {
+void step_on_cpu(StepOptions options, std::vector<StepSegment>& segments, bool dynamic_scale) {
   const Kernels kernels = choose_kernels();
   options.prefetch = prefetch_helps();
   int64_t elements = 0;
   for (const StepSegment& segment : segments) elements += segment.numel;
   options.stream = elements >= kStreamed;
   const StepContext context(options);
-  if (moving_levels) {
-    step_with_moving_levels(context, segments, kernels);
+  if (dynamic_scale) {
+    step_with_dynamic_scales(context, segments, kernels);
   } else {
-    step_with_fixed_levels(context, segments, kernels);
+    step_with_fixed_scales(context, segments, kernels);
   }
 }
 

@@ -462,7 +462,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   o.momentum_dtype = v.momentum;
   o.hyper = {0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.1, 0.25, 2.0, 3.0, 0.01, 0.05};
   o.levels = v.levels;
-  o.level_factor = outer_level_factor(v.levels);
+  o.level_factor = max_level_factor(v.levels);
   o.has_momentum = v.has_momentum;
   o.adam = v.adam;
   o.nesterov = v.rows % 2 == 0;

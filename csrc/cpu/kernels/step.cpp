@@ -7,8 +7,6 @@
 #include <limits>
 #include <type_traits>
 
-#include "core/base.h"
-
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
@@ -38,7 +36,6 @@ inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
 }
 
 // ---- one span: elements that share a scale
-// -------------------------------------------------------------------
 
 // Pointers of a span, already advanced to its first element. P and M are float, or both BFloat16.
 template <class P, class M>
@@ -46,7 +43,7 @@ struct Span {
   P* param;
   const P* grad;
   M* momentum;
-  float* second;
+  float* exp_avg_sq;
   float* latent;
 };
 
@@ -72,14 +69,14 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
   const Vec w = R::kLatent ? load(s.latent + i) : load(s.param + i);
   Vec m{}, v{};
   if constexpr (Direction::kMomentum) m = load(s.momentum + i);
-  if constexpr (Direction::kSecond) v = load(s.second + i);
+  if constexpr (Direction::kExpAvgSq) v = load(s.exp_avg_sq + i);
   Vec g = load(s.grad + i);
   if (factor != 1.0f) g *= factor;
   g = rule.gradient(g, w);
   const Vec d = direction(g, m, v);
   const Vec next = rule.step(w, d);
   if constexpr (Direction::kMomentum) store(s.momentum + i, m);
-  if constexpr (Direction::kSecond) store(s.second + i, v);
+  if constexpr (Direction::kExpAvgSq) store(s.exp_avg_sq + i, v);
   if constexpr (R::kLatent) {
     store(s.latent + i, next);
     const Vec weight = rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{});
@@ -103,7 +100,7 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
                const R& rule, const uint16_t* random) {
   P param[kWidth] = {}, grad[kWidth] = {};
   M momentum[kWidth] = {};
-  float second[kWidth] = {}, latent[kWidth] = {};
+  float exp_avg_sq[kWidth] = {}, latent[kWidth] = {};
   uint16_t halves[kWidth] = {};
   const auto in = [count, i](auto* to, const auto* from) {
     if (from) std::memcpy(to, from + i, static_cast<size_t>(count) * sizeof(*to));
@@ -114,14 +111,14 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
   in(param, s.param);
   in(grad, s.grad);
   in(momentum, s.momentum);
-  in(second, s.second);
+  in(exp_avg_sq, s.exp_avg_sq);
   in(latent, s.latent);
   in(halves, random);
-  const Span<P, M> padded{param, grad, momentum, second, latent};
+  const Span<P, M> padded{param, grad, momentum, exp_avg_sq, latent};
   step_vector(padded, 0, factor, direction, rule, random ? halves : nullptr);
   out(s.param, param);
   out(s.momentum, momentum);
-  out(s.second, second);
+  out(s.exp_avg_sq, exp_avg_sq);
   out(s.latent, latent);
 }
 
@@ -156,7 +153,7 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
       if constexpr (R::kLatent) prefetch_block(span.latent + begin);
       prefetch_block(span.grad + begin);
       if constexpr (Direction::kMomentum) prefetch_block(span.momentum + begin);
-      if constexpr (Direction::kSecond) prefetch_block(span.second + begin);
+      if constexpr (Direction::kExpAvgSq) prefetch_block(span.exp_avg_sq + begin);
     }
     for (int64_t i = begin; i < begin + kBlock; i += kWidth) {
       step_vector(span, i, factor, direction, rule, nullptr, stream);
@@ -185,6 +182,7 @@ double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, c
         };
         Vec m{}, v{};
         if constexpr (Direction::kMomentum) m = read(s.momentum);
+        if constexpr (Direction::kExpAvgSq) v = read(s.exp_avg_sq);
         const Vec w = read(s.latent);
         const Vec g = rule.gradient(read(s.grad) * factor, w);
         Vec size = absolute(rule.point(w, direction(g, m, v)));
@@ -200,7 +198,6 @@ double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, c
 }
 
 // ---- 16-bit types, a stage at a time
-// -------------------------------------------------------------------------
 
 template <class T>
 void widen(const void* from, int64_t at, float* to, int64_t n) {
@@ -256,7 +253,7 @@ Span<float, float> fill_stage(const StepContext& o, const StepSegment& s, Stage&
     read_as_float(o.momentum_dtype, s.momentum, at, stage.momentum, n);
     span.momentum = stage.momentum;
   }
-  if (s.second != nullptr) span.second = s.second + at;
+  if (s.exp_avg_sq != nullptr) span.exp_avg_sq = s.exp_avg_sq + at;
   if (latent_rule) {
     span.latent = s.latent + at;
     span.param = stage.param;
@@ -284,7 +281,6 @@ void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int6
 }
 
 // ---- choosing the instantiation
-// ------------------------------------------------------------------------------
 
 template <class Direction, class R>
 void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
@@ -292,10 +288,10 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
   const bool float_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32;
   const int64_t n = end - begin;
   if (o.param_dtype == Dtype::kFloat32 && float_momentum) {
-    const Span<float, float> span{static_cast<float*>(s.param) + begin,
-                                  static_cast<const float*>(s.grad) + begin,
-                                  static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
-                                  s.second + (s.second ? begin : 0), s.latent + (s.latent ? begin : 0)};
+    const Span<float, float> span{
+        static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
+        static_cast<float*>(s.momentum) + (s.momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0),
+        s.latent + (s.latent ? begin : 0)};
     return step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, nullptr, 0, o.stream);
   }
   if constexpr (!R::kLatent) {
@@ -309,7 +305,7 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
         using M = std::remove_pointer_t<decltype(momentum)>;
         const Span<BFloat16, M> span{
             static_cast<BFloat16*>(s.param) + begin, static_cast<const BFloat16*>(s.grad) + begin,
-            momentum + (momentum ? begin : 0), s.second + (s.second ? begin : 0), nullptr};
+            momentum + (momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), nullptr};
         step_span(span, n, o.gradient_factor, direction, rule, o.prefetch,
                   o.stochastic_rounding ? &key : nullptr, begin);
       };
@@ -319,115 +315,94 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
   step_staged(o, s, begin, end, direction, rule);
 }
 
-// Calls visit(begin, end, scale, next_scale) for every run of elements that share a scale.
-template <class Visit>
-void for_each_scale(const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+// Calls visit(begin, end, levels) for every run of elements that share a scale and, with a latent, a bound.
+template <bool Latent, class Visit>
+void for_each_span(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                   const Visit& visit) {
   while (begin < end) {
     const int64_t row = begin / s.row;
     const int64_t group = (begin - row * s.row) / s.group;
-    const int64_t stop = std::min({end, row * s.row + (group + 1) * s.group, (row + 1) * s.row});
     const int64_t at = row * s.scales_per_row + group;
-    visit(begin, stop, s.scale[at], s.next_scale[at]);
+    int64_t stop = std::min({end, row * s.row + (group + 1) * s.group, (row + 1) * s.row});
+    SpanLevels levels{make_grid(s.next_scale[at], o.level_factor, o.levels),
+                      make_grid(s.scale[at], o.level_factor, o.levels),
+                      std::numeric_limits<float>::infinity()};
+    if (Latent && s.latent_bound != nullptr) {
+      const int64_t bound = begin / s.bound_row;
+      stop = std::min(stop, (bound + 1) * s.bound_row);
+      levels.latent_limit = static_cast<float>(o.hyper.bound) * s.latent_bound[bound];
+    }
+    visit(begin, stop, levels);
     begin = stop;
   }
 }
 
-template <bool AllowAdam, class Visit>
-void with_direction(const StepContext& o, double step, const Visit& visit) {
-  if constexpr (AllowAdam) {
-    if (o.adam) return visit(make_adam_direction(o.hyper, step));
-  }
-  if (o.has_momentum) return visit(MomentumDirection{static_cast<float>(o.hyper.momentum), o.nesterov});
-  visit(PlainDirection{});
-}
-
-float latent_limit(const StepContext& o, const StepSegment& s, int64_t at) {
-  if (s.sigma == nullptr) return std::numeric_limits<float>::infinity();
-  return static_cast<float>(o.hyper.bound) * s.sigma[at / s.sigma_row];
-}
-
-// Calls visit(begin, end, rule) for every run of elements that one rule object serves.
-template <bool Binary, class Visit>
-void for_each_rule(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
-                   const Visit& visit) {
-  const auto grid = [&](float scale) { return make_grid(scale, o.level_factor, o.levels); };
-  switch (o.rule) {
-    case Rule::kBase: return visit(begin, end, o.base);
-    case Rule::kProx:
-      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, ProxStep<Binary>{o.base, static_cast<float>(o.hyper.threshold), grid(scale)});
+// Calls visit(begin, end, object) for every run of elements that one object of the rule serves.
+template <class Row, class Visit>
+void for_each_object(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                     const Visit& visit) {
+  const auto& constants = *std::get_if<static_cast<size_t>(Row::kRule)>(&o.constants);
+  Row::visit_object(constants, [&](auto type) {
+    using R = typename decltype(type)::type;
+    if constexpr (Row::kQuantised) {
+      for_each_span<R::kLatent>(o, s, begin, end, [&](int64_t a, int64_t b, const SpanLevels& levels) {
+        visit(a, b, Row::template object<R>(constants, levels));
       });
-    case Rule::kAskew: {
-      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, AskewVelocity<Binary>(o.askew, grid(scale)));
-      });
-    }
-    case Rule::kAskewGradient: {
-      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        visit(a, b, AskewGradient<Binary>(o.askew, grid(scale)));
-      });
-    }
-    case Rule::kAskewMemory: {
-      const bool limited = o.askew.rate <= std::numeric_limits<float>::max();
-      return for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float) {
-        if (limited) return visit(a, b, AskewMemory<Binary, true>(o.askew, grid(scale)));
-        visit(a, b, AskewMemory<Binary, false>(o.askew, grid(scale)));
-      });
-    }
-    default: return;  // the STAM rules, below
-  }
-}
-
-template <bool Binary, class Visit>
-void for_each_stam_rule(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
-                        const Visit& visit) {
-  const auto grid = [&](float scale) { return make_grid(scale, o.level_factor, o.levels); };
-  const bool splitting = o.rule == Rule::kSplitting;
-  const StamConstants& c = o.stam;
-  for_each_scale(s, begin, end, [&](int64_t a, int64_t b, float scale, float next) {
-    if (splitting) return visit(a, b, StamSplitting<Binary>{c, grid(scale), grid(next)});
-    while (a < b) {  // the latent bound may be frozen per smaller pieces than the levels
-      const int64_t stop = s.sigma ? std::min(b, (a / s.sigma_row + 1) * s.sigma_row) : b;
-      visit(a, stop, StamAlternating<Binary>{c, grid(scale), grid(next), latent_limit(o, s, a)});
-      a = stop;
+    } else {
+      visit(begin, end, Row::template object<R>(constants, {}));
     }
   });
 }
 
+template <class Visit>
+void visit_direction(const StepContext& o, double step, const Visit& visit) {
+  if (o.base == Base::kAdam) return visit(make_adam_direction(o.hyper, step));
+  if (o.has_momentum) return visit(MomentumDirection{static_cast<float>(o.hyper.momentum), o.nesterov});
+  visit(PlainDirection{});
+}
+
 template <bool Binary>
 void step_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
-  const auto step = [&](const auto& direction) {
-    return [&](int64_t a, int64_t b, const auto& rule) { step_range(o, s, a, b, direction, rule); };
-  };
-  if (o.rule == Rule::kSplitting || o.rule == Rule::kAlternating) {
-    return with_direction<false>(o, s.step, [&](const auto& direction) {
-      for_each_stam_rule<Binary>(o, s, begin, end, step(direction));
+  visit_rule<Binary>(o.rule, [&](auto row) {
+    visit_direction(o, s.step, [&](const auto& direction) {
+      for_each_object<decltype(row)>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
+        step_range(o, s, a, b, direction, rule);
+      });
     });
+  });
+}
+
+// The same of a range that shares a scale.
+template <class Direction, class R>
+double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                          const Direction& direction, const R& rule) {
+  if (o.param_dtype == Dtype::kFloat32 && (!Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32)) {
+    const Span<float, float> span{nullptr, static_cast<const float*>(s.grad) + begin,
+                                  static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
+                                  s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), s.latent + begin};
+    return magnitude_of_span(span, end - begin, o.gradient_factor, direction, rule);
   }
-  with_direction<true>(
-      o, s.step, [&](const auto& direction) { for_each_rule<Binary>(o, s, begin, end, step(direction)); });
+  double total = 0.0;
+  Stage stage;
+  for (int64_t at = begin; at < end; at += kStage) {
+    const int64_t n = std::min(kStage, end - at);
+    const auto span = fill_stage(o, s, stage, at, n, true, false);
+    total += magnitude_of_span(span, n, o.gradient_factor, direction, rule);
+  }
+  return total;
 }
 
 template <bool Binary>
 double magnitude_of_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
   double total = 0.0;
-  Stage stage;
-  with_direction<false>(o, s.step, [&](const auto& direction) {
-    for_each_stam_rule<Binary>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
-      if (o.param_dtype == Dtype::kFloat32 &&
-          (s.momentum == nullptr || o.momentum_dtype == Dtype::kFloat32)) {
-        const Span<float, float> span{nullptr, static_cast<const float*>(s.grad) + a,
-                                      static_cast<float*>(s.momentum) + (s.momentum ? a : 0), nullptr,
-                                      s.latent + a};
-        total += magnitude_of_span(span, b - a, o.gradient_factor, direction, rule);
-        return;
-      }
-      for (int64_t at = a; at < b; at += kStage) {
-        const int64_t n = std::min(kStage, b - at);
-        const auto span = fill_stage(o, s, stage, at, n, true, false);
-        total += magnitude_of_span(span, n, o.gradient_factor, direction, rule);
-      }
-    });
+  visit_rule<Binary>(o.rule, [&](auto row) {
+    if constexpr (decltype(row)::kDynamicScale) {
+      visit_direction(o, s.step, [&](const auto& direction) {
+        for_each_object<decltype(row)>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
+          total += magnitude_of_range(o, s, a, b, direction, rule);
+        });
+      });
+    }
   });
   return total;
 }

@@ -3,26 +3,30 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
+#include <utility>
+#include <variant>
 
-#include "core/askew.h"
-#include "core/simple.h"
-#include "core/stam.h"
 #include "core/step.h"
 #include "cpu/isa.h"
 
 namespace quantopt {
 
-// The options with what every piece derives from them, computed once a step.
-struct StepContext : StepOptions {
-  explicit StepContext(const StepOptions& options)
-      : StepOptions(options),
-        base(make_base_step(hyper, decoupled)),
-        askew(make_askew_constants(hyper, decoupled || rule == Rule::kAskewMemory)),
-        stam(make_stam_constants(hyper, rule == Rule::kSplitting)) {}
+// The constants of one rule: alternative i is for Rule i.
+template <size_t... I>
+std::variant<typename RowOf<static_cast<Rule>(I), true>::Constants...> constants_of(
+    std::index_sequence<I...>);
+using RuleConstants = decltype(constants_of(std::make_index_sequence<std::size(kRules)>{}));
 
-  BaseStep base;
-  AskewConstants askew;
-  StamConstants stam;
+// The options of a step and the constants that its rule derives from them, computed once for all pieces.
+struct StepContext : StepOptions {
+  explicit StepContext(const StepOptions& options) : StepOptions(options) {
+    visit_rule<true>(rule, [this](auto row) {
+      constants.emplace<static_cast<size_t>(row.kRule)>(row.constants(hyper, decoupled));
+    });
+  }
+
+  RuleConstants constants;
 };
 
 }  // namespace quantopt
@@ -30,6 +34,6 @@ struct StepContext : StepOptions {
 QUANTOPT_DECLARE_PER_ISA(
     // One pass over elements [begin, end) of the tensor.
     void step_piece(const StepContext& context, const StepSegment& segment, int64_t begin, int64_t end);
-    // Sum of |r| (splitting) or |u| after the step (alternating) over [begin, end), changing nothing.
+    // Sum of |point| of the rule over [begin, end), changing nothing; 0 without a dynamic scale.
     double magnitude_of_piece(const StepContext& context, const StepSegment& segment, int64_t begin,
                               int64_t end);)
