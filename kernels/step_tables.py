@@ -3,7 +3,6 @@
 They are made once for the same tensors.
 """
 
-import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -134,7 +133,9 @@ class Plan:
 
     def __init__(self, record: StepRecord) -> None:
         device = record.params[0].device
-        self.watched = [weakref.ref(tensor) for tensor in _watched(record)]
+        # Tensors that no longer exist: others may lie at their addresses, with other shapes or dtypes.
+        self.dead: list[weakref.ref[Tensor]] = []
+        self.watched = [weakref.ref(tensor, self.dead.append) for tensor in _watched(record)]
         chunks: dict[tuple[bool, bool, bool], list[Row]] = {}
         rows: dict[tuple[bool, int], list[Row]] = {}
         long: dict[bool, list[Row]] = {}
@@ -168,10 +169,6 @@ class Plan:
         self.parts: dict[bool, Table] = tables(long, lambda row: row.parts)
         self.long: dict[bool, Table] = tables(long, lambda row: row.rows)
 
-    def is_of(self, record: StepRecord) -> bool:
-        """Whether it was made for these tensors, not for others that lay at the same addresses."""
-        return all(map(operator.is_, [ref() for ref in self.watched], _watched(record)))
-
 
 def _watched(record: StepRecord) -> list[Tensor]:
     """All tensors but the gradients, which may be new ones at every step."""
@@ -181,7 +178,6 @@ def _watched(record: StepRecord) -> list[Tensor]:
     ]  # fmt: skip
 
 
-_dtype = operator.attrgetter("dtype")
 _PLANS: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 # A graph may be replayed as long as the process lives: its tables stay where they are.
 _CAPTURED: set[Plan] = set()
@@ -194,7 +190,6 @@ def plan_of(record: StepRecord, check: Callable[[StepRecord], None]) -> Plan:
     device = params[0].device
     on_gpu = device.type == "cuda"
     key = (
-        *map(len, record[2:10]),  # the lists
         record.rule,
         record.base,
         record.levels,
@@ -202,14 +197,19 @@ def plan_of(record: StepRecord, check: Callable[[StepRecord], None]) -> Plan:
         record.dynamic_scale,
         record.seed >= 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else None,
+        *map(len, record[2:10]),  # the lists
         *map(Tensor.data_ptr, _watched(record)),
         *map(Tensor.data_ptr, grads),
-        # Tensor.data may be assigned another layout at the same address.
-        *map(Tensor.size, params), *map(Tensor.stride, params), *map(_dtype, params),
-        *map(Tensor.size, grads), *map(Tensor.stride, grads), *map(_dtype, grads),
-    )  # fmt: skip
+        # What lies there may have got another layout: Tensor.data was assigned, or the gradients are new ones.
+        params[0].dtype,
+        *map(Tensor.size, params),
+        *map(Tensor.stride, params),
+        *[grad.dtype for grad in grads[:1]],
+        *map(Tensor.size, grads),
+        *map(Tensor.stride, grads),
+    )
     plan = _PLANS.get(key)
-    if plan is not None and plan.is_of(record):
+    if plan is not None and not plan.dead:
         if on_gpu and torch.cuda.is_current_stream_capturing():
             _CAPTURED.add(plan)
         return plan
