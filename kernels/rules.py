@@ -41,7 +41,7 @@ COUNT = tl.constexpr(len(Numbers._fields))
 def load_tuple(ptr, LENGTH: tl.constexpr):
     values = ()
     for k in tl.static_range(LENGTH):
-        values = values + (tl.load(ptr + k),)  # noqa: RUF005: no starred elements in Triton
+        values = values + (tl.load(ptr + k),)  # noqa: RUF005 (Triton has no starred elements)
     return values
 
 

@@ -182,15 +182,15 @@ def step_block(
         grid = load_grid(row.scale, at, inside, level_factor, intervals, BINARY, ONE_SCALE, WHOLE)
         before = grid
         if DYNAMIC_SCALE:
-            before = load_grid(row.scale_before, at, inside, level_factor, intervals, BINARY, ONE_SCALE, WHOLE)
+            before = load_grid(
+                row.scale_before, at, inside, level_factor, intervals, BINARY, ONE_SCALE, WHOLE
+            )
     limit = latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND)
     x = Weights(w, grid, before, limit, h, param_ptr, i, inside, WHOLE)
     g = gradient(x, g, RULE)
     d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
     latent, weight = step(x, d, RULE)
-    write_state(
-        row, i, inside, m, v, latent, BASE, HAS_MOMENTUM, HAS_LATENT, MOMENTUM_TYPE, ALIGNED, WHOLE
-    )
+    write_state(row, i, inside, m, v, latent, BASE, HAS_MOMENTUM, HAS_LATENT, MOMENTUM_TYPE, ALIGNED, WHOLE)
     if STOCHASTIC:
         count = tl.load(steps_ptr + row.tensor_index).to(tl.int64).to(tl.uint32)
         weight = stochastic_bfloat16(weight, first, count, row.tensor_index.to(tl.uint32), seed, BLOCK)
@@ -255,7 +255,9 @@ def row_kernel(
     h = load_numbers(numbers_ptr)
     factor = gradient_factor_of(grad_scale_ptr, sign)
 
-    length = tl.load(row_ptr + LENGTH)  # not row.length: Triton 3.6 drops the multiple of what a function returns
+    length = tl.load(
+        row_ptr + LENGTH
+    )  # not row.length: Triton 3.6 drops the multiple of what a function returns
     if ALIGNED:  # rows of a multiple of 16 elements: what is inside changes 16 bytes at a time
         length = tl.multiple_of(length, 16)
     parts = (length + BLOCK - 1) // BLOCK
@@ -361,9 +363,7 @@ def _check(record: StepRecord) -> None:
                 raise TypeError(f"fused_step: {name}[{i}] must be float32, not {tensor.dtype}")
     for dtype in (params[0].dtype, momentum_dtype):
         if dtype not in DTYPES:
-            raise TypeError(
-                f"fused_step: the Triton kernels take float32, bfloat16 and float16, not {dtype}"
-            )
+            raise TypeError(f"fused_step: the Triton kernels take float32, bfloat16 and float16, not {dtype}")
     if record.seed >= 0 and (params[0].dtype != torch.bfloat16 or record.latents):
         raise ValueError(
             "fused_step: stochastic rounding is for bfloat16 params without latents; pass seed=-1"
@@ -426,7 +426,9 @@ def fused_step(record: StepRecord) -> None:
             "enable_fp_fusion": False,
         }
         for (aligned, block), table in plan.rows.items():
-            _launch(row_kernel, table, shared, ALIGNED=aligned, STEP=True, BLOCK=block, num_warps=_warps(block))
+            _launch(
+                row_kernel, table, shared, ALIGNED=aligned, STEP=True, BLOCK=block, num_warps=_warps(block)
+            )
         for aligned, table in plan.parts.items():
             _launch(
                 row_kernel,

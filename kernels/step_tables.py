@@ -85,8 +85,11 @@ def _row(record: StepRecord, index: int) -> Row:
 
 
 class _Staging:
-    """Pinned memory from which tables are copied without waiting. Memory cannot be pinned while a CUDA graph is captured,
-    so there is always some in reserve; nor can kernels be loaded then, so a step must precede the capture."""
+    """Pinned memory from which tables are copied without waiting.
+
+    Memory cannot be pinned while a CUDA graph is captured, so some is always in reserve. Kernels cannot be loaded then
+    either, so a step must precede the capture.
+    """
 
     BLOCK, RESERVE = 8192, 2048  # rows
 
@@ -119,7 +122,9 @@ class Table:
         for row in rows:
             numbered.append(row._replace(first_program=self.programs))
             self.programs += programs(row)
-        self.host = _STAGING.take(self.count, device)  # not released: a captured copy reads it at every replay
+        self.host = _STAGING.take(
+            self.count, device
+        )  # not released: a captured copy reads it at every replay
         self.host.copy_(torch.tensor(numbered, dtype=torch.int64))
         self.device = self.host.to(device, non_blocking=True)
 
