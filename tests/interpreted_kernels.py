@@ -1,7 +1,7 @@
 """quantopt's Triton kernels, loaded a second time in Triton's interpreter."""
 
 import contextlib
-import importlib.util
+import importlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import quantopt
+
 
 @contextlib.contextmanager
 def interpreted_kernels(*names: str) -> Iterator[list[ModuleType]]:
-    """The modules of quantopt.kernels of these names, each after those that it imports."""
+    """The modules of quantopt.kernels of these names, and with them all that they import from there."""
     import triton
     from triton.runtime import interpreter
 
@@ -30,22 +32,21 @@ def interpreted_kernels(*names: str) -> Iterator[list[ModuleType]]:
             product = np.matmul(numbers(a), numbers(b), dtype=np.float32)
         return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
 
-    modules = []
+    def is_kernels(name: str) -> bool:
+        return name == "quantopt.kernels" or name.startswith("quantopt.kernels.")
+
+    compiled = {name: module for name, module in sys.modules.items() if is_kernels(name)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for name in names:
-            full = f"quantopt.kernels.{name}"
-            source = importlib.util.find_spec(full)
-            assert source is not None and source.origin is not None
-            spec = importlib.util.spec_from_file_location(f"interpreted_{name}", source.origin)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, spec.name, module)
-            spec.loader.exec_module(module)
-            patch.setitem(sys.modules, full, module)  # for the modules after it
-            modules.append(module)
-        for name in names:
-            patch.delitem(sys.modules, f"quantopt.kernels.{name}")
+        patch.setattr(quantopt, "kernels", None, raising=False)  # the import below sets it
+        for name in compiled:
+            del sys.modules[name]
+        try:
+            modules = [importlib.import_module(f"quantopt.kernels.{name}") for name in names]
+        finally:
+            for name in [name for name in sys.modules if is_kernels(name)]:
+                del sys.modules[name]
+            sys.modules.update(compiled)
         patch.delenv("TRITON_INTERPRET")
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield modules
