@@ -54,6 +54,7 @@ def test_sweep_cut_and_continued(tmp_path, arguments, monkeypatch, capsys):
     assert rows[0]["packed_difference"] == max(abs(packed[0] - a), abs(packed[1] - b))
     assert rows[0]["speedup"] > 0 and rows[0]["bytes_float"] > rows[0]["bytes_packed"] > 0
     assert (out / "curves.png").stat().st_size > 5000
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: path.touch())
     before = (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns
     assert cli.main(command) == 0  # nothing is left to do
     assert (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns == before
