@@ -20,8 +20,8 @@ from quantopt.rules import HYPER
 
 # The hyper-parameters in float64, and what the rules use, in float32: the same and what is derived from them. Names
 # with an index in the tensors; a kernel holds the values.
-Hyper: Any = namedtuple("Hyper", HYPER)
-Numbers: Any = namedtuple(
+Hyper = namedtuple("Hyper", HYPER)
+Numbers = namedtuple(
     "Numbers",
     (
         *HYPER,
@@ -41,7 +41,7 @@ COUNT = tl.constexpr(len(Numbers._fields))
 def load_tuple(ptr, LENGTH: tl.constexpr):
     values = ()
     for k in tl.static_range(LENGTH):
-        values = values + (tl.load(ptr + k),)  # noqa: RUF005 (Triton has no starred elements)
+        values = values + (tl.load(ptr + k),)
     return values
 
 

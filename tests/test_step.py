@@ -316,7 +316,11 @@ MISFITS: list[tuple[type[Exception], str, Change]] = [
         replace(base="adam", momentum_buffers=[], exp_avg_sqs=TWO, steps=[torch.zeros(())] * 2),
     ),
     (ValueError, "steps has 0 tensors for 2", replace(base="adam", exp_avg_sqs=TWO)),
-    (TypeError, r"exp_avg_sqs\[1\] must be float32", replace(base="adam", exp_avg_sqs=[TWO[0], TWO[1].double()], steps=[torch.zeros(())] * 2)),
+    (
+        TypeError,
+        r"exp_avg_sqs\[1\] must be float32",
+        replace(base="adam", exp_avg_sqs=[TWO[0], TWO[1].double()], steps=[torch.zeros(())] * 2),
+    ),
     (ValueError, "latents has 0 tensors for 2", replace(rule="splitting")),
     (ValueError, "stochastic.*seed=-1", replace(seed=3, steps=[torch.zeros(())] * 2)),
     (ValueError, "no dynamic scale; pass dynamic_scale=False", replace(dynamic_scale=True)),
