@@ -128,7 +128,8 @@ for base in BASES:
     results = {}
     for backend in ("reference", "cpu", "triton"):
         torch.manual_seed(0)
-        p = torch.nn.Parameter(torch.randn(40, 30, dtype=torch.float64 if backend == "reference" else torch.float32))
+        dtype = torch.float64 if backend == "reference" else torch.float32
+        p = torch.nn.Parameter(torch.randn(40, 30).to(dtype))
         opt = quantopt.Toy([p], lr=0.5, weight_decay=0.1, base=base, bits=2, scale="channel", backend=backend)
         for _ in range(3):
             p.grad = torch.randn(40, 30).to(p.dtype)
