@@ -5,7 +5,8 @@ Three kinds of source go into the one shared library:
 - csrc/*.cpp, csrc/cpu/*.cpp: schemas, checks and dispatch; compiled with torch's headers.
 - csrc/cpu/kernels/*.cpp: the torch-free kernels, compiled once for each instruction set of ISAS below, each
   time in a namespace of its own (-DQUANTOPT_ISA=avx2). csrc/cpu/isa.cpp chooses among them at run time.
-- csrc/cuda/: *.cu are torch-free launchers for nvcc, *.cpp their registration; only in a CUDA build.
+- csrc/cuda/: *.cu are torch-free launchers for nvcc, *.cpp their registration; only in a CUDA build. step_rule.cu is
+  compiled once for each rule of csrc/core/rules.h (-DQUANTOPT_RULE=kAskew).
 
 Environment variables:
 
@@ -285,14 +286,17 @@ class BuildQuantopt(BuildExtension):
         return tasks
 
     def cuda_tasks(self, cuda: Toolkit) -> list[tuple[Path, Path, list[str]]]:
-        return [
-            (
-                source,
-                Path(self.build_temp) / "cuda" / f"{source.stem}.o",
-                [cuda.nvcc, *cuda.flags(source.stem), f"-I{ROOT / 'csrc'}"],
-            )
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        ]
+        rules = re.findall(r'ROW\((k\w+), "(\w+)"', (ROOT / "csrc/core/rules.h").read_text())
+        tasks = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            command = [cuda.nvcc, *cuda.flags(source.stem), f"-I{ROOT / 'csrc'}"]
+            objects = {f"{source.stem}.o": command}
+            if source.stem == "step_rule":
+                objects = {
+                    f"step_rule.{name}.o": [*command, f"-DQUANTOPT_RULE={rule}"] for rule, name in rules
+                }
+            tasks += [(source, Path(self.build_temp) / "cuda" / name, line) for name, line in objects.items()]
+        return tasks
 
     def compile(self, task: tuple[Path, Path, list[str]]) -> str:
         """Compiles one file, unless its object was made from the same source, headers and command."""

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from quantopt.rules import RULES
+
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = ("float32", "bfloat16", "bfloat16, fp32 momentum", "any")
 PATTERN = re.compile(
@@ -15,6 +17,12 @@ PATTERN = re.compile(
     r"Used (\d+) registers",
     re.DOTALL,
 )
+
+
+def rule_name(match: re.Match[str]) -> str:
+    """The name of RowOf<(Rule)1, true>."""
+    rule = list(RULES.values())[int(match[1])]
+    return rule.name + (" binary" if rule.quantised and match[2] == "true" else "")
 
 
 def readable(names: list[str]) -> list[str]:
@@ -26,6 +34,7 @@ def readable(names: list[str]) -> list[str]:
     for name in text.splitlines():
         name = re.sub(r"quantopt::|\(anonymous namespace\)::|^void ", "", name)
         name = re.sub(r"\((quantopt::)?Storage\)(\d)", lambda match: STORAGE[int(match[2])], name)
+        name = re.sub(r"RowOf<\(Rule\)(\d+), (true|false)>", rule_name, name)
         short.append(re.split(r">\(|\((?=LongTable|Counters)", name)[0])
     closed = [name + ">" if name.count("<") > name.count(">") else name for name in short]
     return [name.replace(" >", ">") for name in closed]
@@ -33,8 +42,8 @@ def readable(names: list[str]) -> list[str]:
 
 def main() -> None:
     prefixes = tuple(sys.argv[1:]) or ("",)
-    logs = [log for log in ROOT.glob("build/*/cuda/*.log") if (ROOT / f"csrc/cuda/{log.stem}.cu").exists()]
-    logs = [log for log in logs if log.stem.startswith(prefixes)]
+    logs = [log for log in ROOT.glob("build/*/cuda/*.log") if log.name.startswith(prefixes)]
+    logs = [log for log in logs if (ROOT / f"csrc/cuda/{log.name.split('.')[0]}.cu").exists()]
     if not logs:
         sys.exit("registers.py: no compiler logs under build/; run make env with nvcc at hand")
     found: dict[str, dict[str, int]] = {}

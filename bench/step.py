@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 import quantopt
 from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.optim import step as group_step
 from quantopt.reference import askew, base, stam
 from quantopt.reference.step import fused_step as reference_step
+from quantopt.rules import StepRecord
 
 LR, BETA, DECAY, EPSILON, RATE, CAP = 0.1, 0.9, 1e-4, 0.5, 0.1, 0.25
 HYPER = dict(
@@ -90,21 +92,26 @@ def flat(rule: str, n: int, eager: bool = False, epsilon: float = EPSILON) -> li
         latent = p.clone()
     latents = [] if rule == "askew" else [latent]
     numbers = HYPER | {"epsilon": epsilon} | ({"rate": float("inf")} if rule == "askew_memory" else {})
-    arguments = [rule, [p], [g], [m], [], latents, [torch.ones(1)], [], [], hyper_tensor(**numbers)]
-    probe = ["base", [p], [g], [m], [], [], [], [], [], hyper_tensor(lr=LR, momentum=BETA)]
+    empty: list[Tensor] = []
+    record = StepRecord(
+        rule, "sgd", [p], [g], [m], empty, latents, [torch.ones(1)], empty, empty, hyper_tensor(**numbers)
+    )
+    base_step = record._replace(
+        rule="none", latents=empty, scales=empty, hyper=hyper_tensor(lr=LR, momentum=BETA)
+    )
     sgd = torch.optim.SGD([weight], lr=LR, momentum=BETA, fused=True)
     sgd.state[weight]["momentum_buffer"] = m
     compiled = compiled_reference(rule, epsilon)
     functions: dict[str, Callable[[], object]] = {
-        "ours": lambda: fused_step(*arguments),
+        "ours": lambda: fused_step(record),
         "compiled": lambda: compiled(p, g, m, latent),
         "sgd": sgd.step,
-        "probe": lambda: fused_step(*probe),
+        "probe": lambda: fused_step(base_step),
     }
     times = compare(functions, min_time=1.0)
     if eager:  # hundreds of times slower: a few rounds of its own
-        copy = [[t.clone() for t in a] if isinstance(a, list) else a for a in arguments]
-        alone = {"ours": functions["ours"], "eager": lambda: reference_step(*copy)}
+        copy = StepRecord(*([t.clone() for t in a] if isinstance(a, list) else a for a in record))
+        alone = {"ours": functions["ours"], "eager": lambda: reference_step(copy)}
         times["eager"] = compare(alone, min_time=0.0, repeat=3, warmup=1)["eager"]
     case = f"{rule} flat fp32 {n >> 20}M" + (" at e = 1" if epsilon == 1 else "")
     rate = {"gb_per_s": BYTES[rule] * n / times["ours"] / 1e9}
@@ -176,6 +183,46 @@ def compiled_list(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Callable
     return step
 
 
+def paths() -> list[dict[str, Any]]:
+    """The step of 62 small tensors where no plan finds the gradients, against the step with one. The reference path is
+    timed without the arithmetic of the reference: what is left are the lists."""
+    shapes = [(256,)] * 62
+    options: dict[str, Any] = dict(lr=LR, weight_decay=DECAY, epsilon=EPSILON)
+    plan = quantopt.AskewSGD(parameters(shapes, torch.float32), **options)
+    reference = quantopt.AskewSGD(parameters(shapes, torch.float32), backend="reference", **options)
+    sharded = quantopt.AskewSGD(sharded_parameters(shapes), **options)
+
+    def without_arithmetic() -> None:
+        group_step.fused_step = lambda *_: None
+        reference.step()
+        group_step.fused_step = fused_step
+
+    times = compare(
+        {"with a plan": plan.step, "reference": without_arithmetic, "DTensor": sharded.step}, min_time=1.0
+    )
+    return [
+        row(f"62 tensors of 256, {path} path", "with a plan", times[path], times["with a plan"], 1 / 3)
+        for path in ("reference", "DTensor")
+    ]
+
+
+def sharded_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    """DTensors on a mesh of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    params = []
+    for p in parameters(shapes, torch.float32):
+        sharded = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+        sharded.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        params.append(sharded)
+    return params
+
+
 def parq_row() -> list[dict[str, Any]]:
     """torchao's PARQ QuantOptimizer on one 4096x4096 weight; the row is left out where torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
@@ -215,6 +262,7 @@ def cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
         "GPT-2 stochastic": lambda: whole_step(stochastic, GPT2, {fused: 0.9}, rounding="stochastic", **low),
         "62 small": lambda: whole_step("62 tensors of 256", [(256,)] * 62, {fused: 8}),
         "148 small": lambda: whole_step("148 tensors of 256", [(256,)] * 148, {fused: 8}),
+        "62 small, paths": paths,
         "PARQ": parq_row,
     }
 

@@ -23,6 +23,7 @@ import quantopt
 from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.reference import askew, base
 from quantopt.reference.step import fused_step as reference_step
+from quantopt.rules import RULES, StepRecord
 from quantopt.train.environment import device_name
 
 Rows = list[dict[str, Any]]
@@ -77,21 +78,36 @@ def seconds_of_steps(functions: Functions, *, rounds: int = 15, calls: int = 30)
 # ---- flat buffers
 
 
-def flat_arguments(
-    rule: str, n: int, dtype: torch.dtype, momentum_dtype: torch.dtype, shape: tuple[int, ...] = ()
-) -> tuple[list[Any], int]:
-    """Arguments of the op for one buffer, and the bytes that a step reads and writes."""
+def flat_record(
+    rule: str,
+    n: int,
+    dtype: torch.dtype,
+    momentum_dtype: torch.dtype,
+    shape: tuple[int, ...] = (),
+    **options: Any,
+) -> tuple[StepRecord, int]:
+    """The step of one buffer, and the bytes that it reads and writes."""
     p = torch.randn(n, device=DEVICE).mul_(0.7).to(dtype).view(shape or n)
     g = torch.randn(n, device=DEVICE).mul_(0.1).to(dtype).view(shape or n)
     m = torch.zeros(shape or n, device=DEVICE, dtype=momentum_dtype)
-    latent_rule = rule in ("askew_memory", "splitting", "alternating")
-    latents = [p.to(torch.float32, copy=True)] if latent_rule else []
+    latent = RULES[rule].latent
     numbers = HYPER | ({"rate": float("inf")} if rule == "askew_memory" else {})
-    scales = [torch.ones(shape[0] if shape else 1, device=DEVICE)]
-    steps = [torch.zeros((), device=DEVICE)] if dtype == torch.bfloat16 and not latent_rule else []
+    record = StepRecord(
+        rule=rule,
+        base="sgd",
+        params=[p],
+        grads=[g],
+        momentum_buffers=[m],
+        exp_avg_sqs=[],
+        latents=[p.to(torch.float32, copy=True)] if latent else [],
+        scales=[torch.ones(shape[0] if shape else 1, device=DEVICE)],
+        latent_bounds=[],
+        steps=[torch.zeros((), device=DEVICE)] if options.get("seed", -1) >= 0 else [],
+        hyper=hyper_tensor(**numbers),
+        **options,
+    )
     size, momentum_size = p.element_size(), m.element_size()
-    moved = n * (size + 2 * momentum_size + (8 + size if latent_rule else 2 * size))
-    return [rule, [p], [g], [m], [], latents, scales, [], steps, hyper_tensor(**numbers)], moved
+    return record, n * (size + 2 * momentum_size + (8 + size if latent else 2 * size))
 
 
 def buffers_for(n: int) -> int:
@@ -110,16 +126,16 @@ def against_copy(
 ) -> Rows:  # fmt: skip
     """Our kernel against the bandwidth of a copy, and the Triton kernel against ours."""
     count = 1 if n > 500 * MILLION else buffers_for(n)
-    made = [flat_arguments(rule, n, dtype, momentum_dtype, shape) for _ in range(count)]
+    made = [flat_record(rule, n, dtype, momentum_dtype, shape, **options) for _ in range(count)]
     moved = made[0][1]
     functions: Functions = {
-        "ours": [lambda a=a: fused_step(*a, backend="cuda", **options) for a, _ in made],  # type: ignore[misc]
+        "ours": [lambda r=r: fused_step(r, backend="cuda") for r, _ in made],  # type: ignore[misc]
         "copy": copies(),
     }
     if importlib.util.find_spec("triton") is not None:
         functions["triton"] = [
-            lambda a=a: fused_step(*a, backend="triton", **options)  # type: ignore[misc]
-            for a, _ in made
+            lambda r=r: fused_step(r, backend="triton")  # type: ignore[misc]
+            for r, _ in made
         ]
     times = seconds_on_device(functions)
     bandwidth = COPY_BYTES / times["copy"]
@@ -135,7 +151,7 @@ def against_torch(n: int) -> Rows:
     """AskewSGD on a flat float32 buffer against the eager reference, torch.compile of it and fused SGD."""
     case = f"askew flat fp32 {n // MILLION}M"
     count = buffers_for(n)
-    made = [flat_arguments("askew", n, torch.float32, torch.float32)[0] for _ in range(count)]
+    made = [flat_record("askew", n, torch.float32, torch.float32)[0] for _ in range(count)]
     hi = torch.ones((), device=DEVICE)
 
     @torch.compile
@@ -144,19 +160,22 @@ def against_torch(n: int) -> Rows:
         p.copy_(askew.velocity_step(p, d, hi, 2, lr=LR, decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP))
         m.copy_(m_new)
 
-    def sgd(arguments: list[Any]) -> Callable[[], object]:
-        weight = nn.Parameter(arguments[1][0])
-        weight.grad = arguments[2][0]
+    def sgd(record: StepRecord) -> Callable[[], object]:
+        weight = nn.Parameter(record.params[0])
+        weight.grad = record.grads[0]
         optimizer = torch.optim.SGD([weight], lr=LR, momentum=BETA, fused=True)
-        optimizer.state[weight]["momentum_buffer"] = arguments[3][0]
+        optimizer.state[weight]["momentum_buffer"] = record.momentum_buffers[0]
         return lambda: optimizer.step()
 
     times = seconds_on_device(
         {
-            "ours": [lambda a=a: fused_step(*a, backend="cuda") for a in made],  # type: ignore[misc]
-            "compiled": [lambda a=a: compiled(a[1][0], a[2][0], a[3][0]) for a in made],  # type: ignore[misc]
-            "sgd": [sgd(a) for a in made],
-            "eager": [lambda a=a: reference_step(*a) for a in made],  # type: ignore[misc]
+            "ours": [lambda r=r: fused_step(r, backend="cuda") for r in made],  # type: ignore[misc]
+            "compiled": [
+                lambda r=r: compiled(r.params[0], r.grads[0], r.momentum_buffers[0])  # type: ignore[misc]
+                for r in made
+            ],
+            "sgd": [sgd(r) for r in made],
+            "eager": [lambda r=r: reference_step(r) for r in made],  # type: ignore[misc]
         }
     )
     peers = (
@@ -239,12 +258,12 @@ def cases() -> dict[str, Callable[[], Rows]]:
         ),
         "memory 100M": lambda: against_copy("askew_memory flat fp32 100M", "askew_memory", 100 * MILLION, None),
         "alternating 25000x4000": lambda: against_copy(
-            "alternating 25000 rows of 4000, moving levels", "alternating", 100 * MILLION, None,
-            shape=(25000, 4000), moving_levels=True,
+            "alternating 25000 rows of 4000, dynamic scales", "alternating", 100 * MILLION, None,
+            shape=(25000, 4000), dynamic_scale=True,
         ),
         "alternating 1000x100000": lambda: against_copy(
-            "alternating 1000 rows of 100000, moving levels", "alternating", 100 * MILLION, None,
-            shape=(1000, 100000), moving_levels=True,
+            "alternating 1000 rows of 100000, dynamic scales", "alternating", 100 * MILLION, None,
+            shape=(1000, 100000), dynamic_scale=True,
         ),
         "torch 100M": lambda: against_torch(100 * MILLION),
         "ResNet-18": lambda: whole_steps("ResNet-18 list, fp32", RESNET18, lists, 4),

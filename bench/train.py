@@ -14,9 +14,10 @@ import common
 import torch
 from tqdm import tqdm
 
-from quantopt.train import recipes
+from quantopt.train.config import Config, resolve_device
 from quantopt.train.data import Dataset
-from quantopt.train.loop import Config, Trainer, resolve_device
+from quantopt.train.loop import Trainer
+from quantopt.train.optimizers import OPTIMIZERS
 
 MODES = {
     "eager": {},
@@ -50,9 +51,7 @@ def main() -> None:
     parser = common.parser("Training speed and the optimizer's share of an iteration.")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument(
-        "--optimizers", nargs="+", default=["askew", "stam"], choices=tuple(recipes.OPTIMIZERS)
-    )
+    parser.add_argument("--optimizers", nargs="+", default=["askew", "stam"], choices=tuple(OPTIMIZERS))
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=tuple(MODES))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100, help="of an epoch (default: 100)")

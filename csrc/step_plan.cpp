@@ -2,7 +2,7 @@
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
+#include <utility>
 
 #include "step_arguments.h"
 #include "step_ops.h"
@@ -10,15 +10,20 @@
 namespace quantopt {
 namespace {
 
+// A loop, as std::equal of so few numbers would call memcmp.
 bool equal(at::IntArrayRef values, const int64_t* expected) {
-  return std::equal(values.begin(), values.end(), expected);
+  for (int64_t value : values) {
+    if (value != *expected++) return false;
+  }
+  return true;
 }
 
 // Whether the kernels may read a gradient along with its parameter.
 bool fits(const at::Tensor& grad, const at::Tensor& param) {
   return grad.defined() && grad.dtype() == param.dtype() && grad.layout() == at::kStrided &&
-         grad.device() == param.device() && grad.sizes() == param.sizes() &&
-         (grad.strides() == param.strides() || (grad.is_contiguous() && param.is_contiguous())) &&
+         grad.device() == param.device() && grad.dim() == param.dim() &&
+         equal(grad.sizes(), param.sizes().data()) &&
+         (equal(grad.strides(), param.strides().data()) || (grad.is_contiguous() && param.is_contiguous())) &&
          !grad.is_neg() && !grad.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
@@ -70,7 +75,7 @@ bool StepPlan::unchanged() const {
   return true;
 }
 
-bool StepPlan::valid(std::optional<at::TensorList> grads) {
+bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
   has_gradients_ = false;
   if (grads && grads->size() != params_.size()) return false;
   for (const at::Tensor& param : left_out_) {
@@ -83,6 +88,7 @@ bool StepPlan::valid(std::optional<at::TensorList> grads) {
     if (!fits(grad, param)) return false;
     segment.grad = grad.unsafeGetTensorImpl()->data();
   }
+  if (grads) given_grads_ = std::move(*grads);
   has_gradients_ = true;
   return true;
 }
@@ -92,6 +98,7 @@ void StepPlan::step(const std::optional<at::Tensor>& grad_scale, const std::opti
   has_gradients_ = false;
   if (options_.device_hyper == nullptr) options_.hyper = *static_cast<const Hyper*>(hyper_.const_data_ptr());
   run_step(options_, segments_, dynamic_scale_, steps_, grad_scale, found_inf, params_[0]);
+  given_grads_.clear();
   for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -24,10 +24,10 @@ class StepPlan {
   // parameter or its state has moved or has another dtype, shape or strides, a gradient is missing, no plain
   // strided tensor or not of its parameter's dtype and layout, or a parameter left out has elements and a
   // gradient now.
-  bool valid(std::optional<at::TensorList> grads);
+  bool valid(std::optional<std::vector<at::Tensor>> grads);
 
   // One step with the gradients of the last valid(), which must have been true, and the present content of
-  // hyper.
+  // hyper. The parameters' own gradients must still be theirs.
   void step(const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
 
  private:
@@ -49,7 +49,8 @@ class StepPlan {
   std::vector<StepSegment> segments_;
   std::vector<Watched> watched_;
   std::vector<int64_t> layouts_;
-  bool has_gradients_ = false;
+  bool has_gradients_ = false;           // whether valid() was the last call, and true
+  std::vector<at::Tensor> given_grads_;  // keeps them until the step
 };
 
 }  // namespace quantopt

@@ -44,7 +44,7 @@ COUNT = tl.constexpr(len(Numbers._fields))
 def load_tuple(ptr, LENGTH: tl.constexpr):
     values = ()
     for k in tl.static_range(LENGTH):
-        values = values + (tl.load(ptr + k),)  # Triton has no starred elements
+        values = values + (tl.load(ptr + k),)
     return values
 
 

@@ -1,38 +1,12 @@
 """Fused optimizers for training quantised weights, and 1-bit kernels to run them."""
 
-from quantopt import nn
+from quantopt import nn, optim
 from quantopt._version import __version__
 from quantopt.backends import BackendError
 from quantopt.ops.binary import binary_conv2d, binary_linear, pack_signs, unpack_signs
-from quantopt.optim import (
-    STAM,
-    Anneal,
-    AskewAdam,
-    AskewSGD,
-    BinaryConnect,
-    BinaryRelax,
-    ProxQuant,
-    param_groups,
-)
+from quantopt.optim import *  # noqa: F403
 from quantopt.packing import load, pack, save
 
-__all__ = [
-    "STAM",
-    "Anneal",
-    "AskewAdam",
-    "AskewSGD",
-    "BackendError",
-    "BinaryConnect",
-    "BinaryRelax",
-    "ProxQuant",
-    "__version__",
-    "binary_conv2d",
-    "binary_linear",
-    "load",
-    "nn",
-    "pack",
-    "pack_signs",
-    "param_groups",
-    "save",
-    "unpack_signs",
-]
+__all__ = ["BackendError", "__version__", "binary_conv2d", "binary_linear", "load", "nn", "optim", "pack"]
+__all__ += ["pack_signs", "save", "unpack_signs"]
+__all__ += [name for name, value in vars(optim).items() if callable(value)]

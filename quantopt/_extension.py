@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 error: str | None = None
-holds: Any = None  # csrc/module.cpp
+StepPlan: Any = None  # csrc/module.cpp
+holds: Any = None
 same: Any = None
-StepPlan: Any = None
 binary_linear: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
@@ -24,8 +24,7 @@ if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
 else:
     try:
         _module = importlib.import_module("quantopt._C")
-        holds, same = _module.holds, _module.same
-        StepPlan = _module.StepPlan
+        StepPlan, holds, same = _module.StepPlan, _module.holds, _module.same
         binary_linear = _module.binary_linear
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"

@@ -1,4 +1,4 @@
-"""Which layers of a model are quantised: the linear and convolution layers, but for those that are skipped."""
+"""Which layers of a model are quantised: the linear and convolution layers that are not skipped."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase

@@ -96,7 +96,9 @@ def main() -> None:
                FOLDER / "packed-0.1.0-weights.pt")  # fmt: skip
 
     from quantopt.train import data, models
-    from quantopt.train.loop import CHECKPOINT, Config, train
+    from quantopt.train.config import Config
+    from quantopt.train.directory import CHECKPOINT
+    from quantopt.train.loop import train
 
     models.build = tiny
     config = Config(data="digits", model="cnn", optimizer="askew-adam", epochs=2, batch_size=32, limit=100)

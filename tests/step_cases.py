@@ -4,6 +4,7 @@ Triton kernels."""
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -107,7 +108,7 @@ def typed_cases() -> Iterator[Case]:
         if RULES[rule].latent:
             continue
         yield Case(rule, 2, "sgd", "tensor", BF16, momentum_dtype, seed=2**40 + 77)
-        yield Case(rule, 4, "adam", "channel", BF16, momentum_dtype, seed=5, hyper_on_device=True)
+        yield Case(rule, 4, "adam", "channel", BF16, momentum_dtype, seed=5, hyper_on_device=True, lr=0.2)
     yield Case("askew_memory", 2, "adam", "tensor", BF16, rate=math.inf)
     yield Case("splitting", 4, "adam", "channel", BF16, BF16)
     yield Case("none", 2, "given", "tensor", F16)
@@ -124,6 +125,9 @@ def dynamic_cases() -> Iterator[Case]:
         )  # fmt: skip
     yield Case("alternating", 2, "given", "channel", latent_bound="channel", lam=0.5, dynamic_scale=True)
     yield Case("alternating", 2, "sgd", "channel", dynamic_scale=True, found_inf=1.0)
+
+
+CASES = list(all_cases())
 
 
 def make(
@@ -223,3 +227,20 @@ def check(case: Case, got: StepRecord, before: StepRecord) -> None:
         pairs = zip(got.params, before.params, strict=True)
         changed = [not torch.equal(ours.cpu(), old) for ours, old in pairs if ours.numel()]
         assert all(changed), "the step changed nothing"
+
+
+def same(ours: StepRecord, expected: StepRecord) -> bool:
+    pairs = zip(changing(ours), changing(expected), strict=True)
+    return all(torch.equal(got.cpu(), want) for got, want in pairs)
+
+
+def random_launches(count: int) -> Iterator[tuple[Case, list[tuple[int, ...]], int]]:
+    """Cases, shapes of a list, offsets in memory."""
+    choice = random.Random(0)
+    cases = [case for case in CASES if case.found_inf is None]
+    for _ in range(count):
+        shapes: list[tuple[int, ...]] = []
+        for _ in range(choice.randint(1, 12)):
+            rows = choice.choice([1, 2, 5, 64])
+            shapes.append((rows, choice.choice([1, 8, 27, 576, 1000, 4608]) if rows < 64 else 27))
+        yield choice.choice(cases), shapes, choice.choice([0, 0, 1, 4])

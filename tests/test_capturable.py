@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import quantopt
+from optim_cases import MAKERS, every, network, same, train, weights
 from quantopt import backends
-from quantopt.ops.step import HYPER
-from quantopt.optim import base
-from test_optim import MAKERS, every, network, same, train, weights
+from quantopt.optim import step as group_step
+from quantopt.rules import HYPER
 
 
 def schedules(opt: Any) -> tuple[Any, Any]:
@@ -86,14 +86,14 @@ def test_a_loaded_state_takes_the_place_of_the_present_one(name: str) -> None:
     train(model, opt, 3, first=3)
     after = weights(model)
     tensors = [(p, key, value) for p, own in opt.state.items() for key, value in own.items()]
-    hypers = [step.hyper for step in opt._steps]
+    hypers = [step.hyper for step in opt._group_steps]
     kept = copy.deepcopy(saved)
     model.load_state_dict(start)
     opt.load_state_dict(saved)
     assert all(opt.state[p][key] is value for p, key, value in tensors)
     train(model, opt, 3, first=3)
     assert same(weights(model), after)
-    assert all(step.hyper is hyper for step, hyper in zip(opt._steps, hypers, strict=True))
+    assert all(step.hyper is hyper for step, hyper in zip(opt._group_steps, hypers, strict=True))
     for i, own in kept["state"].items():
         assert all(torch.equal(saved["state"][i][key], value) for key, value in own.items())
 
@@ -158,10 +158,10 @@ def test_floats_that_a_graph_writes_are_written_anew(monkeypatch: pytest.MonkeyP
         train(model, opt, 1)
         set_decay(opt, 0.1)
         with monkeypatch.context() as patch:
-            patch.setattr(base, "_is_capturing", lambda _, now=replayed: now)
+            patch.setattr(group_step, "is_capturing", lambda _, now=replayed: now)
             train(model, opt, 1, first=1)
         for i in (2, 3):
-            for step in opt._steps if replayed else ():
+            for step in opt._group_steps if replayed else ():
                 step.hyper[HYPER.index("weight_decay")] = 0.7  # as a replay of another graph would
             train(model, opt, 1, first=i)
         results.append(weights(model))
@@ -185,9 +185,9 @@ def test_capture_is_looked_for_on_the_device_of_the_parameters(monkeypatch: pyte
     monkeypatch.setattr(
         torch.cuda, "is_current_stream_capturing", lambda: current[-1] == torch.device("cuda:1")
     )
-    assert base._is_capturing(torch.device("cuda:1"))
-    assert not base._is_capturing(torch.device("cuda:0"))
-    assert not base._is_capturing(torch.device("cpu"))
+    assert group_step.is_capturing(torch.device("cuda:1"))
+    assert not group_step.is_capturing(torch.device("cuda:0"))
+    assert not group_step.is_capturing(torch.device("cpu"))
 
 
 def odd_layouts(device: str) -> list[torch.nn.Parameter]:
@@ -347,7 +347,7 @@ def test_a_changed_float_does_not_wait_for_the_device() -> None:
         opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert float(opt._steps[0].hyper[HYPER.index("weight_decay")]) == 0.5
+    assert float(opt._group_steps[0].hyper[HYPER.index("weight_decay")]) == 0.5
 
 
 @pytest.mark.gpu

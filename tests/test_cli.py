@@ -12,18 +12,10 @@ from safetensors.torch import load_file
 
 from conftest import force_isa
 from quantopt.backends import OPERATIONS
-from quantopt.train import cli
+from quantopt.train import cli, report
 from training_data import write_patterns
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def patterns(tmp_path_factory) -> Path:
-    return write_patterns(tmp_path_factory.mktemp("data") / "patterns")
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +24,7 @@ def finished(patterns, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "askew"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(report, "save_figure", lambda figure, path: path.touch())
         assert run("train", "--data", patterns, "--epochs", "3", "--out", out) == 0
     return out
 
@@ -86,12 +79,13 @@ def test_train_shows_progress_and_writes_everything(patterns, tmp_path, capsys):
     assert "stam" in captured.out and str(out) in captured.out
     names = {file.name for file in out.iterdir()}
     assert names == {"report.json", "checkpoint.pt", "model.safetensors", "curves.png", "weights.png"}
-    report = json.loads((out / "report.json").read_text())
-    assert report["config"]["model"] == "mlp" and report["config"]["optimizer"] == "stam"
-    assert report["config"]["lr"] == 1.0 and report["config"]["batch_size"] == 64
-    assert report["versions"]["torch"] == torch.__version__
+    written = json.loads((out / "report.json").read_text())
+    assert written["config"]["model"] == "mlp" and written["config"]["optimizer"] == "stam"
+    assert written["config"]["lr"] == 1.0 and written["config"]["batch_size"] == 64
+    assert written["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_quiet_train_of_sgd(patterns, tmp_path, capsys):
     assert (
         run(
@@ -114,8 +108,8 @@ def test_quiet_train_of_sgd(patterns, tmp_path, capsys):
 
 
 def test_eval_agrees_with_the_report(patterns, finished, tmp_path, capsys):
-    report = json.loads((finished / "report.json").read_text())
-    expected = f"accuracy {report['accuracy_packed']:.2f} %"
+    written = json.loads((finished / "report.json").read_text())
+    expected = f"accuracy {written['accuracy_packed']:.2f} %"
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((finished / "model.safetensors").read_bytes())
     for arguments in (
@@ -128,6 +122,7 @@ def test_eval_agrees_with_the_report(patterns, finished, tmp_path, capsys):
         assert capsys.readouterr().out.startswith(expected)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_eval_of_quantised_activations_without_a_report(patterns, tmp_path, capsys):
     options = ["--optimizer", "askew", "--bits", 4, "--activations", 4, "--skip", "none"]
     assert run("train", "--data", patterns, "--epochs", 1, *options, "--out", tmp_path) == 0
@@ -292,6 +287,7 @@ def test_pack_of_something_else(patterns, tmp_path, capsys):
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint.pt"}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_sgd_runs_have_nothing_to_pack(patterns, tmp_path, capsys):
     out = tmp_path / "sgd"
     assert run("train", "--data", patterns, "--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out) == 0

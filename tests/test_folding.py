@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantopt.folding import NORMS, Folded
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.packing import load, pack, save
+from quantopt.packing.folding import NORMS, Folded
 from quantopt.train import models
 from test_packing import Fake, change_layer, metadata, refuse, rewrite  # type: ignore[import-not-found]
 
@@ -238,7 +238,7 @@ def test_a_norm_of_another_dimension() -> None:
     """Of [B, L, C] BatchNorm1d takes L for channels, also where L = C: an error, not another result."""
     plain, fused = packs(fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))))
     plain(torch.randn(2, 8, 8))
-    with pytest.raises(ValueError, match=r"folded into the layer before for \[batch, features\]"):
+    with pytest.raises(ValueError, match=r"folded into a Linear takes \[batch, features\], not \[2, 8, 8\]"):
         fused(torch.randn(2, 8, 8))
     assert folded(packs(fill(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm2d(8))))[1]) == []
 

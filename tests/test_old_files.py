@@ -44,7 +44,9 @@ def test_packed_file() -> None:
 
 def test_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantopt.train import data, models
-    from quantopt.train.loop import CHECKPOINT, Config, train
+    from quantopt.train.config import Config
+    from quantopt.train.directory import CHECKPOINT
+    from quantopt.train.loop import train
 
     monkeypatch.setattr(models, "build", tiny)
     shutil.copy(FOLDER / "checkpoint-0.1.0.pt", tmp_path / CHECKPOINT)

@@ -5,7 +5,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantopt import packing
+from quantopt.levels import Quantization
 from quantopt.nn import BinaryConv2d, BinaryLinear
+from quantopt.nn.linear import BinaryModule
 from quantopt.packing import PackedFileError, load, pack, save
-
-
-@dataclass
-class Quantization:
-    levels: int
-    codes: Tensor
-    outer: Tensor
-    group_size: int
 
 
 class Fake:
@@ -34,14 +27,14 @@ class Fake:
     def __init__(
         self, params: list[nn.Parameter], levels: int = 2, scale: str = "channel", group_size: int = 0
     ) -> None:
-        self.quantizations = {}
+        self.grids: dict[nn.Parameter, Quantization] = {}
         for p in params:
             shape = {
                 "tensor": [1],
                 "channel": [p.shape[0]],
                 "group": [p.shape[0], -(-p[0].numel() // (group_size or 1))],
             }
-            self.quantizations[id(p)] = Quantization(
+            self.grids[p] = Quantization(
                 levels,
                 torch.randint(0, levels, p.shape, dtype=torch.uint8),
                 torch.rand(shape[scale]) + 0.1,
@@ -49,7 +42,7 @@ class Fake:
             )
 
     def quantization(self, p: nn.Parameter) -> Quantization | None:
-        return self.quantizations.get(id(p))
+        return self.grids.get(p)
 
     def project(self, model: nn.Module) -> nn.Module:
         """A copy with level = outer (2 code / (K-1) - 1), written out element by element."""
@@ -193,6 +186,32 @@ def test_shared_weights_and_layers(tmp_path: Path) -> None:
     assert loaded.again is loaded.a is loaded.listed[0] and isinstance(loaded.a, BinaryLinear)
 
 
+def test_work_is_done_once(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pack asks once for each parameter, and pack and load derive the kernel layout of each layer once."""
+    asked: list[nn.Parameter] = []
+    derived: list[nn.Module] = []
+
+    class Counting(Fake):
+        def quantization(self, p: nn.Parameter) -> Quantization | None:
+            asked.append(p)
+            return super().quantization(p)
+
+    prepare = BinaryModule.prepare
+
+    def count(module: BinaryModule) -> BinaryModule:
+        if not module.bits.is_meta:
+            derived.append(module)
+        return prepare(module)
+
+    monkeypatch.setattr(BinaryModule, "prepare", count)
+    save(pack(net, Counting(quantised_params(net))), tmp_path / "m")
+    assert len(set(map(id, asked))) == len(asked) == len(list(net.parameters()))
+    assert len(derived) == 3
+    derived.clear()
+    loaded = load(tmp_path / "m", Net())
+    assert len(derived) == 3 == len([m for m in loaded.modules() if hasattr(m, "bits")])
+
+
 def test_the_model_may_be_a_single_layer(tmp_path: Path) -> None:
     linear = nn.Linear(20, 30)
     packed = pack(linear, Fake([linear.weight]))
@@ -259,8 +278,8 @@ def test_pack_errors(net: Net) -> None:
 )
 def test_a_quantization_that_does_not_fit(net: Net, change: dict[str, Any], message: str) -> None:
     opt = Fake(quantised_params(net))
-    for name, value in change.items():
-        setattr(opt.quantizations[id(net.body[3].weight)], name, value)
+    weight = net.body[3].weight
+    opt.grids[weight] = replace(opt.grids[weight], **change)
     with pytest.raises(ValueError, match=message):
         pack(net, opt)
 
@@ -276,7 +295,7 @@ def test_save_is_atomic(net: Net, saved: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(packing.os, name, fail)
+            patch.setattr(os, name, fail)
             with pytest.raises(OSError, match="no space"):
                 save(pack(net, Fake(quantised_params(net))), saved)
         assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
@@ -438,11 +457,13 @@ def test_spare_bits_and_scales_are_checked(saved: Path) -> None:
         refuse(saved, f"tensor {name}: {message}")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -0.5])
-def test_save_refuses_what_load_would(net: Net, tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "fault"), [(torch.nan, "not finite"), (torch.inf, "not finite"), (-0.5, "negative")]
+)
+def test_save_refuses_what_load_would(net: Net, tmp_path: Path, value: float, fault: str) -> None:
     packed = pack(net, Fake(quantised_params(net)))
     packed.body[0].scale[1] = value
-    with pytest.raises(ValueError, match=r"layer body\.0: a scale is negative or not finite"):
+    with pytest.raises(ValueError, match=rf"tensor body\.0\.scale: {fault}, which load refuses"):
         save(packed, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
@@ -450,7 +471,7 @@ def test_save_refuses_what_load_would(net: Net, tmp_path: Path, value: float) ->
 def test_save_refuses_spare_bits(net: Net, tmp_path: Path) -> None:
     packed = pack(net, Fake(quantised_params(net)))
     packed.inner["fc"].bits[..., -1] |= 0x80
-    with pytest.raises(ValueError, match=r"layer inner\.fc: the spare bits"):
+    with pytest.raises(ValueError, match=r"tensor inner\.fc\.bits: the spare bits"):
         save(packed, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 

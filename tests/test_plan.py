@@ -1,5 +1,6 @@
-"""What is kept between steps: each change to a group, its tensors or its state must take effect at the next step."""
+"""What stays between steps: each change to a group, its tensors or its state must take effect at the next step."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import quantopt
+from optim_cases import network, train, weights
 from quantopt import _extension
-from quantopt.ops.step import HYPER
+from quantopt.rules import HYPER
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -27,7 +29,7 @@ def set_grads(params: list[nn.Parameter], i: int) -> None:
 def compare(
     make: Callable[..., Any], change: Callable[[Any], None], atol: float = 2e-6, steps: int = 3
 ) -> None:
-    """Three steps, the change, three steps: compiled kernels as the reference, which keeps nothing between steps."""
+    """Three steps, the change, three steps: compiled kernels as the reference, whose lists are checked in Python."""
     results = []
     for backend in ("cpu", "reference"):
         params = parameters([(8, 6), (5,), (4, 3)])
@@ -105,17 +107,17 @@ def test_a_group_without_a_plan_is_laid_out_once() -> None:
     opt = quantopt.AskewSGD([a, b], lr=0.1)
     set_grads([a], 0)
     opt.step()
-    first = opt._steps[0]
-    assert first.plan_numbers == []
+    first = opt._group_steps[0]
+    assert not first.buckets[0].finds_gradients
     for i in (1, 2):
         set_grads([a], i)
         before = a.detach().clone()
         opt.step()
-        assert opt._steps[0] is first and not torch.equal(a, before)
+        assert opt._group_steps[0] is first and not torch.equal(a, before)
     untouched = b.detach().clone()
     set_grads([a, b], 3)
     opt.step()
-    second = opt._steps[0]
+    second = opt._group_steps[0]
     assert second is not first and not torch.equal(b, untouched)
     a.grad = torch.ones(4, 4).to_sparse()
     with pytest.raises(TypeError, match="sparse"):
@@ -123,7 +125,7 @@ def test_a_group_without_a_plan_is_laid_out_once() -> None:
     b.data = b.data.bfloat16()
     set_grads([a, b], 4)
     opt.step()
-    assert opt._steps[0] is not second and "master" in opt.state[b]
+    assert opt._group_steps[0] is not second and "master" in opt.state[b]
 
 
 def test_groups_may_be_removed() -> None:
@@ -296,7 +298,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="bfloat16"):
         opt.step()
     with pytest.raises(ValueError, match="nesterov"):
-        quantopt.AskewAdam(parameters([(2, 2)]), nesterov=True)
+        quantopt.AskewAdam([{"params": parameters([(2, 2)]), "nesterov": True}])
 
 
 def test_hard_proxquant_keeps_levels_where_the_step_overflows() -> None:
@@ -322,7 +324,7 @@ def test_the_numbers_of_a_capturable_group_stay_where_they_are() -> None:
     opt = quantopt.AskewSGD(params, capturable=True)
     set_grads(params[:1], 0)
     opt.step()
-    at = opt._steps[0].hyper.data_ptr()
+    at = opt._group_steps[0].hyper.data_ptr()
     set_grads(params, 1)
     opt.step()
     opt.param_groups[0]["nesterov"] = True
@@ -330,8 +332,8 @@ def test_the_numbers_of_a_capturable_group_stay_where_they_are() -> None:
     opt.step()
     opt.add_param_group({"params": parameters([(2, 2)])})
     opt.step()
-    assert opt._steps[0].hyper.data_ptr() == at
-    assert float(opt._steps[0].hyper[HYPER.index("weight_decay")]) == 0.5
+    assert opt._group_steps[0].hyper.data_ptr() == at
+    assert float(opt._group_steps[0].hyper[HYPER.index("weight_decay")]) == 0.5
 
 
 @pytest.mark.parametrize("make", [quantopt.BinaryConnect, quantopt.BinaryRelax])
@@ -341,3 +343,147 @@ def test_a_vector_is_one_channel_with_one_bound(make: Any) -> None:
     set_grads([p], 0)
     opt.step()
     assert opt.state[p]["sigma"].numel() == opt.state[p]["scale"].numel() == 1
+
+
+def _replace_storage(model: nn.Module, opt: Any) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def _replace_state(model: nn.Module, opt: Any) -> None:
+    for state in opt.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"] * 0.5
+
+
+def _drop_state(model: nn.Module, opt: Any) -> None:
+    opt.state.clear()
+
+
+def _change_options(model: nn.Module, opt: Any) -> None:
+    opt.param_groups[0].update(nesterov=True, constrain="gradient", decoupled_weight_decay=True)
+
+
+def _change_numbers(model: nn.Module, opt: Any) -> None:
+    opt.param_groups[0].update(lr=0.01, epsilon=0.2, weight_decay=0.1, momentum=0.5)
+
+
+def _freeze_one(model: nn.Module, opt: Any) -> None:
+    opt.param_groups[0]["params"][0].requires_grad_(False)
+
+
+def _channels_last(model: nn.Module, opt: Any) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def _another_dtype(model: nn.Module, opt: Any) -> None:
+    model.double()
+
+
+def _reload(model: nn.Module, opt: Any) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_storage, _replace_state, _drop_state, _change_options, _change_numbers, _freeze_one, _channels_last,
+        _another_dtype, _reload,
+    ],
+)  # fmt: skip
+def test_what_is_kept_between_steps_notices_changes(change: Callable[[nn.Module, Any], None]) -> None:
+    """The same run with the reference, which keeps nothing, is the measure."""
+    results = []
+    for backend in ("auto", "reference"):
+        model = network()
+        opt = quantopt.AskewSGD(
+            quantopt.param_groups(model), lr=0.05, weight_decay=0.01, epsilon=0.5, backend=backend
+        )
+        train(model, opt, 3)
+        change(model, opt)
+        train(model, opt, 3, 3)
+        for p in model.parameters():
+            p.requires_grad_(True)
+        train(model, opt, 2, 6)
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+
+
+def test_a_step_sees_gradients_that_come_and_go() -> None:
+    a, b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    opt = quantopt.AskewSGD([a, b])
+    for present in ((a,), (a,), (a, b), (b,), (a, b), ()):
+        before = {p: p.detach().clone() for p in (a, b)}
+        opt.zero_grad()
+        for p in present:
+            p.grad = torch.randn(4, 4)
+        opt.step()
+        for p in (a, b):
+            assert torch.equal(p, before[p]) != any(p is q for q in present)
+
+
+@pytest.mark.parametrize("change", ["transposed", "viewed"])
+def test_a_parameter_of_another_layout_at_the_same_address(change: str) -> None:
+    results = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(8, 8))
+        opt = quantopt.AskewSGD([p], lr=0.1, momentum=0.0, scale="channel", epsilon=0.5, backend=backend)
+        for i in range(3):
+            set_grads([p], i)
+            opt.step()
+        at = p.data_ptr()
+        p.data = p.data.t() if change == "transposed" else p.data.view(16, 4)
+        assert p.data_ptr() == at
+        set_grads([p], 9)
+        if change == "viewed":  # its 8 scales do not fit 16 rows
+            with pytest.raises((ValueError, RuntimeError)):
+                opt.step()
+            return
+        opt.step()
+        results.append(p.detach().clone())
+    torch.testing.assert_close(*results, atol=2e-6, rtol=1e-4)
+
+
+class Twisted(quantopt.AskewSGD):
+    """A user's subclass, whose group key chooses the rule."""
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        return "askew_gradient" if group.get("twist") == "b" else "askew"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_option_of_a_subclass_takes_effect(backend: str) -> None:
+    p = nn.Parameter(torch.linspace(-1, 1, 16).view(4, 4))
+    opt = Twisted([p], lr=0.1, epsilon=0.01, backend=backend)
+    p.grad = torch.full_like(p, 0.1)
+    opt.step()
+    for value in ("b", "a", "b"):
+        opt.param_groups[0]["twist"] = value
+        q, fresh = copy.deepcopy((p, opt))
+        q = fresh.param_groups[0]["params"][0]
+        q.grad = p.grad.clone()
+        opt.step()
+        fresh.step()
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("case", ["reference", "layout of a gradient", "layout of a parameter"])
+def test_lists_stay_where_no_plan_finds_the_gradients(case: str) -> None:
+    p = nn.Parameter(torch.randn(6, 5) if case != "layout of a parameter" else torch.randn(6, 8)[:, :5])
+    backend = "reference" if case == "reference" else "auto"
+    opt = quantopt.STAM([p], lr=0.1, backend=backend)
+    steps = set()
+    for i in range(4):
+        g = torch.randn(6, 5, generator=torch.Generator().manual_seed(i))
+        p.grad = g.t().contiguous().t() if case == "layout of a gradient" else g
+        before = p.detach().clone()
+        opt.step()
+        assert not torch.equal(p, before)
+        steps.add(id(opt._group_steps[0]))
+    assert len(steps) == 1
+    plain = nn.Parameter(torch.randn(6, 5))
+    opt.param_groups[0]["params"][0] = plain  # noticed
+    plain.grad = torch.ones(6, 5)
+    opt.step()
+    assert id(opt._group_steps[0]) not in steps

@@ -1,16 +1,19 @@
 """The recipes: every file is read and builds its network and optimizer; files and overrides on the command line."""
 
 import copy
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import quantopt
-from quantopt.train import cli, models, recipes
+from quantopt.train import cli, models, optimizers, recipes
+from quantopt.train.config import HYPERPARAMETERS, Config
 from quantopt.train.errors import InputError
-from quantopt.train.loop import Config
-from training_data import write_patterns
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NETWORKS = ("vgg11", "vgg16", "resnet18")  # those of the GPU; cnn is for the CPU
 
@@ -29,17 +32,26 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
     assert set(recipes.names()) == (
         {f"{n}-{rest}" for n in NETWORKS for rest in expected}
         | {f"cnn-{rest}" for rest in small}
-        | set(recipes.OPTIMIZERS)
+        | set(optimizers.OPTIMIZERS)
     )
+
+
+def test_recipes_have_the_values_of_0_1_0():
+    """tests/data/recipes.json has a digest of the settings of each; a recipe that is meant to change gets a new one."""
+    digests = json.loads((Path(__file__).parent / "data" / "recipes.json").read_text())
+    assert digests == {
+        name: hashlib.sha256(json.dumps(recipes.load(name), sort_keys=True).encode()).hexdigest()[:16]
+        for name in recipes.names()
+    }
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_builds(name, networks):
     settings = recipes.load(name)
-    assert set(recipes.HYPERPARAMETERS) <= set(settings)
-    config = Config(**settings).resolved()
+    assert set(HYPERPARAMETERS) <= set(settings)
+    config = recipes.complete(Config(**settings))
     assert all(getattr(config, key) == value for key, value in settings.items())
-    if name in recipes.OPTIMIZERS:
+    if name in optimizers.OPTIMIZERS:
         assert config.optimizer == name
         return
     assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= (
@@ -48,7 +60,7 @@ def test_every_recipe_builds(name, networks):
     with torch.device("meta"):  # what the recipe makes of the network, without its memory
         model = models.build(config.model, (3, 32, 32), 10)
     model = model.to_empty(device="cpu")
-    built = recipes.build(config.optimizer, model, 10, settings)
+    built = optimizers.build(config.optimizer, model, 10, settings)
     if config.optimizer == "luq":
         layers = [m for m in model.modules() if isinstance(m, quantopt.nn.LUQConv2d | quantopt.nn.LUQLinear)]
     elif config.activations:
@@ -65,23 +77,23 @@ def test_every_recipe_builds(name, networks):
     assert len(layers) == inner
 
 
-@pytest.mark.parametrize("name", [name for name, (_, key) in recipes.OPTIMIZERS.items() if key])
+@pytest.mark.parametrize("name", [name for name, (_, key) in optimizers.OPTIMIZERS.items() if key])
 def test_recipes_of_the_optimizers_state_the_schedule_of_the_class(name):
     settings = recipes.load(name)
-    built = recipes.build(name, models.build("mlp", (1, 8, 8), 4), 100, settings)
+    built = optimizers.build(name, models.build("mlp", (1, 8, 8), 4), 100, settings)
     group = built.optimizer.param_groups[0]
     assert settings["anneal"]
     for step in range(101):
         assert built.anneal.schedule(group, step, 100) == built.optimizer.annealed(group, step, 100)
 
 
-@pytest.mark.parametrize("name", recipes.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_rates_in_tensors_take_the_same_course(name):
     ends = []
     for capturable in (False, True):
         torch.manual_seed(0)
         model = models.build("mlp", (1, 8, 8), 4)
-        built = recipes.build(name, model, 6, recipes.load(name), capturable=capturable)
+        built = optimizers.build(name, model, 6, recipes.load(name), capturable=capturable)
         rate = built.optimizer.param_groups[0]["lr"]
         assert isinstance(rate, torch.Tensor) == capturable
         for step in range(6):
@@ -116,9 +128,8 @@ def test_bad_recipes(tmp_path, text, message):
         recipes.load(str(tmp_path / "none.toml"))
 
 
-def test_recipe_on_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    patterns = write_patterns(tmp_path / "patterns")
+@pytest.mark.usefixtures("cache", "blank_figures")
+def test_recipe_on_the_command_line(patterns, tmp_path, capsys):
     file = tmp_path / "mine.toml"
     file.write_text('base = "askew"\nbits = 2\nlr = 0.7\nepochs = 9\nmodel = "mlp"\nprecision = "bfloat16"\n')
     common = ["train", "--data", str(patterns), "--quiet", "--device", "cpu", "--recipe", str(file)]
@@ -139,9 +150,9 @@ def test_recipe_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert "--optimizer: is part of the recipe" in capsys.readouterr().err
 
 
-def test_luq_has_no_packed_network(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    patterns, out = write_patterns(tmp_path / "patterns"), str(tmp_path / "luq")
+@pytest.mark.usefixtures("cache", "blank_figures")
+def test_luq_has_no_packed_network(patterns, tmp_path, capsys):
+    out = str(tmp_path / "luq")
     assert (
         cli.main(
             ["train", "--data", str(patterns), "--quiet", "--epochs", "1", "--optimizer", "luq", "--out", out]

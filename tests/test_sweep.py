@@ -4,21 +4,21 @@ import json
 
 import pytest
 
-from quantopt.train import cli, sweep
-from quantopt.train.loop import OUT_OF_TIME
-from training_data import write_patterns
+from quantopt.train import cli, report, sweep
+from quantopt.train.arguments import given, passed_on
+from quantopt.train.config import OPTIONS
+from quantopt.train.errors import OUT_OF_TIME
+
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    patterns = write_patterns(tmp_path / "patterns")
+def arguments(patterns, tmp_path):
     common = ["--data", str(patterns), "--device", "cpu", "--model", "mlp", "--epochs", "2"]
     return [*common, "--out", str(tmp_path / "out")]
 
 
-def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
+def test_sweep_cut_and_continued(tmp_path, arguments, monkeypatch, capsys):
     out = tmp_path / "out"
     command = ["sweep", "stam", "luq", "--seeds", "2", *arguments]
     assert cli.main([*command, "--minutes", "1e-9"]) == OUT_OF_TIME  # no run is begun
@@ -27,6 +27,11 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
     assert cli.main([*train, "--minutes", "1e-6"]) == OUT_OF_TIME
     assert (out / "stam-0" / "checkpoint.pt").exists() and not (out / "stam-0" / "report.json").exists()
     assert "unfinished: stam-0, stam-1, luq-0, luq-1" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # runs that are finished are not started again
+        patch.setattr(report, "save_figure", lambda figure, path: path.touch())
+        for seed in ("0", "1"):
+            luq = ["--recipe", "luq", "--seed", seed, "--quiet", *arguments[:-1], str(out / f"luq-{seed}")]
+            assert cli.main(["train", *luq]) == 0
     assert cli.main([*command, "--jobs", "2"]) == 0
     results = json.loads((out / "accuracy.json").read_text())
     assert {"device", "date", "commit", "versions", "threads"} < set(results) and results[
@@ -40,15 +45,16 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
         ("luq", 4, 2, 2),
     ]
     reports = [json.loads((out / f"stam-{seed}" / "report.json").read_text()) for seed in (0, 1)]
-    a, b = (report["accuracy_quantized"] for report in reports)
+    a, b = (run["accuracy_quantized"] for run in reports)
     assert rows[0]["mean"] == pytest.approx((a + b) / 2) and rows[0]["std"] == pytest.approx(
         abs(a - b) / 2**0.5
     )
-    packed = [report["accuracy_packed"] for report in reports]
+    packed = [run["accuracy_packed"] for run in reports]
     assert rows[0]["packed_mean"] == pytest.approx(sum(packed) / 2) and rows[1]["packed_mean"] is None
     assert rows[0]["packed_difference"] == max(abs(packed[0] - a), abs(packed[1] - b))
     assert rows[0]["speedup"] > 0 and rows[0]["bytes_float"] > rows[0]["bytes_packed"] > 0
     assert (out / "curves.png").stat().st_size > 5000
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: path.touch())
     before = (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns
     assert cli.main(command) == 0  # nothing is left to do
     assert (out / "stam-1" / "checkpoint.pt").stat().st_mtime_ns == before
@@ -57,6 +63,17 @@ def test_sweep_cut_and_continued(tmp_path, arguments, capsys):
     capsys.readouterr()
     assert cli.main(command) == 2
     assert "--out: the runs of stam differ in more than their seed" in capsys.readouterr().err
+
+
+def test_every_option_of_a_sweep_reaches_its_runs(patterns):
+    options = ["--data", patterns, "--model", "mlp", "--epochs", 2, "--batch-size", 8, "--limit", 40]
+    options += ["--validation", 20, "--device", "cpu", "--channels-last", "--no-compile", "--cuda-graph"]
+    parser = cli._parser()
+    swept = parser.parse_args(["sweep", "stam", "--out", "out", *map(str, options)])
+    trained = parser.parse_args(["train", *passed_on(swept, "sweep")])
+    expected = given(swept)
+    assert set(expected) == {name for name, option in OPTIONS.items() if "sweep" in option.commands}
+    assert {name: given(trained)[name] for name in expected} == expected
 
 
 def test_bad_sweeps(tmp_path, arguments, capsys):
@@ -70,7 +87,7 @@ def test_bad_sweeps(tmp_path, arguments, capsys):
 
 
 def test_the_table_aligns():
-    report = {
+    run = {
         "config": {
             **{"model": "cnn", "optimizer": "sgd", "bits": 0, "activations": 0, "epochs": 3},
             **{"limit": None, "validation": None},
@@ -81,7 +98,7 @@ def test_the_table_aligns():
         "bytes_float": None,
         "bytes_packed": None,
     }
-    row = sweep.row([report])
+    row = sweep.row([run])
     assert row["mean"] == 90 and row["std"] == 0
     packed = {"packed_mean": 89.5, "bits": "ternary", "bytes_float": 99, "bytes_packed": 9, "speedup": 12.3}
     lines = sweep.table({"sgd": row, "resnet18-askew-adam-ternary": {**row, **packed}}).splitlines()

@@ -6,6 +6,8 @@ from torch import nn
 
 from quantopt.train import toys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("c", [1.0, 0.8, 0.3])
 @pytest.mark.parametrize("optimizer", ["askew", "stam"])

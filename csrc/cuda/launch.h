@@ -15,8 +15,10 @@ struct Launch {
   cudaStream_t stream;
 };
 
-template <class... Arguments>
+// kArgumentBytes: limit of the size of all arguments; every version of CUDA allows 4096.
+template <size_t kArgumentBytes = 4096, class... Arguments>
 cudaError_t launch(const Launch& how, void (*kernel)(Arguments...), const Arguments&... arguments) {
+  static_assert((sizeof(Arguments) + ...) <= kArgumentBytes, "kernel arguments");
   constexpr size_t kShared = 48 << 10;  // what a kernel may have without asking
   if (how.shared > kShared) {
     const cudaError_t error =

@@ -2,11 +2,12 @@
 #include <cstddef>
 #include <limits>
 
-#include "core/levels.h"
+#include "core/rules.h"
 #include "cuda/step.h"
 #include "cuda/step_launch.h"
 
-// Launches the kernels of step_kernel.h over tables of tensors, and those that are the same for all rules.
+// Launches the kernels of the step over tables of tensors, and holds the kernels that do not depend on the
+// rule.
 
 namespace quantopt {
 namespace {
@@ -39,19 +40,20 @@ cudaError_t count_steps(const CudaStepInputs& inputs, cudaStream_t stream) {
     counters.count = static_cast<int>(std::min<int64_t>(kCounters, inputs.step_count - first));
     std::copy_n(inputs.steps + first, counters.count, counters.at);
     const unsigned blocks = (static_cast<unsigned>(counters.count) + kThreads - 1) / kThreads;
-    const cudaError_t error = launch(count_kernel, blocks, stream, counters, inputs.found_inf);
+    const cudaError_t error =
+        launch<kStepArgumentBytes>(launch_of(blocks, stream), count_kernel, counters, inputs.found_inf);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-// ---- levels of rows that are too long for a block
+// ---- dynamic scales of rows that are too long for a block
 
 constexpr int kLongTensors = 64;  // per launch
 
 struct LongTensor {
   float* scale;
-  float* before;
+  float* previous_scale;
   const double* partial;
   int64_t row, chunks;
 };
@@ -62,10 +64,10 @@ struct LongTable {
   int count;
 };
 
-// Moves the level to `before` and puts the mean of the chunks' sums in its place, in an order that depends on
-// their number alone.
+// Copies the scale to `previous_scale` and replaces it by the mean over the sums of the chunks, in an order
+// that depends on their number alone.
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ LongTable table, const float* found_inf) {
+    scale_epilogue_kernel(const __grid_constant__ LongTable table, const float* found_inf) {
   if (found_inf != nullptr && *found_inf != 0.0f) return;
   int at = 0;
   while (at + 1 < table.count && table.first_block[at + 1] <= blockIdx.x) ++at;
@@ -76,12 +78,12 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double sums[kThreads];
   sums[threadIdx.x] = sum;
   __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  for (int distance = kThreads / 2; distance > 0; distance /= 2) {
+    if (static_cast<int>(threadIdx.x) < distance) sums[threadIdx.x] += sums[threadIdx.x + distance];
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    t.before[row] = t.scale[row];
+    t.previous_scale[row] = t.scale[row];
     t.scale[row] = static_cast<float>(sums[0] / static_cast<double>(t.row));
   }
 }
@@ -95,68 +97,60 @@ int64_t chunks_in(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 Access access_of(const StepTensor& t, int vector, bool by_rows) {
-  if (!(aligned(t.param) && aligned(t.grad) && aligned(t.momentum) && aligned(t.second) &&
+  if (!(aligned(t.param) && aligned(t.grad) && aligned(t.momentum) && aligned(t.exp_avg_sq) &&
         aligned(t.latent))) {
     return Access::kElements;
   }
   if (t.scale == nullptr) return Access::kOneScale;
-  const bool one_sigma = t.sigma == nullptr || t.sigma_row == t.numel;
-  if (!by_rows && t.row == t.numel && t.group == t.row && one_sigma) return Access::kOneScale;
-  const bool share = t.row % vector == 0 && t.group % vector == 0 && (one_sigma || t.sigma_row % vector == 0);
+  const bool one_bound = t.latent_bound == nullptr || t.bound_row == t.numel;
+  if (!by_rows && t.row == t.numel && t.group == t.row && one_bound) return Access::kOneScale;
+  const bool share = t.row % vector == 0 && t.group % vector == 0 && (one_bound || t.bound_row % vector == 0);
   return share || (by_rows && t.row == t.numel) ? Access::kScalePerVector : Access::kElements;
 }
 
-Storage storage_of(const StepOptions& o, bool has_latent) {
-  const bool latent_rule =
-      o.rule == Rule::kAskewMemory || o.rule == Rule::kSplitting || o.rule == Rule::kAlternating;
-  const Dtype momentum = o.has_momentum ? o.momentum_dtype : o.param_dtype;
-  if (o.param_dtype == Dtype::kFloat32 && momentum == Dtype::kFloat32) {
-    return latent_rule || !has_latent ? Storage::kFloat32 : Storage::kAny;
-  }
-  if (o.param_dtype == Dtype::kBFloat16 && !has_latent) {
+// `first` stands for all segments: each list of a step has one dtype and is empty or complete.
+Storage storage_of(const StepOptions& o, const StepSegment& first) {
+  const Dtype momentum = first.momentum != nullptr ? o.momentum_dtype : o.param_dtype;
+  const bool has_master = first.latent != nullptr && !facts_of(o.rule).latent;
+  if (o.param_dtype == Dtype::kFloat32 && momentum == Dtype::kFloat32 && !has_master)
+    return Storage::kFloat32;
+  if (o.param_dtype == Dtype::kBFloat16 && first.latent == nullptr) {
     if (momentum == Dtype::kBFloat16) return Storage::kBFloat16;
     if (momentum == Dtype::kFloat32) return Storage::kBFloat16Wide;
   }
   return Storage::kAny;
 }
 
-cudaError_t launch_rule(Rule rule, const StepLaunch& step) {
-  switch (rule) {
-    case Rule::kAskew: return launch_askew(step);
-    case Rule::kAskewGradient: return launch_askew_gradient(step);
-    case Rule::kAskewMemory: return launch_askew_memory(step);
-    case Rule::kSplitting: return launch_splitting(step);
-    case Rule::kAlternating: return launch_alternating(step);
-    case Rule::kProx: return launch_prox(step);
-    case Rule::kBase: break;
-  }
-  return launch_base(step);
-}
+constexpr cudaError_t (*kLaunchers[])(const StepLaunch&) = {
+#define QUANTOPT_ROW(rule, name, Row) &launch_rule<Rule::rule>,
+    QUANTOPT_RULES(QUANTOPT_ROW)
+#undef QUANTOPT_ROW
+};
 
 class Launcher {
  public:
-  Launcher(const StepOptions& options, const CudaStepInputs& inputs, bool has_latent)
+  Launcher(const StepOptions& options, const CudaStepInputs& inputs, const StepSegment& first)
       : options_(options),
         inputs_(inputs),
-        storage_(storage_of(options, has_latent)),
+        storage_(storage_of(options, first)),
         params_{options.hyper,           options.device_hyper, inputs.grad_scale, inputs.found_inf,
                 options.gradient_factor, options.level_factor, options.levels,    options.param_dtype,
                 options.momentum_dtype,  options.nesterov,     options.decoupled, options.stochastic_rounding,
                 options.key.seed_low,    options.key.seed_high} {}
 
   cudaError_t run(const StepSegment* segments, int64_t count) {
-    if (!inputs_.moving_levels) return launch_over(segments, count, Phase::kStep);
+    if (!inputs_.dynamic_scale) return launch_over(segments, count, Phase::kStep);
     cudaError_t error = launch_over(segments, count, Phase::kRows);
     if (error == cudaSuccess) error = launch_over(segments, count, Phase::kMagnitude);
-    if (error == cudaSuccess) error = finish(segments, count);
+    if (error == cudaSuccess) error = launch_epilogue(segments, count);
     if (error == cudaSuccess) error = launch_over(segments, count, Phase::kStep);
     return error;
   }
 
  private:
-  // Which segments a phase is for; where the levels do not move, kStep alone, for all.
+  // Whether a phase is for this segment. Without dynamic scales the only phase is kStep, for all.
   bool takes(Phase phase, const StepSegment& s) const {
-    return !inputs_.moving_levels || is_long(s) == (phase != Phase::kRows);
+    return !inputs_.dynamic_scale || is_long(s) == (phase != Phase::kRows);
   }
 
   static int64_t blocks_of(Phase phase, const StepSegment& s) {
@@ -181,9 +175,9 @@ class Launcher {
                             phase,
                             storage,
                             options_.levels == 2,
-                            options_.adam,
+                            options_.base == Base::kAdam,
                             static_cast<cudaStream_t>(inputs_.stream)};
-      const cudaError_t error = launch_rule(options_.rule, step);
+      const cudaError_t error = kLaunchers[static_cast<int>(options_.rule)](step);
       table.count = 0;
       return error;
     };
@@ -199,23 +193,24 @@ class Launcher {
       StepTensor& t = table.tensors[table.count];
       t.param = s.param;
       t.grad = s.grad;
-      t.momentum = options_.has_momentum ? s.momentum : nullptr;
-      t.second = s.second;
+      t.momentum = s.momentum;
+      t.exp_avg_sq = s.exp_avg_sq;
       t.latent = s.latent;
       t.scale = s.scale;
-      t.before = s.scale;
-      t.sigma = s.sigma;
+      t.previous_scale = s.scale;
+      t.latent_bound = s.latent_bound;
       t.numel = s.numel;
       t.row = s.row;
       t.group = s.group;
       t.scales_per_row = s.scales_per_row;
-      t.sigma_row = s.sigma_row;
+      t.bound_row = s.bound_row;
       t.index = s.index;
       t.access = access_of(t, vector_of(storage), phase != Phase::kStep);
       t.step = inputs_.steps != nullptr ? inputs_.steps[s.index] : nullptr;
-      if (inputs_.moving_levels && is_long(s)) {
+      t.partial = nullptr;
+      if (inputs_.dynamic_scale && is_long(s)) {
         if (phase == Phase::kMagnitude) t.partial = workspace.partial;
-        if (phase == Phase::kStep) t.before = workspace.before;
+        if (phase == Phase::kStep) t.previous_scale = workspace.previous_scales;
         workspace.advance(s);
       }
       table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<uint32_t>(blocks);
@@ -224,14 +219,14 @@ class Launcher {
     return flush();
   }
 
-  cudaError_t finish(const StepSegment* segments, int64_t count) {
+  cudaError_t launch_epilogue(const StepSegment* segments, int64_t count) {
     LongTable table;
     table.count = 0;
     table.first_block[0] = 0;
     const auto flush = [&] {
       if (table.count == 0) return cudaSuccess;
-      const cudaError_t error = launch(finish_kernel, table.first_block[table.count],
-                                       static_cast<cudaStream_t>(inputs_.stream), table, inputs_.found_inf);
+      const Launch how = launch_of(table.first_block[table.count], static_cast<cudaStream_t>(inputs_.stream));
+      const cudaError_t error = launch(how, scale_epilogue_kernel, table, inputs_.found_inf);
       table.count = 0;
       return error;
     };
@@ -243,7 +238,8 @@ class Launcher {
         const cudaError_t error = flush();
         if (error != cudaSuccess) return error;
       }
-      table.tensors[table.count] = {s.scale, workspace.before, workspace.partial, s.row, chunks_in(s.row)};
+      table.tensors[table.count] = {s.scale, workspace.previous_scales, workspace.partial, s.row,
+                                    chunks_in(s.row)};
       workspace.advance(s);
       table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<uint32_t>(rows_in(s));
       ++table.count;
@@ -251,12 +247,10 @@ class Launcher {
     return flush();
   }
 
- public:
-  // First the sums of all chunks of long rows, then the levels before the step, of one tensor after the
-  // other.
+  // The sums of the chunks of all long rows, then the previous scales of these rows, tensor by tensor.
   struct Workspace {
     double* partial;
-    float* before;
+    float* previous_scales;
 
     Workspace(const StepSegment* segments, int64_t count, void* memory)
         : partial(static_cast<double*>(memory)) {
@@ -264,15 +258,14 @@ class Launcher {
       for (int64_t i = 0; i < count; ++i) {
         if (is_long(segments[i])) sums += blocks_of(Phase::kMagnitude, segments[i]);
       }
-      before = reinterpret_cast<float*>(partial + sums);
+      previous_scales = reinterpret_cast<float*>(partial + sums);
     }
     void advance(const StepSegment& s) {
       partial += blocks_of(Phase::kMagnitude, s);
-      before += rows_in(s);
+      previous_scales += rows_in(s);
     }
   };
 
- private:
   const StepOptions& options_;
   const CudaStepInputs& inputs_;
   Storage storage_;
@@ -281,9 +274,9 @@ class Launcher {
 
 }  // namespace
 
-int64_t cuda_step_workspace(const StepSegment* segments, int64_t count, bool moving_levels) {
+int64_t cuda_step_workspace(const StepSegment* segments, int64_t count, bool dynamic_scale) {
   int64_t bytes = 0;
-  for (int64_t i = 0; moving_levels && i < count; ++i) {
+  for (int64_t i = 0; dynamic_scale && i < count; ++i) {
     const StepSegment& s = segments[i];
     if (is_long(s)) {
       bytes += rows_in(s) * (chunks_in(s.row) * static_cast<int64_t>(sizeof(double)) +
@@ -299,7 +292,7 @@ const char* step_on_cuda(const StepOptions& options, const StepSegment* segments
   cudaError_t error = cudaSetDevice(inputs.device);
   if (error == cudaSuccess) error = count_steps(inputs, stream);
   if (error == cudaSuccess && count > 0) {
-    Launcher launcher(options, inputs, segments[0].latent != nullptr);
+    Launcher launcher(options, inputs, segments[0]);
     error = launcher.run(segments, count);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -1,11 +1,13 @@
-// What the launcher (step.cu) and the kernels (step_kernel.h, instantiated in step_*.cu) tell each other.
+// The arguments of the step's kernels, and what step.cu passes to launch_rule (step_dispatch.h).
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/step.h"
+#include "cuda/launch.h"
 
 namespace quantopt {
 
@@ -18,22 +20,19 @@ constexpr int64_t kRowPerThread = 16;
 constexpr int64_t kWarpRow = 32 * kRowPerThread;
 constexpr int64_t kBlockRow = kThreads * kRowPerThread;
 
-// The arguments of a kernel: 32764 bytes since CUDA 12.1, whose driver and all its architectures allow it.
-#if CUDART_VERSION >= 12010
-constexpr int kTensors = 248;
-#else
-constexpr int kTensors = 28;
-#endif
+// Bytes that the arguments of a kernel may take; all architectures of CUDA 12.1 and later allow the larger
+// size.
+constexpr size_t kStepArgumentBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
-// How the elements of a tensor meet their scales.
+// How the elements of a tensor are read, and which scale they take.
 enum class Access : uint32_t {
   kOneScale,        // 16 bytes at a time, one scale for the tensor (or none)
   kScalePerVector,  // 16 bytes at a time, which share a scale
   kElements,        // element by element
 };
 
-// In what types the tensors lie: the cases that move the fewest bytes at compile time, all others at run
-// time.
+// The dtypes of the tensors: known at compile time in the cases that move the fewest bytes, at run time in
+// all others.
 enum class Storage {
   kFloat32,       // parameters and momentum float32
   kBFloat16,      // parameters and momentum bfloat16, no latent or master weights
@@ -48,7 +47,7 @@ __host__ __device__ constexpr bool is_bfloat16(Storage storage) {
 // Elements that a thread reads at a time: 16 bytes of the parameter.
 __host__ __device__ constexpr int vector_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 8; }
 
-// Blocks that share a processor, at least: as many as the registers allow without spills.
+// Blocks per multiprocessor that __launch_bounds__ asks for: as many as the registers allow without spills.
 __host__ __device__ constexpr int blocks_per_processor(Storage storage, bool adam) {
   return storage == Storage::kAny || (adam && is_bfloat16(storage)) ? 2 : 3;
 }
@@ -57,22 +56,25 @@ struct StepTensor {
   void* param;
   const void* grad;
   void* momentum;
-  float* second;
+  float* exp_avg_sq;
   float* latent;
-  float* scale;         // the levels after the step
-  const float* before;  // the levels before it: another array where they moved in an earlier launch
-  const float* sigma;
-  union {
-    const float* step;  // k of Adam and of the random numbers
-    double* partial;    // magnitude_kernel: sum of each block
-  };
-  int64_t numel, row, group, scales_per_row, sigma_row;
+  float* scale;
+  const float*
+      previous_scale;  // the scale that the weights have now: not `scale` after scale_epilogue_kernel
+  const float* latent_bound;
+  const float* step;  // k of Adam and of the random numbers
+  double* partial;    // magnitude_kernel: sum of each block
+  int64_t numel, row, group, scales_per_row, bound_row;
   uint32_t index;
   Access access;
 };
 
-// One launch serves up to kTensors tensors: the table of their pointers is a kernel argument, and a block
-// finds its tensor there.
+// One launch serves up to kTensors tensors: the table of their pointers is a kernel argument, in which a
+// block finds its tensor.
+constexpr size_t kOtherArgumentBytes = 512;
+constexpr int kTensors =
+    static_cast<int>((kStepArgumentBytes - kOtherArgumentBytes) / (sizeof(StepTensor) + sizeof(uint32_t)));
+
 struct StepTable {
   StepTensor tensors[kTensors];
   uint32_t first_block[kTensors + 1];  // of each tensor; the last entry is the number of blocks
@@ -94,8 +96,8 @@ struct StepParams {
 
 enum class Phase {
   kStep,       // one block per chunk
-  kRows,       // moving levels: one warp or block per row, reduced and stepped
-  kMagnitude,  // moving levels of long rows: one block per chunk of a row, its sum alone
+  kRows,       // dynamic scale: one warp or block per row, which it reduces and steps
+  kMagnitude,  // dynamic scale of long rows: one block per chunk of a row, which it only reduces
 };
 
 struct StepLaunch {
@@ -107,26 +109,13 @@ struct StepLaunch {
   cudaStream_t stream;
 };
 
-// Returns the error of this launch: one left over by others is not ours to report or to clear.
-template <class... Arguments>
-cudaError_t launch(void (*kernel)(Arguments...), unsigned blocks, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  static_assert(
-      (sizeof(Arguments) + ...) + 16 * sizeof...(Arguments) <= (CUDART_VERSION >= 12010 ? 32764 : 4096),
-      "kernel arguments");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+// `blocks` blocks of kThreads threads.
+inline Launch launch_of(unsigned blocks, cudaStream_t stream) {
+  return {dim3(blocks), kThreads, 0, false, 1, stream};
 }
 
-cudaError_t launch_base(const StepLaunch& step);
-cudaError_t launch_askew(const StepLaunch& step);
-cudaError_t launch_askew_gradient(const StepLaunch& step);
-cudaError_t launch_askew_memory(const StepLaunch& step);
-cudaError_t launch_splitting(const StepLaunch& step);
-cudaError_t launch_alternating(const StepLaunch& step);
-cudaError_t launch_prox(const StepLaunch& step);
+// Launches the kernels of one rule; step_dispatch.h defines it.
+template <Rule rule>
+cudaError_t launch_rule(const StepLaunch& step);
 
 }  // namespace quantopt

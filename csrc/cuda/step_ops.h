@@ -1,4 +1,4 @@
-// The fused step on a CUDA device, for the op and for StepPlan.
+// The fused step on CUDA tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,10 +10,10 @@
 
 namespace quantopt {
 
-// Steps every segment on the current stream of `device`, asynchronously. `steps`: one counter per parameter,
-// or none. Throws where a tensor is on another device or a launch fails.
-void step_on_device(const StepOptions& options, const std::vector<StepSegment>& segments, bool moving_levels,
-                    at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
-                    const std::optional<at::Tensor>& found_inf, const at::Tensor& param);
+// See run_step of step_ops.h, which has checked the arguments. Asynchronous, on the current stream of the
+// device; throws where `steps` are on another device or a launch fails.
+void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segments, bool dynamic_scale,
+                      at::TensorList steps, const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf, const at::Tensor& first_param);
 
 }  // namespace quantopt

@@ -1,7 +1,7 @@
 r"""Quantised activations, and LUQ: training with weights, activations and gradients of 4 bits.
 
 LUQ (Chmiel, Banner, Hoffer, Ben-Yaacov, Soudry, ICLR 2023) is a method of layers, not an optimizer: the float weights
-are rounded anew in each pass, and any optimizer trains them. All of it is plain PyTorch on any device.
+are rounded in each pass, and any optimizer trains them. It is plain PyTorch and runs on any device.
 
 SAWB quantiser of weights and activations (Choi et al., 2019), b = 4, statistics over the whole tensor in each call:
 
@@ -14,7 +14,7 @@ formula gives no positive clip (all :math:`|x|` nearly equal), clip is max\|x\|.
 
 Gradients, with :math:`a = \max|g| / 2^7`, are rounded at random to 0 or :math:`\pm a 2^k`, k = 0..7, such that the mean
 is g: below a to 0 or a, above to one of the two neighbouring powers. These are 17 values, one more than 4 bits
-tell apart.
+can encode.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def _sawb(x: Tensor, unsigned_if_possible: bool) -> Tensor:
         return x.detach().clone()
     magnitude = exact.abs()
     low, high = exact.new_tensor(-8.0), exact.new_tensor(7.0)
-    if unsigned_if_possible:  # on the device: asking for the sign would wait for it
+    if unsigned_if_possible:  # on the device: reading the sign on the host would synchronise
         negative = exact.amin() < 0
         low, high = torch.where(negative, low, 0.0), torch.where(negative, high, 15.0)
     clip = _SAWB[0] * exact.square().mean().sqrt() - _SAWB[1] * magnitude.mean()
@@ -161,7 +161,7 @@ def _inner_layers(
 def luq(model: nn.Module, skip: Iterable[str] = ("first", "last"), repeat: int = 1) -> nn.Module:
     """Turns the layers of ``model`` into :class:`LUQLinear` and :class:`LUQConv2d`, in place; returns ``model``.
 
-    The parameters, and their names, stay what they are. Train them with any float optimizer.
+    The parameters and their names do not change. Train them with any float optimizer.
 
     Args:
         skip: as in :func:`quantopt.param_groups`. repeat: draws of which a gradient is the mean, at least 1.

@@ -1,19 +1,8 @@
 """Optimizers that train quantised weights, thin classes over the fused step."""
 
-from quantopt.optim.anneal import Anneal, authors_epsilon
-from quantopt.optim.askew import AskewAdam, AskewSGD
-from quantopt.optim.baselines import BinaryConnect, BinaryRelax, ProxQuant
-from quantopt.optim.groups import param_groups
-from quantopt.optim.stam import STAM
-
-__all__ = [
-    "STAM",
-    "Anneal",
-    "AskewAdam",
-    "AskewSGD",
-    "BinaryConnect",
-    "BinaryRelax",
-    "ProxQuant",
-    "authors_epsilon",
-    "param_groups",
-]
+# The classes are named once more in __all__ of their modules alone.
+from quantopt.optim.anneal import *  # noqa: F403
+from quantopt.optim.askew import *  # noqa: F403
+from quantopt.optim.baselines import *  # noqa: F403
+from quantopt.optim.groups import *  # noqa: F403
+from quantopt.optim.stam import *  # noqa: F403

@@ -7,21 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from quantopt.optim.base import QuantOptimizer
+from quantopt.optim.base import LevelOptimizer
+
+__all__ = ["Anneal"]
 
 Schedule = Callable[[dict[str, Any], int, int], dict[str, float]]
-
-
-def authors_epsilon(rate: float, hold: int, steps_per_epoch: int) -> Schedule:
-    """The schedule of the AskewSGD authors, for ``Anneal(schedule=...)``: e = 1 for ``hold`` epochs, then
-    e = rate^(epoch - hold), 0 < rate < 1."""
-    if not 0 < rate < 1:
-        raise ValueError(f"rate={rate!r}: must be between 0 and 1")
-
-    def schedule(group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
-        return {"epsilon": min(1.0, rate ** (step // steps_per_epoch - hold))}
-
-    return schedule
 
 
 class Anneal:
@@ -43,12 +33,12 @@ class Anneal:
 
     def __init__(
         self,
-        optimizer: QuantOptimizer,
+        optimizer: LevelOptimizer,
         total_steps: int,
         schedule: Schedule | None = None,
         **settings: float,
     ) -> None:
-        if not isinstance(optimizer, QuantOptimizer):
+        if not isinstance(optimizer, LevelOptimizer):
             raise TypeError(
                 f"optimizer={type(optimizer).__name__}: Anneal drives the optimizers of quantopt only"
             )

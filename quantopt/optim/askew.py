@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
-from quantopt.optim.base import QuantOptimizer, number
+from quantopt.optim.base import LevelOptimizer
+from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
+
+__all__ = ["AskewAdam", "AskewSGD"]
 
 # The anneal of the interval: (fraction of the training at which t* leaves 0, at which it stays, its last value).
 PLAIN_ANNEAL = (0.7, 0.9, 0.995)
@@ -18,51 +21,7 @@ def interval_epsilon(progress: float, hold: float, end: float, last: float) -> f
     return float(((1 - t) * (1 + t)) ** 2)
 
 
-def _default_rate(memory: bool) -> float:
-    return math.inf if memory else 0.1
-
-
-class _Askew(QuantOptimizer):
-    def _rule(self, group: dict[str, Any]) -> str:
-        if group["memory"]:
-            return "askew_memory"
-        return "askew_gradient" if group["constrain"] == "gradient" else "askew"
-
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"epsilon": number(group, "epsilon"), **{key: group[key] for key in ("rate", "cap", "bound")}}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in the base class; a group that sets memory and no rate gets the default rate of its own form."""
-        if param_group.get("memory", self.defaults["memory"]) != self.defaults["memory"]:
-            param_group = {"rate": _default_rate(param_group["memory"]), **param_group}
-        super().add_param_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if not group["memory"] and math.isinf(group["rate"]):
-            raise ValueError(
-                "rate=inf: an infinite rate is the exact projection of memory=True; use a finite rate"
-            )
-        if group["memory"] and group["constrain"] == "gradient":
-            raise ValueError("constrain='gradient' has no form with memory=True; use constrain='velocity'")
-
-    def annealed(
-        self,
-        group: dict[str, Any],
-        step: int,
-        total_steps: int,
-        *,
-        hold: float | None = None,
-        end: float | None = None,
-        last: float | None = None,
-    ) -> dict[str, float]:
-        default = MEMORY_ANNEAL if group["memory"] else PLAIN_ANNEAL
-        given = (hold, end, last)
-        chosen = (own if value is None else value for value, own in zip(given, default, strict=True))
-        return {"epsilon": interval_epsilon(step / total_steps, *chosen)}
-
-
-class AskewSGD(_Askew):
+class AskewSGD(LevelOptimizer):
     r"""Interval-constrained SGD whose intervals close on the levels.
 
     With :math:`t \in [-1, 1]` the coordinate of a weight in its cell of the grid (levels at :math:`\pm 1`) and
@@ -82,12 +41,16 @@ class AskewSGD(_Askew):
     Bytes moved per float32 parameter: 20; with memory 24 (28 with a finite ``rate``).
 
     Args:
-        params: parameters, or groups as from :func:`quantopt.param_groups`.
-        lr: eta; default 0.3, with memory 1.
+        params: parameters, or groups as from :func:`quantopt.param_groups`. A group may set every option but
+            ``backend``, and have keys of its user's.
+        lr: eta; default 0.3, with memory 1, on Adam 1e-3; none on a given direction.
         momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD; weight decay is part of the velocity, not of
             the momentum. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead.
         bits: 0, 1, 2, 3, 4 or "ternary". scale: "none", "tensor", "channel", "group" (of ``group_size`` consecutive
             elements of a row): sigma of the levels, the standard deviation of the weights when first seen, frozen.
+        base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
+            torch.optim.Adam, in place of momentum) or "given" (d is the gradient as the caller left it, for directions
+            of other optimizers).
         epsilon: e in [0, 1]. rate: r, the restoring rate per step (default 0.1; with memory infinite, the exact
             projection). cap: largest restoring step in units of t. bound: with memory, the latent stays in
             [-bound hi, bound hi].
@@ -119,32 +82,74 @@ class AskewSGD(_Askew):
         constrain: str = "velocity",
         memory: bool = False,
         bound: float = 2.0,
+        base: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        bits: int | str = 1,
+        scale: str = "tensor",
+        group_size: int = 128,
+        rounding: str = "master",
+        momentum_dtype: str = "float32",
+        seed: int = 0,
+        error_if_nonfinite: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        lr = (1.0 if memory else 0.3) if lr is None else lr
-        rate = _default_rate(memory) if rate is None else rate
-        defaults: dict[str, Any] = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, epsilon=epsilon
-        )
-        defaults |= dict(rate=rate, cap=cap, constrain=constrain, memory=memory, bound=bound, **options)
-        super().__init__(params, defaults, backend)
+        super().__init__(params, from_arguments(locals()), backend)
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        if group["memory"]:
+            return "askew_memory"
+        return "askew_gradient" if group["constrain"] == "gradient" else "askew"
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        numbers = {key: group[key] for key in ("rate", "cap", "bound")}
+        return {"epsilon": scheduled_value(group, "epsilon"), **numbers}
+
+    def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
+        lr = {"sgd": 1.0 if group["memory"] else 0.3, "adam": ADAM_LR}
+        return {"lr": lr.get(group["base"]), "rate": math.inf if group["memory"] else 0.1}
+
+    def _check_quantised(self, group: dict[str, Any]) -> None:
+        super()._check_quantised(group)
+        if not group["memory"] and math.isinf(group["rate"]):
+            raise ValueError(
+                "rate=inf: an infinite rate is the exact projection of memory=True; use a finite rate"
+            )
+        if group["memory"] and group["constrain"] == "gradient":
+            raise ValueError("constrain='gradient' has no form with memory=True; use constrain='velocity'")
+
+    def annealed(
+        self,
+        group: dict[str, Any],
+        step: int,
+        total_steps: int,
+        *,
+        hold: float | None = None,
+        end: float | None = None,
+        last: float | None = None,
+    ) -> dict[str, float]:
+        default = MEMORY_ANNEAL if group["memory"] else PLAIN_ANNEAL
+        settings = (hold, end, last)
+        chosen = (usual if value is None else value for value, usual in zip(settings, default, strict=True))
+        return {"epsilon": interval_epsilon(step / total_steps, *chosen)}
 
 
-class AskewAdam(_Askew):
+class AskewAdam(AskewSGD):
     r"""The rule of :class:`AskewSGD` on Adam's direction
-    :math:`d = (m / (1-\beta_1^k)) / (\sqrt{v / (1-\beta_2^k)} + \epsilon_\mathrm{Adam})`.
+    :math:`d = (m / (1-\beta_1^k)) / (\sqrt{v / (1-\beta_2^k)} + \epsilon_\mathrm{Adam})`: AskewSGD with
+    ``base="adam"``.
 
     A learning rate of about 0.1 of the weights' standard deviation is a good start. With ``constrain="gradient"`` the
     authors' alpha loses its meaning, since Adam rescales the restoring gradient. Other arguments as in AskewSGD.
     """
 
-    _adam = True
-
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float = ADAM_LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -155,13 +160,16 @@ class AskewAdam(_Askew):
         constrain: str = "velocity",
         memory: bool = False,
         bound: float = 2.0,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        bits: int | str = 1,
+        scale: str = "tensor",
+        group_size: int = 128,
+        rounding: str = "master",
+        momentum_dtype: str = "float32",
+        seed: int = 0,
+        error_if_nonfinite: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        rate = _default_rate(memory) if rate is None else rate
-        defaults: dict[str, Any] = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, epsilon=epsilon, rate=rate, cap=cap
-        )
-        super().__init__(
-            params, defaults | dict(constrain=constrain, memory=memory, bound=bound, **options), backend
-        )
+        LevelOptimizer.__init__(self, params, from_arguments(locals()) | {"base": "adam"}, backend)

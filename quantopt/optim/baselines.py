@@ -6,22 +6,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantopt.optim.base import QuantOptimizer, number
+from quantopt.optim.base import LevelOptimizer
+from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
 from quantopt.optim.stam import geometric
 from quantopt.reference.baselines import stochastic_sign
 from quantopt.reference.levels import spread_over
 
+__all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]
 
-class _LatentClipped(QuantOptimizer):
+
+class _Baseline(LevelOptimizer):
+    """The default of lr depends on the base: that of SGD is ``SGD_LR``."""
+
+    SGD_LR: float
+
+    def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"lr": {"sgd": self.SGD_LR, "adam": ADAM_LR}.get(group["base"])}
+
+
+class _LatentClipped(_Baseline):
     """The alternating rule with a latent clipped at ``clip`` sigma."""
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "alternating"
 
-    def _moving_levels(self, group: dict[str, Any]) -> bool:
+    def _dynamic_scale(self, group: dict[str, Any]) -> bool:
         return bool(group["bits"] == 1 and group["scale"] != "none")
 
-    def _latent_bound_scale(self, group: dict[str, Any]) -> bool:
+    def _bounds_latent(self, group: dict[str, Any]) -> bool:
         return not math.isinf(group["clip"])
 
 
@@ -37,21 +49,34 @@ class BinaryConnect(_LatentClipped):
     drawn from torch's generator.
     """
 
+    SGD_LR = 0.5
+
     def __init__(
         self,
         params: Any,
-        lr: float = 0.5,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         clip: float = 1.0,
         stochastic: bool = False,
+        base: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        bits: int | str = 1,
+        scale: str = "tensor",
+        group_size: int = 128,
+        rounding: str = "master",
+        momentum_dtype: str = "float32",
+        seed: int = 0,
+        error_if_nonfinite: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, defaults | dict(clip=clip, stochastic=stochastic, **options), backend)
+        super().__init__(params, from_arguments(locals()), backend)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"kappa": math.inf, "bound": group["clip"]}
@@ -85,24 +110,37 @@ class BinaryRelax(_LatentClipped):
     projection onto the frozen grid in place of a sgn(u), and the latent clipped at ``clip`` hi, its outer level.
     """
 
+    SGD_LR = 0.3
+
     def __init__(
         self,
         params: Any,
-        lr: float = 0.3,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         kappa: float = 1.0,
         clip: float = 1.0,
+        base: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        bits: int | str = 1,
+        scale: str = "tensor",
+        group_size: int = 128,
+        rounding: str = "master",
+        momentum_dtype: str = "float32",
+        seed: int = 0,
+        error_if_nonfinite: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, defaults | dict(kappa=kappa, clip=clip, **options), backend)
+        super().__init__(params, from_arguments(locals()), backend)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"kappa": number(group, "kappa"), "bound": group["clip"]}
+        return {"kappa": scheduled_value(group, "kappa"), "bound": group["clip"]}
 
     def annealed(
         self,
@@ -118,7 +156,7 @@ class BinaryRelax(_LatentClipped):
         return {"kappa": geometric(step / total_steps, start, end, first, last)}
 
 
-class ProxQuant(QuantOptimizer):
+class ProxQuant(_Baseline):
     r"""ProxQuant (Bai, Wang, Liberty, ICLR 2019), meant for a full-precision warm start.
 
     .. math::
@@ -129,27 +167,40 @@ class ProxQuant(QuantOptimizer):
     :class:`quantopt.Anneal` sets.
     """
 
+    SGD_LR = 0.1
+
     def __init__(
         self,
         params: Any,
-        lr: float = 0.1,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         reg: float = 1e-4,
         reg_strength: float = 0.0,
+        base: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        bits: int | str = 1,
+        scale: str = "tensor",
+        group_size: int = 128,
+        rounding: str = "master",
+        momentum_dtype: str = "float32",
+        seed: int = 0,
+        error_if_nonfinite: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, defaults | dict(reg=reg, reg_strength=reg_strength, **options), backend)
+        super().__init__(params, from_arguments(locals()), backend)
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "prox"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        lr, strength = number(group, "lr"), number(group, "reg_strength")
+        lr, strength = scheduled_value(group, "lr"), scheduled_value(group, "reg_strength")
         if isinstance(strength, Tensor):
             return {"threshold": torch.where(strength.isinf(), math.inf, lr * strength)}
         return {"threshold": math.inf if math.isinf(strength) else lr * strength}
@@ -160,6 +211,3 @@ class ProxQuant(QuantOptimizer):
         if not 0 < end <= 1:
             raise ValueError(f"{end=}: must be 0 < end <= 1")
         return {"reg_strength": math.inf if step >= end * total_steps else group["reg"] * (step + 1)}
-
-
-__all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]

@@ -8,6 +8,8 @@ from torch import nn
 from quantopt.levels import SCALES, level_count
 from quantopt.selection import select_weights
 
+__all__ = ["param_groups"]
+
 
 def param_groups(
     model: nn.Module,

@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
-from quantopt.optim.base import QuantOptimizer, number
+from quantopt.optim.base import LevelOptimizer
+from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
+
+__all__ = ["STAM"]
 
 # The anneal of kappa: (fraction of the training at which it leaves 0, at which it becomes infinite, its first value,
 # its last finite one).
@@ -24,7 +27,7 @@ def geometric(progress: float, start: float, end: float, first: float, last: flo
     return float(first * (last / first) ** ((progress - start) / (end - start)))
 
 
-class STAM(QuantOptimizer):
+class STAM(LevelOptimizer):
     r"""Stochastic splitting with relaxed binary (or multi-level) weights.
 
     Only the paper's abstract was at hand: both forms are our reconstruction in its family. No reproduction of the
@@ -54,7 +57,7 @@ class STAM(QuantOptimizer):
     cache.
 
     Args:
-        lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting).
+        lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting); lr to 1e-3 on Adam.
         form: "alternating" or "splitting". kappa: relaxation weight >= 0. lam: pull of the latent towards its level
             (alternating).
         Others as in :class:`quantopt.AskewSGD`; weight decay never enters the momentum.
@@ -71,24 +74,35 @@ class STAM(QuantOptimizer):
         form: str = "alternating",
         kappa: float = 0.0,
         lam: float = 0.0,
+        base: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        bits: int | str = 1,
+        scale: str = "tensor",
+        group_size: int = 128,
+        rounding: str = "master",
+        momentum_dtype: str = "float32",
+        seed: int = 0,
+        error_if_nonfinite: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        splitting = form == "splitting"
-        lr = (0.3 if splitting else 1.0) if lr is None else lr
-        weight_decay = (0.0 if splitting else 3e-3) if weight_decay is None else weight_decay
-        defaults: dict[str, Any] = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
-        )
-        super().__init__(params, defaults | dict(form=form, kappa=kappa, lam=lam, **options), backend)
+        super().__init__(params, from_arguments(locals()), backend)
 
     def _rule(self, group: dict[str, Any]) -> str:
         return str(group["form"])
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"kappa": number(group, "kappa"), "lam": group["lam"], "bound": math.inf}
+        return {"kappa": scheduled_value(group, "kappa"), "lam": group["lam"], "bound": math.inf}
 
-    def _moving_levels(self, group: dict[str, Any]) -> bool:
+    def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
+        splitting = group["form"] == "splitting"
+        lr = {"sgd": 0.3 if splitting else 1.0, "adam": ADAM_LR}
+        return {"lr": lr.get(group["base"]), "weight_decay": 0.0 if splitting else 3e-3}
+
+    def _dynamic_scale(self, group: dict[str, Any]) -> bool:
         if group["form"] == "splitting":
             return bool(group["scale"] == "channel-mean")
         return bool(group["bits"] == 1 and group["scale"] != "none")
@@ -112,6 +126,6 @@ class STAM(QuantOptimizer):
         last: float | None = None,
     ) -> dict[str, float]:
         default = SPLITTING_ANNEAL if group["form"] == "splitting" else ALTERNATING_ANNEAL
-        given = (start, end, first, last)
-        chosen = (own if value is None else value for value, own in zip(given, default, strict=True))
+        settings = (start, end, first, last)
+        chosen = (usual if value is None else value for value, usual in zip(settings, default, strict=True))
         return {"kappa": geometric(step / total_steps, *chosen)}

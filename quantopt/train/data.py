@@ -8,7 +8,7 @@
 | image folders `train/CLASS/*` and `test/CLASS/*` | the folders; files in any format that Pillow reads |
 
 Each may lie in a directory or in a .tar (plain, gz, bz2, xz) or .zip archive, below any other folders.
-Decoded data is kept in `$XDG_CACHE_HOME/quantopt` (else `~/.cache/quantopt`).
+Decoded data is cached in `$XDG_CACHE_HOME/quantopt` (else `~/.cache/quantopt`).
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from quantopt.files import atomic_write
 from quantopt.train import sources, unpickle
 from quantopt.train.errors import InputError
-from quantopt.train.files import atomic_write
 
 Array = NDArray[Any]
 
@@ -82,12 +82,13 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def limited(self, images: int) -> "Dataset":
-        """The same with the first `images` // classes training images of each class; all of a class that has fewer."""
+        """The data set with only the first `images` // classes training images of each class, or all if a class has
+        fewer."""
         return self._split(images)[0]
 
     def validation(self, images: int) -> "Dataset":
-        """The last `images` // classes training images of each class in place of the test images, for choosing
-        hyper-parameters; the others train."""
+        """The data set with the last `images` // classes training images of each class as its test images, for choosing
+        hyper-parameters. The other training images stay."""
         reversed_order = replace(
             self, train_images=self.train_images.flip(0), train_labels=self.train_labels.flip(0)
         )
@@ -175,7 +176,7 @@ def digits() -> Dataset:
 
 @dataclass
 class _Found:
-    """What the members of a source turned out to be."""
+    """What was recognised in the members of a source."""
 
     # split, class, name, pixels [C, H, W]
     images: list[tuple[str, str, str, Array]] = field(default_factory=list)
@@ -450,7 +451,7 @@ def _read_cache(path: Path, name: str) -> Dataset | None:
         if metadata["checksum"] != _checksum(tensors):
             return None
         return Dataset(name=name, classes=tuple(json.loads(metadata["classes"])), **tensors)
-    except Exception:  # whatever is wrong with it, it is rebuilt
+    except Exception:  # a file with any fault is rebuilt
         return None
 
 

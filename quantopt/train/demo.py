@@ -13,21 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantopt.train import augment, data, report
-from quantopt.train.cli import add_common_arguments, add_seed, check_out, guarded, write_run
+from quantopt.train.arguments import add_options, given
+from quantopt.train.cli import guarded
+from quantopt.train.config import Config, default_batch_size, resolve_device
+from quantopt.train.directory import check_out, write_run
 from quantopt.train.environment import versions
-from quantopt.train.loop import (
-    Config,
-    Trainer,
-    default_batch_size,
-    resolve_device,
-    train,
-    weight_bytes,
-)
+from quantopt.train.loop import Trainer, train
+from quantopt.train.measure import weight_bytes
 
 OPTIMIZERS = ("sgd", "binaryconnect", "binaryrelax", "proxquant", "askew", "stam")
 
-# Bytes of training images below which a second thread gains nothing: each operation is so short that the threads mostly
-# wait for each other, and for long where the machine is busy.
+# Bytes of training images below which one thread is used: the operations are so short that more threads mostly wait for
+# each other, which takes long on a busy machine.
 _SMALL = 1 << 20
 
 
@@ -41,22 +38,17 @@ def run(arguments: argparse.Namespace) -> int:
     dataset = data.load(arguments.data)
     if dataset.train_images.numel() < _SMALL:
         torch.set_num_threads(1)
+    settings = {
+        "batch_size": default_batch_size(len(dataset.train_labels), arguments.limit),
+        "augment": augment.default_mode(*dataset.shape),
+        **given(arguments),
+        "device": device,
+    }
     reports: dict[str, dict[str, Any]] = {}
     histograms: dict[str, Tensor] = {}
     smallest = math.inf
     for name in OPTIMIZERS:
-        config = Config(
-            data=arguments.data,
-            model=arguments.model,
-            optimizer=name,
-            epochs=arguments.epochs,
-            batch_size=arguments.batch_size or default_batch_size(len(dataset.train_labels), arguments.limit),
-            limit=arguments.limit,
-            validation=arguments.validation,
-            seed=arguments.seed,
-            device=device,
-            augment=augment.default_mode(*dataset.shape),
-        )
+        config = Config(**settings, optimizer=name)
         with tqdm(total=config.epochs, desc=f"{name:<14}", unit=" epochs", leave=False) as bar:
 
             def advance(trainer: Trainer, bar: "tqdm[Any]" = bar) -> None:
@@ -105,8 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m quantopt.train.demo", description=__doc__)
-    add_common_arguments(parser)
-    add_seed(parser)
+    add_options(parser, "demo")
     parser.set_defaults(model=Config.model, epochs=Config.epochs)
     parser.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="directory to write to (%(default)s)"

@@ -1,5 +1,5 @@
-"""Where a result comes from, as every file of results says it, and what `quantopt env` prints: versions, the
-processor, the GPU, and what would run each operation and why."""
+"""The origin of a result (versions, processor, GPU, commit), and what `quantopt env` prints: the same, and the backend
+of each operation with the reason."""
 
 import datetime
 import importlib.metadata
@@ -19,7 +19,7 @@ _PACKAGES = ("numpy", "safetensors", "triton", "scikit-learn", "matplotlib", "pi
 
 
 def header(device: str, threads: int) -> dict[str, Any]:
-    """What a file of results says above its rows. device: "cpu", "cuda" or "cuda:N"."""
+    """The head of a file of results. device: "cpu", "cuda" or "cuda:N"."""
     return {
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -59,7 +59,7 @@ def device_name(device: str = "cpu") -> str:
 
 
 def commit() -> str:
-    """The commit of the tree the package runs from, with + if the tree differs from it; "unknown" if installed."""
+    """The commit of the source tree, followed by + if the tree differs from it; "unknown" for an installed package."""
     root = Path(quantopt.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return "unknown"
@@ -133,7 +133,7 @@ def _choices(device: str) -> list[tuple[str, backends.Choice]]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The facts for people."""
+    """The same as text for people."""
     build, isa, cuda = facts["extension"], facts["isa"], facts["cuda"]
     lines = [
         "versions",

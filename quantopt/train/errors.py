@@ -1,4 +1,4 @@
-"""The error of a bad input: a message that names the argument it is about."""
+"""Why a run stops."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,15 @@ class InputError(ValueError):
     def __init__(self, argument: str, message: str) -> None:
         super().__init__(f"{argument}: {message}")
         self.argument = argument
+
+
+class TrainingError(RuntimeError):
+    """The loss is not finite: training failed, although every argument is valid."""
+
+
+class OutOfTime(Exception):
+    """The time given is over; the checkpoint holds everything."""
+
+
+OUT_OF_TIME = 3
+"""Exit status of a run or a sweep that stopped because its time was over; the same command continues it."""

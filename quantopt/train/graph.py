@@ -1,4 +1,4 @@
-"""A training iteration as a CUDA graph: one launch in place of the hundreds that small networks wait for."""
+"""A training iteration as a CUDA graph: one launch in place of hundreds, whose latency limits small networks."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ _EAGER = 3  # iterations before the capture: they set up gradients, momentum and
 class Graphed:
     """`iteration(chosen)`, captured after a few calls and replayed from then on.
 
-    chosen: int64 [batch], always of one size, the only thing that differs from call to call; what else the iteration
-    reads or changes are tensors that stay the same. generator: whose numbers it draws, on the device.
+    chosen: int64 [batch], of the same size at each call. All other tensors that the iteration reads or writes must be
+    the same objects at each call. generator: the source of its random numbers, on the device.
     """
 
     def __init__(

@@ -1,32 +1,35 @@
-"""Training with everything that a run needs to be stopped, continued, packed and measured."""
+"""The training loop: `train` runs a `Trainer`, which can be stopped, continued, packed and measured."""
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.nn.luq import SAWB_BITS
-from quantopt.train import augment, models, recipes
+from quantopt.files import atomic_write, remove_temporaries
+from quantopt.train import augment, models, optimizers, recipes
+from quantopt.train.config import Config
 from quantopt.train.data import Dataset
+from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, Result, read_checkpoint
 from quantopt.train.environment import versions
-from quantopt.train.errors import InputError
-from quantopt.train.files import atomic_write, remove_temporaries
+from quantopt.train.errors import InputError, OutOfTime, TrainingError
 from quantopt.train.graph import Graphed
-
-CHECKPOINT = "checkpoint.pt"
-REPORT = "report.json"
-MODEL = "model.safetensors"
+from quantopt.train.measure import (
+    Stopwatch,
+    evaluate,
+    histogram,
+    images_per_second,
+    reestimate_batch_norm,
+    tensor_bytes,
+)
 
 CURVES = (
     "loss",
@@ -39,258 +42,20 @@ CURVES = (
     "sign_flips",
 )
 """Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity. accuracy: of
-the training images as they were seen; test_accuracy: of the network as it runs in training, with its running batch-norm
-statistics, after the epoch (None where `Config.test_every` says so)."""
-
-PRECISIONS = ("float32", "bfloat16")
-HISTOGRAM_LIMIT = 2.5
-HISTOGRAM_BINS = 101
-
-_EVALUATION_BATCH = {
-    "cpu": 100,
-    "cuda": 1000,
-}  # larger ones leave the caches of a CPU, smaller ones leave a GPU idle
-_STATISTICS_BATCH = 250
-_STATISTICS_IMAGES = 20_000
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, through no fault of the arguments' form: the loss is not finite."""
-
-
-OUT_OF_TIME = 3
-"""Exit status of a run or a sweep that stopped because its time was over; the same command continues it."""
-
-
-class OutOfTime(Exception):
-    """The time given is over; the checkpoint holds everything."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """What determines a run. None means the value of the optimizer's recipe, `recipes.HYPERPARAMETERS` describes them;
-    `augment` is one of augment.MODES.
-
-    precision: of the network's passes in training, "bfloat16" is autocast. init: the run, or its checkpoint, whose
-    weights training starts from. compile: torch.compile of the network in training. cuda_graph: the iteration is
-    captured and replayed (`graph.Graphed`). test_every: the test accuracy of the curves is measured after every so many
-    epochs and the last, 0: never. limit: train on that many images (`Dataset.limited`), None: on all. validation:
-    measure on that many training images, held out (`Dataset.validation`), None: on the test images.
-    """
-
-    data: str = "digits"
-    model: str = "cnn"
-    optimizer: str = "askew"
-    bits: int | str | None = None
-    scale: str | None = None
-    skip: list[str] | None = None
-    activations: int | None = None
-    epochs: int = 30
-    batch_size: int = 64
-    lr: float | None = None
-    weight_decay: float | None = None
-    momentum: float | None = None
-    warmup: float | None = None
-    float_lr: float | None = None
-    float_weight_decay: float | None = None
-    options: dict[str, Any] | None = None
-    anneal: dict[str, float] | None = None
-    init: str | None = None
-    precision: str = "float32"
-    channels_last: bool = False
-    compile: bool = False
-    cuda_graph: bool = False
-    test_every: int = 1
-    limit: int | None = None
-    validation: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    augment: str = "none"
-    backend: str = "auto"
-
-    def resolved(self) -> "Config":
-        """The same with nothing left to the recipe; checked."""
-        self.check()
-        given = asdict(self)
-        missing = {
-            key: value for key, value in recipes.load(self.optimizer).items() if given.get(key) is None
-        }
-        config = replace(self, **missing)
-        config._check_bits()
-        return config
-
-    def _check_bits(self) -> None:
-        if self.optimizer in recipes.FLOAT:
-            bits = 0 if self.optimizer == "sgd" else 4
-            self._require(
-                "--bits", self.bits == bits, f"{self.optimizer} has {bits or 'full precision, no'} bits"
-            )
-        if self.optimizer == "luq":
-            self._require("--activations", self.activations == 4, "luq has 4")
-        self._require("--activations", self.activations in (0, SAWB_BITS), "0 (float) or 4")
-
-    def check(self) -> None:
-        """Raises InputError, naming the option, for a value outside its range."""
-        self._require("--model", self.model in models.MODELS, f"choose from {', '.join(models.MODELS)}")
-        self._require(
-            "--optimizer",
-            self.optimizer in recipes.OPTIMIZERS,
-            f"choose from {', '.join(recipes.OPTIMIZERS)}",
-        )
-        self._require("--augment", self.augment in augment.MODES, f"choose from {', '.join(augment.MODES)}")
-        self._require("--precision", self.precision in PRECISIONS, f"choose from {', '.join(PRECISIONS)}")
-        self._require("--epochs", self.epochs >= 1, "at least 1")
-        self._require("--batch-size", self.batch_size >= 2, "at least 2 (batch norm needs two)")
-        self._require("--cuda-graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
-        self._require("--test-every", self.test_every >= 0, "at least 0")
-        self._require("--seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
-        if self.lr is not None:
-            self._require("--lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
-
-    def _require(self, option: str, holds: bool, expected: str) -> None:
-        if not holds:
-            value = getattr(self, option.lstrip("-").replace("-", "_"))
-            raise InputError(option, f"{value!r} is not accepted: {expected}")
-
-
-def resolve_device(name: str) -> str:
-    """ "auto" becomes "cuda" if torch can use a GPU, else "cpu". Raises InputError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        reason = (
-            "torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU was found"
-        )
-        raise InputError("--device", f"cuda is not available: {reason}")
-    return name
-
-
-def default_batch_size(images: int, limit: int | None = None) -> int:
-    """64 for less than 10,000 training images, which would make too few steps otherwise, else 128."""
-    return 64 if min(images, limit or images) < 10_000 else 128
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percentage of `images` that `model`, in evaluation mode, classifies as `labels`. Leaves the mode as it was."""
-    training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    size = _EVALUATION_BATCH[images.device.type]
-    for batch, expected in zip(images.split(size), labels.split(size), strict=True):
-        correct += (model(batch).argmax(1) == expected).sum()
-    model.train(training)
-    return 100 * int(correct) / len(images)
-
-
-def reestimate_batch_norm(model: nn.Module, images: Tensor, mode: str = "none") -> None:
-    """Replaces the batch-norm statistics by averages over `images` at the present weights (torch's `update_bn`).
-
-    mode: how `images` are augmented, which must be as in training: the network has learned with the statistics of such
-    images, and with those of the images as they are it lost 1 to 3 points (docs/experiments.md). Runs over at most
-    20,000 images, in an order and with shifts that are random but always the same, in equal batches.
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_STATISTICS_IMAGES]
-    size = min(_STATISTICS_BATCH, len(order))
-    whole = len(order) // size * size
-    generator = torch.Generator(images.device).manual_seed(0)
-
-    def batches() -> Iterator[Tensor]:
-        for part in order[:whole].to(images.device).split(size):
-            yield augment.apply(images[part], mode, generator)
-
-    update_bn(batches(), model)
-
-
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of what a file of `model` holds: its state_dict, tensors that share memory once."""
-    tensors = {(t.data_ptr(), t.shape): t for t in model.state_dict().values()}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def weight_bytes(model: nn.Module, packed: nn.Module) -> tuple[int, int]:
-    """Bytes of the weights of the layers that are packed in `packed`: in `model`, and in `packed` with their scales."""
-    before = after = 0
-    for name, layer in packed.named_modules():
-        if isinstance(layer, quantopt.nn.BinaryLinear | quantopt.nn.BinaryConv2d):
-            weight = model.get_submodule(name).get_parameter("weight")
-            before += weight.numel() * weight.element_size()
-            after += sum(t.numel() * t.element_size() for t in (layer.bits, layer.scale))
-    return before, after
-
-
-@torch.no_grad()
-def images_per_second(networks: Sequence[nn.Module], images: Tensor) -> list[float]:
-    """Of each of `networks`, in evaluation mode: the median over up to ten batches, for which they take turns."""
-    times: list[list[float]] = [[] for _ in networks]
-    size = min(_EVALUATION_BATCH[images.device.type], len(images))
-    for batch in (images[:size], *images.split(size)[:10]):  # the first is a warm-up
-        if len(batch) < size:
-            break
-        for network, seconds in zip(networks, times, strict=True):
-            start = time.perf_counter()
-            network(batch)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            seconds.append(time.perf_counter() - start)
-    return [size / statistics.median(seconds[1:]) for seconds in times]
-
-
-@dataclass
-class Result:
-    """A finished run: its report (what report.json holds), the float and the packed network (None for sgd), and
-    weight histograms [epochs + 1, bins] of the quantised weights in units of their scale, before training and after
-    each epoch."""
-
-    report: dict[str, Any]
-    model: nn.Module
-    packed: nn.Module | None
-    histograms: Tensor
-
-
-class _Stopwatch:
-    """Sums the time spent in `with` blocks; on a GPU the time between events of its stream, read at the end. Nothing is
-    measured inside a CUDA graph."""
-
-    def __init__(self, device: torch.device, graphed: bool) -> None:
-        self._cuda = device.type == "cuda"
-        self._graphed = graphed
-        self._marks: list[tuple[Any, Any]] = []
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        if not self._graphed:
-            self._start = self._mark()
-
-    def __exit__(self, *error: object) -> None:
-        if not self._graphed:
-            self._marks.append((self._start, self._mark()))
-
-    def read(self) -> float:
-        """Seconds since the last call."""
-        marks, self._marks = self._marks, []
-        if self._cuda and marks:
-            torch.cuda.synchronize()
-            return float(sum(start.elapsed_time(end) for start, end in marks) / 1e3)
-        return float(sum(end - start for start, end in marks))
+the training images at the step that used them. test_accuracy: of the network as it runs in training, with its running
+batch-norm statistics, after the epoch (None in epochs that `Config.test_every` leaves out)."""
 
 
 class Trainer:
-    """A run: network, optimizer, schedules, random numbers and curves, after `epoch` whole epochs.
+    """A run: network, optimizer, schedules, random numbers and curves, after `epoch` epochs.
 
     Everything that influences the next epoch is in `state_dict()`. The global random state of torch is seeded.
     Raises InputError if the network does not fit the images or a value is refused.
     """
 
     def __init__(self, config: Config, dataset: Dataset, initial: dict[str, Any] | None = None) -> None:
-        """initial: the model's state to start from, as a checkpoint holds it, None for random weights."""
-        config = config.resolved()
+        """initial: the state_dict of the model to start from, None for random weights."""
+        config = recipes.complete(config)
         self.config = config
         for name in ("validation", "limit"):
             images = getattr(config, name)
@@ -333,7 +98,7 @@ class Trainer:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
-            self.optimizer = recipes.build(
+            self.optimizer = optimizers.build(
                 config.optimizer,
                 self.model,
                 config.epochs * self.steps_per_epoch,
@@ -347,7 +112,7 @@ class Trainer:
             raise InputError("--optimizer", str(error)) from None
         self.run_model = torch.compile(self.model) if config.compile else self.model
         self._graphed: Graphed | None = None
-        self._stopwatch = _Stopwatch(self.device, config.cuda_graph)
+        self._stopwatch = Stopwatch(self.device, config.cuda_graph)
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.epoch = 0
@@ -360,7 +125,7 @@ class Trainer:
     @property
     def quantised(self) -> bool:
         """Whether the optimizer has levels; not so for sgd and luq."""
-        return self.config.optimizer not in recipes.FLOAT
+        return self.config.optimizer not in optimizers.FLOAT
 
     def _iteration(self, chosen: Tensor) -> None:
         """One step of the weights on the images `chosen`; adds to the sums of the epoch."""
@@ -379,7 +144,7 @@ class Trainer:
         self._correct += (logits.detach().argmax(1) == labels).sum()
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
-        """One pass over the training images in random order; images beyond the last whole batch are left out."""
+        """One pass over the training images in random order; an incomplete last batch is left out."""
         started = time.perf_counter()
         self.model.train()
         order = torch.randperm(len(self.train_labels), generator=self.generator, device=self.device)
@@ -413,7 +178,7 @@ class Trainer:
         self._show(bar, loss_mean, accuracy, self.curves["fraction_feasible"][-1])
 
     def test(self) -> None:
-        """Appends the test accuracy after an epoch to the curves, if its turn has come."""
+        """Appends the test accuracy after an epoch to the curves, None in epochs that are not measured."""
         every, accuracy = self.config.test_every, None
         if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
             with self._autocast():
@@ -421,7 +186,7 @@ class Trainer:
         self.curves["test_accuracy"].append(accuracy)
 
     def _autocast(self) -> torch.autocast:
-        # weights that autocast has cast and kept would be those of the capture in every replay of a graph
+        # A graph would replay with the casts of weights that autocast had cached at the capture.
         return torch.autocast(
             self.device.type,
             torch.bfloat16,
@@ -430,7 +195,7 @@ class Trainer:
         )
 
     def _record(self) -> None:
-        """Appends to the curves what describes the quantised weights, and their histogram."""
+        """Appends the metrics of the quantised weights to the curves, and their histogram."""
         measured = ("loss", "accuracy", "test_accuracy")
         values: dict[str, Any] = {name: None for name in CURVES if name not in measured}
         if self.quantised:
@@ -460,22 +225,8 @@ class Trainer:
             shown["inside"] = f"{100 * feasible:.1f}%"
         bar.set_postfix(shown)
 
-    @torch.no_grad()
     def _histogram(self) -> Tensor:
-        counts = torch.zeros(HISTOGRAM_BINS)
-        for weight in self.model.parameters():
-            if weight.dim() < 2:
-                continue
-            if self.quantised:
-                grid = self.optimizer.optimizer.quantization(weight)  # type: ignore[attr-defined]
-                if grid is None:
-                    continue
-                scale = grid.outer.reshape(-1, *[1] * (weight.dim() - 1)) if grid.outer.dim() == 1 else None
-                values = weight if scale is None else weight / scale
-            else:
-                values = weight / weight.std()
-            counts += torch.histc(values.float().cpu(), HISTOGRAM_BINS, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT)
-        return counts
+        return histogram(self.model, self.optimizer.optimizer if self.quantised else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, text, lists and dictionaries only: can be read by torch.load(weights_only=True)."""
@@ -505,16 +256,16 @@ class Trainer:
             raise InputError(argument, f"the checkpoint does not fit: {error}") from None
 
     def load_weights(self, state: dict[str, Any], argument: str) -> None:
-        """Everything but the random state, which alone depends on the kind of device; errors as `load_state_dict`."""
-        own = self.describe()
-        theirs = state.get("config")
-        if not isinstance(theirs, dict):
+        """As `load_state_dict`, without the random state, which depends on the kind of device."""
+        present = self.describe()
+        saved = state.get("config")
+        if not isinstance(saved, dict):
             raise InputError(argument, "this is not a checkpoint of quantopt")
         free = ("data", "device") if argument != "--resume" else ("data",)
         differing = [
-            f"{key} is {theirs.get(key)!r} in the checkpoint and {own.get(key)!r} now"
-            for key in sorted(own.keys() | theirs.keys())
-            if key not in free and theirs.get(key) != own.get(key)
+            f"{key} is {saved.get(key)!r} in the checkpoint and {present.get(key)!r} now"
+            for key in sorted(present.keys() | saved.keys())
+            if key not in free and saved.get(key) != present.get(key)
         ]
         if differing:
             raise InputError(argument, f"the checkpoint is of another run: {'; '.join(differing)}")
@@ -599,23 +350,6 @@ class Trainer:
         return Result(report, self.model, packed, self.histograms)
 
 
-def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
-    """The state in a checkpoint file, tensors on the CPU. Runs no code of the file. InputError if it is bad."""
-    if not path.is_file():
-        raise InputError(argument, f"{path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged or hostile file
-        raise InputError(
-            argument,
-            f"{path} is damaged, or holds more than the tensors, numbers and texts of a checkpoint "
-            f"({type(error).__name__}); nothing of it was run",
-        ) from None
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise InputError(argument, f"{path} is not a checkpoint of quantopt")
-    return state
-
-
 def train(
     config: Config,
     dataset: Dataset,
@@ -628,10 +362,10 @@ def train(
 ) -> Result:
     """Trains, with a checkpoint in `out` after every epoch, and measures; see `Result`.
 
-    out: a directory, made once the arguments have proved good; None writes nothing. resume: continue from `out`'s
-    checkpoint, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: where
-    the next epoch would end later, stop after the checkpoint of the last, at least one. Raises InputError on a bad
-    value or checkpoint, TrainingError if the loss is not finite, OutOfTime.
+    out: a directory, made after the arguments are checked; None writes nothing. resume: continue from the checkpoint in
+    `out`, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: the run
+    stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad value or
+    checkpoint, TrainingError if the loss is not finite, OutOfTime if the minutes are over.
     """
     started = time.monotonic()
     checkpoint = None if out is None else out / CHECKPOINT

@@ -1,7 +1,7 @@
 """The networks that the command line trains, each adapted to the images or refused with the reason.
 
 Every network takes images [N, C, H, W] in 0..255 (uint8 or float) and returns logits [N, classes] (float32): its first
-module subtracts the training set's mean and divides by its deviation, so a saved network needs nothing beside.
+module subtracts the training set's mean and divides by its deviation, so that a saved network is complete.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,7 +99,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        y += self.shortcut(x)  # in place: large tensors of their own cost as much as the sum
+        y += self.shortcut(x)  # in place: allocating a large tensor costs as much as the sum
         return F.relu(y, inplace=True)
 
 

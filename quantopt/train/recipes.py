@@ -1,108 +1,70 @@
-"""Recipes: the hyper-parameters of a training in a TOML file, and the optimizer that a recipe describes.
+"""Recipes: settings of trainings in TOML files.
 
-`quantopt/recipes/OPTIMIZER.toml` holds what an optimizer needs on any network (docs/algorithms.md, sections 2 to 4);
-`quantopt/recipes/MODEL-OPTIMIZER-BITS.toml` names one of them as its `base` and says what differs. A base has no base.
-The keys are the fields of `loop.Config`; `[options]` are further arguments of the optimizer's class, `[anneal]` the
-settings of its schedule (`quantopt.Anneal`).
+`quantopt/recipes/OPTIMIZER.toml` holds what an optimizer needs on any network (docs/algorithms.md, sections 2 to 4).
+`quantopt/recipes/networks.toml` holds the recipes NETWORK-OPTIMIZER-BITS by families of networks: the settings that all
+recipes of a family share, and for each recipe the optimizer's recipe that is its `base` and its other settings. A later
+setting replaces an earlier one: base, family, recipe. A table such as `[options]` is replaced as one setting.
+A file of the user has the keys of a recipe, and may name an optimizer's recipe as its `base`.
 
-`sgd` is full precision, `luq` trains 4-bit layers: both are plain torch.optim.SGD on every parameter. The others train
-the quantised weights with their own rule and everything else (skipped layers, biases, batch norm) with the base rule at
-`float_lr` and `float_weight_decay`.
+The keys are the fields of `config.Config` that its table gives to recipes.
 """
 
-import math
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-import quantopt
-from quantopt.backends import choose
+from quantopt.train.config import HYPERPARAMETERS, OPTIONS, Config
 from quantopt.train.errors import InputError
+from quantopt.train.optimizers import OPTIMIZERS
 
-# Each optimizer's class, and the group key that Anneal drives.
-OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
-    "sgd": (torch.optim.SGD, None),
-    "binaryconnect": (quantopt.BinaryConnect, None),
-    "binaryrelax": (quantopt.BinaryRelax, "kappa"),
-    "proxquant": (quantopt.ProxQuant, "reg_strength"),
-    "askew": (quantopt.AskewSGD, "epsilon"),
-    "askew-adam": (quantopt.AskewAdam, "epsilon"),
-    "stam": (quantopt.STAM, "kappa"),
-    "luq": (torch.optim.SGD, None),
-}
-FLOAT = ("sgd", "luq")
-"""Optimizers of torch, which have no levels."""
-
-HYPERPARAMETERS: dict[str, tuple[type, ...]] = {
-    "bits": (int, str),
-    "scale": (str,),
-    "skip": (list,),
-    "activations": (int,),
-    "lr": (float,),
-    "weight_decay": (float,),
-    "momentum": (float,),
-    "warmup": (float,),
-    "float_lr": (float,),
-    "float_weight_decay": (float,),
-    "options": (dict,),
-    "anneal": (dict,),
-}
-"""What the file of every optimizer holds, with the types. lr, weight_decay: of the quantised weights, for levels one
-standard deviation from zero. warmup: fraction of the steps in which the rate rises linearly before it falls by a cosine
-to 0. skip: the layers in full precision. activations: bits of the inputs of quantised layers, 4 or 0 for float."""
-_RUN: dict[str, tuple[type, ...]] = {
-    "optimizer": (str,),
-    "model": (str,),
-    "epochs": (int,),
-    "batch_size": (int,),
-    "augment": (str,),
-    "precision": (str,),
-    "channels_last": (bool,),
-    "compile": (bool,),
-    "cuda_graph": (bool,),
-    "test_every": (int,),
-}
 _DIRECTORY = resources.files("quantopt") / "recipes"
+_KEYS = (*HYPERPARAMETERS, *(name for name, option in OPTIONS.items() if option.recipe == "run"))
+
+
+@cache
+def _networks() -> dict[str, dict[str, Any]]:
+    """The recipes of networks.toml by name."""
+    found = {}
+    for family in tomllib.loads((_DIRECTORY / "networks.toml").read_text(encoding="utf-8"))["families"]:
+        networks, own = family.pop("networks"), family.pop("recipes")
+        for network in networks:
+            for name, settings in own.items():
+                found[f"{network}-{name}"] = {"model": network, **family, **settings}
+    return found
 
 
 def names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(
-        file.name.removesuffix(".toml") for file in _DIRECTORY.iterdir() if file.name.endswith(".toml")
-    )
+    return sorted([*OPTIMIZERS, *_networks()])
 
 
 def load(name: str) -> dict[str, Any]:
     """The settings of a recipe: of the package by its name, else of a file. Raises InputError naming --recipe."""
-    settings = _parse(name)
+    settings = dict(_networks().get(name) or _parse(name))
     base = settings.pop("base", None)
     if base is not None:
-        inherited = _parse(str(base)) if base in names() else None
-        if inherited is None or "base" in inherited:
+        if base not in list(OPTIMIZERS):
             raise InputError(
                 "--recipe", f"{name}: base = {base!r} must be a recipe of the package without a base"
             )
-        settings = {**inherited, **settings}
-    allowed = HYPERPARAMETERS | _RUN
+        settings = {**_parse(base), **settings}
     for key, value in settings.items():
-        if key not in allowed:
-            raise InputError("--recipe", f"{name}: unknown key {key!r}; known: {', '.join(allowed)}")
-        if isinstance(value, bool) != (allowed[key] == (bool,)) or not isinstance(value, allowed[key]):
-            kinds = " or ".join(kind.__name__ for kind in allowed[key])
-            raise InputError("--recipe", f"{name}: {key} = {value!r} must be of type {kinds}")
+        if key not in _KEYS:
+            raise InputError("--recipe", f"{name}: unknown key {key!r}; known: {', '.join(_KEYS)}")
+        kinds = OPTIONS[key].types
+        if isinstance(value, bool) != (kinds == (bool,)) or not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise InputError("--recipe", f"{name}: {key} = {value!r} must be of type {expected}")
     if settings.get("optimizer") not in OPTIMIZERS:
         raise InputError("--recipe", f"{name}: optimizer must be one of {', '.join(OPTIMIZERS)}")
     return settings
 
 
 def _parse(name: str) -> dict[str, Any]:
-    file: Any = _DIRECTORY / f"{name}.toml" if name in names() else Path(name)
+    file: Any = _DIRECTORY / f"{name}.toml" if name in OPTIMIZERS else Path(name)
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -113,119 +75,11 @@ def _parse(name: str) -> dict[str, Any]:
         raise InputError("--recipe", f"{name} is not TOML: {error}") from None
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0."""
-    rising = warmup * total
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
-
-
-@dataclass
-class Optimizer:
-    """An optimizer with the schedules that belong to it: `update()` the weights, then `advance()` the schedules."""
-
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    anneal: Any | None
-    relaxation: str | None
-
-    def update(self) -> None:
-        """One step of the weights from their gradients."""
-        self.optimizer.step()
-
-    def advance(self) -> None:
-        """Learning rate and relaxation of the next step."""
-        self.scheduler.step()
-        if self.anneal is not None:
-            self.anneal.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "anneal": None if self.anneal is None else self.anneal.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # torch leaves a rate that is a tensor where the state was
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"] = group["lr"].to(group["params"][0].device)
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.anneal is not None:
-            self.anneal.load_state_dict(state["anneal"])
-
-
-def build(
-    name: str,
-    model: nn.Module,
-    total_steps: int,
-    settings: Mapping[str, Any],
-    *,
-    backend: str = "auto",
-    capturable: bool = False,
-) -> Optimizer:
-    """The optimizer `name` of `OPTIMIZERS` for `model`, over `total_steps` steps.
-
-    settings: a value for each of `HYPERPARAMETERS`. `model` is changed first where they ask for it: SAWB quantisers for
-    activations = 4, the layers of luq. With scale "none" the levels are -1 and 1: the quantised weights are first
-    divided by their standard deviation, which the batch norm behind them undoes, and lr by its square and weight_decay
-    multiplied by it, so that training takes the same course. capturable: for a step
-    captured in a CUDA graph. Raises ValueError on a bad value, BackendError if the backend cannot run the optimizer.
-    """
-    make, relaxation = OPTIMIZERS[name]
-    lr, weight_decay, momentum = settings["lr"], settings["weight_decay"], settings["momentum"]
-    skip = tuple(settings["skip"])
-    optimizer: Any
-    anneal = None
-    options = dict(settings["options"])
-    repeat = options.pop("repeat", 1) if name == "luq" else 1
-    known = make([nn.Parameter(torch.ones(1))]).defaults
-    if unknown := sorted(options.keys() - known.keys()):
-        raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
-    if name == "luq":
-        quantopt.nn.luq(model, skip=skip, repeat=repeat)
-    elif settings["activations"]:
-        quantopt.nn.quantize_activations(model, skip=skip)
-    if "adam" not in name:
-        options["momentum"] = momentum
-    if name in FLOAT:
-        if settings["anneal"]:
-            raise ValueError(f"anneal={settings['anneal']!r}: {name} has nothing to anneal")
-        if capturable:  # the fused kernel alone reads a rate that is a tensor on the device
-            options["fused"] = True
-            lr = torch.tensor(lr, device=next(model.parameters()).device)
-        optimizer = make(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
-    else:
-        other = {"lr": settings["float_lr"], "weight_decay": settings["float_weight_decay"]}
-        groups = quantopt.param_groups(
-            model, bits=settings["bits"], scale=settings["scale"], skip=skip, other=other
-        )
-        if settings["scale"] == "none":
-            variance = _unit_variance(groups[0]["params"])
-            lr, weight_decay = lr / variance, weight_decay * variance
-        optimizer = make(
-            groups, lr=lr, weight_decay=weight_decay, backend=backend, capturable=capturable, **options
-        )
-        # A backend that cannot run is refused now, not at the first step.
-        for group in optimizer.param_groups:
-            weight = group["params"][0]
-            choose("fused_step", weight.device, weight.dtype, backend)
-        if relaxation or settings["anneal"]:
-            anneal = quantopt.Anneal(optimizer, total_steps=total_steps, **settings["anneal"])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
-    )
-    return Optimizer(optimizer, scheduler, anneal, relaxation)
-
-
-@torch.no_grad()
-def _unit_variance(weights: list[torch.Tensor]) -> float:
-    """Divides each tensor by its standard deviation; returns the geometric mean of what their variances were."""
-    logarithms = []
-    for weight in weights:
-        deviation = weight.std()
-        weight /= deviation
-        logarithms.append(2 * math.log(deviation.item()))
-    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0
+def complete(config: Config) -> Config:
+    """`config` with the values of its optimizer's recipe where it has None; checked before and after."""
+    config.check()
+    given = asdict(config)
+    missing = {key: value for key, value in load(config.optimizer).items() if given.get(key) is None}
+    config = replace(config, **missing)
+    config.check()
+    return config

@@ -1,4 +1,4 @@
-"""What a run leaves behind to read: report.json, curves.png, weights.png and the table of the demo."""
+"""Reports of runs: JSON, the figures curves.png and weights.png, and the table of the demo."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from quantopt.train.files import atomic_write
-from quantopt.train.loop import HISTOGRAM_LIMIT
+from quantopt.files import atomic_write
+from quantopt.train.measure import HISTOGRAM_LIMIT
 
 CURVES_PNG = "curves.png"
 WEIGHTS_PNG = "weights.png"

@@ -1,4 +1,4 @@
-"""Recipes x seeds: each run is a `quantopt train` of its own in OUT/RECIPE-SEED, cut and continued at will."""
+"""Recipes x seeds: each run is a process `quantopt train` in OUT/RECIPE-SEED, which can be stopped and continued."""
 
 import argparse
 import json
@@ -13,19 +13,20 @@ from typing import Any
 import torch
 
 from quantopt.train import environment, recipes, report
-from quantopt.train.errors import InputError
-from quantopt.train.loop import OUT_OF_TIME, REPORT
+from quantopt.train.arguments import passed_on
+from quantopt.train.directory import REPORT
+from quantopt.train.errors import OUT_OF_TIME, InputError
 
 RESULTS = "accuracy.json"
 
 
 def row(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `accuracy.json` says of the runs of a recipe.
+    """The row of `accuracy.json` for the runs of a recipe.
 
     mean, std: over the runs, of the quantised test accuracy (of the float one for sgd), in percent; packed_mean: of the
     packed network; packed_difference: the largest between the packed and the projected network of a run. bytes: of the
     whole network. speedup: images per second of the packed over those of the float network, mean of the runs. limit,
-    validation: as in `loop.Config`.
+    validation: as in `config.Config`.
     """
     config = reports[0]["config"]
     key = "accuracy_latent" if config["optimizer"] == "sgd" else "accuracy_quantized"
@@ -77,10 +78,9 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(arguments: argparse.Namespace, device: str, passed_on: Sequence[str]) -> int:
+def sweep(arguments: argparse.Namespace, device: str) -> int:
     """Runs what is missing until --minutes have passed; writes the table, accuracy.json and curves.png of the recipes
-    of which all seeds are finished. device: "cpu" or "cuda". passed_on: further options of every run."""
-    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    of which all seeds are finished. Returns the exit status. device: "cpu" or "cuda"."""
     out = Path(arguments.out)
     stems: dict[str, str] = {}
     for name in arguments.recipes:
@@ -89,42 +89,18 @@ def run(arguments: argparse.Namespace, device: str, passed_on: Sequence[str]) ->
         if stem in stems:
             raise InputError("RECIPES", f"{name} and {stems[stem]} would share the directory {stem}-0")
         stems[stem] = name
+    seeds = range(arguments.seeds)
     waiting = [
         (name, seed, out / f"{stem}-{seed}")
         for stem, name in stems.items()
-        for seed in range(arguments.seeds)
+        for seed in seeds
         if not (out / f"{stem}-{seed}" / REPORT).is_file()
     ]
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    failed: list[str] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < arguments.jobs:
-                left = None if deadline is None else (deadline - time.monotonic()) / 60
-                if left is not None and left <= 0:
-                    waiting.clear()
-                    break
-                name, seed, directory = waiting.pop(0)
-                command = [sys.executable, "-m", "quantopt", "train", "--quiet", "--resume", "--recipe", name]
-                command += ["--seed", str(seed), "--out", str(directory)]
-                command += ["--device", device, *passed_on]
-                if left is not None:
-                    command += ["--minutes", f"{left:.4f}"]
-                print(f"{directory.name} ...", file=sys.stderr, flush=True)
-                running.append((directory.name, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
-            time.sleep(0.05)
-            for entry in [entry for entry in running if entry[1].poll() is not None]:
-                running.remove(entry)
-                if entry[1].returncode not in (0, OUT_OF_TIME):
-                    failed.append(entry[0])
-    finally:
-        for _, process in running:
-            process.terminate()
-            process.wait()
+    all_succeeded = _train(waiting, arguments)
     rows: dict[str, dict[str, Any]] = {}
     unfinished, curves = [], {}
     for stem in stems:
-        files = [out / f"{stem}-{seed}" / REPORT for seed in range(arguments.seeds)]
+        files = [out / f"{stem}-{seed}" / REPORT for seed in seeds]
         missing = [file.parent.name for file in files if not file.is_file()]
         unfinished += missing
         if missing:
@@ -147,4 +123,35 @@ def run(arguments: argparse.Namespace, device: str, passed_on: Sequence[str]) ->
         print(f"\nwritten: {out}/{RESULTS}, {report.CURVES_PNG}")
     if unfinished:
         print(f"unfinished: {', '.join(unfinished)}; the same command continues", file=sys.stderr)
-    return 1 if failed else OUT_OF_TIME if unfinished else 0
+    if not all_succeeded:
+        return 1
+    return OUT_OF_TIME if unfinished else 0
+
+
+def _train(waiting: list[tuple[str, int, Path]], arguments: argparse.Namespace) -> bool:
+    """Trains each (recipe, seed, directory), --jobs at a time; False if a run failed."""
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    running: list[subprocess.Popen[bytes]] = []
+    statuses = {0}
+    try:
+        while waiting or running:
+            while waiting and len(running) < arguments.jobs:
+                left = None if deadline is None else (deadline - time.monotonic()) / 60
+                if left is not None and left <= 0:
+                    waiting.clear()
+                    break
+                name, seed, directory = waiting.pop(0)
+                command = [sys.executable, "-m", "quantopt", "train", "--quiet", "--resume", "--recipe", name]
+                command += ["--seed", str(seed), "--out", str(directory), *passed_on(arguments, "sweep")]
+                if left is not None:
+                    command += ["--minutes", f"{left:.4f}"]
+                print(f"{directory.name} ...", file=sys.stderr, flush=True)
+                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            time.sleep(0.05)
+            statuses |= {status for process in running if (status := process.poll()) is not None}
+            running = [process for process in running if process.returncode is None]
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+    return statuses <= {0, OUT_OF_TIME}

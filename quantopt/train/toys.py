@@ -1,6 +1,6 @@
-"""Two problems small enough to know the answer: `python -m quantopt.train.toys` solves them and draws toys.png.
+"""Two problems with known answers: `python -m quantopt.train.toys` solves them and draws toys.png.
 
-They are those of the AskewSGD paper (Leconte, Schechtman, Moulines, AISTATS 2023), with sizes of our own:
+They are those of the AskewSGD paper (Leconte, Schechtman, Moulines, AISTATS 2023), in other sizes:
 
 - logistic regression in 10 dimensions whose true weights are w* = c s, s in {-1, +1}^10: an optimizer for weights
   in {-1, +1} should find the signs s, also where c < 1 and the float optimum lies inside the box;
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import quantopt
 from quantopt.train import report
-from quantopt.train.cli import check_out, guarded
+from quantopt.train.cli import guarded
+from quantopt.train.directory import check_out
 
 DIMENSIONS = 10
 HIDDEN = 3
@@ -41,8 +42,8 @@ OPTIMIZERS: dict[str, Make] = {
 def train(
     make: Make, model: nn.Module, x: Tensor, y: Tensor, steps: int, batch: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Trains all weights of ``model`` for levels -1 and +1 on logits and labels y in {0, 1}; the weights that the model
-    ran with, flattened, before each step and at the end, where they are the levels."""
+    """Trains all weights of ``model`` for levels -1 and +1 on logits and labels y in {0, 1}. Returns the flattened
+    weights before each step, and at the end the projected ones."""
     parameters = list(model.parameters())
     optimizer = make([{"params": parameters, "bits": 1, "scale": "none"}])
     anneal = quantopt.Anneal(optimizer, total_steps=steps)

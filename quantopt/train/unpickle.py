@@ -1,4 +1,4 @@
-"""Reads the pickles of CIFAR-10 and CIFAR-100 without giving a pickle the power to run anything.
+"""Reads the pickles of CIFAR-10 and CIFAR-100 without running code that a pickle names.
 
 A pickle is a program that may import and call any function. Here it may name only what rebuilding a numpy
 array of numbers needs, and each of those names stands for a class of this file, which checks its arguments

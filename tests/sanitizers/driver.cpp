@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -425,9 +426,10 @@ void check_tiles(const Kernels& kernels) {
 
 struct StepCase {
   Rule rule;
+  Base base;
   Dtype param, momentum;
   int levels;
-  bool has_momentum, adam, master, stochastic, grouped, sigma;
+  bool has_momentum, master, stochastic, grouped, latent_bound;
   int64_t rows, row;
 };
 
@@ -458,21 +460,19 @@ struct StepResult {
 StepResult run_step(const Kernels& kernels, const StepCase& v) {
   StepOptions o{};
   o.rule = v.rule;
+  o.base = v.base;
   o.param_dtype = v.param;
   o.momentum_dtype = v.momentum;
   o.hyper = {0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.1, 0.25, 2.0, 3.0, 0.01, 0.05};
   o.levels = v.levels;
   o.level_factor = max_level_factor(v.levels);
   o.has_momentum = v.has_momentum;
-  o.adam = v.adam;
-  o.nesterov = v.rows % 2 == 0;
+  o.nesterov = v.grouped;
   o.stochastic_rounding = v.stochastic;
   o.prefetch = true;
   o.gradient_factor = 1.0f;
   o.key = {1, 2, 3, 4};
-  const bool latent =
-      v.master || v.rule == Rule::kAskewMemory || v.rule == Rule::kSplitting || v.rule == Rule::kAlternating;
-  const bool stam = v.rule == Rule::kSplitting || v.rule == Rule::kAlternating;
+  const RuleFacts& facts = facts_of(v.rule);
   StepSegment s{};
   s.numel = v.rows * v.row;
   s.row = v.row;
@@ -489,23 +489,24 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   s.param = take(v.param, s.numel, 1.0f);
   s.grad = take(v.param, s.numel, 1.0f);
   if (v.has_momentum) s.momentum = take(v.momentum, s.numel, 0.1f);
-  if (v.adam) {
-    s.second = static_cast<float*>(take(Dtype::kFloat32, s.numel, 0.1f));
-    for (int64_t i = 0; i < s.numel; ++i) s.second[i] = std::fabs(s.second[i]);
+  if (v.base == Base::kAdam) {
+    s.exp_avg_sq = static_cast<float*>(take(Dtype::kFloat32, s.numel, 0.1f));
+    for (int64_t i = 0; i < s.numel; ++i) s.exp_avg_sq[i] = std::fabs(s.exp_avg_sq[i]);
   }
-  if (latent) s.latent = static_cast<float*>(take(Dtype::kFloat32, s.numel, 1.0f));
-  Array<float> scale(v.rows * s.scales_per_row, 0.5f), next(scale.size(), 0.4f), sigma(v.rows * 2, 0.7f);
-  if (v.rule != Rule::kBase) {
+  if (v.master || facts.latent) s.latent = static_cast<float*>(take(Dtype::kFloat32, s.numel, 1.0f));
+  Array<float> scale(v.rows * s.scales_per_row, 0.5f), next(scale.size(), 0.4f),
+      latent_bound(v.rows * 2, 0.7f);
+  if (facts.quantised) {
     s.scale = scale.data();
-    s.next_scale = stam && !v.grouped ? next.data() : scale.data();
+    s.next_scale = facts.dynamic_scale && !v.grouped ? next.data() : scale.data();
   }
-  if (v.sigma) {
-    s.sigma = sigma.data();
-    s.sigma_row = s.numel / sigma.size();
+  if (v.latent_bound) {
+    s.latent_bound = latent_bound.data();
+    s.bound_row = s.numel / latent_bound.size();
   }
   const StepContext context(o);
   const int64_t middle = s.numel / 3;
-  if (stam) {
+  if (facts.dynamic_scale) {
     result.magnitude = kernels.magnitude_of_piece(context, s, 0, middle) +
                        kernels.magnitude_of_piece(context, s, middle, s.numel);
   }
@@ -514,35 +515,42 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   return result;
 }
 
+// SGD without and with momentum, Adam, given directions.
+struct BaseVariant {
+  Base base;
+  bool has_momentum;
+};
+constexpr BaseVariant kBaseVariants[] = {
+    {Base::kSgd, false}, {Base::kSgd, true}, {Base::kAdam, true}, {Base::kGiven, false}};
+
 void check_steps(const Kernels& kernels) {
-  const Rule rules[] = {Rule::kBase,      Rule::kAskew,       Rule::kAskewGradient, Rule::kAskewMemory,
-                        Rule::kSplitting, Rule::kAlternating, Rule::kProx};
-  for (Rule rule : rules) {
-    const bool latent = rule == Rule::kAskewMemory || rule == Rule::kSplitting || rule == Rule::kAlternating;
-    const bool adam = rule != Rule::kSplitting && rule != Rule::kAlternating && rule != Rule::kProx;
+  for (size_t rule = 0; rule < std::size(kRules); ++rule) {
+    const RuleFacts& facts = kRules[rule];
     for (Dtype param : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
       for (Dtype momentum : {Dtype::kFloat32, param}) {
         for (int levels : {2, 4}) {
-          for (int variant = 0; variant < 6; ++variant) {
-            StepCase v{rule,
+          for (int variant = 0; variant < 8; ++variant) {
+            const BaseVariant& base = kBaseVariants[variant % 4];
+            const bool grouped = variant >= 4;
+            StepCase v{static_cast<Rule>(rule),
+                       base.base,
                        param,
                        momentum,
                        levels,
-                       variant != 0,
-                       adam && variant >= 4,
+                       base.has_momentum,
                        false,
                        false,
-                       variant % 2 == 1,
-                       rule == Rule::kAlternating && variant > 2,
+                       grouped,
+                       false,
                        1 + variant,
                        0};
-            v.master = !latent && param != Dtype::kFloat32 && variant % 3 == 1;
-            v.stochastic = !latent && !v.master && param == Dtype::kBFloat16 && variant % 3 == 2;
+            v.master = !facts.latent && param != Dtype::kFloat32 && variant % 3 == 1;
+            v.stochastic = !facts.latent && !v.master && param == Dtype::kBFloat16 && variant % 3 == 2;
             for (int64_t row : {1, 15, 131, 600}) {
               v.row = row;
-              if (v.sigma && row % 2 == 1) v.sigma = false;
+              v.latent_bound = v.rule == Rule::kAlternating && variant % 3 != 0 && row % 2 == 0;
               const StepResult expected = run_step(kBuilt[0], v), result = run_step(kernels, v);
-              const std::string name = "step rule=" + std::to_string(static_cast<int>(rule)) +
+              const std::string name = std::string("step rule=") + facts.name +
                                        " dtype=" + std::to_string(static_cast<int>(param)) +
                                        " variant=" + std::to_string(variant) + " row=" + std::to_string(row);
               for (size_t i = 0; i < expected.memory.size(); ++i) {

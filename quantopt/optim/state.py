@@ -1,0 +1,225 @@
+"""Every key of the optimizers' state, once: when a parameter has it, its dtype and its layout.
+
+float64 parameters have float64 state. All other state is float32 whatever the parameter's dtype, except momentum, for
+which ``momentum_dtype`` says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quantopt.levels import level_count
+from quantopt.optim.sharded import gathered, is_sharded, local, shard_like
+from quantopt.reference import levels as grid
+from quantopt.rules import RULES, Rule
+
+if TYPE_CHECKING:
+    from quantopt.optim.base import LevelOptimizer
+
+PARAMETER, SCALE, NUMBER = "parameter", "scale", "number"  # layouts
+
+
+class Facts(NamedTuple):
+    """What the state of a parameter depends on."""
+
+    rule: Rule
+    base: str
+    momentum: bool  # of SGD, not 0
+    stochastic: bool  # the weights themselves are rounded stochastically
+    master: bool  # 16-bit weights with float32 ones behind them
+    bounded: bool  # the latent is clipped at a multiple of a frozen scale
+    dtype: torch.dtype  # of the state
+    momentum_dtype: torch.dtype
+
+
+def facts_of(opt: LevelOptimizer, group: dict[str, Any], dtype: torch.dtype) -> Facts:
+    """The facts of a parameter of ``dtype`` in ``group``."""
+    rule = RULES[opt.rule_of(group)]
+    low = dtype in (torch.bfloat16, torch.float16) and not rule.latent
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Facts(
+        rule=rule,
+        base=group["base"],
+        momentum=group["base"] == "sgd" and group["momentum"] != 0,
+        stochastic=low and dtype == torch.bfloat16 and group["rounding"] == "stochastic",
+        master=low and group["rounding"] == "master",
+        bounded=rule.quantised and opt._bounds_latent(group),
+        dtype=wide,
+        momentum_dtype=wide if wide == torch.float64 else getattr(torch, group["momentum_dtype"]),
+    )
+
+
+class StateKey(NamedTuple):
+    needed: Callable[[Facts], bool]
+    layout: str  # PARAMETER: as the parameter; SCALE: [1], [channels] or [channels, groups]; NUMBER: one
+    dtype: Callable[[Facts], torch.dtype] = lambda facts: facts.dtype
+
+
+STATE = {
+    "exp_avg": StateKey(lambda f: f.base == "adam", PARAMETER, lambda f: f.momentum_dtype),
+    "exp_avg_sq": StateKey(lambda f: f.base == "adam", PARAMETER),
+    "momentum_buffer": StateKey(lambda f: f.momentum, PARAMETER, lambda f: f.momentum_dtype),
+    "latent": StateKey(lambda f: f.rule.latent, PARAMETER),
+    "master": StateKey(lambda f: f.master, PARAMETER),
+    "scale": StateKey(lambda f: f.rule.quantised, SCALE),
+    "sigma": StateKey(lambda f: f.bounded, SCALE),  # unit of the latent's bound
+    "step": StateKey(lambda f: f.base == "adam" or f.stochastic, NUMBER, lambda f: torch.float32),
+}
+SIGNS = "signs"  # packed signs of the projection at the last metrics(): made there, saved, never required
+
+
+def required(facts: Facts) -> dict[str, torch.dtype]:
+    """The keys that a parameter's state has, with their dtypes."""
+    return {key: row.dtype(facts) for key, row in STATE.items() if row.needed(facts)}
+
+
+def with_gradients(group: dict[str, Any]) -> list[int]:
+    """Indices of the parameters of a group that a step would change."""
+    return [i for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
+
+
+def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None = None) -> None:
+    """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
+    what is of another dtype converted, what nobody updates any more dropped. All or nothing."""
+    made: dict[nn.Parameter, dict[str, Any]] = {}
+    for i in range(len(group["params"])) if indices is None else indices:
+        p = group["params"][i]
+        if p.numel() == 0:
+            continue
+        name = opt.name_of(group, i)
+        if p.is_complex() or not p.is_floating_point():
+            raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters are trained")
+        if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+            raise ValueError(f"{name} is float16: rounding='stochastic' is for bfloat16; use 'master'")
+        present = opt.state.get(p, {})
+        facts = facts_of(opt, group, p.dtype)
+        wanted = required(facts)
+        if present.keys() - {SIGNS} == set(wanted) and all(present[k].dtype == d for k, d in wanted.items()):
+            continue
+        first = _Initial(opt, group, p.detach(), name, facts)
+        made[p] = {
+            key: (present[key] if key in present else first.value(key)).to(dtype)
+            for key, dtype in wanted.items()
+        }
+        if SIGNS in present:
+            made[p][SIGNS] = present[SIGNS]
+    for p, state in made.items():
+        opt.state[p] = state
+
+
+class _Initial:
+    """The first values of the state of a parameter."""
+
+    def __init__(
+        self, opt: LevelOptimizer, group: dict[str, Any], w: Tensor, name: str, facts: Facts
+    ) -> None:
+        self.group, self.w, self.name, self.facts = group, w, name, facts
+        self.dynamic = facts.rule.quantised and opt._dynamic_scale(group)
+
+    def value(self, key: str) -> Tensor:
+        if key in ("latent", "master"):
+            return self.w.to(self.facts.dtype, copy=True)
+        if key == "scale":
+            return shard_like(self.scale(), self.w, self.name)
+        if key == "sigma":
+            return shard_like(self.latent_bound(), self.w, self.name)
+        if STATE[key].layout == NUMBER:
+            return torch.zeros((), device=self.w.device)
+        return torch.zeros_like(self.w, dtype=STATE[key].dtype(self.facts))
+
+    def scale(self) -> Tensor:
+        kind = self.group["scale"]
+        exact = gathered(self.w).to(self.facts.dtype)  # sharded parameters are gathered once, for their scale
+        frozen = grid.frozen_scale(exact, kind.replace("channel-mean", "channel"), self.group["group_size"])
+        scale = grid.mean_magnitude(exact) if self.dynamic and kind != "channel-mean" else frozen
+        for value in (frozen, scale):
+            if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{self.name}: a slice of its weights is all zero or not finite, so its scale (scale={kind!r}) is "
+                    f"{float(value.min()):g}; initialise it, or put it in a group with bits=0"
+                )
+        if is_sharded(self.w) and scale.numel() == 1 and self.dynamic:
+            raise ValueError(f"{self.name} is sharded, and its scale follows all of it; use a frozen scale")
+        return scale.contiguous()
+
+    def latent_bound(self) -> Tensor:
+        """The frozen scale times max_level, per tensor or per row."""
+        kind = "channel" if self.group["scale"] == "group" else self.group["scale"]
+        if self.dynamic and self.w.dim() < 2:  # one channel, as its level
+            kind = "tensor"
+        exact = gathered(self.w).to(self.facts.dtype)
+        factor = grid.level_factor(level_count(self.group["bits"]))
+        return (grid.frozen_scale(exact, kind) * factor).contiguous()
+
+
+# ---- state_dicts -------------------------------------------------------------------------------------------------
+
+
+def flat_states(opt: LevelOptimizer, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """The states of a state_dict with the parameters they are for."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in opt.param_groups for p in group["params"]]
+    states = state_dict["state"]
+    return [(p, states[i]) for i, p in zip(ids, params, strict=True) if i in states]
+
+
+def check_states(
+    opt: LevelOptimizer, own: dict[str, Any], given: dict[str, Any], states: dict[int, Any]
+) -> None:
+    """Raises ValueError if the states of the group ``given`` of a state_dict do not fit the parameters of ``own``."""
+    for i, index in enumerate(given["params"]):
+        p = own["params"][i]
+        try:
+            _check_state(opt, given, p, states.get(index, {}))
+        except ValueError as error:
+            name = opt.name_of(own, i)
+            raise ValueError(
+                f"state_dict: the state of {name} {error}: is it of another model or optimizer?"
+            ) from None
+
+
+def _check_state(opt: LevelOptimizer, group: dict[str, Any], p: Tensor, state: Any) -> None:
+    if state == {}:
+        return  # not seen yet
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("is not a dict of tensors")
+    missing = set(required(facts_of(opt, group, p.dtype))) - {"master"} - state.keys()
+    if missing:
+        raise ValueError(f"lacks {sorted(missing)}")
+    channels = p.shape[0] if p.dim() else 1
+    for key, value in state.items():
+        layout = STATE[key].layout if key in STATE else None
+        if layout == PARAMETER and (value.shape != p.shape or not value.is_floating_point()):
+            raise ValueError(
+                f"has {key} of shape {tuple(value.shape)} and {value.dtype}, not {tuple(p.shape)}"
+            )
+        if layout == SCALE:
+            shard = local(value.detach())
+            fits = value.numel() == 1 or (value.dim() in (1, 2) and value.shape[0] == channels)
+            if not (fits and value.is_floating_point() and bool(((shard >= 0) & shard.isfinite()).all())):
+                raise ValueError(f"has a {key} of shape {tuple(value.shape)} that is no scale of the weights")
+        if layout == NUMBER and (value.numel() != 1 or not value.is_floating_point()):
+            raise ValueError(f"has a {key} that is not one number")
+        if key == SIGNS:
+            if value.dtype != torch.uint8 or value.dim() != 1:
+                raise ValueError("has signs that are not packed bits")
+            if not is_sharded(p) and value.numel() != (p.numel() + 7) // 8:
+                raise ValueError(f"has signs of {value.numel()} bytes")
+
+
+def restored(key: str, value: Tensor, p: Tensor, present: Tensor | None) -> Tensor:
+    """A loaded state on the parameter's device, in its own dtype and the layout of its key.
+
+    ``present``: the tensor that takes it up, if it fits."""
+    value = value.detach()
+    if present is not None and type(present) is type(value):
+        if (present.shape, present.dtype, present.device) == (value.shape, value.dtype, p.device):
+            return present.copy_(value)
+    value = value.to(p.device)
+    if key in STATE and STATE[key].layout == PARAMETER:
+        return torch.empty_like(p, dtype=value.dtype).copy_(value)
+    return value.clone()

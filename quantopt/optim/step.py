@@ -1,0 +1,288 @@
+"""The step of one group: the arguments of the fused step, made once and used until something they depend on changes."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantopt import _extension
+from quantopt.backends import choose
+from quantopt.levels import level_count
+from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.optim.options import layout_keys
+from quantopt.optim.sharded import is_sharded, local
+from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
+from quantopt.rules import HYPER, StepRecord
+
+if TYPE_CHECKING:
+    from quantopt.optim.base import LevelOptimizer
+
+State = dict[str, Any]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+    if _extension.same is not None:
+        return bool(_extension.same(a, b))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def holds(dicts: list[State], keys: tuple[str, ...], values: list[tuple[Any, ...]]) -> bool:
+    """Whether ``dicts[i][keys[k]]`` is ``values[i][k]`` for all i and k."""
+    if _extension.holds is not None:
+        return bool(_extension.holds(dicts, keys, values))
+    missing = object()
+    return all(
+        d.get(key, missing) is value
+        for d, row in zip(dicts, values, strict=True)
+        for key, value in zip(keys, row, strict=True)
+    )
+
+
+class GroupStep:
+    """The step of one group. ``valid()`` looks up the gradients and says whether ``step()`` may run."""
+
+    def __init__(
+        self,
+        opt: LevelOptimizer,
+        group: dict[str, Any],
+        indices: list[int],
+        group_index: int,
+        before: GroupStep | None,
+    ) -> None:
+        """``indices``: of the parameters that take part. ``before``: the step of this group that it replaces."""
+        self.group = group
+        self.backend = opt.backend
+        self.layout_keys = layout_keys(group)
+        self.layout_values = tuple(group[key] for key in self.layout_keys)
+        self.group_size = len(group)
+        self.has_momentum = bool(group["momentum"])
+        self.all_params = list(group["params"])
+        self.params = [group["params"][i] for i in indices]
+        self.is_current = True  # False: valid() is False from now on
+        self.hyper: Tensor  # float64, in the order of HYPER; in capturable groups on the device
+        self.written: dict[str, float]  # the floats that `hyper` holds; empty where that is not known
+        self.replayed: bool  # whether the replay of a graph writes floats into `hyper`
+        device = self.params[0].device if group["capturable"] and self.params else torch.device("cpu")
+        if before is not None and before.hyper.device == device:  # a captured graph may read it, and write it
+            self.hyper, self.written, self.replayed = before.hyper, before.written, before.replayed
+        else:
+            self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
+            self.written, self.replayed = {}, False
+
+        parts: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in self.params:
+            parts.setdefault((p.dtype, p.device), []).append(p)
+        taking_part = set(map(id, self.params))
+        self.left_out = [p for p in self.all_params if id(p) not in taking_part]
+        self.buckets = [
+            Bucket(opt, group, group_index, self.hyper, params, self.left_out) for params in parts.values()
+        ]
+        # Buckets whose plan looks up the gradients also see whether a parameter that was left out has one now.
+        self.looks_at_left_out = not any(bucket.finds_gradients for bucket in self.buckets)
+
+    def valid(self, opt: LevelOptimizer, group: dict[str, Any]) -> bool:
+        """Whether the group has the options, tensors and state it had, and the same parameters have gradients."""
+        return (
+            self.is_current
+            and group is self.group
+            and opt.backend == self.backend
+            and len(group) == self.group_size
+            and bool(group["momentum"]) == self.has_momentum
+            and same(group["params"], self.all_params)
+            and holds([group], self.layout_keys, [self.layout_values])
+            and not (self.looks_at_left_out and any(p.grad is not None and p.numel() for p in self.left_out))
+            and all(bucket.valid() for bucket in self.buckets)
+        )
+
+    def step(self, opt: LevelOptimizer) -> None:
+        """The update; nothing is checked here but that a graph may be captured."""
+        if not self.buckets:
+            return
+        values, tensors = opt._hyperparameters(self.group), None
+        if self.group["capturable"]:
+            tensors = {name: value.reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
+            values = {name: value for name, value in values.items() if name not in tensors}
+        else:
+            self._refuse_capture()
+        if values != self.written:
+            self._write(values)
+        if tensors:  # on the device: a CUDA graph reads their values when it is replayed
+            torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
+        grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
+        for bucket in self.buckets:
+            bucket.step(grad_scale, found_inf, opt.backend)
+        if self.group["bits"] != 0:
+            opt._after_step(self.group, self.params)
+
+    def _write(self, values: dict[str, float]) -> None:
+        """Floats that have changed, into `hyper`; on a device as the arguments of kernels, as a copy would wait."""
+        if self.hyper.device.type == "cpu":
+            self.hyper.copy_(hyper_tensor(**values))
+        else:
+            for name, value in values.items():
+                if self.written.get(name) != value:
+                    self.hyper[HYPER.index(name)].fill_(value)
+        # A capture writes nothing now, and each replay writes again: from then on no step can rely on what is there.
+        self.replayed = self.replayed or is_capturing(self.hyper.device)
+        self.written = {} if self.replayed else values
+
+    def _refuse_capture(self) -> None:
+        if any(is_capturing(bucket.device) for bucket in self.buckets):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and capturable=False: the learning rate and the annealed numbers "
+                "would be those of now at every replay; use capturable=True"
+            )
+
+
+class Bucket:
+    """The parameters of one dtype and device of a group: one call of the fused step.
+
+    Where compiled kernels run, a plan holds the checked arguments. It looks up the gradients itself
+    (``finds_gradients``), unless they belong to DTensors or lie otherwise than their parameters.
+    """
+
+    def __init__(
+        self,
+        opt: LevelOptimizer,
+        group: dict[str, Any],
+        group_index: int,
+        hyper: Tensor,
+        params: list[nn.Parameter],
+        left_out: list[nn.Parameter],
+    ) -> None:
+        self.params = params
+        self.device = params[0].device
+        self.dtype = params[0].dtype
+        self.states = [opt.state[p] for p in params]
+        self.state_keys = tuple(key for key in self.states[0] if key != SIGNS)
+        self.state_values = [tuple(state[key] for key in self.state_keys) for state in self.states]
+        self.sharded = any(map(is_sharded, params))
+        self.shards: list[Tensor] = [local(p) for p in params] if self.sharded else list(params)
+        self.copied: list[tuple[Tensor, Tensor]] = []  # (tensor, copy in a layout that kernels take)
+        self.grads: list[Tensor] = []
+        self.record = self._record(opt, group, group_index, hyper)
+        self.looked_at = [
+            (p, shard, shard.shape, shard.stride(), w, w.stride())
+            for p, shard, w in zip(params, self.shards, self.record.params, strict=True)
+        ]
+        self.plan: Any = None
+        self.finds_gradients = False
+        if choose("fused_step", self.device, self.dtype, opt.backend).name == self.device.type:
+            self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out)
+            plain = all(type(p) in (nn.Parameter, Tensor) for p in params) and not self.copied
+            self.finds_gradients = plain and self.plan.valid()
+
+    def _record(
+        self, opt: LevelOptimizer, group: dict[str, Any], group_index: int, hyper: Tensor
+    ) -> StepRecord:
+        facts = facts_of(opt, group, self.dtype)
+        weights = [self._dense(w, state) for w, state in zip(self.shards, self.states, strict=True)]
+        tensors: dict[str, list[Tensor]] = {}
+        for w, state in zip(weights, self.states, strict=True):
+            for key in self.state_keys:
+                value = local(state[key])
+                if STATE[key].layout == PARAMETER and value.stride() != w.stride():
+                    value = self._copy(value, torch.empty_like(w, dtype=value.dtype))
+                tensors.setdefault(key, []).append(value)
+        return StepRecord(
+            rule=facts.rule.name,
+            base=facts.base,
+            params=weights,
+            grads=(),
+            momentum_buffers=tensors.get("exp_avg", tensors.get("momentum_buffer", [])),
+            exp_avg_sqs=tensors.get("exp_avg_sq", []),
+            latents=tensors.get("latent", tensors.get("master", [])),
+            scales=tensors.get("scale", []),
+            latent_bounds=tensors.get("sigma", []),
+            steps=tensors.get("step", []),
+            hyper=hyper,
+            levels=level_count(group["bits"]),
+            group_size=group["group_size"],
+            dynamic_scale=facts.rule.quantised and opt._dynamic_scale(group),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            decoupled=group["decoupled_weight_decay"],
+            # each group has a random stream, as the kernels count the tensors of a list from 0
+            seed=(group["seed"] + group_index * 0x9E3779B97F4A7C15) % 2**62 if facts.stochastic else -1,
+        )
+
+    def _dense(self, w: Tensor, state: State) -> Tensor:
+        """A weight as the kernels take it: dense, with the elements that share a scale consecutive in memory."""
+        scale = state.get("scale")
+        dense = torch.ops.aten.is_non_overlapping_and_dense(w) and (
+            scale is None
+            or scale.numel() == 1
+            or (scale.dim() == 1 and w.stride(0) == w.numel() // w.shape[0])
+        )
+        if w.is_contiguous() or dense or w.numel() == 0:
+            return w
+        return self._copy(w, torch.empty_like(w, memory_format=torch.contiguous_format))
+
+    def _copy(self, tensor: Tensor, copy: Tensor) -> Tensor:
+        self.copied.append((tensor, copy))
+        return copy
+
+    def valid(self) -> bool:
+        """Whether the tensors are those the record was made of; looks up the gradients."""
+        if not holds(self.states, self.state_keys, self.state_values):
+            return False
+        if self.finds_gradients:
+            return bool(self.plan.valid())
+        with torch.no_grad():
+            return self._find_gradients() and (self.plan is None or bool(self.plan.valid(self.grads)))
+
+    def _find_gradients(self) -> bool:
+        """Puts the gradients, in their weights' dtype and layout, into ``grads``. False where a parameter has none or
+        has changed."""
+        self.grads.clear()
+        dtype, device, strided = self.dtype, self.device, torch.strided
+        for p, shard, shape, stride, w, w_stride in self.looked_at:
+            g: Any = p.grad
+            if g is None or p.dtype is not dtype or p.device != device:
+                return False
+            if self.sharded:
+                if local(p) is not shard:
+                    return False
+                g = local(g)
+            if shard.shape != shape or shard.stride() != stride or g.layout is not strided:
+                return False
+            if g.dtype is not dtype or g.stride() != w_stride or g.is_neg() or type(g) is not Tensor:
+                if g.is_complex():
+                    return False
+                g = torch.empty_like(w).copy_(g)
+            self.grads.append(g)
+        return True
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None, backend: str) -> None:
+        """The update with the gradients that valid() found."""
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self.device, torch.float32)
+        if found_inf is not None:
+            found_inf = found_inf.to(self.device, torch.float32)
+        if self.finds_gradients:
+            self.plan.step(grad_scale, found_inf)
+            return
+        with torch.no_grad():
+            for tensor, copy in self.copied:
+                copy.copy_(tensor)
+            if self.plan is not None:
+                self.plan.step(grad_scale, found_inf)
+            else:
+                record = self.record._replace(grads=self.grads, grad_scale=grad_scale, found_inf=found_inf)
+                fused_step(record, backend)
+            for tensor, copy in self.copied:
+                tensor.copy_(copy)
+        self.grads.clear()
+        torch.autograd.graph.increment_version(self.params)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of ``device``, which need not be the current one."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

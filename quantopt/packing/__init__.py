@@ -1,0 +1,6 @@
+"""From a trained model to packed layers (`pack`), to a file (`save`) and back (`load`)."""
+
+from quantopt.packing.file import PackedFileError, load, save
+from quantopt.packing.pack import pack
+
+__all__ = ["PackedFileError", "load", "pack", "save"]

@@ -1,0 +1,160 @@
+"""What the commands of the command line do. Each takes the parsed arguments and returns the exit status."""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import quantopt
+from quantopt.train import augment, data, environment, loop, measure, models, recipes, report
+from quantopt.train import sweep as runs
+from quantopt.train.arguments import given
+from quantopt.train.config import OPTIONS, Config, default_batch_size, resolve_device
+from quantopt.train.directory import (
+    CHECKPOINT,
+    MODEL,
+    REPORT,
+    check_out,
+    read_checkpoint,
+    read_report,
+    write_run,
+)
+from quantopt.train.errors import InputError
+from quantopt.train.optimizers import FLOAT
+
+
+def _config(
+    arguments: argparse.Namespace, recipe: dict[str, Any], device: str, dataset: data.Dataset
+) -> Config:
+    """The defaults, overridden by the recipe, overridden by the arguments."""
+    settings = {**recipe, **given(arguments), "device": device}
+    if settings.get("augment", "auto") == "auto":
+        settings["augment"] = augment.default_mode(*dataset.shape)
+    settings.setdefault("batch_size", default_batch_size(len(dataset.train_labels), arguments.limit))
+    return Config(**settings)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    if arguments.recipe is not None and arguments.optimizer is not None:
+        raise InputError("--optimizer", "is part of the recipe: give --recipe or --optimizer")
+    recipe = recipes.load(arguments.recipe or arguments.optimizer or Config.optimizer)
+    out = Path(arguments.out or Path("runs") / Path(arguments.recipe or recipe["optimizer"]).stem)
+    check_out(out)
+    device = resolve_device(arguments.device)
+    dataset = data.load(arguments.data, progress=not arguments.quiet)
+    config = _config(arguments, recipe, device, dataset)
+    result = loop.train(
+        config,
+        dataset,
+        out=out,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        minutes=arguments.minutes,
+    )
+    write_run(out, result)
+    print(report.table({config.optimizer: result.report}))
+    speed, share = result.report["images_per_second"], result.report["optimizer_share"]
+    step = "" if share is None else f"; optimizer step: {100 * share:.1f} % of the time"
+    print(f"\ntraining: {speed:,.0f} images/s{step}; written: {out}/")
+    return 0
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    check_out(Path(arguments.out))
+    return runs.sweep(arguments, resolve_device(arguments.device))
+
+
+def _why_unpacked(optimizer: str) -> str:
+    if optimizer == "luq":
+        return (
+            "it is a run of luq, whose weights lie on the grid -8..7, which is not symmetric as that of packed layers "
+            "is; --optimizer askew --bits 4 --activations 4 trains a network of 4-bit weights and activations to pack"
+        )
+    return "it is a run of sgd, in full precision"
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    source = Path(arguments.model)
+    file = source / MODEL if source.is_dir() else source
+    described = file.parent / REPORT
+    known = read_report(described) if described.is_file() and arguments.arch is None else None
+    if known is not None and known["optimizer"] in FLOAT and not file.exists():
+        raise InputError("--model", f"{source} holds no packed network: {_why_unpacked(known['optimizer'])}")
+    if not file.is_file():
+        raise InputError("--model", f"{file} does not exist")
+    if known is None and arguments.data is None:
+        raise InputError(
+            "--data", f"is needed: no {REPORT} beside {file} says what the network was trained on"
+        )
+    device = resolve_device(arguments.device)
+    dataset = data.load(arguments.data if known is None or arguments.data is not None else known["data"])
+    name = known["model"] if known is not None else arguments.arch or "any of " + ", ".join(models.MODELS)
+    shape, classes = dataset.shape, len(dataset.classes)
+    if known is not None and (shape, classes) != (known["images"], known["classes"]):
+        raise InputError(
+            "--data",
+            f"{dataset.name} has images {shape} in {classes} classes; the network was trained on {known['images']} in "
+            f"{known['classes']}",
+        )
+    settings = {"activations": 0, "skip": ["first", "last"], **(known or {}), **given(arguments)}
+    packed = None
+    reasons = []
+    for candidate in [name] if name in models.MODELS else models.MODELS:
+        try:
+            network = models.build(candidate, shape, classes)
+            if settings["activations"]:
+                quantopt.nn.quantize_activations(network, skip=settings["skip"])
+            packed = quantopt.load(file, network).to(device).eval()
+            break
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            reasons.append(str(error))
+    if packed is None:
+        raise InputError("--model", f"{file} cannot be loaded as {name}: {reasons[0]}")
+    images, labels = dataset.test_images.to(device), dataset.test_labels.to(device)
+    started = time.perf_counter()
+    accuracy = measure.evaluate(packed, images, labels)
+    seconds = time.perf_counter() - started
+    print(
+        f"accuracy {accuracy:.2f} % of {len(labels):,} test images, {len(labels) / seconds:,.0f} images/s, "
+        f"{measure.tensor_bytes(packed):,} bytes ({measure.tensor_bytes(network):,} as float)"
+    )
+    return 0
+
+
+def pack(arguments: argparse.Namespace) -> int:
+    source = Path(arguments.source)
+    checkpoint = source / CHECKPOINT if source.is_dir() else source
+    out = Path(arguments.out or checkpoint.parent / MODEL)
+    device = resolve_device(arguments.device)
+    state = read_checkpoint(checkpoint, "--run")
+    if out.is_dir():
+        raise InputError("--out", f"{out} is a directory; give the name of a file")
+    if not out.parent.is_dir():
+        raise InputError("--out", f"the directory {out.parent} does not exist")
+    check_out(out.parent)
+    try:
+        config = Config(**{name: value for name, value in state["config"].items() if name in OPTIONS})
+        config = dataclasses.replace(config, device=device, data=arguments.data or config.data)
+        config.check()
+    except (TypeError, ValueError) as error:
+        raise InputError("--run", f"{checkpoint} has a configuration that cannot be used: {error}") from None
+    if config.optimizer in FLOAT:
+        raise InputError("--run", f"{source} cannot be packed: {_why_unpacked(config.optimizer)}")
+    trainer = loop.Trainer(config, data.load(config.data))
+    trainer.load_weights(state, "--run")
+    result = trainer.finish()
+    packed = result.packed
+    if packed is None:
+        raise InputError("--run", f"{source} has no quantised weights")
+    quantopt.save(packed, out)
+    print(report.table({config.optimizer: result.report}))
+    print(f"\nepoch {trainer.epoch} of {config.epochs}; written: {out}")
+    return 0
+
+
+def env(arguments: argparse.Namespace) -> int:
+    facts = environment.describe()
+    print(json.dumps(facts, indent=1) if arguments.json else environment.text(facts))
+    return 0

@@ -1,0 +1,292 @@
+"""The options of a training: the fields of `Config` are the one table of them.
+
+A field says an option's type, default, accepted values, help text, and where it may be set. `Config.check`, the reader
+of recipes (`recipes.py`) and the command line (`arguments.py`) are derived from the table.
+"""
+
+import math
+import types
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from quantopt.nn.luq import SAWB_BITS
+from quantopt.train import augment, models
+from quantopt.train.errors import InputError
+from quantopt.train.optimizers import FLOAT, OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table.
+
+    choices: the accepted values. least: the smallest accepted integer; remark: why. positive: only finite numbers above
+    0 are accepted. Values that none of these bound are checked where they are used.
+    recipe: "run" if a recipe may set the option, "hyperparameter" if the recipe of every optimizer does.
+    commands: those that have an argument for it. offered, argument_default: choices and default of that argument where
+    they differ from `choices` and `default`. otherwise: what its help says of the default, if that is not `default`.
+    """
+
+    help: str
+    metavar: str | None = None
+    choices: tuple[Any, ...] | None = None
+    least: int | None = None
+    remark: str = ""
+    positive: bool = False
+    recipe: Literal["", "run", "hyperparameter"] = ""
+    commands: tuple[str, ...] = ()
+    offered: tuple[Any, ...] | None = None
+    argument_default: Any = None
+    otherwise: str = ""
+    name: str = ""
+    types: tuple[type, ...] = ()
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """How the command line and error messages spell the option."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def expected(self, value: Any) -> str | None:
+        """What is required of a number that is out of range, None for one in range."""
+        if self.least is not None and value < self.least:
+            return f"at least {self.least}{self.remark}"
+        if self.least is not None and value >= 2**63:
+            return "below 2^63"
+        if self.positive and not (math.isfinite(value) and value > 0):
+            return "a positive finite number"
+        return None
+
+
+def _option(default: Any, help: str, **row: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help, default=default, **row)})
+
+
+_ALL = ("train", "sweep", "demo")
+_SPEED: dict[str, Any] = {"recipe": "run", "commands": ("train", "sweep"), "otherwise": "not"}
+_TRAIN = ("train",)
+
+DATA_HELP = (
+    '"digits" (scikit-learn\'s, no download), or a directory or archive (.tar, .tar.gz, .tar.xz, .zip) with IDX '
+    "(MNIST) files, CIFAR-10/100 pickles or binary batches, or images in train/CLASS/ and test/CLASS/; the format is "
+    "recognised by content"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What determines a run; `OPTIONS` describes the fields. None means the value of the optimizer's recipe."""
+
+    data: str = _option("digits", DATA_HELP, metavar="DATA", commands=_ALL, otherwise="default %(default)s")
+    model: str = _option("cnn", "network", choices=tuple(models.MODELS), recipe="run", commands=_ALL)
+    epochs: int = _option(30, "passes over the data", metavar="N", least=1, recipe="run", commands=_ALL)
+    batch_size: int = _option(
+        64,
+        "images per step",
+        metavar="B",
+        least=2,
+        remark=" (batch norm needs two)",
+        recipe="run",
+        commands=_ALL,
+        otherwise="64 below 10,000 training images, else 128",
+    )
+    limit: int | None = _option(
+        None,
+        "train on N images, as many of each class (all); the test images stay",
+        metavar="N",
+        least=2,
+        commands=_ALL,
+    )
+    validation: int | None = _option(
+        None,
+        "measure on N training images, held out, in place of the test images: for choosing hyper-parameters",
+        metavar="N",
+        least=2,
+        commands=_ALL,
+    )
+    device: str = _option(
+        "cpu",
+        "auto is the GPU if torch can use one",
+        commands=_ALL,
+        offered=("auto", "cpu", "cuda"),
+        argument_default="auto",
+    )
+    seed: int = _option(
+        0,
+        "of all random numbers",
+        metavar="S",
+        least=0,
+        commands=("train", "demo"),
+        otherwise="%(default)s",
+    )
+    optimizer: str = _option(
+        "askew",
+        "how the quantised weights are trained, in place of a recipe; sgd is full precision",
+        choices=tuple(OPTIMIZERS),
+        recipe="run",
+        commands=_TRAIN,
+    )
+    bits: int | str | None = _option(
+        None,
+        "per quantised weight",
+        recipe="hyperparameter",
+        commands=_TRAIN,
+        offered=(1, 2, 3, 4, "ternary"),
+        otherwise="1",
+    )
+    activations: int | None = _option(
+        None,
+        "bits of the inputs of quantised layers, 0 is float",
+        choices=(0, SAWB_BITS),
+        recipe="hyperparameter",
+        commands=_TRAIN,
+        otherwise="0",
+    )
+    skip: list[str] | None = _option(  # noqa: RUF009
+        None,
+        'layers in full precision: "first", "last", name patterns; "none" quantises all',
+        metavar="LAYER",
+        recipe="hyperparameter",
+        commands=_TRAIN,
+        otherwise="first last",
+    )
+    scale: str | None = _option(
+        None,
+        "levels in units of 1, or of the initial standard deviation of the tensor or of each output channel",
+        recipe="hyperparameter",
+        commands=_TRAIN,
+        offered=("none", "tensor", "channel"),
+        otherwise="tensor",
+    )
+    lr: float | None = _option(
+        None,
+        "learning rate of the quantised weights",  # for levels one standard deviation from zero
+        metavar="LR",
+        positive=True,
+        recipe="hyperparameter",
+        commands=_TRAIN,
+    )
+    weight_decay: float | None = _option(None, "of the quantised weights", recipe="hyperparameter")
+    momentum: float | None = _option(None, "of all weights; Adam has betas", recipe="hyperparameter")
+    warmup: float | None = _option(
+        None,
+        "fraction of the steps in which the learning rate rises linearly, before it falls by a cosine to 0",
+        recipe="hyperparameter",
+    )
+    float_lr: float | None = _option(None, "learning rate of the other parameters", recipe="hyperparameter")
+    float_weight_decay: float | None = _option(None, "of the other parameters", recipe="hyperparameter")
+    options: dict[str, Any] | None = _option(  # noqa: RUF009
+        None, "further arguments of the optimizer's class", recipe="hyperparameter"
+    )
+    anneal: dict[str, float] | None = _option(  # noqa: RUF009
+        None, "settings of the optimizer's schedule (quantopt.Anneal)", recipe="hyperparameter"
+    )
+    augment: str = _option(
+        "none",
+        "auto: crop, flip if in colour, none below 16x16",
+        choices=augment.MODES,
+        recipe="run",
+        commands=_TRAIN,
+        offered=("auto", *augment.MODES),
+        otherwise="auto",
+    )
+    init: str | None = _option(
+        None,
+        "start from the weights of this run of the same network, or of its checkpoint.pt",
+        metavar="RUN",
+        commands=_TRAIN,
+    )
+    precision: str = _option(
+        "float32",
+        "bfloat16 trains under autocast",
+        choices=("float32", "bfloat16"),
+        recipe="run",
+        commands=_TRAIN,
+    )
+    test_every: int = _option(
+        1,
+        "test accuracy for the curves after every N epochs, 0 for none",
+        metavar="N",
+        least=0,
+        recipe="run",
+        commands=_TRAIN,
+    )
+    channels_last: bool = _option(False, "images and weights in channels-last memory", **_SPEED)
+    compile: bool = _option(False, "torch.compile of the network in training", **_SPEED)
+    cuda_graph: bool = _option(
+        False,
+        "capture the training iteration and replay it; the optimizer's step is then not timed",
+        **_SPEED,
+    )
+    backend: str = _option(
+        "auto",
+        "of the optimizer's step",
+        commands=_TRAIN,
+        offered=("auto", "reference", "cpu", "cuda", "triton"),
+        otherwise="default %(default)s, the fastest that works",
+    )
+
+    def check(self) -> None:
+        """Raises InputError, naming the option, for a value that the table excludes or that does not fit another."""
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if value is None and option.default is None:
+                continue
+            if option.choices is not None:
+                self._require(name, value in option.choices, f"choose from {_listed(option.choices)}")
+            expected = option.expected(value)
+            self._require(name, expected is None, expected)
+        self._require("cuda_graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
+        if self.optimizer in FLOAT:
+            bits = FLOAT[self.optimizer]
+            self._require(
+                "bits",
+                self.bits in (None, bits),
+                f"{self.optimizer} has {bits or 'full precision, no'} bits",
+            )
+        if self.optimizer == "luq":
+            self._require("activations", self.activations in (None, SAWB_BITS), f"luq has {SAWB_BITS}")
+
+    def _require(self, name: str, holds: bool, expected: str | None) -> None:
+        if not holds:
+            raise InputError(OPTIONS[name].flag, f"{getattr(self, name)!r} is not accepted: {expected}")
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _table() -> dict[str, Option]:
+    hints = get_type_hints(Config)
+    rows = {}
+    for f in fields(Config):
+        hint = hints[f.name]
+        parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = tuple(get_origin(part) or part for part in parts if part is not types.NoneType)
+        rows[f.name] = replace(f.metadata["option"], name=f.name, types=kinds)
+    return rows
+
+
+OPTIONS = _table()
+"""Name -> row of every option, in the order of the fields of `Config`."""
+
+HYPERPARAMETERS = tuple(name for name, option in OPTIONS.items() if option.recipe == "hyperparameter")
+"""What the recipe of every optimizer sets."""
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" becomes "cuda" if torch can use a GPU, else "cpu". Raises InputError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        reason = (
+            "torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU was found"
+        )
+        raise InputError("--device", f"cuda is not available: {reason}")
+    return name
+
+
+def default_batch_size(images: int, limit: int | None = None) -> int:
+    """64 for less than 10,000 training images, with which 128 makes too few steps; else 128."""
+    return 64 if min(images, limit or images) < 10_000 else 128

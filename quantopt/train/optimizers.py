@@ -1,0 +1,161 @@
+"""The optimizers that a recipe may name, with the schedules that belong to them.
+
+`sgd` is full precision, `luq` trains 4-bit layers: both are torch.optim.SGD on every parameter. The others train the
+quantised weights with their rule and everything else (skipped layers, biases, batch norm) with the base rule at
+`float_lr` and `float_weight_decay`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import quantopt
+from quantopt.backends import choose
+from quantopt.optim.base import LevelOptimizer
+from quantopt.optim.options import SCHEDULED
+
+# The classes of quantopt.optim go by their names in small letters, but for these.
+_SPELLED = {"AskewSGD": "askew", "AskewAdam": "askew-adam"}
+
+
+def _annealed_key(optimizer: type[LevelOptimizer]) -> str | None:
+    """The group key that Anneal drives."""
+    keys = optimizer([nn.Parameter(torch.ones(1))]).defaults.keys() & set(SCHEDULED) - {"lr"}  # type: ignore[call-arg]
+    return next(iter(keys), None)
+
+
+# Each optimizer's class, and the group key that Anneal drives.
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "sgd": (torch.optim.SGD, None),
+    **{
+        _SPELLED.get(name, name.lower()): (value, _annealed_key(value))
+        for name, value in vars(quantopt.optim).items()
+        if isinstance(value, type) and issubclass(value, LevelOptimizer)
+    },
+    "luq": (torch.optim.SGD, None),
+}
+FLOAT = {"sgd": 0, "luq": 4}
+"""Optimizers of torch, which have no levels: the bits of their recipes."""
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0."""
+    rising = warmup * total
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
+
+
+@dataclass
+class Optimizer:
+    """An optimizer with the schedules that belong to it: `update()` the weights, then `advance()` the schedules."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    anneal: Any | None
+    relaxation: str | None
+
+    def update(self) -> None:
+        """One step of the weights from their gradients."""
+        self.optimizer.step()
+
+    def advance(self) -> None:
+        """Learning rate and relaxation of the next step."""
+        self.scheduler.step()
+        if self.anneal is not None:
+            self.anneal.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "anneal": None if self.anneal is None else self.anneal.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # torch leaves a rate that is a tensor where the state was
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].to(group["params"][0].device)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.anneal is not None:
+            self.anneal.load_state_dict(state["anneal"])
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    total_steps: int,
+    settings: Mapping[str, Any],
+    *,
+    backend: str = "auto",
+    capturable: bool = False,
+) -> Optimizer:
+    """The optimizer `name` of `OPTIMIZERS` for `model`, over `total_steps` steps.
+
+    settings: a value for each of `config.HYPERPARAMETERS`. capturable: for a step captured in a CUDA graph.
+    `model` is changed where the settings ask for it: SAWB quantisers for activations = 4, the layers of luq.
+    With scale "none" the levels are -1 and 1. Then each quantised weight is divided by its standard deviation s, which
+    the batch norm behind it undoes; lr is divided by the mean of s^2 and weight_decay multiplied by it, so that
+    training takes the same course.
+    Raises ValueError on a bad value, BackendError if the backend cannot run the optimizer.
+    """
+    make, relaxation = OPTIMIZERS[name]
+    lr, weight_decay, momentum = settings["lr"], settings["weight_decay"], settings["momentum"]
+    skip = tuple(settings["skip"])
+    optimizer: Any
+    anneal = None
+    options = dict(settings["options"])
+    repeat = options.pop("repeat", 1) if name == "luq" else 1
+    known = make([nn.Parameter(torch.ones(1))]).defaults
+    if unknown := sorted(options.keys() - known.keys()):
+        raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
+    if name == "luq":
+        quantopt.nn.luq(model, skip=skip, repeat=repeat)
+    elif settings["activations"]:
+        quantopt.nn.quantize_activations(model, skip=skip)
+    if "adam" not in name:
+        options["momentum"] = momentum
+    if name in FLOAT:
+        if settings["anneal"]:
+            raise ValueError(f"anneal={settings['anneal']!r}: {name} has nothing to anneal")
+        if capturable:  # the fused kernel alone reads a rate that is a tensor on the device
+            options["fused"] = True
+            lr = torch.tensor(lr, device=next(model.parameters()).device)
+        optimizer = make(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
+    else:
+        other = {"lr": settings["float_lr"], "weight_decay": settings["float_weight_decay"]}
+        groups = quantopt.param_groups(
+            model, bits=settings["bits"], scale=settings["scale"], skip=skip, other=other
+        )
+        if settings["scale"] == "none":
+            variance = _unit_variance(groups[0]["params"])
+            lr, weight_decay = lr / variance, weight_decay * variance
+        optimizer = make(
+            groups, lr=lr, weight_decay=weight_decay, backend=backend, capturable=capturable, **options
+        )
+        # A backend that cannot run is refused now, not at the first step.
+        for group in optimizer.param_groups:
+            weight = group["params"][0]
+            choose("fused_step", weight.device, weight.dtype, backend)
+        if relaxation or settings["anneal"]:
+            anneal = quantopt.Anneal(optimizer, total_steps=total_steps, **settings["anneal"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
+    )
+    return Optimizer(optimizer, scheduler, anneal, relaxation)
+
+
+@torch.no_grad()
+def _unit_variance(weights: list[torch.Tensor]) -> float:
+    """Divides each tensor by its standard deviation; returns the geometric mean of what their variances were."""
+    logarithms = []
+    for weight in weights:
+        deviation = weight.std()
+        weight /= deviation
+        logarithms.append(2 * math.log(deviation.item()))
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0

@@ -1,0 +1,261 @@
+"""Parameter groups: options, defaults, errors, which parameters take part."""
+
+import copy
+import inspect
+import math
+import pydoc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantopt
+from optim_cases import MAKERS, network
+from quantopt.optim.options import OPTIONS, SHARED
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(lr=math.nan), "lr=nan"), (dict(lr=-1.0), "lr=-1.0"), (dict(lr=math.inf), "lr=inf"),
+        (dict(momentum=-0.1), "momentum=-0.1"), (dict(momentum=1.0), "momentum"),
+        (dict(weight_decay=-1), "weight_decay"),
+        (dict(bits=5), "bits=5"), (dict(bits="binary"), "bits='binary'"), (dict(bits=True), "bits=True"),
+        (dict(bits=2.0), "bits=2.0"),
+        (dict(scale="row"), "scale='row'"),
+        (dict(epsilon=1.5), "epsilon=1.5"), (dict(epsilon=math.nan), "epsilon=nan"),
+        (dict(rate=-1.0), "rate"), (dict(rate=math.inf), "rate=inf"), (dict(cap=-0.1), "cap"),
+        (dict(constrain="both"), "constrain='both'"), (dict(nesterov=True, momentum=0.0), "nesterov"),
+        (dict(group_size=0), "group_size"), (dict(seed=-1), "seed"), (dict(rounding="up"), "rounding"),
+        (dict(momentum_dtype="float16"), "momentum_dtype"), (dict(backend="tpu"), "backend='tpu'"),
+        (dict(memory=True, constrain="gradient"), "constrain"), (dict(scale="channel-mean"), "channel-mean"),
+        (dict(bound=0.5), "bound"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        quantopt.AskewSGD([nn.Parameter(torch.randn(4))], **options)
+
+
+def test_bad_groups_are_refused_and_not_added() -> None:
+    opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4))])
+    for group, named in [
+        (dict(lr=math.nan), "lr"),
+        (dict(bits=7), "bits=7"),
+        (dict(maximize="no"), "maximize"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            opt.add_param_group({"params": [nn.Parameter(torch.randn(4))], **group})
+        assert len(opt.param_groups) == 1
+    for make, options, named in [
+        (quantopt.STAM, dict(form="three"), "form='three'"),
+        (quantopt.STAM, dict(kappa=-1.0), "kappa"),
+        (quantopt.STAM, dict(form="splitting", scale="channel-mean", bits=2), "channel-mean"),
+        (quantopt.AskewAdam, dict(betas=(0.9, 1.0)), "betas"),
+        (quantopt.BinaryConnect, dict(stochastic=True, bits=2), "stochastic"),
+        (quantopt.BinaryConnect, dict(clip=math.nan), "clip"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            make([nn.Parameter(torch.randn(4, 4))], **options)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "zero scale", "nan scale"])
+def test_a_refused_step_changes_nothing(kind: str) -> None:
+    good, bad = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
+    error: type[Exception] = TypeError
+    if kind == "complex":
+        bad = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64))
+    elif kind == "zero scale":
+        bad, error = nn.Parameter(torch.zeros(5, 3)), ValueError
+    elif kind == "nan scale":
+        bad, error = nn.Parameter(torch.full((5, 3), math.nan)), ValueError
+    opt = quantopt.AskewSGD([{"params": [good, bad], "param_names": ["good", "bad.weight"]}])
+    good.grad = torch.randn(5, 3)
+    bad.grad = torch.eye(5, 3).to_sparse() if kind == "sparse" else torch.ones_like(bad)
+    before = good.detach().clone()
+    with pytest.raises(error, match=r"bad\.weight"):
+        opt.step()
+    assert torch.equal(good, before)
+
+
+def test_param_groups_choose_weights_by_position_and_name() -> None:
+    model = network()
+    quantised, rest = quantopt.param_groups(model)
+    assert quantised["param_names"] == ["2.weight", "5.weight"] and quantised["bits"] == 1
+    assert rest["bits"] == 0 and len(rest["params"]) == 5
+    assert len(quantopt.param_groups(model, skip=())[0]["params"]) == 4
+    assert quantopt.param_groups(model, skip=("first", "last", "5.*"))[0]["param_names"] == ["2.weight"]
+    assert quantopt.param_groups(model, other={"lr": 0.5})[1]["lr"] == 0.5
+    for options, named in [
+        (dict(bits=5), "bits=5"), (dict(scale="rows"), "scale"), (dict(skip=("nothing*",)), "nothing"),
+        (dict(skip=("*",)), "skip"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=named):
+            quantopt.param_groups(model, **options)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    assert quantopt.param_groups(tied, skip=("last",))[0]["param_names"] == ["0.weight"]
+
+
+def test_unused_frozen_empty_and_late_parameters() -> None:
+    used, unused, empty = (
+        nn.Parameter(torch.randn(4, 4)),
+        nn.Parameter(torch.randn(4, 4)),
+        nn.Parameter(torch.zeros(0, 4)),
+    )
+    opt = quantopt.STAM([used, unused, empty])
+    before = unused.detach().clone()
+    used.grad, empty.grad = torch.randn(4, 4), torch.zeros(0, 4)
+    opt.step()
+    assert torch.equal(unused, before) and not opt.state[unused]
+    late = nn.Parameter(torch.randn(3, 3))
+    opt.add_param_group({"params": [late], "bits": 2})
+    late.grad = torch.randn(3, 3)
+    used.grad = None  # frozen in mid-run
+    kept, moved = used.detach().clone(), late.detach().clone()
+    opt.step()
+    assert torch.equal(used, kept) and not torch.equal(late, moved)
+    assert opt.metrics()[0]["numel"] == 32
+
+
+def test_defaults_are_those_of_the_document() -> None:
+    p = [nn.Parameter(torch.randn(4, 4))]
+
+    def keys(opt: Any, *names: str) -> list[Any]:
+        return [opt.param_groups[0][name] for name in names]
+
+    assert keys(quantopt.AskewSGD(p), "lr", "momentum", "rate", "cap", "weight_decay") == [
+        0.3,
+        0.9,
+        0.1,
+        0.25,
+        0.0,
+    ]
+    assert keys(quantopt.AskewSGD(p, memory=True), "lr", "rate", "bound") == [1.0, math.inf, 2.0]
+    assert keys(quantopt.AskewSGD([{"params": p, "memory": True}]), "rate") == [math.inf]
+    assert keys(quantopt.STAM(p), "lr", "weight_decay", "form", "lam") == [1.0, 3e-3, "alternating", 0.0]
+    assert keys(quantopt.STAM(p, form="splitting"), "lr", "weight_decay") == [0.3, 0.0]
+    assert keys(quantopt.BinaryConnect(p), "lr", "clip") == [0.5, 1.0]
+    assert keys(quantopt.BinaryRelax(p), "lr", "clip") == [0.3, 1.0]
+
+
+CLASSES = (
+    quantopt.AskewSGD, quantopt.AskewAdam, quantopt.STAM, quantopt.BinaryConnect, quantopt.BinaryRelax,
+    quantopt.ProxQuant,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", CLASSES)
+@pytest.mark.parametrize(
+    "wrong", ["bit", "weight_decays", "learning_rate", "stochastics", "kapa", "lam_", "Momentum", "params_"]
+)
+def test_unknown_keywords_are_refused(make: Any, wrong: str) -> None:
+    with pytest.raises(TypeError, match=wrong):
+        make([nn.Parameter(torch.randn(4))], **{wrong: 1})
+
+
+@pytest.mark.parametrize("make", CLASSES)
+def test_constructors_show_every_option_with_its_default(make: Any) -> None:
+    shown = inspect.signature(make).parameters
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
+    opt = make([nn.Parameter(torch.randn(4))])
+    adam = make is quantopt.AskewAdam
+    implied = {"base", "momentum", "nesterov"} if adam else set()
+    assert set(shown) == (set(opt.defaults) - implied) | {"params", "backend"}
+    for key in SHARED:
+        if key in shown:
+            assert shown[key].default == OPTIONS[key].default == opt.defaults[key]
+    for key, parameter in shown.items():
+        if parameter.default is not None and key not in ("params", "backend"):
+            assert opt.defaults[key] == parameter.default
+    text = pydoc.render_doc(make, renderer=pydoc.plaintext)
+    assert all(f"{key}: " in text for key in shown)
+
+
+def test_keys_of_the_user_are_saved_and_ignored() -> None:
+    def start() -> Any:
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(4, 4))
+        group = {"params": [p], "name": "body", "lr_scale": 0.1, "tags": ["a"]}
+        return p, quantopt.STAM([group], lr=0.1)
+
+    p, opt = start()
+    plain = nn.Parameter(p.detach().clone())
+    other = quantopt.STAM([plain], lr=0.1)
+    for q, o in ((p, opt), (plain, other)):
+        for i in range(3):
+            q.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
+            o.step()
+    assert torch.equal(p, plain)
+    saved = copy.deepcopy(opt.state_dict())
+    _, again = start()
+    again.param_groups[0]["name"] = "other"
+    again.load_state_dict(saved)
+    assert [again.param_groups[0][key] for key in ("name", "lr_scale", "tags")] == ["body", 0.1, ["a"]]
+
+
+def test_a_group_takes_the_defaults_of_its_form() -> None:
+    def group(make: Any, *names: str, **options: Any) -> list[Any]:
+        constructor = options.pop("constructor", {})
+        opt = make([{"params": [nn.Parameter(torch.randn(4, 4))], **options}], **constructor)
+        return [opt.param_groups[0][name] for name in names]
+
+    names = ("lr", "weight_decay")
+    assert group(quantopt.STAM, *names, form="splitting") == [0.3, 0.0]
+    assert group(quantopt.STAM, *names, form="alternating", constructor=dict(form="splitting")) == [1.0, 3e-3]
+    assert group(quantopt.STAM, *names, base="adam") == [1e-3, 3e-3]
+    assert group(quantopt.AskewSGD, "lr", "rate", memory=True) == [1.0, math.inf]
+    assert group(quantopt.AskewSGD, "lr", "rate", memory=False, constructor=dict(memory=True)) == [0.3, 0.1]
+    assert group(quantopt.BinaryConnect, "lr", base="adam") == [1e-3]
+    # what the group or the constructor says holds
+    assert group(quantopt.STAM, *names, form="splitting", lr=0.7) == [0.7, 0.0]
+    assert group(quantopt.STAM, *names, form="splitting", constructor=dict(lr=0.7)) == [0.7, 0.0]
+    for make in CLASSES:
+        if make is not quantopt.AskewAdam:
+            with pytest.raises(ValueError, match="lr=None: base='given'"):
+                make([nn.Parameter(torch.randn(4))], base="given")
+            assert group(make, "lr", base="given", lr=0.2) == [0.2]
+
+
+def test_groups_of_one_optimizer_may_have_different_bases() -> None:
+    params = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    bases = ("sgd", "adam", "given")
+    opt = quantopt.AskewSGD(
+        [{"params": [p], "base": base, "lr": 0.1} for p, base in zip(params, bases, strict=True)]
+    )
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    others = [quantopt.AskewSGD([p], lr=0.1, base=base) for p, base in zip(alone, bases, strict=True)]
+    for i in range(3):
+        for p, q in zip(params, alone, strict=True):
+            p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
+            q.grad = p.grad.clone()
+        opt.step()
+        for other in others:
+            other.step()
+    for p, q in zip(params, alone, strict=True):
+        assert torch.equal(p, q)
+    assert [sorted(opt.state[p]) for p in params] == [
+        ["momentum_buffer", "scale"],
+        ["exp_avg", "exp_avg_sq", "scale", "step"],
+        ["scale"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["askew", "stam", "binaryconnect", "proxquant"])
+def test_a_given_direction_is_the_gradient_as_it_is(name: str) -> None:
+    """That of SGD with momentum, computed by the caller: the same steps."""
+    ours, theirs = nn.Parameter(torch.randn(6, 5)), None
+    theirs = nn.Parameter(ours.detach().clone())
+    given = MAKERS[name]([ours], lr=0.05, weight_decay=0.0, base="given")
+    sgd = MAKERS[name]([theirs], lr=0.05, weight_decay=0.0, momentum=0.9)
+    buffer = torch.zeros(6, 5)
+    for i in range(5):
+        g = torch.randn(6, 5, generator=torch.Generator().manual_seed(i))
+        buffer = 0.9 * buffer + g
+        ours.grad, theirs.grad = buffer.clone(), g
+        given.step()
+        sgd.step()
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="nesterov"):
+        MAKERS[name]([ours], lr=0.05, base="given", nesterov=True)

@@ -1,0 +1,94 @@
+"""State: checkpoints, copies, what does not fit."""
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantopt
+from optim_cases import MAKERS, every, network, same, train, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every
+def test_save_and_load_in_mid_run(name: str, dtype: torch.dtype) -> None:
+    def start() -> tuple[nn.Module, Any, Any]:
+        model = network(dtype)
+        opt = MAKERS[name](quantopt.param_groups(model), lr=0.05, weight_decay=0.01)
+        return model, opt, quantopt.Anneal(opt, 10)
+
+    model, opt, anneal = start()
+    train(model, opt, 10, anneal=anneal)
+    straight = weights(model)
+
+    model, opt, anneal = start()
+    train(model, opt, 5, anneal=anneal)
+    opt.metrics()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "anneal": anneal.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model, opt, anneal = start()
+    train(model, opt, 1)  # state to be overwritten
+    model.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["opt"])
+    anneal.load_state_dict(saved["anneal"])
+    train(model, opt, 5, first=5, anneal=anneal)
+    assert same(weights(model), straight)
+
+
+def test_state_of_another_dtype_keeps_its_float32_latent() -> None:
+    model = network()
+    opt = quantopt.STAM(quantopt.param_groups(model))
+    train(model, opt, 3)
+    low = network(torch.bfloat16)
+    other = quantopt.STAM(quantopt.param_groups(low))
+    other.load_state_dict(opt.state_dict())
+    for p, q in zip(opt.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert torch.equal(opt.state[p]["latent"], other.state[q]["latent"])
+    train(low, other, 1, 3)
+
+
+def test_a_state_that_does_not_fit_is_refused_whole() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), lr=0.1)
+    train(model, opt, 1)
+    before = copy.deepcopy(opt.state_dict())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrong_shape, wrong_lr = copy.deepcopy(before), copy.deepcopy(before)
+    wrong_shape["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+    wrong_lr["param_groups"][0]["lr"] = math.nan
+    one_group = quantopt.AskewSGD(model.parameters()).state_dict()
+    missing, listed, scale, nan = (copy.deepcopy(before) for _ in range(4))
+    del missing["state"][0]["momentum_buffer"]
+    listed["state"][0]["momentum_buffer"] = [1.0]
+    scale["state"][0]["scale"] = torch.ones(4)
+    nan["state"][0]["scale"] = torch.full((1,), math.nan)
+    for state, named in [
+        (sgd.state_dict(), "groups"), (wrong_shape, "'2.weight' has momentum_buffer"),
+        (wrong_lr, "lr"), (one_group, "groups"), ({}, "param_groups"), (missing, "lacks.*momentum_buffer"),
+        (listed, "dict of tensors"), (scale, "scale of shape"), (nan, "no scale"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=named):
+            opt.load_state_dict(state)
+        after = opt.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for i, state_of in before["state"].items():
+            assert all(torch.equal(v, after["state"][i][k]) for k, v in state_of.items())
+
+
+@every
+def test_copies_and_pickles_go_on_alike(name: str) -> None:
+    model = network()
+    opt = MAKERS[name](quantopt.param_groups(model), lr=0.05)
+    train(model, opt, 3)
+    twin, twin_opt = copy.deepcopy((model, opt))
+    third, third_opt = pickle.loads(pickle.dumps((model, opt)))
+    for m, o in ((model, opt), (twin, twin_opt), (third, third_opt)):
+        train(m, o, 2, 3)
+    assert same(weights(model), weights(twin)) and same(weights(model), weights(third))

@@ -1,0 +1,155 @@
+"""Views of the weights, metrics, and the anneal that drives them."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantopt
+from optim_cases import MAKERS, every, network, same, train, weights
+from quantopt.reference import levels as grid
+
+# ---- views of the weights --------------------------------------------------------------------------------------
+
+
+@every
+def test_quantized_shows_levels_and_restores(name: str) -> None:
+    model = network()
+    opt = MAKERS[name](quantopt.param_groups(model, bits=1), lr=0.05)
+    train(model, opt, 3)
+    before = weights(model)
+    with opt.quantized():
+        for p in opt.param_groups[0]["params"]:
+            outer = grid.spread_over(opt.state[p]["scale"], p).expand_as(p)
+            torch.testing.assert_close(p.detach().abs(), outer)
+    assert same(weights(model), before)
+    with pytest.raises(RuntimeError, match="inside"), opt.quantized():
+        raise RuntimeError("inside")
+    assert same(weights(model), before)
+    with opt.latent():
+        p = opt.param_groups[0]["params"][0]
+        assert torch.equal(p.detach(), opt.state[p].get("latent", before[2]))
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
+@pytest.mark.parametrize("scale", ["none", "tensor", "channel", "group"])
+def test_quantization_is_the_projection(bits: int | str, scale: str) -> None:
+    model = network()
+    groups = quantopt.param_groups(model, bits=bits, scale=scale)
+    groups[0]["group_size"] = 7
+    opt = quantopt.AskewSGD(groups, lr=0.05)
+    train(model, opt, 2)
+    assert opt.quantization(opt.param_groups[1]["params"][0]) is None
+    for p in opt.param_groups[0]["params"]:
+        q = opt.quantization(p)
+        assert q is not None and q.codes.shape == p.shape and int(q.codes.max()) < q.levels
+        outer = grid.spread_over(q.outer, p, q.group_size)
+        with opt.quantized():
+            torch.testing.assert_close(
+                outer * (2 * q.codes.float() / (q.levels - 1) - 1), p.detach(), atol=1e-6, rtol=1e-5
+            )
+
+
+def test_metrics() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model), lr=0.05)
+    first = opt.metrics()
+    assert first[1] == {"bits": 0, "numel": sum(p.numel() for p in opt.param_groups[1]["params"])}
+    assert first[0]["sign_flips"] == 0 and first[0]["fraction_feasible"] == 1.0
+    p = opt.param_groups[0]["params"][0]
+    with torch.no_grad():
+        p[0, 0] = -p[0, 0]
+    second = opt.metrics()[0]
+    assert second["sign_flips"] == p[0, 0].numel()
+    opt.param_groups[0]["epsilon"] = 1e-6
+    assert opt.metrics()[0]["fraction_feasible"] < 0.5
+    with opt.quantized():
+        third = opt.metrics()[0]
+    assert third["fraction_feasible"] == 1.0 and third["distance"] < 1e-6 and third["sign_flips"] == 0
+    mean = [float(opt.state[p]["scale"]) * p.numel() for p in opt.param_groups[0]["params"]]
+    assert third["scale"] == pytest.approx(sum(mean) / third["numel"])
+
+
+# ---- anneal ----------------------------------------------------------------------------------------------------
+
+
+def annealed(opt: Any, total: int, key: str) -> list[float]:
+    anneal = quantopt.Anneal(opt, total)
+    values = [opt.param_groups[0][key]]
+    for _ in range(total):
+        anneal.step()
+        values.append(opt.param_groups[0][key])
+    anneal.step()  # beyond the end: stays
+    assert opt.param_groups[0][key] == values[-1]
+    return values
+
+
+def test_schedules_are_those_of_the_document() -> None:
+    p = [nn.Parameter(torch.randn(4, 4))]
+    e = annealed(quantopt.AskewSGD(p), 100, "epsilon")
+    assert e[:71] == [1.0] * 71 and e[100] == e[90] == pytest.approx((1 - 0.995**2) ** 2)
+    assert math.sqrt(1 - math.sqrt(e[80])) == pytest.approx(0.995 / 2)
+    e = annealed(quantopt.AskewSGD(p, memory=True), 100, "epsilon")
+    assert e[50] == 1.0 and e[51] < 1.0 and e[80] == 0.0 == e[100]
+    assert math.sqrt(1 - math.sqrt(e[65])) == pytest.approx(0.5)
+    k = annealed(quantopt.STAM(p), 100, "kappa")
+    assert k[0] == pytest.approx(0.01) and k[40] == pytest.approx(1.0) and k[79] < 100 and math.isinf(k[80])
+    k = annealed(quantopt.STAM(p, form="splitting"), 100, "kappa")
+    assert k[69] == 0.0 and k[70] == pytest.approx(1e-3) and k[94] < 1.0 and math.isinf(k[95])
+    k = annealed(quantopt.BinaryRelax(p), 100, "kappa")
+    assert k[0] == pytest.approx(1.0) and k[40] == pytest.approx(10.0) and math.isinf(k[80])
+    r = annealed(quantopt.ProxQuant(p, reg=0.01), 100, "reg_strength")
+    assert r[0] == pytest.approx(0.01) and r[49] == pytest.approx(0.5) and math.isinf(r[80])
+
+
+def test_schedules_take_settings() -> None:
+    p = [nn.Parameter(torch.randn(4, 4))]
+    opt: Any = quantopt.AskewSGD(p, memory=True)
+    anneal = quantopt.Anneal(opt, 10, hold=0.2, last=0.5)  # the end stays at 0.8
+    values = []
+    for _ in range(10):
+        anneal.step()
+        values.append(opt.param_groups[0]["epsilon"])
+    assert values[:2] == [1.0, 1.0] and values[2] < 1 and set(values[7:]) == {(1 - 0.5**2) ** 2}
+    opt = quantopt.STAM(p)
+    quantopt.Anneal(opt, 10, first=1.0)
+    assert opt.param_groups[0]["kappa"] == 1.0
+    opt = quantopt.ProxQuant(p)
+    anneal = quantopt.Anneal(opt, 10, end=0.1)
+    anneal.step()
+    assert math.isinf(opt.param_groups[0]["reg_strength"])
+    for bad in ({"hold": 0.9, "end": 0.9}, {"last": 1.5}):
+        with pytest.raises(ValueError, match="must be 0 <= hold < end <= 1"):
+            quantopt.Anneal(quantopt.AskewSGD(p), 10, **bad)
+    with pytest.raises(ValueError, match="must be 0 <= start < end <= 1 and 0 < first <= last < inf"):
+        quantopt.Anneal(quantopt.BinaryRelax(p), 10, first=0.0)
+    with pytest.raises(ValueError, match="must be 0 < end <= 1"):
+        quantopt.Anneal(quantopt.ProxQuant(p), 10, end=0.0)
+    with pytest.raises(ValueError, match=r"hold=0\.5: the schedule of STAM has end, first, last, start"):
+        quantopt.Anneal(quantopt.STAM(p), 10, hold=0.5)
+    with pytest.raises(ValueError, match=r"end=0\.5: the schedule of BinaryConnect has no settings"):
+        quantopt.Anneal(quantopt.BinaryConnect(p), 10, end=0.5)
+    with pytest.raises(ValueError, match="leave out schedule="):
+        quantopt.Anneal(quantopt.STAM(p), 10, quantopt.STAM(p).annealed, end=0.5)
+
+
+def test_anneal_takes_a_schedule_and_refuses_nonsense() -> None:
+    opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4, 4))])
+    anneal = quantopt.Anneal(
+        opt, 100, schedule=lambda group, step, total: {"epsilon": min(1.0, 0.5 ** (step // 10 - 2))}
+    )
+    values = []
+    for _ in range(50):
+        values.append(opt.param_groups[0]["epsilon"])
+        anneal.step()
+    assert values[29] == 1.0 and values[30] == 0.5 and values[40] == 0.25
+    for total in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="total_steps"):
+            quantopt.Anneal(opt, total)
+    with pytest.raises(TypeError, match="optimizer"):
+        quantopt.Anneal(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 10)
+    with pytest.raises(ValueError, match="state_dict"):
+        anneal.load_state_dict({"step": 3})
