@@ -7,13 +7,16 @@ A new rule adds its function and its line in :func:`step`; one that changes the 
 scale also a line in :func:`gradient` or :func:`point`. RULE is a name of quantopt.rules.RULES.
 """
 
+import functools
 from collections import namedtuple
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from quantopt.kernels.elements import read
+from quantopt.reference.levels import GAUSSIAN_STEP
 from quantopt.rules import HYPER
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -109,6 +112,15 @@ def with_sign_of(magnitude, x):
 def turned_by(s, x):
     """x, or -x where the sign bit of s is set."""
     return tl.where(s.to(tl.int32, bitcast=True) < 0, -x, x)
+
+
+LEVELS = (2, *GAUSSIAN_STEP)
+
+
+@functools.cache
+def level_factor(levels: int) -> float:
+    """hi / scale, multiplied in single precision as csrc/core does."""
+    return 1.0 if levels == 2 else float(torch.tensor((levels - 1) / 2) * torch.tensor(GAUSSIAN_STEP[levels]))
 
 
 class Grid(NamedTuple):

@@ -5,7 +5,6 @@ bases are in rules.py, tables in step_tables.py.
 """
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,14 @@ from torch import Tensor
 
 from quantopt.kernels.elements import read, stochastic_bfloat16, write
 from quantopt.kernels.rules import (
+    LEVELS,
     Grid,
     Numbers,
     Weights,
     derive_numbers_kernel,
     direction,
     gradient,
+    level_factor,
     load_numbers,
     load_tuple,
     make_grid,
@@ -32,7 +33,6 @@ from quantopt.kernels.step_tables import BLOCK, CHUNK, ROW_BLOCK, Row, Table, pl
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-GAUSSIAN_STEP = {2: 2.0, 3: 1.224, 4: 0.9957, 8: 0.5860, 16: 0.3352}  # as in csrc/core/levels.h
 ROW_WIDTH = tl.constexpr(len(Row._fields))
 LENGTH = tl.constexpr(Row._fields.index("length"))
 FIRST_PROGRAM = tl.constexpr(Row._fields.index("first_program"))
@@ -315,20 +315,14 @@ def finish_kernel(table_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl
 # ---- the op ------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def level_factor(levels: int) -> float:
-    """hi / scale, multiplied in single precision as the C++ kernels do."""
-    return float(torch.tensor((levels - 1) / 2) * torch.tensor(GAUSSIAN_STEP[levels]))
-
-
 def _check(record: StepRecord) -> None:
     rule = RULES.get(record.rule)
     if rule is None:
         raise ValueError(f"fused_step: unknown rule {record.rule!r}; use one of {list(RULES)}")
     if record.base not in BASES:
         raise ValueError(f"fused_step: unknown base {record.base!r}; use one of {BASES}")
-    if rule.quantised and record.levels not in GAUSSIAN_STEP:
-        raise ValueError(f"fused_step: levels must be one of {list(GAUSSIAN_STEP)}, not {record.levels}")
+    if rule.quantised and record.levels not in LEVELS:
+        raise ValueError(f"fused_step: levels must be one of {LEVELS}, not {record.levels}")
     if record.dynamic_scale and not rule.dynamic_scale:
         raise ValueError(f"fused_step: rule {record.rule!r} has no dynamic scale")
     adam = record.base == "adam"
@@ -430,14 +424,9 @@ def fused_step(record: StepRecord) -> None:
                 row_kernel, table, shared, ALIGNED=aligned, STEP=True, BLOCK=block, num_warps=_warps(block)
             )
         for aligned, table in plan.parts.items():
+            block = ROW_BLOCK
             _launch(
-                row_kernel,
-                table,
-                shared,
-                ALIGNED=aligned,
-                STEP=False,
-                BLOCK=ROW_BLOCK,
-                num_warps=_warps(ROW_BLOCK),
+                row_kernel, table, shared, ALIGNED=aligned, STEP=False, BLOCK=block, num_warps=_warps(block)
             )
         for table in plan.long.values():
             _launch(finish_kernel, table, {"found_inf_ptr": record.found_inf}, PART=ROW_BLOCK, BLOCK=BLOCK)
