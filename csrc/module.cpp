@@ -5,7 +5,7 @@
 
 #include <exception>
 
-#include "binary_call.h"
+#include "direct_call.h"
 #include "step_plan.h"
 
 namespace {
@@ -82,9 +82,9 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef methods[] = {
-    {"binary_linear", fast(quantopt::binary_linear_call), METH_FASTCALL,
-     "binary_linear(...) -> Tensor | None: the operator with all its arguments; None: torch.ops must call "
-     "it"},
+    {"binary_linear_direct", fast(quantopt::binary_linear_direct), METH_FASTCALL,
+     "binary_linear_direct(x, weight, compute, activation) -> Tensor | None: the operator's result; None: torch.ops "
+     "must call it"},
     {"holds", fast(holds), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
     {"same", fast(same), METH_FASTCALL,

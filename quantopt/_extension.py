@@ -16,7 +16,7 @@ holds: Any = None  # csrc/module.cpp
 same: Any = None
 plan_ready: Any = None
 plan_step: Any = None
-binary_linear: Any = None
+binary_linear_direct: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
 
@@ -27,7 +27,7 @@ else:
         _module = importlib.import_module("quantopt._C")
         holds, same = _module.holds, _module.same
         plan_ready, plan_step = _module.plan_ready, _module.plan_step
-        binary_linear = _module.binary_linear
+        binary_linear_direct = _module.binary_linear_direct
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
     except (ImportError, OSError) as exc:

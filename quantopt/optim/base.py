@@ -12,8 +12,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from quantopt import _extension
 from quantopt.backends import BACKENDS, choose
 from quantopt.levels import SCALES, Quantization, level_count
-from quantopt.ops.binary import pack_signs
 from quantopt.ops.step import HYPER, fused_step, hyper_tensor
+from quantopt.ops.weights import pack_signs
 from quantopt.reference import levels as grid
 from quantopt.reference.askew import t_star
 

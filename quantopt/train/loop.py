@@ -470,7 +470,11 @@ class Trainer:
                 grid = self.optimizer.optimizer.quantization(weight)  # type: ignore[attr-defined]
                 if grid is None:
                     continue
-                scale = grid.outer.reshape(-1, *[1] * (weight.dim() - 1)) if grid.outer.dim() == 1 else None
+                scale = (
+                    grid.max_level.reshape(-1, *[1] * (weight.dim() - 1))
+                    if grid.max_level.dim() == 1
+                    else None
+                )
                 values = weight if scale is None else weight / scale
             else:
                 values = weight / weight.std()
