@@ -20,7 +20,10 @@ from torch.nn import functional as F
 
 from conftest import force_isa, supported_isas
 from quantopt import _extension
-from quantopt.ops import binary as ops
+from quantopt.ops.inputs import ACTIVATIONS, COMPUTE
+from quantopt.ops.linear import binary_linear
+from quantopt.ops.tiles import conv_tiles
+from quantopt.ops.weights import pack_signs
 from quantopt.reference import binary as reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +75,7 @@ def convolve(
     size = [
         (q.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
-    tiles = ops.conv_tiles(ops.pack_signs(w.flatten(2)), channels, kernel)
+    tiles = conv_tiles(pack_signs(w.flatten(2)), channels, kernel)
     assert tiles is not None
     x = q.permute(0, 2, 3, 1).to(torch.bfloat16 if s is None else torch.int8).contiguous()
     groups = q.shape[1] // channels
@@ -93,7 +96,7 @@ def convolve(
         pointer(bias),
         pointer(x[..., group * channels :]),
         pointer(s),
-        ops.ACTIVATIONS.index(activation),
+        ACTIVATIONS.index(activation),
         pointer(y[..., group * outputs :]),
         ctypes.c_int64(cut),
     )
@@ -401,8 +404,8 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("the compiler does not know AMX")
     force_isa(monkeypatch, "amx")
     x, bits = torch.randn(8, 16), torch.zeros(4, 2, dtype=torch.uint8)
-    for compute in ops.COMPUTE:
+    for compute in COMPUTE:
         with pytest.raises(
             RuntimeError, match=r"QUANTOPT_CPU_ISA=amx (is not supported by this processor|needs)"
         ):
-            ops.binary_linear(x, bits, torch.ones(4), in_features=16, compute=compute)
+            binary_linear(x, bits, torch.ones(4), in_features=16, compute=compute)
