@@ -62,6 +62,8 @@ ISAS = {
 KERNELS = {
     "step": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_linear": ("portable", "avx2", "avx512", "avx512vnni"),
+    "binary_tiles": ("portable", "avx2", "avx512", "avx512vnni"),
+    "quantize": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_amx": ("amx",),
 }
@@ -342,7 +344,7 @@ class Sanitize(BuildQuantopt):
         self.build_temp = str(ROOT / "build" / "sanitize")
         with self.lock():
             self.cxx = find_cxx()
-            tiles = ROOT / "csrc/cpu/kernels/binary_amx.cpp"  # included by the driver that emulates them
+            tiles = ROOT / "csrc/cpu/kernels/binary_amx.cpp"  # included by the driver that emulates its registers
             self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), tiles]
             isas = self.usable_isas()
             tasks = [

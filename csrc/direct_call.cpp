@@ -1,6 +1,6 @@
-// Calls the operator through the dispatcher, as torch.ops does, but only where nothing but the CPU's kernel would run:
-// no mode, subclass, transform or gradient. Those tests rely on details of torch, which tests/test_direct_call.py holds
-// it to.
+// Calls the operator through the dispatcher, as torch.ops does, but only where nothing but the CPU's kernel
+// would run: no mode, subclass, transform or gradient. Those tests rely on details of torch, which
+// tests/test_direct_call.py holds it to.
 #include "direct_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -80,8 +80,8 @@ PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t
   }
   PyObject* fields[kFields];
   for (int i = 0; i < kFields; ++i) fields[i] = PyTuple_GET_ITEM(arguments[1], i);
-  if (!plain(arguments[0]) || !plain(fields[kBits]) || !plain(fields[kScale]) || !plain(fields[kBias], true) ||
-      !plain(fields[kTiles], true)) {
+  if (!plain(arguments[0]) || !plain(fields[kBits]) || !plain(fields[kScale]) ||
+      !plain(fields[kBias], true) || !plain(fields[kTiles], true)) {
     Py_RETURN_NONE;
   }
   const at::Tensor &x = THPVariable_Unpack(arguments[0]), &scale = THPVariable_Unpack(fields[kScale]);
@@ -93,7 +93,8 @@ PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t
   PyObject* const weights = fields[kPlaneWeights];
   if (differentiated || !kernel_type(x.scalar_type()) || scale.scalar_type() != at::kFloat ||
       !read(fields[kInFeatures], in_features) || !PyList_CheckExact(weights) ||
-      !read(fields[kGroupSize], group_size) || !read(arguments[2], compute) || !read(arguments[3], activation)) {
+      !read(fields[kGroupSize], group_size) || !read(arguments[2], compute) ||
+      !read(arguments[3], activation)) {
     Py_RETURN_NONE;
   }
   c10::SmallVector<int64_t, 8> plane_weights(static_cast<size_t>(PyList_GET_SIZE(weights)));
@@ -107,8 +108,8 @@ PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t
   {
     const WithoutGil no_gil;
     const at::AutoDispatchBelowAutograd no_gradients;
-    y = linear.call(x, THPVariable_Unpack(fields[kBits]), scale, bias, in_features, plane_weights, group_size, compute,
-                    tiles, activation);
+    y = linear.call(x, THPVariable_Unpack(fields[kBits]), scale, bias, in_features, plane_weights, group_size,
+                    compute, tiles, activation);
   }
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS

@@ -83,7 +83,8 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"binary_linear_direct", fast(quantopt::binary_linear_direct), METH_FASTCALL,
-     "binary_linear_direct(x, weight, compute, activation) -> Tensor | None: the operator's result; None: torch.ops "
+     "binary_linear_direct(x, weight, compute, activation) -> Tensor | None: the operator's result; None: "
+     "torch.ops "
      "must call it"},
     {"holds", fast(holds), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},

@@ -1,6 +1,6 @@
-"""The AMX kernels: their source run on the host with emulated tiles, what the compiler made of it, the way to them.
+"""The AMX kernels: their source run on the host with emulated registers, what the compiler made of it, the way to them.
 
-The emulation (csrc/cpu/kernels/amx_tile.h) follows the architecture's description of the instructions, and objects to
+The emulation (csrc/cpu/kernels/amx_registers.h) follows the architecture's description of the instructions, and objects to
 what the processor would refuse. Where the processor has AMX, tests/test_binary_*.py run the kernels themselves.
 """
 
@@ -126,7 +126,7 @@ def linear_case(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def test_linear(library: ctypes.CDLL) -> None:
-    """Rows in and around tiles of 16, pairs of them and blocks of 256; outputs around 16, 32 and 128; inputs around
+    """Rows in and around registers of 16, pairs of them and blocks of 256; outputs around 16, 32 and 128; inputs around
     words of 16, steps of 64, chunks of 256 and panels of 512."""
     shapes = list(itertools.product((8, 15, 16, 17, 31, 32, 33, 47, 64, 129), (1, 17, 32, 33), (70,)))
     shapes += list(itertools.product((9, 33), (15, 16, 31, 127, 128, 129, 161), (64,)))
@@ -232,7 +232,7 @@ def halves_case(m: int, n: int, k: int, planes: int = 1) -> tuple[Tensor, Tensor
     return torch.randn(m, k, 1, 1), torch.randn(planes, n, k, 1, 1), torch.rand(n) + 0.5, torch.randn(n)
 
 
-# Rows around tiles of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of 128;
+# Rows around registers of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of 128;
 # inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
 HALVES = [
     *itertools.product((8, 15, 16, 17, 31, 32, 33, 64, 129), (1, 17, 33), (70,)),
@@ -249,7 +249,7 @@ def test_bfloat16_linear(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("cut", range(10))
 def test_bfloat16_in_parts_is_the_same_bits(library: ctypes.CDLL, cut: int) -> None:
-    """As two threads divide it; and a row's sums depend on K alone, whatever rows and outputs share its tiles."""
+    """As two threads divide it; and a row's sums depend on K alone, whatever rows and outputs share its registers."""
     x, w, scale, bias = halves_case(257 + cut, 261, 330)
     whole = check_halves(library, x, w, scale, bias)
     assert torch.equal(convolve(library, x, None, w, scale, bias, cut=cut), whole)
@@ -331,11 +331,11 @@ def test_bfloat16_conv2d_in_groups_and_parts(library: ctypes.CDLL) -> None:
         assert bool(((y.double() - expected).abs() <= 2e-6 * size).all())
 
 
-def test_what_is_not_for_tiles(library: ctypes.CDLL) -> None:
+def test_what_is_not_for_amx(library: ctypes.CDLL) -> None:
     """Few rows, and levels that are not exact."""
     for m, plane_weights, s in ((7, (1,), None), (8, (128, 127, 2), None), (8, (127, 1), torch.ones(8))):
         x, w, *_ = halves_case(m, 5, 20, len(plane_weights))
-        with pytest.raises(AssertionError, match="not for tiles"):
+        with pytest.raises(AssertionError, match="not for AMX"):
             convolve(library, x, s, w, torch.ones(1), None, plane_weights)
 
 
@@ -360,7 +360,7 @@ def assembly() -> str:
 
 
 @pytest.mark.parametrize("product", ["tdpbssd", "tdpbf16ps"])
-def test_tiles_are_multiplied_two_by_two(assembly: str, product: str) -> None:
+def test_registers_are_multiplied_two_by_two(assembly: str, product: str) -> None:
     products = set(re.findall(rf"{product}\s+(%tmm\d),(%tmm\d),(%tmm\d)", assembly))  # weights, rows, sums
     assert products == {
         (f"%tmm{6 + half}", f"%tmm{4 + row}", f"%tmm{2 * row + half}") for row in (0, 1) for half in (0, 1)
