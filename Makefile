@@ -30,7 +30,7 @@ demo: env
 	$(PY) -m quantopt.train.demo
 
 test: env
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: env
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only

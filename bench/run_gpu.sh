@@ -70,7 +70,7 @@ if part build 80 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setup
   # -o addopts=: the options of pyproject.toml name plugins that may be absent here
   pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q -m gpu --continue-on-collection-errors)
   # A kernel whose warps wait for each other may never end: alone first, and turned off for the rest if it fails.
-  part tests-wgmma 25 "${pytest[@]}" tests/test_cuda_binary.py -k wgmma || export QUANTOPT_WGMMA=0
+  part tests-wgmma 25 "${pytest[@]}" tests/test_cuda_products_device.py -k wgmma || export QUANTOPT_WGMMA=0
   part tests 70 "${pytest[@]}" tests -k "not wgmma" --ignore-glob "tests/test_triton*"
   # Triton compiles a kernel for every case: those of `brief` alone, of which there is one of each kind
   part tests-triton 35 "${pytest[@]}" tests/test_triton*.py -m "gpu and brief"
@@ -79,7 +79,7 @@ if part build 80 env QUANTOPT_CUDA=1 QUANTOPT_CUDA_ARCHS="$arch" "$PYTHON" setup
   for check in memcheck racecheck; do
     tool_part "$check" 30 compute-sanitizer --tool "$check" --error-exitcode 1 "$PYTHON" bench/small_steps.py --brief
     tool_part "$check-gemm" 20 compute-sanitizer --tool "$check" --error-exitcode 1 \
-      "${pytest[@]}" tests/test_cuda_binary.py -k every_shape_on_the_device
+      "${pytest[@]}" tests/test_cuda_products_device.py -k every_shape_on_the_device
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
   TAIL=60 tool_part ncu 25 ncu --clock-control none -k 'regex:(step|row)_kernel' --metrics \

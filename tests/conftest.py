@@ -1,9 +1,13 @@
 """What the tests share: the markers, the forced instruction sets, reproducible random numbers."""
 
+import os
+from typing import Any
+
 import hypothesis
 import pytest
 import torch
 
+import cuda_host
 from quantopt import _extension
 
 # Timings differ too much between machines for a deadline; a failure must be the same on the next run.
@@ -18,6 +22,13 @@ def supported_isas() -> list[str]:
     if _extension.error is not None:
         return []
     return [isa for isa in ISAS if torch.ops.quantopt.cpu_isa_supported(isa)]
+
+
+def pytest_configure() -> None:
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # the workers share the processors; tests of threads set their number
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +54,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"{request.param} is not built or not supported by this processor")
     force_isa(monkeypatch, request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def host() -> Any:
+    """The operators of quantopt with the kernels of CUDA, emulated on the host."""
+    return cuda_host.load()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ the Triton kernels share."""
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -115,6 +116,9 @@ def moving_cases() -> Iterator[Case]:
     yield Case("alternating", 2, "momentum", "channel", moving_levels=True, found_inf=1.0)
 
 
+CASES = list(all_cases())
+
+
 @dataclasses.dataclass
 class Inputs:
     params: list[Tensor]
@@ -224,3 +228,20 @@ def check(case: Case, got: Inputs, before: Inputs) -> None:
         pairs = zip(got.params, before.params, strict=True)
         changed = [not torch.equal(ours.cpu(), old) for ours, old in pairs if ours.numel()]
         assert all(changed), "the step changed nothing"
+
+
+def same(ours: Inputs, expected: Inputs) -> bool:
+    pairs = zip(ours.changing(), expected.changing(), strict=True)
+    return all(torch.equal(got.cpu(), want) for got, want in pairs)
+
+
+def random_launches(count: int) -> Iterator[tuple[Case, list[tuple[int, ...]], int]]:
+    """Cases, shapes of a list, offsets in memory."""
+    choice = random.Random(0)
+    cases = [case for case in CASES if case.found_inf is None]
+    for _ in range(count):
+        shapes: list[tuple[int, ...]] = []
+        for _ in range(choice.randint(1, 12)):
+            rows = choice.choice([1, 2, 5, 64])
+            shapes.append((rows, choice.choice([1, 8, 27, 576, 1000, 4608]) if rows < 64 else 27))
+        yield choice.choice(cases), shapes, choice.choice([0, 0, 1, 4])

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conftest import force_isa, supported_isas
+from host_library import ROOT, shared_library
 from quantopt import _extension
 from quantopt.ops.inputs import ACTIVATIONS, COMPUTE
 from quantopt.ops.linear import binary_linear
@@ -26,7 +26,6 @@ from quantopt.ops.tiles import conv_tiles
 from quantopt.ops.weights import pack_signs
 from quantopt.reference import binary as reference
 
-ROOT = Path(__file__).resolve().parent.parent
 Convolve = Callable[..., Tensor]
 
 pytestmark = pytest.mark.skipif(
@@ -35,15 +34,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    path = tmp_path_factory.mktemp("amx_on_host") / "amx.so"
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-march=x86-64-v4", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(
-        [compiler, *flags, str(ROOT / "tests/amx_on_host/driver.cpp"), "-o", str(path)], check=True
-    )
+def library() -> ctypes.CDLL:
+    flags = ["-O2", "-march=x86-64-v4", "-Wno-psabi"]
+    path = shared_library("amx_on_host", {ROOT / "tests/amx_on_host/driver.cpp": flags})
     loaded = ctypes.CDLL(str(path))
     loaded.conv_on_host.restype = loaded.breach_on_host.restype = ctypes.c_char_p
     return loaded

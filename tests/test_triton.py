@@ -16,10 +16,10 @@ import torch
 
 import step_cases
 from quantopt import _extension
+from step_cases import CASES
 
 pytest.importorskip("triton")
 
-CASES = list(step_cases.all_cases())
 SHAPES = ((5, 13, 3), (129,), (0, 4), (2, 600))  # the interpreter is slow
 
 

@@ -1,4 +1,4 @@
-// The instructions of sm_90a that CUDA C++ has no name for, and tensor maps. tests/cuda_blocks_on_host has
+// The instructions of sm_90a that CUDA C++ has no name for, and tensor maps. tests/cuda_on_host has
 // the same functions for the host, as it has those of ptx.h.
 #pragma once
 

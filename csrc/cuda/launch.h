@@ -17,6 +17,7 @@ struct Launch {
 
 template <class... Arguments>
 cudaError_t launch(const Launch& how, void (*kernel)(Arguments...), const Arguments&... arguments) {
+  static_assert((sizeof(Arguments) + ...) <= 4096, "kernel arguments");  // the limit before CUDA 12.1
   constexpr size_t kShared = 48 << 10;  // what a kernel may have without asking
   if (how.shared > kShared) {
     const cudaError_t error =

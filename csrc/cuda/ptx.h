@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no name for. tests/cuda_blocks_on_host has the same functions for the
+// The instructions that CUDA C++ has no name for. tests/cuda_on_host has the same functions for the
 // host, after PTX's documentation: a test compiles the kernels with that header in place of this one.
 #pragma once
 

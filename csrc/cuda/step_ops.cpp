@@ -2,10 +2,10 @@
 #include "cuda/step_ops.h"
 
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include "cuda/step.h"
+#include "cuda/torch_cuda.h"
 #include "step_arguments.h"
 
 namespace quantopt {
@@ -75,8 +75,7 @@ void step_on_device(const StepOptions& options, const std::vector<StepSegment>& 
   inputs.moving_levels = moving_levels;
   inputs.device = device.index();
   const c10::DeviceGuard guard(device);
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  inputs.stream = stream.native_handle();
+  inputs.stream = current_stream(device);
   const auto count = static_cast<int64_t>(segments.size());
   at::Tensor workspace;  // of the caching allocator: what follows on this stream may have it back at once
   if (const int64_t bytes = cuda_step_workspace(segments.data(), count, moving_levels)) {

@@ -1,5 +1,4 @@
-// What the operators ask of torch that only its CUDA has; tests/cuda_blocks_on_host has the same for the
-// host.
+// What the operators ask of torch that only its CUDA has; tests/cuda_on_host has the same for the host.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,12 +10,17 @@
 
 namespace quantopt {
 
+// A cudaStream_t.
+inline void* current_stream(at::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
 // A device with its current stream.
 inline CudaPlace cuda_place(at::Device device) {
   CudaPlace place{};
   const char* error = describe_device(device.index(), place);
   TORCH_CHECK(error == nullptr, "quantopt: CUDA: ", error);
-  place.stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  place.stream = current_stream(device);
   return place;
 }
 

@@ -1,17 +1,19 @@
-// As much of CUDA as the step kernels of csrc/cuda need, on the host: the blocks of a launch run one after
-// the other, the threads of a block as coroutines that change at barriers. The indices, tables, tails,
-// alignment, barriers and reductions of the kernels are tested with it where there is no GPU. A __shared__
-// variable is one for all blocks.
+// The part of CUDA that the kernels of csrc/cuda need, on the host. The blocks of a launch, or its clusters
+// of blocks, run one after the other. The threads of a block are coroutines with separate stacks: each runs
+// from one barrier or warp-wide operation to the next. Dynamic shared memory is filled with nonsense before
+// every block and ends at a guard page; a __shared__ variable is one for all blocks. An asynchronous copy to
+// shared memory happens when its thread waits for it, as late as it may. Only x86-64.
 #pragma once
 
-#include <ucontext.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -27,10 +29,214 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
-  explicit dim3(unsigned width) : x(width) {}
+  explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline dim3 blockIdx, threadIdx;
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline dim3 blockIdx, threadIdx, blockDim, gridDim;
+
+using std::max;
 using std::min;
+inline float __uint_as_float(uint32_t x) {
+  float result;
+  std::memcpy(&result, &x, sizeof x);
+  return result;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t result;
+  std::memcpy(&result, &x, sizeof x);
+  return result;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+
+// ---- threads ----
+
+extern "C" void switch_stack(void** leave, void* enter);
+asm(R"(
+.text
+.weak switch_stack
+switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace emulator {
+
+constexpr size_t kStack = 128 << 10;
+constexpr int kCluster = 8, kThreads = 384 * kCluster;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "CUDA on the host: %s\n", what);
+  std::abort();
+}
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool inside;
+  int group;
+};
+
+struct Barrier {
+  int arrived = 0, generation = 0;
+};
+
+struct Thread {
+  uint8_t* stack = nullptr;
+  void* pointer = nullptr;
+  bool done = true;
+  std::vector<Copy> copies;
+  int group = 0;  // of copies, the one that is open
+};
+
+// A block of the cluster that runs; a block alone is a cluster of one.
+struct Block {
+  Barrier barrier;
+  int alive = 0;
+  uint8_t* memory = nullptr;  // dynamic shared
+  uint8_t* area = nullptr;    // where it lies
+};
+
+inline Thread threads[kThreads];  // of the blocks one after the other
+inline Block blocks[kCluster];
+inline void* scheduler;
+inline int current, size, alive;  // the thread that runs, threads of a block, threads left of the cluster
+inline Barrier of_cluster, of_warp[kThreads / 32];
+inline int64_t progress;
+inline bool backwards = false;  // the threads of a block run in the other order
+inline std::function<void()> body;
+
+inline Block& block() { return blocks[current / size]; }
+
+inline void yield() { switch_stack(&threads[current].pointer, scheduler); }
+
+// Waits for all `members`; the last to arrive calls `complete`.
+template <class Complete>
+void meet(Barrier& barrier, int members, const Complete& complete) {
+  if (++barrier.arrived == members) {
+    complete();
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++progress;
+    return;
+  }
+  const int generation = barrier.generation;
+  while (barrier.generation == generation) yield();
+}
+
+// What the lanes of a warp bring to an operation, and take from it.
+struct Lane {
+  uint32_t a[4], b[2], c[4];
+};
+inline Lane lanes[kThreads / 32][32];
+
+template <class Operation>
+Lane warp_operation(const Lane& mine, const Operation& operation) {
+  const int warp = current / 32;
+  if (size % 32 != 0) fail("a warp-wide operation in a block of broken warps");
+  lanes[warp][current % 32] = mine;
+  meet(of_warp[warp], 32, [&] { operation(lanes[warp]); });
+  return lanes[warp][current % 32];
+}
+
+inline void start() {
+  body();
+  threads[current].done = true;
+  --alive;
+  --block().alive;
+  ++progress;
+  if (block().barrier.arrived != 0 && block().barrier.arrived == block().alive) {
+    fail("threads left while others wait for them");
+  }
+  yield();
+}
+
+// `count` blocks from blockIdx on, side by side along z.
+inline void run_cluster(int threads_each, int count, size_t shared) {
+  size = threads_each;
+  alive = size * count;
+  of_cluster = {};
+  const size_t pages = (shared + 4095) / 4096 * 4096;
+  for (int b = 0; b < count; ++b) {
+    blocks[b] = {{}, size, nullptr, nullptr};
+    blocks[b].area = static_cast<uint8_t*>(
+        mmap(nullptr, pages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(blocks[b].area + pages, 4096, PROT_NONE);
+    blocks[b].memory = blocks[b].area + pages - shared;
+    std::memset(blocks[b].area, 0xFF, pages);
+  }
+  for (int i = 0; i < size * count; ++i) {
+    Thread& t = threads[i];
+    if (t.stack == nullptr) t.stack = static_cast<uint8_t*>(std::malloc(kStack));
+    auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(t.stack + kStack) / 16 * 16);
+    *--top = nullptr;  // where a call would have left its return address
+    *--top = reinterpret_cast<void*>(&start);
+    for (int r = 0; r < 6; ++r) *--top = nullptr;
+    t.pointer = top;
+    t.done = false;
+    t.copies.clear();
+    t.group = 0;
+    if (i % 32 == 0) of_warp[i / 32] = {};
+  }
+  const unsigned first = blockIdx.z;
+  while (alive > 0) {
+    const int64_t before = progress;
+    for (int i = 0; i < size * count; ++i) {
+      // Every other block runs its last thread first: a missing barrier shows.
+      const bool forward = (blockIdx.x % 2 == 0) != backwards;
+      current = forward ? i : size * count - 1 - i;
+      if (threads[current].done) continue;
+      threadIdx.x = static_cast<unsigned>(current % size);
+      blockIdx.z = first + static_cast<unsigned>(current / size);
+      switch_stack(&scheduler, threads[current].pointer);
+    }
+    if (progress == before) fail("the threads of a block wait for each other");
+  }
+  blockIdx.z = first;
+  for (int b = 0; b < count; ++b) munmap(blocks[b].area, pages + 4096);
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  emulator::meet(emulator::block().barrier, emulator::block().alive, [] {});
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  emulator::Lane lane{};
+  static_assert(sizeof value <= sizeof lane.a);
+  std::memcpy(lane.a, &value, sizeof value);
+  lane = emulator::warp_operation(lane, [mask](emulator::Lane* lanes) {
+    for (int i = 0; i < 32; ++i) std::memcpy(lanes[i].c, lanes[i ^ mask].a, sizeof value);
+  });
+  std::memcpy(&value, lane.c, sizeof value);
+  return value;
+}
+
+// ---- launching ----
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 struct CUstream_st;
@@ -38,127 +244,68 @@ using cudaStream_t = CUstream_st*;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  unsigned dynamicSmemBytes = 0;
-  cudaStream_t stream = nullptr;
-};
-
-// ---- the threads of a block
-
-inline bool backwards = false;  // the last thread runs first: a missing barrier shows
-
-struct Block {
-  static constexpr size_t kStack = 1 << 17;
-  enum class At { kRunning, kWarpBarrier, kBlockBarrier, kEnd };
-
-  explicit Block(unsigned count) : threads(count), stacks(new char[count * kStack]) {}
-
-  void run(const std::function<void()>& kernel) {
-    body = &kernel;
-    current = this;
-    for (unsigned i = 0; i < threads.size(); ++i) {
-      threads[i].at = At::kRunning;
-      getcontext(&threads[i].context);
-      threads[i].context.uc_stack = {stacks.get() + i * kStack, 0, kStack};
-      threads[i].context.uc_link = &scheduler;
-      makecontext(&threads[i].context, &Block::start, 0);
-    }
-    while (step()) {
-    }
-  }
-
-  // Runs every thread to its next barrier, then opens the barriers that all have reached.
-  bool step() {
-    bool any = false;
-    const auto count = static_cast<unsigned>(threads.size());
-    for (unsigned k = 0; k < count; ++k) {
-      const unsigned i = backwards ? count - 1 - k : k;
-      if (threads[i].at != At::kRunning) continue;
-      any = true;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &threads[i].context);
-      if (threads[i].at == At::kRunning) threads[i].at = At::kEnd;
-    }
-    const bool block_waits = all(0, count, At::kBlockBarrier);
-    for (unsigned warp = 0; warp < count; warp += 32) {
-      const unsigned end = std::min(count, warp + 32);
-      if (all(warp, end, At::kWarpBarrier)) open(warp, end);
-    }
-    if (block_waits) open(0, count);
-    if (!any && !all(0, count, At::kEnd)) {
-      std::fprintf(stderr, "threads wait for each other at different barriers\n");
-      std::abort();
-    }
-    return any;
-  }
-
-  void wait(At barrier) {
-    const unsigned i = threadIdx.x;
-    threads[i].at = barrier;
-    swapcontext(&threads[i].context, &scheduler);
-    threadIdx.x = i;
-  }
-
-  // All of these threads that have not ended wait here, and there are some.
-  bool all(unsigned begin, unsigned end, At place) const {
-    bool some = place == At::kEnd;
-    for (unsigned i = begin; i < end; ++i) {
-      if (threads[i].at == place)
-        some = true;
-      else if (threads[i].at != At::kEnd)
-        return false;
-    }
-    return some;
-  }
-
-  void open(unsigned begin, unsigned end) {
-    for (unsigned i = begin; i < end; ++i) {
-      if (threads[i].at != At::kEnd) threads[i].at = At::kRunning;
-    }
-  }
-
-  static void start() { (*current->body)(); }
-
-  struct Thread {
-    ucontext_t context;
-    At at = At::kEnd;
-    double given = 0.0;
-  };
-  static inline Block* current = nullptr;
-  std::vector<Thread> threads;
-  std::unique_ptr<char[]> stacks;
-  ucontext_t scheduler;
-  const std::function<void()>* body = nullptr;
-};
-
-inline void __syncthreads() { Block::current->wait(Block::At::kBlockBarrier); }
-
-inline double __shfl_xor_sync(unsigned, double x, int distance) {
-  Block& block = *Block::current;
-  block.threads[threadIdx.x].given = x;
-  block.wait(Block::At::kWarpBarrier);
-  const double got = block.threads[threadIdx.x ^ static_cast<unsigned>(distance)].given;
-  block.wait(Block::At::kWarpBarrier);
-  return got;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline size_t allowed_shared = 48 << 10, most_shared = 163 << 10;  // the latter of sm_80
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  if (static_cast<size_t>(bytes) > most_shared) return cudaErrorInvalidValue;
+  allowed_shared = static_cast<size_t>(bytes);
+  return cudaSuccess;
 }
 
-// ---- launches
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeClusterDimension
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
 
 inline int64_t launches = 0;
-inline unsigned blocks_from_the_end = ~0u;  // run only so many blocks of a launch, the last ones
+inline unsigned last_blocks = ~0u;  // of each launch so many run, along x
 
 template <class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments...),
                                const std::common_type_t<Arguments>&... arguments) {
-  const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
-  if (blocks == 0 || blocks > 0x7FFFFFFFu || threads == 0 || threads > 1024) return cudaErrorInvalidValue;
+  static_assert((sizeof(Arguments) + ...) <= 32764, "kernel arguments");
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  if (grid.x == 0 || grid.x > 0x7FFFFFFFu || grid.y == 0 || grid.y > 0xFFFFu || grid.z == 0 ||
+      grid.z > 0xFFFFu || block.x == 0 || block.x > 1024 || config->dynamicSmemBytes > allowed_shared) {
+    return cudaErrorInvalidValue;
+  }
+  allowed_shared = 48 << 10;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& size = config->attrs[i].val.clusterDim;
+    if (size.x != 1 || size.y != 1 || size.z > emulator::kCluster || grid.z % size.z != 0) {
+      return cudaErrorInvalidValue;
+    }
+    cluster = size.z;
+  }
+  if (block.x * cluster > emulator::kThreads) return cudaErrorInvalidValue;
   ++launches;
-  static Block block(threads);
-  const std::function<void()> body = [&] { kernel(arguments...); };
-  for (unsigned i = blocks > blocks_from_the_end ? blocks - blocks_from_the_end : 0; i < blocks; ++i) {
-    blockIdx.x = i;
-    block.run(body);
+  gridDim = grid;
+  blockDim = block;
+  emulator::body = [&] { kernel(arguments...); };
+  for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z += cluster) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      for (blockIdx.x = grid.x - min(grid.x, last_blocks); blockIdx.x < grid.x; ++blockIdx.x) {
+        emulator::run_cluster(static_cast<int>(block.x), static_cast<int>(cluster), config->dynamicSmemBytes);
+      }
+    }
   }
   return cudaSuccess;
 }
