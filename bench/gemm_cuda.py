@@ -59,7 +59,7 @@ class Product:
         self.outputs, self.inputs = outputs, inputs
         self.bits = pack_signs(torch.randn(outputs, inputs, device=DEVICE))
         self.scale = torch.rand(outputs, device=DEVICE) + 0.5
-        self.tiles = binary_tiles(self.bits, inputs)
+        self.weight = PackedWeight(self.bits, self.scale, None, inputs, [1])
         self.cache = second_level_cache()
 
     def copies(self, tensor: Tensor) -> list[Tensor]:
@@ -70,9 +70,7 @@ class Product:
     def check(self, name: str, y: Tensor, int8: bool) -> None:
         """Stops if a result is wrong; few rows are looked at, all outputs of each."""
         rows = torch.linspace(0, len(self.x) - 1, min(len(self.x), 40), device=DEVICE).long()
-        weight = reference.dense_weight(
-            PackedWeight(self.bits, self.scale, None, self.inputs, [1], 0), torch.float64
-        )
+        weight = reference.dense_weight(self.weight, torch.float64)
         expected = self.x[rows].double() @ weight.T
         error = float((y[rows].double() - expected).norm() / expected.norm())
         if not error <= (2e-2 if int8 else 5e-3):  # y is bfloat16
@@ -86,7 +84,7 @@ class Product:
 
         def call(i: int) -> Tensor:
             if kernel:
-                y: Tensor = torch.ops.quantopt.binary_linear_by(
+                y: Tensor = torch.ops.quantopt_by_kernel.binary_linear_by(
                     self.x, bits[i], self.scale, *head, kernel, shape, splits, 0, mode, tiles[i]
                 )
                 return y
@@ -100,13 +98,11 @@ class Product:
 
         bits = self.copies(self.bits)
         return len(bits), lambda i: kernels.binary_linear(
-            self.x, PackedWeight(bits[i], self.scale, None, self.inputs, [1], 0), mode, "none"
+            self.x, self.weight._replace(bits=bits[i]), mode, "none"
         )
 
     def torch_bf16(self) -> tuple[int, Function]:
-        weight = reference.dense_weight(
-            PackedWeight(self.bits, self.scale, None, self.inputs, [1], 0), torch.float32
-        ).bfloat16()
+        weight = reference.dense_weight(self.weight, torch.float32).bfloat16()
         weights = self.copies(weight)
         return len(weights), lambda i: F.linear(self.x, weights[i])
 
@@ -296,7 +292,7 @@ def dispatch(min_time: float) -> Iterator[dict[str, Any]]:
                             mode, "mma", shape, splits
                         )
             if m >= 32:
-                chosen["library"] = product.ours(mode, "library")
+                chosen["cublas"] = product.ours(mode, "cublas")
                 if hopper():
                     chosen["wgmma"] = product.ours(mode, "wgmma")
             for name, (_, function) in chosen.items():
@@ -331,7 +327,7 @@ def wgmma(min_time: float) -> Iterator[dict[str, Any]]:
     for m in WGMMA_INT8:
         product = Product(m, outputs, inputs)
         chosen = {"torch bf16": product.torch_bf16()}
-        others = ("library", *(("mma",) if m <= 256 else ()))
+        others = ("cublas", *(("mma",) if m <= 256 else ()))
         for mode in MODES:
             for kernel in ("wgmma", *others):
                 chosen[f"{kernel} {mode}"] = product.ours(mode, kernel)

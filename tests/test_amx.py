@@ -1,7 +1,7 @@
 """The AMX kernels: their source run on the host with emulated registers, what the compiler made of it, the way to them.
 
-The emulation (csrc/cpu/kernels/amx_registers.h) follows the architecture's description of the instructions, and objects to
-what the processor would refuse. Where the processor has AMX, tests/test_binary_*.py run the kernels themselves.
+The emulation (csrc/cpu/kernels/amx_registers.h) follows the architecture's description of the instructions, and objects
+to what the processor would refuse. Where the processor has AMX, tests/test_binary_*.py run the kernels themselves.
 """
 
 import ctypes
@@ -225,8 +225,8 @@ def halves_case(m: int, n: int, k: int, planes: int = 1) -> tuple[Tensor, Tensor
     return torch.randn(m, k, 1, 1), torch.randn(planes, n, k, 1, 1), torch.rand(n) + 0.5, torch.randn(n)
 
 
-# Rows around registers of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of 128;
-# inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
+# Rows around registers of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of
+# 128; inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
 HALVES = [
     *itertools.product((8, 15, 16, 17, 31, 32, 33, 64, 129), (1, 17, 33), (70,)),
     *itertools.product((9, 33), (15, 16, 31, 32, 127, 128, 129, 161), (40,)),

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from quantopt import _extension
@@ -459,3 +460,19 @@ def test_infinities_padding_and_zero_scales(isa: str, compute: str) -> None:
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
     else:  # one scale for the image
         assert y[1].isnan().all() and y[0].isfinite().all()
+
+
+@needs_extension
+def test_shapes_of_tiles() -> None:
+    """What torch.compile is told of them, and with them which convolutions take any."""
+    empty = set()
+    for outputs, channels, taps in itertools.product((1, 8, 33, 64), (1, 4, 16, 33), (1, 9)):
+        for groups, group_size, planes in itertools.product((1, 3), (0, 8, 16, 48), (1, 2)):
+            bits = torch.zeros(planes, outputs * groups, (channels * taps + 7) // 8, dtype=torch.uint8)
+            form = (channels, taps, groups, group_size)
+            tiles = torch.ops.quantopt.binary_conv_tiles(bits, *form)
+            with FakeTensorMode() as mode:
+                fake = torch.ops.quantopt.binary_conv_tiles(mode.from_tensor(bits), *form)
+            assert fake.shape == tiles.shape and fake.dtype == tiles.dtype
+            empty.add(tiles.numel() == 0)
+    assert empty == {False, True}

@@ -17,7 +17,9 @@ struct Launch {
 
 template <class... Arguments>
 cudaError_t launch(const Launch& how, void (*kernel)(Arguments...), const Arguments&... arguments) {
-  static_assert((sizeof(Arguments) + ...) <= 4096, "kernel arguments");  // the limit before CUDA 12.1
+  static_assert(
+      (sizeof(Arguments) + ...) + 16 * sizeof...(Arguments) <= (CUDART_VERSION >= 12010 ? 32764 : 4096),
+      "kernel arguments");
   constexpr size_t kShared = 48 << 10;  // what a kernel may have without asking
   if (how.shared > kShared) {
     const cudaError_t error =
@@ -44,6 +46,14 @@ cudaError_t launch(const Launch& how, void (*kernel)(Arguments...), const Argume
   config.attrs = attributes;
   config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// The error of start(), a launch on `device`, as text; null if there is none.
+template <class Start>
+const char* on_device(int device, const Start& start) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = start();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace quantopt

@@ -20,7 +20,7 @@ class BinaryModule(nn.Module):
     """Packed weights as buffers: bits, scale and bias are in the state_dict, the kernels' layout is derived from them.
 
     bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] where levels > 2. scale: fp32 [1] | [N] | [N, ceil(K/group_size)].
-    The layout is derived anew when a state_dict is loaded, the module moved or copied. It serves only the bits it comes
+    The layout is derived again when a state_dict is loaded, the module moved or copied. It serves only the bits it comes
     from: after writing to ``bits``, and with other bits (torch.func.functional_call), each call derives its own, which
     takes longer, until :meth:`prepare`; a program that torch.export saved always does. Writes that torch does not count
     (through ``bits.data``) are not seen.
@@ -176,7 +176,7 @@ class BinaryModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_buffers"] = {**self._buffers, "tiles": None}  # derived anew by __setstate__
+        state["_buffers"] = {**self._buffers, "tiles": None}  # derived again by __setstate__
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
