@@ -35,8 +35,8 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
   }
   BinaryArguments w;
   w.bits = check_bits(bits, in_features);
-  w.given_bits = bits;
-  if (tiles) w.tiles = *tiles;
+  w.given_bits = &bits;
+  w.tiles = tiles ? &*tiles : nullptr;
   w.outputs = w.bits.size(-2);
   w.inputs = in_features;
   w.group_size = group_size;

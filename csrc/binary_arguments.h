@@ -16,9 +16,9 @@ namespace quantopt {
 struct BinaryArguments {
   at::Tensor bits;
   at::Tensor scale;
-  at::Tensor bias;        // undefined: none
-  at::Tensor given_bits;  // as the caller passed them: those that tiles remember
-  at::Tensor tiles;       // undefined: none
+  at::Tensor bias;               // undefined: none
+  const at::Tensor* given_bits;  // as the caller passed them, who keeps them: those that tiles remember
+  const at::Tensor* tiles;       // of the caller, or null
   c10::SmallVector<int32_t, 8> plane_weights;
   int64_t outputs;
   int64_t inputs;

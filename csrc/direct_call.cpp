@@ -68,6 +68,8 @@ struct WithoutGil {
   PyThreadState* const state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
+// Multiply-adds of a product that is over before another thread would have run.
+constexpr int64_t kBrief = 1 << 14;
 
 }  // namespace
 
@@ -84,7 +86,8 @@ PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t
       !plain(fields[kBias], true) || !plain(fields[kTiles], true)) {
     Py_RETURN_NONE;
   }
-  const at::Tensor &x = THPVariable_Unpack(arguments[0]), &scale = THPVariable_Unpack(fields[kScale]);
+  const at::Tensor &x = THPVariable_Unpack(arguments[0]), &bits = THPVariable_Unpack(fields[kBits]),
+                   &scale = THPVariable_Unpack(fields[kScale]);
   const std::optional<at::Tensor> bias = optional_tensor(fields[kBias]);
   const bool differentiated =
       c10::GradMode::is_enabled() && (x.requires_grad() || (bias && bias->requires_grad()));
@@ -106,10 +109,11 @@ PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t
   const std::optional<at::Tensor> tiles = optional_tensor(fields[kTiles]);
   at::Tensor y;
   {
-    const WithoutGil no_gil;
+    const bool brief = bits.dim() > 1 && x.numel() * bits.size(-2) <= kBrief;
+    std::optional<WithoutGil> no_gil;
+    if (!brief) no_gil.emplace();
     const at::AutoDispatchBelowAutograd no_gradients;
-    y = linear.call(x, THPVariable_Unpack(fields[kBits]), scale, bias, in_features, plane_weights, group_size,
-                    compute, tiles, activation);
+    y = linear.call(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation);
   }
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS

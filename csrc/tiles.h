@@ -21,15 +21,15 @@ void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm&
 bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
 
 // `tiles` if they fit `bits`; else what derive() returns, for this call alone. Tiles that are not `size`
-// elements of `type` are an error; undefined ones, or of no elements, are none.
+// elements of `type` are an error; null, or of no elements, are none.
 template <class Derive>
-at::Tensor tiles_or_derived(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
+at::Tensor tiles_or_derived(const at::Tensor* tiles, const at::Tensor& bits, const TilesForm& form,
                             at::ScalarType type, int64_t size, const Derive& derive) {
-  if (!tiles.defined() || tiles.numel() == 0) return derive();
-  TORCH_CHECK_VALUE(tiles.device() == bits.device() && tiles.scalar_type() == type && tiles.is_contiguous() &&
-                        tiles.numel() == size,
+  if (tiles == nullptr || tiles->numel() == 0) return derive();
+  TORCH_CHECK_VALUE(tiles->device() == bits.device() && tiles->scalar_type() == type &&
+                        tiles->is_contiguous() && tiles->numel() == size,
                     "quantopt: tiles do not belong to these bits; derive them from the bits again");
-  return tiles_fit(tiles, bits, form) ? tiles : derive();
+  return tiles_fit(*tiles, bits, form) ? *tiles : derive();
 }
 
 }  // namespace quantopt

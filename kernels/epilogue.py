@@ -22,7 +22,7 @@ def epilogue(
     ONE_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """activation(sums * scale[n] * x_scale[m] + bias[n]), sums [rows of x, rows of W]; as csrc/cuda/binary_epilogue.h."""
+    """activation(sums * scale[n] * x_scale[m] + bias[n]), sums [rows of x, rows of W]."""
     y = y.to(tl.float32)
     factor = tl.full([1, 1], 1.0, tl.float32)
     if scale_ptr is not None:

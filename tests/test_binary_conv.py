@@ -86,7 +86,7 @@ def test_groups(isa: str, compute: str) -> None:
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 20])
 def test_scales_of_groups_of_weights(isa: str, compute: str, group_size: int) -> None:
-    """Groups that end within a kernel's positions, alone too in the last chunk; some are the library's."""
+    """Groups that end within a kernel's positions, alone too in the last chunk; some are run by ATen."""
     for channels, outputs, kernel, geometry in (
         (5, 65, (3, 3), {"padding": 1}),
         (33, 70, (3, 2), {"stride": (2, 1), "dilation": (1, 2), "padding": (2, 1)}),
@@ -163,7 +163,7 @@ def test_what_keeps_tiles_reads_them(isa: str) -> None:
 def test_far_apart(isa: str) -> None:
     """Kernel positions further apart than the image is high take no more memory than the image."""
     if isa == "portable":
-        pytest.skip("the library's convolution runs here")
+        pytest.skip("ATen's convolution runs here")
     far = 2**30
     x, bits = torch.randn(1, 16, 3, 4), pack_signs(torch.randn(32, 16 * 9))
     y = binary_conv2d(x, bits, torch.ones(1), kernel_size=3, padding=far, dilation=far, stride=far)
@@ -256,7 +256,7 @@ def test_threads_and_other_images_give_the_same_bits(isa: str, compute: str, gro
     scale = torch.rand(outputs, -(-channels * 9 // group_size)) if group_size else torch.rand(outputs)
     form = {"kernel_size": 3, "padding": 1, "compute": compute, "group_size": group_size, "tiles": tiles}
     if isa == "portable":
-        pytest.skip("the library's convolution runs here")
+        pytest.skip("ATen's convolution runs here")
     threads = torch.get_num_threads()
     for size in ((2, 2), (9, 7)):
         x = torch.randn(5, channels, *size)
@@ -294,7 +294,7 @@ def test_largest_sums_are_exact(isa: str, channels: int, mixed: bool) -> None:
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_activation(isa: str, activation: str, compute: str, dtype: torch.dtype) -> None:
-    """By the packed kernel, by the library's convolution, and of no channels at all: those of the product as it is."""
+    """By the packed kernel, by ATen's convolution, and of no channels at all: those of the product as it is."""
     apply = getattr(F, activation)
     x, w, bias = torch.randn(2, 20, 5, 6).to(dtype), torch.randn(37, 20, 3, 3), torch.randn(37)
     bits, scale = pack_signs(w.flatten(1)), torch.rand(37) / 13
@@ -364,7 +364,7 @@ def test_the_operator_itself_checks_sizes(change: dict[int, object], message: st
     """torch.ops.quantopt.binary_conv2d called directly must not read beyond its tensors."""
     bits = torch.zeros(4, 4, dtype=torch.uint8)
     if 12 in change and conv_tiles(bits, 3, (3, 3)) is None:
-        pytest.skip("this instruction set has no layout of its own")
+        pytest.skip("this instruction set has no tiles")
     arguments: list[object] = [torch.randn(1, 3, 9, 9), bits, torch.ones(4), None]
     arguments += [[3, 3], [1, 1], [0, 0], [1, 1], 1, [1], 0, "exact", None]
     for i, value in change.items():

@@ -41,7 +41,7 @@ def test_tiles_are_the_same_bits() -> None:
         bits = pack_signs(torch.randn(2, 170, k))
         tiles = torch.ops.quantopt.binary_tiles(bits, k)
         if tiles.numel() == 0:
-            pytest.skip("this instruction set has no layout of its own")
+            pytest.skip("this instruction set has no tiles")
         count = -(-k // 16)
         padded = torch.zeros(2, 192, 2 * count, dtype=torch.uint8)
         padded[:, :170, : bits.shape[2]] = bits
@@ -179,7 +179,7 @@ def test_foreign_tiles_are_refused() -> None:
     x, w, scale, _ = make(1, 40, 90)
     tiles = torch.ops.quantopt.binary_tiles(pack_signs(w), 90)
     if tiles.numel() == 0:
-        pytest.skip("this instruction set has no layout of its own")
+        pytest.skip("this instruction set has no tiles")
     with pytest.raises(ValueError, match="tiles do not belong"):
         torch.ops.quantopt.binary_linear(x, pack_signs(w), scale, None, 90, [1], 0, "exact", tiles[:, :1])
 

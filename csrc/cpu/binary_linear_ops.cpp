@@ -136,7 +136,7 @@ void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w
   p.activation = w.activation;
   at::Tensor layout;
   if (kernels.uses_tiles(p)) {
-    layout = tiles_or_derived(w.tiles, w.given_bits, linear_form(w.inputs), at::kShort,
+    layout = tiles_or_derived(w.tiles, *w.given_bits, linear_form(w.inputs), at::kShort,
                               tiles_size(p.planes, w.outputs, w.inputs),
                               [&] { return derive_tiles(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());

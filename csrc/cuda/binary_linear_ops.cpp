@@ -172,7 +172,7 @@ at::Tensor multiply(const at::Tensor& x, const BinaryArguments& a, const Forced&
     multiply_by_cublas(p, a, context);
     return y;
   }
-  const at::Tensor layout = tiles_or_derived(a.tiles, a.given_bits, {inputs, 1, 1}, at::kInt,
+  const at::Tensor layout = tiles_or_derived(a.tiles, *a.given_bits, {inputs, 1, 1}, at::kInt,
                                              w.planes * tile_plane_words(w.outputs, w.inputs),
                                              [&] { return make_tiles(a.bits, inputs, context); });
   w.tiles = reinterpret_cast<const uint32_t*>(layout.const_data_ptr<int32_t>());

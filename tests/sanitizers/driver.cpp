@@ -2,7 +2,7 @@
 // instruction set that this processor has (make sanitize). All memory is of exactly the size that the
 // interfaces promise, and aligned to no more than one element where sizes are odd. Products are checked
 // against plain loops in double, steps against the portable kernels, which must give the same bits. The
-// kernels for AMX run with emulated tiles. Exits with 1 on a wrong result; the sanitizers end the program
+// kernels for AMX run with emulated registers. Exits with 1 on a wrong result; the sanitizers end the program
 // themselves.
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
@@ -392,7 +392,7 @@ void check_convolutions(const Kernels& kernels) {
 }
 
 #ifdef QUANTOPT_HAVE_AMX
-// On emulated tiles: linear layers, which are convolutions of images of one pixel, and others.
+// On emulated registers: linear layers, which are convolutions of images of one pixel, and others.
 void check_tiles(const Kernels& kernels) {
   std::vector<ConvCase> cases = {
       {2, 5, 6, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
@@ -418,7 +418,7 @@ void check_tiles(const Kernels& kernels) {
       });
     }
   }
-  std::printf("amx: done, with emulated tiles\n");
+  std::printf("amx: done, with emulated registers\n");
 }
 #endif
 
