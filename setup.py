@@ -63,6 +63,8 @@ ISAS = {
 KERNELS = {
     "step": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_linear": ("portable", "avx2", "avx512", "avx512vnni"),
+    "binary_tiles": ("portable", "avx2", "avx512", "avx512vnni"),
+    "quantize": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_amx": ("amx",),
 }
@@ -346,13 +348,13 @@ class Sanitize(BuildQuantopt):
         self.build_temp = str(ROOT / "build" / "sanitize")
         with self.lock():
             self.cxx = find_cxx()
-            tiles = ROOT / "csrc/cpu/kernels/binary_amx.cpp"  # included by the driver that emulates them
-            self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), tiles]
+            emulated = ROOT / "csrc/cpu/kernels/binary_amx.cpp"  # part of tests/amx_on_host/driver.cpp
+            self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), emulated]
             isas = self.usable_isas()
             tasks = [
                 (source, target, [*command, *SANITIZER_FLAGS])
                 for source, target, command in self.kernel_tasks(isas)
-                if source != tiles
+                if source != emulated
             ]
             macros = [f"-DQUANTOPT_HAVE_{isa.upper()}" for isa in isas]
             command = [*self.cxx, *KERNEL_FLAGS, *SANITIZER_FLAGS, *macros, f"-I{ROOT / 'csrc'}"]
@@ -360,7 +362,7 @@ class Sanitize(BuildQuantopt):
                 tasks.append((source, Path(self.build_temp) / f"{source.stem}.o", command))
             if "amx" in isas:
                 source = ROOT / "tests/amx_on_host/driver.cpp"
-                tasks.append((source, Path(self.build_temp) / "tiles.o", [*command, *ISAS["amx"]]))
+                tasks.append((source, Path(self.build_temp) / "amx.o", [*command, *ISAS["amx"]]))
             with ThreadPoolExecutor(jobs()) as pool:
                 objects = list(pool.map(self.compile, tasks))
             program = str(Path(self.build_temp) / "driver")

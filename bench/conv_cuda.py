@@ -75,8 +75,7 @@ def contenders(layer: Layer, batch: int) -> dict[str, tuple[int, Callable[[int],
         "cuDNN bf16": (1, lambda _: F.conv2d(x, weight, None, conv.stride, conv.padding)),
     }
     if backends.choose("binary_conv2d", x.device, x.dtype).name == "cuda":
-        geometry = (packed.kernel_size, packed.stride, packed.padding, packed.dilation, 1, [1])
-        head = (x, packed.bits, packed.scale, None, *geometry)
+        head = (x, packed.bits, packed.scale, None, *packed.geometry, packed.plane_weights)
         result["Triton"] = (1, lambda _: torch.ops.quantopt.binary_conv2d_triton(*head, "int8", "none"))
     few = slice(0, 2)
     expected = F.conv2d(

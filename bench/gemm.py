@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import quantopt.nn as qnn
-from quantopt.ops import binary as ops
+from quantopt.ops.weights import pack_signs
 
 # Times faster than (int8, bf16, fp32) by mode and number of rows; None: only shown.
 TARGETS: dict[tuple[str, int], tuple[float | None, float | None, float | None]] = {
@@ -91,7 +91,7 @@ def grouped(size: int, rows: int, min_time: float, group: int = 64) -> list[dict
     for compute in ("exact", "int8"):
         layer = qnn.BinaryLinear(size, size, scale="group", group_size=group, compute=compute)
         layer.set_weights(
-            ops.pack_signs(linear.weight), linear.weight.abs().unflatten(1, (-1, group)).mean(2), linear.bias
+            pack_signs(linear.weight), linear.weight.abs().unflatten(1, (-1, group)).mean(2), linear.bias
         )
         check(layer, x)
         packed[compute] = layer

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantopt import backends
-from quantopt.ops import binary as ops
+from quantopt.ops.tiles import binary_tiles
+from quantopt.ops.weights import pack_signs, unpack_signs
+from quantopt.packed_weight import PackedWeight
 from quantopt.reference import binary as reference
 
 DEVICE = "cuda"
@@ -55,9 +57,9 @@ class Product:
     def __init__(self, m: int, outputs: int, inputs: int) -> None:
         self.x = torch.randn(m, inputs, device=DEVICE).bfloat16()
         self.outputs, self.inputs = outputs, inputs
-        self.bits = ops.pack_signs(torch.randn(outputs, inputs, device=DEVICE))
+        self.bits = pack_signs(torch.randn(outputs, inputs, device=DEVICE))
         self.scale = torch.rand(outputs, device=DEVICE) + 0.5
-        self.tiles = ops.binary_tiles(self.bits, inputs)
+        self.weight = PackedWeight(self.bits, self.scale, None, inputs, [1])
         self.cache = second_level_cache()
 
     def copies(self, tensor: Tensor) -> list[Tensor]:
@@ -68,7 +70,7 @@ class Product:
     def check(self, name: str, y: Tensor, int8: bool) -> None:
         """Stops if a result is wrong; few rows are looked at, all outputs of each."""
         rows = torch.linspace(0, len(self.x) - 1, min(len(self.x), 40), device=DEVICE).long()
-        weight = reference.dense_weight(self.bits, self.scale, self.inputs, [1], 0, torch.float64)
+        weight = reference.dense_weight(self.weight, torch.float64)
         expected = self.x[rows].double() @ weight.T
         error = float((y[rows].double() - expected).norm() / expected.norm())
         if not error <= (2e-2 if int8 else 5e-3):  # y is bfloat16
@@ -76,13 +78,13 @@ class Product:
 
     def ours(self, mode: str, kernel: str = "", shape: int = -1, splits: int = 1) -> tuple[int, Function]:
         bits = self.copies(self.bits)
-        tiles = [ops.binary_tiles(b, self.inputs) for b in bits]  # they serve the bits they come from
+        tiles = [binary_tiles(b, self.inputs) for b in bits]  # they serve the bits they come from
         count = len(bits)
         head = (None, self.inputs, [1])
 
         def call(i: int) -> Tensor:
             if kernel:
-                y: Tensor = torch.ops.quantopt.binary_linear_by(
+                y: Tensor = torch.ops.quantopt_by_kernel.binary_linear_by(
                     self.x, bits[i], self.scale, *head, kernel, shape, splits, 0, mode, tiles[i]
                 )
                 return y
@@ -96,17 +98,17 @@ class Product:
 
         bits = self.copies(self.bits)
         return len(bits), lambda i: kernels.binary_linear(
-            self.x, bits[i], self.scale, None, self.inputs, [1], 0, mode, "none"
+            self.x, self.weight._replace(bits=bits[i]), mode, "none"
         )
 
     def torch_bf16(self) -> tuple[int, Function]:
-        weight = reference.dense_weight(self.bits, self.scale, self.inputs, [1], 0, torch.float32).bfloat16()
+        weight = reference.dense_weight(self.weight, torch.float32).bfloat16()
         weights = self.copies(weight)
         return len(weights), lambda i: F.linear(self.x, weights[i])
 
     def torch_int8(self) -> tuple[int, Function]:
         """What torch offers: rows rounded by its operators, its int8 product (which wants 17 rows), scales."""
-        weights = self.copies(ops.unpack_signs(self.bits, self.inputs, torch.int8))
+        weights = self.copies(unpack_signs(self.bits, self.inputs, torch.int8))
         padded = F.pad(self.x, (0, 0, 0, max(0, 17 - len(self.x))))
 
         def call(i: int) -> Tensor:
@@ -121,7 +123,7 @@ class Product:
         """Its layer of one-bit weights: (q - 0.5) * 2 a."""
         module: Any = importlib.import_module("gemlite.helper")
         make = getattr(module, helper)(device="cuda:0")
-        codes = (ops.unpack_signs(self.bits, self.inputs, torch.int8) > 0).to(torch.uint8)
+        codes = (unpack_signs(self.bits, self.inputs, torch.int8) > 0).to(torch.uint8)
         scales = (2 * self.scale)[:, None].half()
         count = max(2, -(-3 * self.cache // self.bits.numel()))
         layers = [
@@ -290,7 +292,7 @@ def dispatch(min_time: float) -> Iterator[dict[str, Any]]:
                             mode, "mma", shape, splits
                         )
             if m >= 32:
-                chosen["library"] = product.ours(mode, "library")
+                chosen["cublas"] = product.ours(mode, "cublas")
                 if hopper():
                     chosen["wgmma"] = product.ours(mode, "wgmma")
             for name, (_, function) in chosen.items():
@@ -325,7 +327,7 @@ def wgmma(min_time: float) -> Iterator[dict[str, Any]]:
     for m in WGMMA_INT8:
         product = Product(m, outputs, inputs)
         chosen = {"torch bf16": product.torch_bf16()}
-        others = ("library", *(("mma",) if m <= 256 else ()))
+        others = ("cublas", *(("mma",) if m <= 256 else ()))
         for mode in MODES:
             for kernel in ("wgmma", *others):
                 chosen[f"{kernel} {mode}"] = product.ours(mode, kernel)

@@ -21,7 +21,7 @@ def test_linear(benchmark: BenchmarkFixture, which: str, rows: int) -> None:
         if which == "torch fp32":
             benchmark(linear, x)
         elif which == "reference":
-            benchmark(reference.binary_linear, x, layer.bits, layer.scale, layer.bias, 1024, [1])
+            benchmark(reference.binary_linear, x, layer.packed)
         else:
             y = benchmark(layer, x)
             expected = x @ layer.weight.T + layer.bias

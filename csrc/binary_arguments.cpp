@@ -1,6 +1,5 @@
 #include "binary_arguments.h"
 
-#include <c10/core/StorageImpl.h>
 #include <c10/util/Exception.h>
 
 #include <string>
@@ -12,56 +11,7 @@ namespace {
 // Sizes of rows are multiplied below; such bits do not exist.
 constexpr int64_t kMostInputs = int64_t{1} << 40;
 
-// The memory of tiles, and what they were derived from.
-struct Tied {
-  c10::DataPtr memory;
-  c10::Storage bits;
-  const void* data;
-  std::vector<int64_t> sizes, strides;
-  int64_t version, tiles_version;
-  TilesForm form;
-  at::Tensor weight;
-  std::vector<int64_t> plane_weights;
-};
-
-void delete_tied(void* tied) { delete static_cast<Tied*>(tied); }
-
 }  // namespace
-
-void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
-               const at::Tensor& weight, at::IntArrayRef plane_weights) {
-  // Inference tensors do not count what is written.
-  if (tiles.numel() == 0 || bits.is_inference() || tiles.is_inference()) return;
-  c10::StorageImpl* const storage = tiles.storage().unsafeGetStorageImpl();
-  void* const data = storage->mutable_data();
-  auto* const tied = new Tied{{},
-                              bits.storage(),
-                              bits.const_data_ptr(),
-                              bits.sizes().vec(),
-                              bits.strides().vec(),
-                              static_cast<int64_t>(bits._version()),
-                              static_cast<int64_t>(tiles._version()),
-                              form,
-                              weight,
-                              plane_weights.vec()};
-  tied->memory = storage->set_data_ptr({data, tied, &delete_tied, tiles.device()});
-}
-
-bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form) {
-  if (!tiles.has_storage() || !bits.has_storage() || bits.is_inference() || tiles.is_inference())
-    return false;
-  const auto* const tied = tiles.storage().data_ptr().cast_context<Tied>(&delete_tied);
-  return tied != nullptr && tied->form == form && tied->bits.is_alias_of(bits.storage()) &&
-         tied->data == bits.const_data_ptr() && tied->version == static_cast<int64_t>(bits._version()) &&
-         tied->tiles_version == static_cast<int64_t>(tiles._version()) &&
-         bits.sizes() == at::IntArrayRef(tied->sizes) && bits.strides() == at::IntArrayRef(tied->strides);
-}
-
-at::Tensor weight_of_tiles(const at::Tensor& tiles, at::IntArrayRef plane_weights) {
-  const auto* const tied = tiles.storage().data_ptr().cast_context<Tied>(&delete_tied);
-  return tied->weight.defined() && plane_weights == at::IntArrayRef(tied->plane_weights) ? tied->weight
-                                                                                         : at::Tensor();
-}
 
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
   TORCH_CHECK_VALUE(in_features >= 0 && in_features <= kMostInputs, "quantopt: in_features must be in 0..",
@@ -78,13 +28,15 @@ at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
 BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                              const std::optional<at::Tensor>& bias, int64_t in_features,
                              at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
-                             c10::string_view activation) {
+                             const std::optional<at::Tensor>& tiles, c10::string_view activation) {
   for (const at::Tensor* tensor : {&bits, &scale, bias ? &*bias : &scale}) {
     TORCH_CHECK_VALUE(tensor->device() == x.device(), "quantopt: bits, scale and bias must be on ",
                       x.device(), " like x, not on ", tensor->device());
   }
   BinaryArguments w;
   w.bits = check_bits(bits, in_features);
+  w.given_bits = &bits;
+  w.tiles = tiles ? &*tiles : nullptr;
   w.outputs = w.bits.size(-2);
   w.inputs = in_features;
   w.group_size = group_size;
@@ -135,11 +87,17 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
   return w;
 }
 
+void check_rows(const at::Tensor& x, const BinaryArguments& w) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == w.inputs, "quantopt: x must have in_features=", w.inputs,
+                    " as its last dimension, not shape ", x.sizes());
+}
+
 ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                          int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
-                         c10::string_view compute, c10::string_view activation) {
+                         c10::string_view compute, const std::optional<at::Tensor>& tiles,
+                         c10::string_view activation) {
   TORCH_CHECK_VALUE(x.dim() == 4, "quantopt: x must be [B, C, H, W], not ", x.sizes());
   const std::pair<const char*, at::IntArrayRef> pairs[] = {
       {"kernel_size", kernel}, {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
@@ -158,13 +116,18 @@ ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::
   TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, "quantopt: groups=", groups,
                     " does not divide the ", x.size(1), " channels of x");
   ConvArguments c;
+  c.groups = groups;
   c.channels = x.size(1) / groups;
   c.weights = check_binary(x, bits, scale, bias, c.channels * kernel[0] * kernel[1], plane_weights,
-                           group_size, compute, activation);
+                           group_size, compute, tiles, activation);
   TORCH_CHECK_VALUE(c.weights.outputs % groups == 0, "quantopt: groups=", groups, " does not divide the ",
                     c.weights.outputs, " output channels");
   c.outputs = c.weights.outputs / groups;
   for (int i = 0; i < 2; ++i) {
+    c.kernel[i] = kernel[i];
+    c.stride[i] = stride[i];
+    c.padding[i] = padding[i];
+    c.dilation[i] = dilation[i];
     const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
     TORCH_CHECK_VALUE(room >= 0, "quantopt: kernel_size=", kernel, " with dilation=", dilation,
                       " is larger than the padded image of x");

@@ -4,20 +4,21 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include "core/activation.h"
 
 namespace quantopt {
 
-// What binary_linear and binary_conv2d are given besides x: checked, dense and fp32.
+// The weights of binary_linear and binary_conv2d and their modes: checked, dense and fp32. The counterpart of
+// quantopt.packed_weight.PackedWeight.
 struct BinaryArguments {
   at::Tensor bits;
   at::Tensor scale;
-  at::Tensor bias;  // undefined: none
+  at::Tensor bias;               // undefined: none
+  const at::Tensor* given_bits;  // as the caller passed them, who keeps them: those that tiles remember
+  const at::Tensor* tiles;       // of the caller, or null
   c10::SmallVector<int32_t, 8> plane_weights;
   int64_t outputs;
   int64_t inputs;
@@ -46,36 +47,30 @@ inline at::Tensor rounded(const at::Tensor& x, const BinaryArguments& w) {
 at::Tensor check_bits(const at::Tensor& bits, int64_t in_features);
 inline int64_t planes_of(const at::Tensor& bits) { return bits.dim() == 2 ? 1 : bits.size(0); }
 
-// What a layout of bits for kernels was made for: the length of a row, kernel positions and groups.
-using TilesForm = std::array<int64_t, 3>;
-
-// Lets `tiles`, which were derived from `bits`, remember that: their storage holds that of the bits, so that
-// no other bits can take its place. A copy of tiles remembers nothing. `weight`: kept with them, W expanded.
-void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form,
-               const at::Tensor& weight = {}, at::IntArrayRef plane_weights = {});
-
-// Whether `tiles` were derived in this form from these very bits, and neither was written to since (in ways
-// that torch counts). Costs some nanoseconds, on any device.
-bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
-// The W that tiles which fit keep, if its planes weigh that much; else undefined.
-at::Tensor weight_of_tiles(const at::Tensor& tiles, at::IntArrayRef plane_weights);
-
 BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                              const std::optional<at::Tensor>& bias, int64_t in_features,
                              at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
-                             c10::string_view activation);
+                             const std::optional<at::Tensor>& tiles, c10::string_view activation);
 
-// The same for a convolution of x [B, C, H, W].
+// An error unless the last dimension of x is that of the weights.
+void check_rows(const at::Tensor& x, const BinaryArguments& w);
+
+// The arguments of a convolution of x [B, C, H, W].
 struct ConvArguments {
   BinaryArguments weights;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t groups;
   int64_t channels, outputs;  // of a group
   int64_t size[2];            // of y
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
 };
 ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                          int64_t groups, at::IntArrayRef plane_weights, int64_t group_size,
-                         c10::string_view compute, c10::string_view activation);
+                         c10::string_view compute, const std::optional<at::Tensor>& tiles,
+                         c10::string_view activation);
 // What binary_conv_tiles is called with.
 void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups);
 

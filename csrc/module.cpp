@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "binary_call.h"
 #include "core/base.h"
 #include "core/hyper.h"
 #include "core/rules.h"
+#include "direct_call.h"
 #include "step_plan.h"
 
 namespace py = pybind11;
@@ -67,9 +67,9 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef fast_functions[] = {
-    {"binary_linear", fast(quantopt::binary_linear_call), METH_FASTCALL,
-     "binary_linear(...) -> Tensor | None: the operator with all its arguments; None: torch.ops must call "
-     "it"},
+    {"binary_linear_direct", fast(quantopt::binary_linear_direct), METH_FASTCALL,
+     "binary_linear_direct(x, weight, compute, activation) -> Tensor | None: the operator's result; None: "
+     "torch.ops must call it"},
     {"holds", fast(holds), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
     {"same", fast(same), METH_FASTCALL,

@@ -1,5 +1,6 @@
-// The operators: every schema stands here, once. The implementations register themselves per device:
-// csrc/step_ops.cpp for both, csrc/binary_ops.cpp for the CPU, csrc/cuda/*.cpp for CUDA.
+// The schemas of all compiled operators. The implementations register themselves per device in
+// csrc/cpu/*_ops.cpp and csrc/cuda/*_ops.cpp, the step in csrc/step_ops.cpp; quantopt/ops/library.py has the
+// shapes of their results.
 #include <torch/library.h>
 
 #include <string>
@@ -36,7 +37,7 @@ TORCH_LIBRARY(quantopt, m) {
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   // y = activation(x W^T + b), W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact,
   // bf16, int8. activation: none, relu, gelu (by erf), silu. tiles: the result of binary_tiles, or None.
-  // Documented in quantopt/ops/binary.py.
+  // Documented in quantopt/ops/linear.py.
   m.def(
       "binary_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
       "plane_weights, "
@@ -47,23 +48,11 @@ TORCH_LIBRARY(quantopt, m) {
       "int[] padding, "
       "int[] dilation, int groups, int[] plane_weights, int group_size=0, str compute=\"exact\", Tensor? "
       "tiles=None, str activation=\"none\") -> Tensor");
-  // binary_linear by a kernel of csrc/cuda/binary_dispatch.h ("gemv", "mma", "library"), mma divided by one
-  // of its shapes into so many parts of K (shape=-1: as planned): for measurements and tests, on CUDA.
-  m.def(
-      "binary_linear_by(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] "
-      "plane_weights, str kernel, int shape=-1, int splits=1, "
-      "int group_size=0, str compute=\"exact\", Tensor? tiles=None, str activation=\"none\") -> Tensor");
-  // The order of bits that the kernels read: on the CPU int16 [P, size], on CUDA int32 [P, size]. They are
-  // taken in place of a new derivation only with the very bits they come from, as long as nothing is written
-  // to those.
+  // The order of bits that the kernels read: on the CPU int16 [P, size], on CUDA int32 [P, size]. They serve
+  // only the bits that they come from, as long as nothing is written to those (csrc/tiles.h).
   m.def("binary_tiles(Tensor bits, int in_features) -> Tensor");
-  // The same on CUDA, with memory for speed: they keep W expanded to dtype (int8, float16, bfloat16) for the
-  // products that the library multiplies.
-  m.def(
-      "binary_tiles_and_weight(Tensor bits, int in_features, int[] plane_weights, ScalarType dtype) -> "
-      "Tensor");
   // The same for a convolution with so many channels and outputs in each group, positions of the kernel and
-  // weights that share a scale (0: all of a row); empty where the library's convolution is faster.
+  // weights that share a scale (0: all of a row); empty where ATen's convolution is faster.
   m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups, int group_size=0) -> Tensor");
   // The instruction set that the CPU kernels use: QUANTOPT_CPU_ISA as it was when the library was loaded; an
   // error if that is unknown or unsupported.

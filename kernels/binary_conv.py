@@ -2,20 +2,21 @@
 
 An implicit product: the rows are the pixels of y, K = (r, s, c), x is read channels last. Where the kernel reaches over
 the border x is read as 0, and 0 times ±1 is 0. The bits are first put into the order in which a block reads them, one
-step of K after the other; int8 activations share one scale per image, as on the CPU. Splitting of K and what becomes of
-the sums: kernels/binary_linear.py.
+step of K after the other; int8 activations share one scale per image, as on the CPU. K is split as in
+kernels/binary_linear.py.
 """
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantopt.kernels.binary_linear import Config, add_up, config_for, finish, larger, splits_for
+from quantopt.kernels.binary_linear import Config, config_for, processors_of, splits_for
+from quantopt.kernels.epilogue import epilogue, epilogue_arguments, run_epilogue
+from quantopt.kernels.quantize import quantize_images
+from quantopt.packed_weight import ConvGeometry, PackedWeight
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def order_kernel(
     INPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The bits of each tap on their own, in blocks of INPUTS channels; those beyond the last are 0."""
+    """The bits tap by tap, in blocks of INPUTS channels; those beyond the last are 0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bytes_each: tl.constexpr = INPUTS // 8
     byte = at % bytes_each
@@ -54,41 +55,6 @@ def order_kernel(
     packed = tl.load(bits_ptr + source, mask=inside, other=0).to(tl.int32)
     ones = ((packed >> (k % 8).to(tl.int32)) & 1) << eight[None, :]
     tl.store(out_ptr + at, tl.reduce(ones, 1, either).to(tl.uint8), mask=at < count)
-
-
-@triton.jit
-def largest_kernel(x_ptr, parts_ptr, size, BLOCK: tl.constexpr):
-    """The largest magnitude in one part of an image. As integers they order like floats, infinities and NaN last."""
-    image, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    at = tl.arange(0, BLOCK)
-    largest = tl.full([BLOCK], 0, tl.int32)
-    for first in range(part * BLOCK, size, parts * BLOCK):
-        k = first + at
-        x = tl.load(x_ptr + image * size + k, mask=k < size, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.store(parts_ptr + image * parts + part, tl.reduce(largest, 0, larger))
-
-
-@triton.jit
-def quantize_image_kernel(x_ptr, q_ptr, scale_ptr, parts_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """An image: s = max|x| / 127, q = x / s rounded half to even; 0 and NaN for s as in csrc/core/quantize.h."""
-    image, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    each = tl.arange(0, PARTS)
-    most = tl.reduce(tl.load(parts_ptr + image * parts + each, mask=each < parts, other=0), 0, larger)
-    finite = most < 0x7F800000
-    s = tl.div_rn(most.to(tl.float32, bitcast=True), 127.0)
-    usable = finite & (s > 0.0)
-    divisor = tl.where(usable, s, 1.0)
-    at = tl.arange(0, BLOCK)
-    for first in range(part * BLOCK, size, parts * BLOCK):
-        k = first + at
-        x = tl.load(x_ptr + image * size + k, mask=k < size, other=0.0).to(tl.float32)
-        quotient = tl.div_rn(tl.where(usable, x, 0.0), divisor)
-        whole = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: no fraction is left
-        whole = tl.where(whole > 127.0, 127.0, tl.where(whole < -127.0, -127.0, whole))
-        tl.store(q_ptr + image * size + k, whole.to(tl.int8), mask=k < size)
-    if part == 0:
-        tl.store(scale_ptr + image, tl.where(finite, s, float("nan")))
 
 
 @triton.jit(do_not_specialize=["rows", "steps_each"])
@@ -128,9 +94,9 @@ def conv_kernel(
     INPUTS: tl.constexpr,
 ):
     # Blocks that follow each other share pixels.
-    tiles = (outputs + OUTPUTS - 1) // OUTPUTS
-    n = (tl.program_id(0) % tiles) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    across = (outputs + OUTPUTS - 1) // OUTPUTS
+    n = (tl.program_id(0) % across) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group, groups = tl.program_id(1), tl.num_programs(1)
     part = tl.program_id(2).to(tl.int64)
     image = m // (out_height * out_width)
@@ -178,7 +144,7 @@ def conv_kernel(
         tl.store(out_ptr + part * rows * all_outputs + where, sums, mask=mask)
     else:
         images = rows // (out_height * out_width)
-        y = finish(
+        y = epilogue(
             sums,
             scale_ptr,
             bias_ptr,
@@ -202,41 +168,15 @@ def block_for(rows: int, outputs: int, channels: int) -> Config:
     )
 
 
-def quantize_images(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(q of int8, s [images]); x is channels last. Several blocks share an image."""
-    images, size, block = x.shape[0], x[0].numel(), 1024
-    q = torch.empty_like(x, dtype=torch.int8)
-    s = torch.empty([images], dtype=torch.float32, device=x.device)
-    parts = max(1, min(256, triton.cdiv(size, 4 * block)))
-    largest = torch.empty([images, parts], dtype=torch.int32, device=x.device)
-    largest_kernel[(images, parts)](x, largest, size, BLOCK=block)
-    quantize_image_kernel[(images, parts)](
-        x, q, s, largest, size, PARTS=triton.next_power_of_2(parts), BLOCK=block
-    )
-    return q, s
-
-
 def binary_conv2d(
-    x: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    plane_weights: Sequence[int],
-    compute: str,
-    activation: str,
+    x: Tensor, weight: PackedWeight, geometry: ConvGeometry, compute: str, activation: str
 ) -> Tensor:
-    """The arguments of :func:`quantopt.binary_conv2d`, checked; x is [B, C, H, W]. No groups of weights."""
+    """:func:`quantopt.binary_conv2d` of checked arguments; x is [B, C, H, W]. No groups of weights."""
+    kernel, stride, padding, dilation, groups = geometry
     images, all_channels, height, width = x.shape
-    all_outputs, channels = bits.shape[-2], all_channels // groups
-    outputs, taps = all_outputs // groups, kernel[0] * kernel[1]
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    all_outputs, channels = weight.outputs, all_channels // groups
+    outputs, taps = all_outputs // groups, geometry.taps
+    size = geometry.output_size(x)
     y = torch.empty(
         [images, all_outputs, *size], dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -245,12 +185,7 @@ def binary_conv2d(
     rows = images * size[0] * size[1]
     # Triton launches on the current device.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        arguments: dict[str, Any] = {
-            "scale_ptr": scale.contiguous(),
-            "bias_ptr": None if bias is None else bias.float().contiguous(),
-            "x_scale_ptr": None,
-        }
-        meta = {"ONE_SCALE": scale.numel() == 1, "ACTIVATION": activation}
+        arguments = epilogue_arguments(weight, activation)
         values = x.to(torch.bfloat16) if compute == "bf16" else x
         values = values.contiguous(memory_format=torch.channels_last)
         if compute == "int8" and x.numel() > 0:
@@ -259,32 +194,31 @@ def binary_conv2d(
         blocks = triton.cdiv(channels, config.inputs)
         steps = taps * blocks
         ordered = torch.empty(
-            [len(plane_weights), groups, steps, outputs, config.inputs // 8],
+            [weight.planes, groups, steps, outputs, config.inputs // 8],
             dtype=torch.uint8,
             device=x.device,
         )
         if ordered.numel() > 0:
             block = 256
             order_kernel[(triton.cdiv(ordered.numel(), block),)](
-                bits.contiguous(),
+                weight.bits.contiguous(),
                 ordered,
                 ordered.numel(),
                 outputs,
                 channels,
                 taps,
                 steps,
-                bits.shape[-1],
+                weight.bits.shape[-1],
                 INPUTS=config.inputs,
                 BLOCK=block,
             )
-        tiles = triton.cdiv(outputs, config.outputs) * triton.cdiv(rows, config.rows)
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-        splits = splits_for(tiles * groups, steps, processors) if steps > 0 else 1
+        pieces = triton.cdiv(outputs, config.outputs) * triton.cdiv(rows, config.rows)
+        splits = splits_for(pieces * groups, steps, processors_of(x.device)) if steps > 0 else 1
         sums = y
         if splits > 1:
             whole = torch.int32 if compute == "int8" else torch.float32
             sums = torch.empty([splits, rows, all_outputs], dtype=whole, device=x.device)
-        conv_kernel[(tiles, groups, splits)](
+        conv_kernel[(pieces, groups, splits)](
             x_ptr=values,
             bits_ptr=ordered,
             out_ptr=sums,
@@ -307,7 +241,7 @@ def binary_conv2d(
             steps=steps,
             blocks=blocks,
             steps_each=triton.cdiv(steps, splits),
-            PLANE_WEIGHTS=tuple(plane_weights),
+            PLANE_WEIGHTS=tuple(weight.plane_weights),
             INT8=values.dtype == torch.int8,
             PARTIAL=splits > 1,
             ROWS=config.rows,
@@ -315,11 +249,10 @@ def binary_conv2d(
             INPUTS=config.inputs,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            # As in binary_linear: kept apart, scale and bias give the bits of the CPU.
+            # As in binary_linear: not fused with the sum, scale and bias give the bits of the CPU.
             enable_fp_fusion=values.dtype == torch.float32,
             **arguments,
-            **meta,
         )
         if splits > 1:
-            add_up(sums, y, arguments, meta, rows_of_scale=size[0] * size[1])
+            run_epilogue(sums, y, arguments, rows_of_scale=size[0] * size[1])
     return y

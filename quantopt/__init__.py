@@ -3,7 +3,9 @@
 from quantopt import nn, optim
 from quantopt._version import __version__
 from quantopt.backends import BackendError
-from quantopt.ops.binary import binary_conv2d, binary_linear, pack_signs, unpack_signs
+from quantopt.ops.conv2d import binary_conv2d
+from quantopt.ops.linear import binary_linear
+from quantopt.ops.weights import pack_signs, unpack_signs
 from quantopt.optim import *  # noqa: F403
 from quantopt.packing import load, pack, save
 

@@ -15,7 +15,7 @@ error: str | None = None
 StepPlan: Any = None  # csrc/module.cpp
 holds: Any = None
 same: Any = None
-binary_linear: Any = None
+binary_linear_direct: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
 
@@ -25,7 +25,7 @@ else:
     try:
         _module = importlib.import_module("quantopt._C")
         StepPlan, holds, same = _module.StepPlan, _module.holds, _module.same
-        binary_linear = _module.binary_linear
+        binary_linear_direct = _module.binary_linear_direct
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
     except (ImportError, OSError) as exc:

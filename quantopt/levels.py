@@ -20,13 +20,13 @@ def level_count(bits: int | str) -> int:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A weight on its grid: level = outer * (2 * code / (levels - 1) - 1).
+    """A weight on its grid: level = max_level * (2 * code / (levels - 1) - 1).
 
-    levels: K. codes: uint8, the weight's shape, in 0..K-1. outer: float32 outer levels, shape [1] (per tensor),
-    [rows], or [rows, ceil(elements per row / group_size)]; rows are dim 0. group_size: 0 unless per group.
+    levels: K. codes: uint8, the weight's shape, in 0..K-1. max_level: float32, the largest level, shape [1] (per
+    tensor), [rows], or [rows, ceil(elements per row / group_size)]; rows are dim 0. group_size: 0 unless per group.
     """
 
     levels: int
     codes: Tensor
-    outer: Tensor
+    max_level: Tensor
     group_size: int

@@ -20,7 +20,7 @@ def load() -> Any:
     folder = ROOT / "tests/cuda_on_host"
     with_torch = ["-O0", "-g0", *(f"-I{path}" for path in include_paths())]
     device = ["-O2", "-w", "-DQUANTOPT_HAVE_SM90A", "-x", "c++"]
-    hosts = [folder / "driver.cpp", *sorted((ROOT / "csrc").glob("*_arguments.cpp"))]
+    hosts = [folder / "driver.cpp", *sorted((ROOT / "csrc").glob("*_arguments.cpp")), ROOT / "csrc/tiles.cpp"]
     kernels = [
         path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem not in ("device", "step_rule")
     ]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from cuda_host import placing
-from quantopt.ops import binary as ops
+from quantopt.ops.weights import pack_signs
+from quantopt.packed_weight import ConvGeometry, PackedWeight
 from quantopt.reference import binary as reference
 
-KERNELS = ("gemv", "mma", "library", "wgmma")
+KERNELS = ("gemv", "mma", "cublas", "wgmma")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
     (8, 32, 1024),
@@ -44,7 +45,7 @@ class LinearCase:
         self.x = torch.randn(m, k).to(dtype) if x is None else x
         self.int8, self.group, self.activation, self.k = int8, group, activation, k
         self.plane_weights = list(plane_weights)
-        self.bits = ops.pack_signs(torch.randn(len(self.plane_weights), n, k))
+        self.bits = pack_signs(torch.randn(len(self.plane_weights), n, k))
         if k % 8:
             self.bits[..., -1] |= (0xFF << (k % 8)) & 0xFF  # bits beyond K must not matter
         shape = [n, -(-k // group)] if group else [1 if one_scale else n]
@@ -72,10 +73,15 @@ class LinearCase:
             if not kernel:
                 y = host.binary_linear(x, bits, scale, bias, self.k, self.plane_weights, *tail)
             else:
-                y = host.binary_linear_by(
+                by_kernel = torch.ops.quantopt_by_kernel if host is torch.ops.quantopt else host
+                y = by_kernel.binary_linear_by(
                     x, bits, scale, bias, self.k, self.plane_weights, kernel, shape, splits, *tail
                 )
         return y.cpu().clone()
+
+    @property
+    def weight(self) -> PackedWeight:
+        return PackedWeight(self.bits, self.scale, self.bias, self.k, self.plane_weights, self.group)
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """y in float64, and the sum of the magnitudes."""
@@ -83,9 +89,7 @@ class LinearCase:
         if self.int8:
             q, s = reference.quantize_rows(x.float())
             x = q.double() * s.double()
-        weight = reference.dense_weight(
-            self.bits, self.scale, self.k, self.plane_weights, self.group, torch.float64
-        )
+        weight = reference.dense_weight(self.weight, torch.float64)
         y, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
         if self.bias is not None:
             y, size = y + self.bias.double(), size + self.bias.double().abs()
@@ -101,9 +105,7 @@ class LinearCase:
     def check_bits(self, y: Tensor) -> None:
         """Whole sums: the reference's bits."""
         assert self.int8 and not self.group
-        expected = reference.binary_linear(
-            self.x, self.bits, self.scale, self.bias, self.k, self.plane_weights, 0, "int8"
-        )
+        expected = reference.binary_linear(self.x, self.weight, "int8")
         assert torch.equal(y, expected)
 
 
@@ -131,10 +133,11 @@ class ConvCase:
         if channels_last:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
         self.channels, self.taps = shape[1] // groups, kernel[0] * kernel[1]
-        self.form = (kernel, stride, padding, dilation, groups, list(plane_weights))
+        self.geometry = ConvGeometry(kernel, stride, padding, dilation, groups)
+        self.form = (*self.geometry, list(plane_weights))
         self.int8, self.activation = int8, activation
         k = self.channels * self.taps
-        self.bits = ops.pack_signs(torch.randn(len(plane_weights), outputs, k))
+        self.bits = pack_signs(torch.randn(len(plane_weights), outputs, k))
         if k % 8:
             self.bits[..., -1] |= (0xFF << (k % 8)) & 0xFF  # bits beyond K must not matter
         self.scale = torch.rand(outputs) + 0.5
@@ -161,7 +164,8 @@ class ConvCase:
 
     def check(self, y: Tensor) -> None:
         def result(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, weights: Any) -> Tensor:
-            return reference.binary_conv2d(x, bits, scale, bias, *self.form[:5], weights, 0, compute)
+            weight = PackedWeight(bits, scale, bias, self.channels * self.taps, weights)
+            return reference.binary_conv2d(x, weight, self.geometry, compute)
 
         compute = "int8" if self.int8 else "exact"
         bias = None if self.bias is None else self.bias.double()
@@ -184,7 +188,8 @@ class ConvCase:
         """Whole sums, then one rounding for the scales, the product, the bias and the type each."""
         q, s = reference.quantize_rows(self.x.float().flatten(1))
         one = torch.ones(1, dtype=torch.float64)
-        sums = reference.binary_conv2d(q.double().view(self.x.shape), self.bits, one, None, *self.form)
+        weight = PackedWeight(self.bits, one, None, self.channels * self.taps, self.form[5])
+        sums = reference.binary_conv2d(q.double().view(self.x.shape), weight, self.geometry)
         expected = sums.float() * (self.scale.view(1, -1, 1, 1) * s.view(-1, 1, 1, 1))
         if self.bias is not None:
             expected = expected + self.bias.view(1, -1, 1, 1)

@@ -1,7 +1,7 @@
-"""The AMX kernels: their source run on the host with emulated tiles, what the compiler made of it, the way to them.
+"""The AMX kernels: their source run on the host with emulated registers, what the compiler made of it, the way to them.
 
-The emulation (csrc/cpu/kernels/amx_tile.h) follows the architecture's description of the instructions, and objects to
-what the processor would refuse. Where the processor has AMX, tests/test_binary_*.py run the kernels themselves.
+The emulation (csrc/cpu/kernels/amx_registers.h) follows the architecture's description of the instructions, and objects
+to what the processor would refuse. Where the processor has AMX, tests/test_binary_*.py run the kernels themselves.
 """
 
 import ctypes
@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from conftest import force_isa, supported_isas
 from host_library import ROOT, shared_library
 from quantopt import _extension
-from quantopt.ops import binary as ops
+from quantopt.ops.inputs import ACTIVATIONS, COMPUTE
+from quantopt.ops.linear import binary_linear
+from quantopt.ops.tiles import conv_tiles
+from quantopt.ops.weights import pack_signs
 from quantopt.reference import binary as reference
 
 Convolve = Callable[..., Tensor]
@@ -65,7 +68,7 @@ def convolve(
     size = [
         (q.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
-    tiles = ops.conv_tiles(ops.pack_signs(w.flatten(2)), channels, kernel)
+    tiles = conv_tiles(pack_signs(w.flatten(2)), channels, kernel)
     assert tiles is not None
     x = q.permute(0, 2, 3, 1).to(torch.bfloat16 if s is None else torch.int8).contiguous()
     groups = q.shape[1] // channels
@@ -86,7 +89,7 @@ def convolve(
         pointer(bias),
         pointer(x[..., group * channels :]),
         pointer(s),
-        ops.ACTIVATIONS.index(activation),
+        ACTIVATIONS.index(activation),
         pointer(y[..., group * outputs :]),
         ctypes.c_int64(cut),
     )
@@ -116,7 +119,7 @@ def linear_case(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def test_linear(library: ctypes.CDLL) -> None:
-    """Rows in and around tiles of 16, pairs of them and blocks of 256; outputs around 16, 32 and 128; inputs around
+    """Rows in and around registers of 16, pairs of them and blocks of 256; outputs around 16, 32 and 128; inputs around
     words of 16, steps of 64, chunks of 256 and panels of 512."""
     shapes = list(itertools.product((8, 15, 16, 17, 31, 32, 33, 47, 64, 129), (1, 17, 32, 33), (70,)))
     shapes += list(itertools.product((9, 33), (15, 16, 31, 127, 128, 129, 161), (64,)))
@@ -222,8 +225,8 @@ def halves_case(m: int, n: int, k: int, planes: int = 1) -> tuple[Tensor, Tensor
     return torch.randn(m, k, 1, 1), torch.randn(planes, n, k, 1, 1), torch.rand(n) + 0.5, torch.randn(n)
 
 
-# Rows around tiles of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of 128;
-# inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
+# Rows around registers of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of
+# 128; inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
 HALVES = [
     *itertools.product((8, 15, 16, 17, 31, 32, 33, 64, 129), (1, 17, 33), (70,)),
     *itertools.product((9, 33), (15, 16, 31, 32, 127, 128, 129, 161), (40,)),
@@ -239,7 +242,7 @@ def test_bfloat16_linear(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("cut", range(10))
 def test_bfloat16_in_parts_is_the_same_bits(library: ctypes.CDLL, cut: int) -> None:
-    """As two threads divide it; and a row's sums depend on K alone, whatever rows and outputs share its tiles."""
+    """As two threads divide it; and a row's sums depend on K alone, whatever rows and outputs share its registers."""
     x, w, scale, bias = halves_case(257 + cut, 261, 330)
     whole = check_halves(library, x, w, scale, bias)
     assert torch.equal(convolve(library, x, None, w, scale, bias, cut=cut), whole)
@@ -321,11 +324,11 @@ def test_bfloat16_conv2d_in_groups_and_parts(library: ctypes.CDLL) -> None:
         assert bool(((y.double() - expected).abs() <= 2e-6 * size).all())
 
 
-def test_what_is_not_for_tiles(library: ctypes.CDLL) -> None:
+def test_what_is_not_for_amx(library: ctypes.CDLL) -> None:
     """Few rows, and levels that are not exact."""
     for m, plane_weights, s in ((7, (1,), None), (8, (128, 127, 2), None), (8, (127, 1), torch.ones(8))):
         x, w, *_ = halves_case(m, 5, 20, len(plane_weights))
-        with pytest.raises(AssertionError, match="not for tiles"):
+        with pytest.raises(AssertionError, match="not for AMX"):
             convolve(library, x, s, w, torch.ones(1), None, plane_weights)
 
 
@@ -350,7 +353,7 @@ def assembly() -> str:
 
 
 @pytest.mark.parametrize("product", ["tdpbssd", "tdpbf16ps"])
-def test_tiles_are_multiplied_two_by_two(assembly: str, product: str) -> None:
+def test_registers_are_multiplied_two_by_two(assembly: str, product: str) -> None:
     products = set(re.findall(rf"{product}\s+(%tmm\d),(%tmm\d),(%tmm\d)", assembly))  # weights, rows, sums
     assert products == {
         (f"%tmm{6 + half}", f"%tmm{4 + row}", f"%tmm{2 * row + half}") for row in (0, 1) for half in (0, 1)
@@ -394,8 +397,8 @@ def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("the compiler does not know AMX")
     force_isa(monkeypatch, "amx")
     x, bits = torch.randn(8, 16), torch.zeros(4, 2, dtype=torch.uint8)
-    for compute in ops.COMPUTE:
+    for compute in COMPUTE:
         with pytest.raises(
             RuntimeError, match=r"QUANTOPT_CPU_ISA=amx (is not supported by this processor|needs)"
         ):
-            ops.binary_linear(x, bits, torch.ones(4), in_features=16, compute=compute)
+            binary_linear(x, bits, torch.ones(4), in_features=16, compute=compute)

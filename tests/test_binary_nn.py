@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import force_isa
 from quantopt import _extension
 from quantopt.nn import BinaryConv2d, BinaryLinear
-from quantopt.ops.binary import COMPUTE, binary_tiles
+from quantopt.ops.inputs import COMPUTE
 
 needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
@@ -324,31 +322,6 @@ def test_compile_with_inductor(compute: str) -> None:
             torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_keeping_w_expanded() -> None:
-    """On the CPU it changes no product; it is a setting that copies keep and a state_dict does not hold."""
-    layer = BinaryLinear.from_linear(nn.Linear(70, 33), compute="int8")
-    x = torch.randn(4, 70)
-    expected, state = layer(x), set(layer.state_dict())
-    assert layer.expanded is None
-    assert layer.keep_expanded(torch.int8) is layer and layer.expanded == torch.int8
-    assert torch.equal(layer(x), expected) and set(layer.state_dict()) == state
-    assert copy.deepcopy(layer).expanded == torch.int8
-    assert layer.keep_expanded(None).expanded is None
-    with pytest.raises(ValueError, match=r"dtype must be torch.int8 with compute='int8', not torch.bfloat16"):
-        layer.keep_expanded(torch.bfloat16)
-    layer = BinaryLinear(64, 32, compute="bf16")
-    assert layer.keep_expanded(torch.bfloat16).expanded == torch.bfloat16
-    with pytest.raises(ValueError, match=r"dtype must be torch.bfloat16 with compute='bf16'"):
-        layer.keep_expanded(torch.float16)
-    exact = BinaryLinear(64, 32)
-    with pytest.raises(ValueError, match=r"torch.float16 or torch.bfloat16 with compute='auto'"):
-        exact.keep_expanded(torch.int8)
-    with pytest.raises(ValueError, match="one scale per tensor or row"):
-        BinaryLinear(64, 32, scale="group", group_size=32).keep_expanded(torch.float16)
-    with pytest.raises(ValueError, match="expanded must be"):
-        binary_tiles(exact.bits, 64, expanded=torch.float32)
-
-
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize(
     "make",
@@ -413,71 +386,6 @@ def test_fake_tensors(make: Callable[[], BinaryLinear | BinaryConv2d]) -> None:
         module = make()
         x = torch.randn(2, 64) if isinstance(module, BinaryLinear) else torch.randn(2, 64, 5, 5)
         assert module(x).shape[:2] == (2, 64)
-
-
-@needs_extension
-def test_only_plain_calls_pass_by_torch_ops() -> None:
-    """Whatever watches or wraps tensors sees the operator; a plain call gives the same bits and errors without it."""
-
-    class Subclass(torch.Tensor):
-        pass
-
-    layer = BinaryLinear.from_linear(nn.Linear(70, 33), compute="int8")
-    x = torch.randn(4, 70)
-
-    def call(x: torch.Tensor, **changed: object) -> object:
-        arguments = {
-            **dict(x=x, bits=layer.bits, scale=layer.scale, bias=layer.bias, in_features=70, planes=[1]),
-            **dict(group=0, compute="int8", tiles=layer.tiles, activation="relu"),
-        }
-        return _extension.binary_linear(*{**arguments, **changed}.values())
-
-    operator = torch.ops.quantopt.binary_linear.default
-    for changed in ({}, {"bias": None}, {"tiles": None}, {"compute": "auto"}):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            given = {"bias": layer.bias, "compute": "int8", "tiles": layer.tiles, **changed}
-            bias, compute, tiles = given.values()
-            expected = operator(
-                x.to(dtype), layer.bits, layer.scale, bias, 70, [1], 0, compute, tiles, "relu"
-            )
-            with torch.no_grad():
-                assert torch.equal(call(nn.Parameter(x.to(dtype)), **changed), expected)
-            assert torch.equal(call(x.to(dtype), **changed), expected)
-    with torch.inference_mode():
-        assert call(x).is_inference()
-    assert not call(x).is_inference()
-    with pytest.raises(ValueError, match="x must have in_features=70"):
-        call(x[:, 1:])
-    with pytest.raises(ValueError, match="activation must be"):
-        call(x, activation="tanh")
-
-    refused = [
-        x.double(),
-        x.clone().requires_grad_(),
-        x.to("meta"),
-        x.as_subclass(Subclass),
-        x.to_sparse(),
-        None,
-        [x],
-    ]
-    assert [call(value) for value in refused] == [None] * len(refused)
-    wrong = [
-        {"planes": (1,)},
-        {"planes": [1.0]},
-        {"in_features": 70.0},
-        {"in_features": 1 << 64},
-        {"compute": None},
-    ]
-    assert [call(x, **changed) for changed in wrong] == [None] * len(wrong)
-    assert call(x, scale=layer.scale.double()) is None and call(x, bias=nn.Parameter(layer.bias)) is None
-    assert _extension.binary_linear(x) is None
-    for mode in (TorchDispatchMode(), BaseTorchFunctionMode(), torch.device("meta"), FakeTensorMode()):
-        with mode:
-            assert call(x) is None
-    seen: list[object] = []
-    assert torch.func.vmap(lambda x: (seen.append(call(x)), x)[1])(x).shape == x.shape
-    assert torch.func.grad(lambda x: (seen.append(call(x.detach())), x.sum())[1])(x).shape == x.shape
-    assert seen == [None, None]
 
 
 def test_torch_jit_trace_records_the_operator() -> None:

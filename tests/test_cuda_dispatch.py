@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from machine_code import needs_cuda_build
 from product_cases import KERNELS
 from quantopt import _extension, backends
-from quantopt.ops import binary as ops
+from quantopt.ops.linear import binary_linear
+from quantopt.ops.weights import pack_signs
+from quantopt.packed_weight import PackedWeight
 from quantopt.reference import binary as reference
 
 needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
@@ -32,9 +34,7 @@ def test_cuda_kernel_is_registered_in_a_cuda_build() -> None:
     "operator",
     [
         "binary_linear",
-        "binary_linear_by",
         "binary_tiles",
-        "binary_tiles_and_weight",
         "binary_conv2d",
         "binary_conv_tiles",
     ],
@@ -45,7 +45,7 @@ def test_is_registered(operator: str) -> None:
 
 def test_the_table(host: Any) -> None:
     """Every row of it is reached, and what a kernel cannot do goes to the next."""
-    for capability, many in ((80, "library"), (90, "wgmma"), (100, "library")):
+    for capability, many in ((80, "cublas"), (90, "wgmma"), (100, "cublas")):
         host.device(capability, 4)
         assert [KERNELS[host.chosen(True, rows, 4096, False)] for rows in (256, 257)] == ["mma", many]
     host.device(80, 4)
@@ -53,16 +53,16 @@ def test_the_table(host: Any) -> None:
         (int8, rows): KERNELS[host.chosen(int8, rows, 4096, False)]
         for int8, rows in itertools.product((False, True), (1, 2, 256, 257, 512, 513))
     }
-    assert [names[True, rows] for rows in (1, 2, 256, 257)] == ["gemv", "mma", "mma", "library"]
-    assert [names[False, rows] for rows in (1, 512, 513)] == ["mma", "mma", "library"]
+    assert [names[True, rows] for rows in (1, 2, 256, 257)] == ["gemv", "mma", "mma", "cublas"]
+    assert [names[False, rows] for rows in (1, 512, 513)] == ["mma", "mma", "cublas"]
     assert KERNELS[host.chosen(True, 1, 100_000, False)] == "mma"  # x does not fit gemv's shared memory
     assert all(KERNELS[host.chosen(int8, 5000, 4096, True)] == "mma" for int8 in (False, True))
 
 
 def test_operator(host: Any) -> None:
     """Leading dimensions, no rows, no inputs, no tiles; what it refuses."""
-    x, bits, scale = torch.randn(2, 3, 40), ops.pack_signs(torch.randn(5, 40)), torch.rand(5)
-    expected = reference.binary_linear(x, bits, scale, None, 40, [1])
+    x, bits, scale = torch.randn(2, 3, 40), pack_signs(torch.randn(5, 40)), torch.rand(5)
+    expected = reference.binary_linear(x, PackedWeight(bits, scale, None, 40, [1]))
     torch.testing.assert_close(host.binary_linear(x, bits, scale, None, 40, [1]), expected)
     turned = x.transpose(0, 1)
     torch.testing.assert_close(
@@ -104,22 +104,91 @@ def test_backend_on_devices_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_archs": ["90"]})
     assert not backends._built_for(80)
 
-    def choice(capability: int, operation: str = "binary_linear") -> backends.Choice:
-        return backends._choose.__wrapped__(operation, "cuda", torch.float16, "auto", "0", capability)
+    def choice(capability: int) -> backends.Choice:
+        return backends._choose.__wrapped__("binary_linear", "cuda", torch.float16, "auto", "0", capability)
 
     assert choice(90).name == "cuda"
     assert choice(80).name in ("triton", "reference")
-    assert choice(90, "binary_linear_odd_groups").name == "reference"
     with pytest.raises(backends.BackendError, match="the device has 80"):
         backends._choose.__wrapped__("binary_linear", "cuda", torch.float16, "cuda", "0", 80)
 
 
-def test_groups_that_the_kernels_take() -> None:
+def choice_of(
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    backend: str,
+    product: backends.Product,
+    dtype: torch.dtype,
+) -> backends.Choice:
+    """For tensors of a device on which ``backend`` runs."""
+    monkeypatch.setattr(backends, "_choose", lambda *_: backends.Choice(backend, "for the test"))
+    return backends.choose(operation, torch.device("cuda:0"), dtype, product=product)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_products_left_to_the_reference(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    def choice(planes: int, group_size: int) -> backends.Choice:
+        product = backends.Product(planes, group_size)
+        return choice_of(monkeypatch, "binary_linear", backend, product, torch.float16)
+
     for size in (0, 32, 64, 128, 1024):
-        assert ops.operation_of(size, 1) == "binary_linear"
+        assert choice(8, size) == (backend, "for the test")
     for size in (1, 16, 48, 96, 100):
-        assert ops.operation_of(size, 1) == "binary_linear_odd_groups"
-    assert ops.operation_of(0, 9) == "binary_linear_odd_groups"
+        assert choice(1, size).name == "reference"
+        assert choice(1, size).why == f"{backend}: its kernels take scales shared by 32, 64, 128, ... weights"
+    assert choice(9, 0) == ("reference", f"{backend}: its kernels take at most 8 planes")
+
+
+def test_convolutions_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conditions of each backend, one broken at a time."""
+    fits = backends.Product(8, 0, "exact", 2, 64, 64, 100)
+    one = fits._replace(groups=1, channels=3, outputs=1)
+    cases: list[tuple[str, backends.Product, torch.dtype, str]] = [
+        ("cuda", one, torch.float32, ""),
+        ("cuda", fits, torch.float16, ""),
+        ("cuda", fits, torch.float32, "groups are read in place"),
+        ("cuda", fits._replace(channels=20), torch.float16, "groups are read in place"),
+        ("cuda", fits._replace(compute="bf16"), torch.float32, ""),
+        ("cuda", fits._replace(compute="int8", channels=20), torch.float32, ""),
+        ("cuda", fits._replace(groups=33), torch.float16, "each group is a launch"),
+        ("cuda", fits._replace(channels=8), torch.float16, "each group is a launch"),
+        ("cuda", fits._replace(outputs=7), torch.float16, "each group is a launch"),
+        ("cuda", one._replace(output_pixels=65535 * 64 // 3), torch.float32, ""),
+        ("cuda", one._replace(output_pixels=65535 * 64 // 3 + 1), torch.float32, "output pixels"),
+        ("triton", fits, torch.float32, ""),
+        ("triton", one, torch.float32, ""),
+        ("triton", fits._replace(channels=8, outputs=16), torch.float32, ""),
+        ("triton", fits._replace(channels=8, outputs=15), torch.float32, "smaller groups"),
+    ]
+    for backend in ("cuda", "triton"):
+        cases += [
+            (backend, fits._replace(planes=9), torch.float16, "8 planes"),
+            (backend, fits._replace(group_size=32), torch.float16, "scales per tensor"),
+        ]
+    for backend, product, dtype, why in cases:
+        choice = choice_of(monkeypatch, "binary_conv2d", backend, product, dtype)
+        assert choice.name == ("reference" if why else backend) and why in choice.why
+
+
+def test_products_refused_are_those_left_to_the_reference(host: Any) -> None:
+    host.device(90, 4)
+    for planes, group in itertools.product((1, 8, 9), (0, 16, 32, 48, 64, 96)):
+        x, bits = torch.randn(2, 96), pack_signs(torch.randn(planes, 5, 96))
+        scale = torch.rand(5, -(-96 // group)) if group else torch.rand(5)
+        product = backends.Product(planes, group)
+        if all(limit.fits(product, x.dtype) for limit in backends.LIMITS["binary_linear", "cuda"]):
+            assert host.binary_linear(x, bits, scale, None, 96, [1] * planes, group).shape == (2, 5)
+            continue
+        with pytest.raises(NotImplementedError, match="quantopt: the CUDA kernels take"):
+            host.binary_linear(x, bits, scale, None, 96, [1] * planes, group)
+
+
+def test_a_backend_asked_for_by_name_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_choose", lambda *_: backends.Choice("triton", "asked for by name"))
+    with pytest.raises(backends.BackendError, match="cannot run binary_linear: its kernels take at most 8"):
+        backends.choose(
+            "binary_linear", torch.device("cuda:0"), torch.float16, "triton", backends.Product(9, 0)
+        )
 
 
 @needs_cuda_build
@@ -134,6 +203,6 @@ def test_shapes_without_a_device() -> None:
         for y in (
             torch.ops.quantopt.binary_linear(x, bits, scale, None, 300, [1, 2], 0, "exact", tiles),
             torch.ops.quantopt.binary_linear_triton(x, bits, scale, None, 300, [1, 2], 0, "exact", "none"),
-            ops.binary_linear(x, bits, scale, in_features=300, compute="int8"),
+            binary_linear(x, bits, scale, in_features=300, compute="int8"),
         ):
             assert y.shape == (2, 3, 70) and y.dtype == torch.float16 and y.device.type == "cuda"

@@ -1,15 +1,15 @@
-"""The CUDA kernels of packed linear layers, their source run on the host: gemv, mma and the library's products."""
+"""The CUDA kernels of packed linear layers, their source run on the host: gemv, mma and cuBLAS's products."""
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from product_cases import CONVS, DTYPES, SHAPES, ConvCase, LinearCase
-from quantopt.ops import binary as ops
+from quantopt import backends
+from quantopt.ops.inputs import ACTIVATIONS
+from quantopt.ops.weights import pack_signs, plane_weights_of, unpack_signs
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -49,10 +49,10 @@ def test_every_number_of_rows(host: Any, int8: bool) -> None:
 INPUTS = (1, 5, 8, 31, 32, 33, 120, 127, 128, 129, 136, 255, 257, 520, 1023, 1025, 4097)
 
 
-def test_library_takes_rows_in_turns(host: Any) -> None:
-    """As many as have 32 MiB of sums: 119 here, and 2 more, which the library gets with 30 rows of no meaning."""
+def test_cublas_takes_rows_in_turns(host: Any) -> None:
+    """As many as have 32 MiB of sums: 119 here, and 2 more, which cuBLAS gets with 30 rows of no meaning."""
     case = LinearCase(121, 70_400, 8, int8=True, dtype=torch.float32)
-    case.check_bits(case.run(host, "library"))
+    case.check_bits(case.run(host, "cublas"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def test_x_rounded_to_bfloat16(host: Any, dtype: torch.dtype) -> None:
         (LinearCase(5, 50, 300, dtype=dtype, plane_weights=(1, 2)), "mma"),
         (LinearCase(70, 50, 300, dtype=dtype, plane_weights=(1, 2)), "wgmma"),
         (LinearCase(7, 40, 96, dtype=dtype, group=32), "mma"),
-        (LinearCase(121, 70_400, 8, dtype=dtype), "library"),
+        (LinearCase(121, 70_400, 8, dtype=dtype), "cublas"),
     ]
     for case, kernel in cases:
         y = case.run(host, kernel, compute="bf16")
@@ -74,7 +74,9 @@ def test_x_rounded_to_bfloat16(host: Any, dtype: torch.dtype) -> None:
         y = conv.run(host, compute="bf16")
         conv.x = conv.x.to(torch.bfloat16).to(dtype)
         conv.check(y)
-    assert ops.conv_on_cuda(torch.bfloat16, 24, 20, 2, 0, 1, "bf16")
+    product = backends.Product(1, 0, "bf16", groups=2, channels=24, outputs=20)
+    for limit in backends.LIMITS["binary_conv2d", "cuda"]:
+        assert limit.fits(product, dtype)
 
 
 def test_rows_beyond_a_grid(host: Any) -> None:
@@ -89,63 +91,18 @@ def test_rows_beyond_a_grid(host: Any) -> None:
     case.check(y)
 
 
-def test_kept_weight(host: Any) -> None:
-    """The library's products read it: one launch less, the same bits; for these bits, planes and types alone."""
-    host.device(90, 4)
-    kept_of = {torch.float32: torch.bfloat16, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
-    for dtype, int8 in itertools.product(DTYPES, (False, True)):
-        case = LinearCase(5, 43, 131, dtype=dtype, int8=int8, plane_weights=(1, 2))
-        bits = case.bits
-        kept = torch.int8 if int8 else kept_of[dtype]
-        tiles = host.binary_tiles_and_weight(bits, 131, [1, 2], kept)
-
-        def run(weights: Sequence[int], tiles: Tensor | None, case: LinearCase = case) -> tuple[Tensor, int]:
-            before = host.launches()
-            arguments = (case.x, case.bits, case.scale, case.bias, 131, weights, "library", -1, 1, 0)
-            y = host.binary_linear_by(*arguments, "int8" if case.int8 else "exact", tiles)
-            return y.clone(), host.launches() - before
-
-        assert torch.equal(tiles, host.binary_tiles(bits, 131))
-        expected = run([1, 2], None)
-        case.check(expected[0])
-        y, launches = run([1, 2], tiles)
-        assert torch.equal(y, expected[0]) and launches == expected[1] - 1 == 2
-        for weights, others in (
-            ([2, 2], tiles),
-            ([1, 2], tiles.clone()),
-            ([1, 2], host.binary_tiles(bits, 131)),
-            ([1, 2], host.binary_tiles_and_weight(bits, 131, [1, 2], torch.bfloat16 if int8 else torch.int8)),
-        ):
-            y, launches = run(weights, others)
-            assert torch.equal(y, run(weights, None)[0]) and launches == 3
-        bits[0] ^= 255
-        y, launches = run([1, 2], tiles)
-        assert launches == 3 and not torch.equal(y, expected[0])
-        case.check(y)
-    bits = ops.pack_signs(torch.randn(2, 5, 40))
-    assert host.binary_tiles_and_weight(bits[:, :0], 40, [1, 2], torch.int8).numel() == 0
-    for weights, kept, message in [
-        ([1, 2], torch.float32, "int8, float16 or bfloat16"),
-        ([1], torch.int8, "one for each plane"),
-        ([64, 64], torch.int8, "127 together"),
-        ([0, 1], torch.int8, "at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            host.binary_tiles_and_weight(bits, 40, weights, kept)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_become_y_row_after_row(host: Any, dtype: torch.dtype) -> None:
     """More rows than blocks of one processor; rows that begin where 16 bytes do, and others."""
     for n, int8 in itertools.product((40, 41, 516, 519), (False, True)):
         case = LinearCase(37, n, 129, int8=int8, dtype=dtype)
-        y = case.run(host, "library", processors=1)
+        y = case.run(host, "cublas", processors=1)
         case.check(y)
         if int8:
             case.check_bits(y)
 
 
-@pytest.mark.parametrize("kernel", ["mma", "library"])
+@pytest.mark.parametrize("kernel", ["mma", "cublas"])
 def test_rows_longer_than_a_block_keeps(host: Any, kernel: str) -> None:
     """8192 numbers stay in the registers of the block that quantises them; the largest may be any."""
     for k, at in ((8192, 8191), (8193, 8192), (10_250, 0), (10_250, 10_249)):
@@ -157,7 +114,7 @@ def test_rows_longer_than_a_block_keeps(host: Any, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("kernel", ["gemv", "mma", "library"])
+@pytest.mark.parametrize("kernel", ["gemv", "mma", "cublas"])
 def test_inputs_and_outputs(host: Any, kernel: str, int8: bool) -> None:
     if kernel == "gemv" and not int8:
         pytest.skip("gemv multiplies whole numbers")
@@ -179,7 +136,7 @@ def test_unaligned_and_strided_rows(host: Any, dtype: torch.dtype, int8: bool) -
             wide[::2, offset : offset + k],
             wide[5:, offset : offset + k],
         ):
-            for kernel in ("mma", "library", *(("gemv",) if int8 and len(x) == 1 else ())):
+            for kernel in ("mma", "cublas", *(("gemv",) if int8 and len(x) == 1 else ())):
                 case = LinearCase(len(x), 40, k, x=x, int8=int8)
                 case.check(case.run(host, kernel))
 
@@ -203,11 +160,11 @@ def test_groups(host: Any, group: int, int8: bool) -> None:
 @pytest.mark.parametrize("levels", [3, 4, 8, 16])
 @pytest.mark.parametrize("int8", [False, True])
 def test_planes(host: Any, levels: int, int8: bool) -> None:
-    weights = ops.plane_weights_of(levels)
+    weights = plane_weights_of(levels)
     for kernel, m, k, group in [
         ("mma", 3, 300, 0),
         ("mma", 20, 1300, 0),
-        ("library", 3, 300, 0),
+        ("cublas", 3, 300, 0),
         ("mma", 9, 300, 64),
         *([("gemv", 1, 300, 0), ("gemv", 1, 4500, 0)] if int8 else []),
     ]:
@@ -218,7 +175,7 @@ def test_planes(host: Any, levels: int, int8: bool) -> None:
             case.check_bits(y)
 
 
-@pytest.mark.parametrize("kernel", ["gemv", "mma", "library"])
+@pytest.mark.parametrize("kernel", ["gemv", "mma", "cublas"])
 def test_extremes_of_one_sign(host: Any, kernel: str) -> None:
     """Sums as large as they can be: no 16- or 8-bit intermediate may overflow."""
     m, k = (1 if kernel == "gemv" else 2), 4096
@@ -231,7 +188,7 @@ def test_extremes_of_one_sign(host: Any, kernel: str) -> None:
             case.check_bits(case.run(host, kernel))
 
 
-@pytest.mark.parametrize("kernel", ["mma", "library"])
+@pytest.mark.parametrize("kernel", ["mma", "cublas"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities_and_nan_propagate(host: Any, kernel: str, dtype: torch.dtype) -> None:
     x = torch.randn(6, 67)
@@ -255,7 +212,7 @@ def test_tiny_and_huge_values(host: Any) -> None:
     for size in (1e-44, 1e-38, 1e-30, 1e30, 2e36):
         for kernel, m, int8 in [
             ("mma", 2, False),
-            ("library", 2, False),
+            ("cublas", 2, False),
             ("mma", 2, True),
             ("gemv", 1, True),
         ]:
@@ -269,17 +226,17 @@ def test_tiny_and_huge_values(host: Any) -> None:
 
 def test_numbers_in_the_middle_are_rounded_to_even(host: Any) -> None:
     x = torch.cat([torch.tensor([127.0]), torch.arange(-126.5, 127, 0.5)]).repeat(2, 1) * 0.37
-    for m, kernel in ((1, "gemv"), (2, "mma"), (2, "library")):
+    for m, kernel in ((1, "gemv"), (2, "mma"), (2, "cublas")):
         case = LinearCase(m, 64, x.shape[1], x=x[:m], int8=True)
         case.check_bits(case.run(host, kernel))
 
 
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_scale_of_the_tensor_bias_and_activation(host: Any, activation: str) -> None:
     function = {"none": lambda y: y, "relu": torch.relu, "silu": torch.nn.functional.silu}.get(
         activation, torch.nn.functional.gelu
     )
-    for kernel, m, int8 in [("mma", 3, False), ("mma", 3, True), ("library", 3, True), ("gemv", 1, True)]:
+    for kernel, m, int8 in [("mma", 3, False), ("mma", 3, True), ("cublas", 3, True), ("gemv", 1, True)]:
         for bias in (False, True):
             case = LinearCase(
                 m, 40, 90, dtype=torch.float32, int8=int8, one_scale=True, bias=bias, activation=activation
@@ -289,7 +246,7 @@ def test_scale_of_the_tensor_bias_and_activation(host: Any, activation: str) -> 
 
 
 def test_zero_rows_and_zero_scales(host: Any) -> None:
-    for m, kernel, int8 in [(3, "mma", False), (3, "mma", True), (3, "library", True), (1, "gemv", True)]:
+    for m, kernel, int8 in [(3, "mma", False), (3, "mma", True), (3, "cublas", True), (1, "gemv", True)]:
         case = LinearCase(m, 40, 90, dtype=torch.float32, int8=int8)
         case.scale[::2] = 0
         case.x[0] = 0
@@ -326,10 +283,10 @@ def test_launches(host: Any) -> None:
 
 
 def test_tiles_are_the_same_bits(host: Any) -> None:
-    bits = ops.pack_signs(torch.randn(2, 70, 300))
+    bits = pack_signs(torch.randn(2, 70, 300))
     tiles = host.binary_tiles(bits, 300).view(2, 3, 3, 8, 4, 4)  # plane, tile, block, g, t, word
     signs = torch.zeros(2, 96, 384, dtype=torch.int32)  # 1 = -1
-    signs[:, :70, :300] = (ops.unpack_signs(bits, 300) < 0).int()
+    signs[:, :70, :300] = (unpack_signs(bits, 300) < 0).int()
     rows = signs.view(2, 3, 4, 8, 3, 4, 4, 2, 2, 2)  # plane, tile, word, g, block, c, t, e / 4, e / 2, e
     weights = rows.permute(0, 1, 4, 3, 6, 2, 9, 8, 5, 7)  # ..., word, then its bits
     expected = (weights.flatten(6).long() << torch.arange(32)).sum(-1)

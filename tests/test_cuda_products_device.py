@@ -11,7 +11,8 @@ from torch import Tensor
 from machine_code import needs_cuda_build
 from product_cases import CONVS, DTYPES, SHAPES, ConvCase, LinearCase
 from quantopt.nn import BinaryLinear
-from quantopt.ops import binary as ops
+from quantopt.ops.linear import binary_linear
+from quantopt.ops.weights import pack_signs
 
 pytestmark = [pytest.mark.gpu, needs_cuda_build]
 
@@ -23,11 +24,11 @@ def device_cases() -> Iterator[tuple[str, LinearCase]]:
         for n, k in ((1, 1), (33, 8), (127, 129), (257, 1300), (300, 5000)):
             yield "", LinearCase(1, n, k, dtype=dtype, int8=int8)
             yield "mma", LinearCase(5, n, k, dtype=dtype, int8=int8)
-            yield "library", LinearCase(5, n, k, dtype=dtype, int8=int8)
+            yield "cublas", LinearCase(5, n, k, dtype=dtype, int8=int8)
         for group in (32, 64, 128):
             yield "mma", LinearCase(5, 70, 520, dtype=dtype, int8=int8, group=group)
         yield "mma", LinearCase(9, 70, 520, dtype=dtype, int8=int8, plane_weights=(1, 2, 4))
-        yield "library", LinearCase(40, 70, 520, dtype=dtype, int8=int8, plane_weights=(1, 2, 4))
+        yield "cublas", LinearCase(40, 70, 520, dtype=dtype, int8=int8, plane_weights=(1, 2, 4))
         wide = torch.randn(6, 200).to(dtype)
         yield "", LinearCase(6, 40, 64, x=wide[:, 1:65], int8=int8)
         yield "", LinearCase(3, 40, 64, x=wide[::2, 8:72], int8=int8)
@@ -83,10 +84,10 @@ def test_wgmma_on_the_device(compute: str) -> None:
 def device_layer(m: int, int8: bool, size: int = 1024) -> tuple[Tensor, Any]:
     """Rows, and a function of rows that multiplies them."""
     x = torch.randn(m, size, device="cuda").bfloat16()
-    bits = ops.pack_signs(torch.randn(size, size)).cuda()
+    bits = pack_signs(torch.randn(size, size)).cuda()
     scale, tiles = torch.rand(size, device="cuda"), torch.ops.quantopt.binary_tiles(bits, size)
     mode = "int8" if int8 else "exact"
-    return x, lambda v: ops.binary_linear(v, bits, scale, in_features=size, compute=mode, tiles=tiles)
+    return x, lambda v: binary_linear(v, bits, scale, in_features=size, compute=mode, tiles=tiles)
 
 
 @pytest.mark.parametrize("int8", [False, True])

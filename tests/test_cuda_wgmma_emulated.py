@@ -66,6 +66,6 @@ def test_wgmma_refuses_what_it_cannot_do(host: Any, monkeypatch: pytest.MonkeyPa
     host.device(90, 4)
     assert KERNELS[host.chosen(True, 1000, 4096, False)] == "wgmma"
     monkeypatch.setenv("QUANTOPT_WGMMA", "0")
-    assert KERNELS[host.chosen(True, 1000, 4096, False)] == "library"
+    assert KERNELS[host.chosen(True, 1000, 4096, False)] == "cublas"
     with pytest.raises(ValueError, match="does not take"):
         LinearCase(70, 50, 128).run(host, "wgmma")

@@ -49,7 +49,7 @@ class Fake:
         result = copy.deepcopy(model)
         for old, new in zip(model.parameters(), result.parameters(), strict=True):
             if (q := self.quantization(old)) is not None:
-                codes, outer = q.codes.flatten(1).double(), q.outer.double()
+                codes, outer = q.codes.flatten(1).double(), q.max_level.double()
                 if q.group_size:
                     outer = torch.stack([outer[:, k // q.group_size] for k in range(codes.shape[1])], 1)
                 elif outer.numel() > 1:
@@ -269,11 +269,11 @@ def test_pack_errors(net: Net) -> None:
         ({"codes": torch.zeros(33, 16, 1, 1)}, "codes torch.float32"),
         ({"codes": torch.full((33, 16, 1, 1), 2, dtype=torch.uint8)}, "the code 2 of only 2 levels"),
         ({"levels": 5}, "levels must be"),
-        ({"outer": torch.ones(32)}, r"outer levels \[32\] for codes \[33, 16, 1, 1\]"),
-        ({"outer": torch.ones(33, 2)}, r"outer levels \[33, 2\]"),
-        ({"group_size": 8}, r"outer levels \[33\] for codes \[33, 16, 1, 1\] and group_size=8"),
-        ({"outer": torch.full((33,), torch.inf)}, "negative or not finite"),
-        ({"outer": -torch.ones(33)}, "negative or not finite"),
+        ({"max_level": torch.ones(32)}, r"max_level \[32\] for codes \[33, 16, 1, 1\]"),
+        ({"max_level": torch.ones(33, 2)}, r"max_level \[33, 2\]"),
+        ({"group_size": 8}, r"max_level \[33\] for codes \[33, 16, 1, 1\] and group_size=8"),
+        ({"max_level": torch.full((33,), torch.inf)}, "negative or not finite"),
+        ({"max_level": -torch.ones(33)}, "negative or not finite"),
     ],
 )
 def test_a_quantization_that_does_not_fit(net: Net, change: dict[str, Any], message: str) -> None:

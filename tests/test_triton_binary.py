@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from compiled_kernels import compile_product
 from interpreted_kernels import interpreted_kernels
-from quantopt.ops import binary as ops
+from quantopt.ops.inputs import ACTIVATIONS, COMPUTE
+from quantopt.ops.weights import pack_signs, plane_weights_of, unpack_signs
+from quantopt.packed_weight import PackedWeight
 from quantopt.reference import binary as reference
 
 triton = pytest.importorskip("triton")
@@ -24,7 +25,7 @@ MODES = ("exact", "int8")  # "bf16" is "exact" of other values: test_x_rounded_t
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
-    with interpreted_kernels("binary_linear") as (module,):
+    with interpreted_kernels("epilogue", "quantize", "binary_linear") as (*_, module):
         yield module
 
 
@@ -43,29 +44,26 @@ def compare(
     device: str = "cpu",
 ) -> None:
     """Against the reference: whole sums to the bit (up to bfloat16, which the interpreter cuts off)."""
-    weights = ops.plane_weights_of(levels)
+    weights = plane_weights_of(levels)
     x = torch.randn(m, k).to(dtype) if x is None else x
-    bits = ops.pack_signs(torch.randn(len(weights), n, k))
+    bits = pack_signs(torch.randn(len(weights), n, k))
     if k % 8:
         bits[..., -1] |= (0xFF << (k % 8)) & 0xFF
     scale = torch.rand(n, -(-k // group_size)) + 0.5 if group_size else torch.rand(n) + 0.5
     bias = torch.randn(n)
-    on_device = [t.to(device) for t in (x, bits, scale, bias)]
-    y = kernels.binary_linear(*on_device, k, weights, group_size, compute, activation).cpu()
+    weight = PackedWeight(bits, scale, bias, k, weights, group_size)
+    values, *tensors = (t.to(device) for t in (x, *weight[:3]))
+    y = kernels.binary_linear(values, PackedWeight(*tensors, *weight[3:]), compute, activation).cpu()
     wide = x.float() if compute == "int8" else x.double()
-    expected = reference.binary_linear(
-        wide, bits, scale, bias, k, weights, group_size, compute, activation
-    ).double()
-    size = (
-        x.double().abs() @ reference.dense_weight(bits, scale, k, weights, group_size, torch.float64).abs().T
-    )
+    expected = reference.binary_linear(wide, weight, compute, activation).double()
+    size = x.double().abs() @ reference.dense_weight(weight, torch.float64).abs().T
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     allowed = 1e-6 * (size + bias.abs()) + rounding * expected.abs() + 1e-6
     error = (y.double() - expected).abs()
     assert y.dtype == dtype
     assert bool((error <= allowed).all()), float((error / allowed).max())
     if compute == "int8" and not group_size and activation == "none" and dtype != torch.bfloat16:
-        exact = reference.binary_linear(x, bits, scale, bias, k, weights, 0, compute)
+        exact = reference.binary_linear(x, weight, compute)
         assert torch.equal(y, exact)
 
 
@@ -85,12 +83,12 @@ def test_sizes(interpreted: ModuleType, dtype: torch.dtype, compute: str) -> Non
 
 
 def test_x_rounded_to_bfloat16(interpreted: ModuleType) -> None:
-    """The products of 16-bit x, into y of its own type: other blocks, parts of K, groups, and the library's."""
+    """The products of 16-bit x, into y of its own type: other blocks, parts of K, groups, and cuBLAS's."""
     for dtype in DTYPES:
         compare(interpreted, 5, 65, 130, dtype, "bf16", activation="silu")
         compare(interpreted, 3, 40, 1100, dtype, "bf16", levels=3)
         compare(interpreted, 2, 40, 300, dtype, "bf16", group_size=64)
-        compare(interpreted, interpreted.LIBRARY_ROWS["exact"], 9, 20, dtype, "bf16")
+        compare(interpreted, interpreted.CUBLAS_ROWS["exact"], 9, 20, dtype, "bf16")
 
 
 @pytest.mark.parametrize("compute", MODES)
@@ -101,7 +99,7 @@ def test_groups_and_planes(interpreted: ModuleType, group_size: int, compute: st
         compare(interpreted, m, 40, k, dtype, compute, levels=levels)
 
 
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(interpreted: ModuleType, activation: str) -> None:
     for m, k in ((3, 100), (2, 1100)):  # with and without parts of K
         for compute in MODES:
@@ -113,25 +111,28 @@ def test_strided_rows_and_one_scale(interpreted: ModuleType) -> None:
     for x in (wide[:, 3:103], wide[::2, :100], wide.t()[:100].t(), wide[:1, ::3]):
         compare(interpreted, *x.shape[:1], 20, x.shape[1], torch.float32, "int8", x=x)
         compare(interpreted, *x.shape[:1], 20, x.shape[1], torch.float32, "exact", x=x)
-    bits = ops.pack_signs(torch.randn(20, 100))
+    bits = pack_signs(torch.randn(20, 100))
     y = interpreted.binary_linear(
-        wide[:, :100], bits, torch.tensor([0.5]), None, 100, [1], 0, "exact", "none"
+        wide[:, :100], PackedWeight(bits, torch.tensor([0.5]), None, 100, [1], 0), "exact", "none"
     )
-    torch.testing.assert_close(y, 0.5 * wide[:, :100] @ ops.unpack_signs(bits, 100).T)
+    torch.testing.assert_close(y, 0.5 * wide[:, :100] @ unpack_signs(bits, 100).T)
 
 
 def test_infinities_nan_and_extremes(interpreted: ModuleType) -> None:
     x = torch.randn(5, 70)
     x[1, 5], x[2, 66], x[3, 0] = torch.inf, -torch.inf, torch.nan
     x[4] = 0
-    bits, one = ops.pack_signs(torch.randn(40, 70)), torch.ones(1)
-    y = interpreted.binary_linear(x, bits, one, None, 70, [1], 0, "exact", "none")
-    torch.testing.assert_close(y, x @ ops.unpack_signs(bits, 70).T, equal_nan=True)
-    y = interpreted.binary_linear(x, bits, one, None, 70, [1], 0, "int8", "none")
+    bits, one = pack_signs(torch.randn(40, 70)), torch.ones(1)
+    y = interpreted.binary_linear(x, PackedWeight(bits, one, None, 70, [1], 0), "exact", "none")
+    torch.testing.assert_close(y, x @ unpack_signs(bits, 70).T, equal_nan=True)
+    y = interpreted.binary_linear(x, PackedWeight(bits, one, None, 70, [1], 0), "int8", "none")
     assert bool(y[1:4].isnan().all()) and bool(y[0].isfinite().all()) and bool((y[4] == 0).all())
     x = torch.full((1, 4096), 3.0)
     y = interpreted.binary_linear(
-        x, torch.full((2, 8, 512), 0xFF, dtype=torch.uint8), one, None, 4096, [8, 4], 0, "int8", "none"
+        x,
+        PackedWeight(torch.full((2, 8, 512), 0xFF, dtype=torch.uint8), one, None, 4096, [8, 4], 0),
+        "int8",
+        "none",
     )
     assert torch.equal(y, torch.full((1, 8), 12 * 4096 * 127 * (torch.tensor(3.0) / 127)))
 
@@ -145,28 +146,25 @@ def test_expanding(interpreted: ModuleType, dtype: torch.dtype) -> None:
         (40, 300, [1, 2, 4]),
         (3, 4200, [64, 63]),
     ):
-        bits = ops.pack_signs(torch.randn(len(weights), n, k))
+        bits = pack_signs(torch.randn(len(weights), n, k))
         bits[..., -1] |= (0xFF << (k % 8 or 8)) & 0xFF  # bits beyond K must not matter
-        w = interpreted.expand(bits, k, weights, dtype)
+        weight = PackedWeight(bits, torch.ones(1), None, k, weights)
+        w = interpreted.expand(weight, dtype)
         assert w.dtype == dtype and w.shape == (-(-n // 8) * 8, -(-k // 16) * 16)
         expected = torch.zeros(w.shape, dtype=torch.float32)
-        expected[:n, :k] = reference.dense_weight(bits, torch.ones(1), k, weights, 0, torch.float32)
+        expected[:n, :k] = reference.dense_weight(weight, torch.float32)
         assert torch.equal(w.float(), expected)
 
 
 @pytest.mark.parametrize("compute", MODES)
-def test_many_rows_by_the_library(
-    interpreted: ModuleType, compute: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_rows_by_cublas(interpreted: ModuleType, compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one turn and in turns of 32 rows, the last of fewer than _int_mm takes."""
-    monkeypatch.setattr(interpreted, "LIBRARY_ROWS", {"int8": 33, "exact": 33})
+    monkeypatch.setattr(interpreted, "CUBLAS_ROWS", {"int8": 33, "exact": 33})
     products: list[torch.dtype] = []
-    product = interpreted.library_product
-    monkeypatch.setattr(
-        interpreted, "library_product", lambda x, w: products.append(x.dtype) or product(x, w)
-    )
+    product = interpreted.cublas_product
+    monkeypatch.setattr(interpreted, "cublas_product", lambda x, w: products.append(x.dtype) or product(x, w))
     for sums, turns in ((1 << 20, 1), (0, 3)):
-        monkeypatch.setattr(interpreted, "LIBRARY_SUMS", sums)
+        monkeypatch.setattr(interpreted, "CUBLAS_SUMS", sums)
         for n, k, levels, dtype in ((40, 48, 2, torch.float16), (43, 131, 8, torch.bfloat16)):
             products.clear()
             compare(interpreted, 70, n, k, dtype, compute, levels=levels, activation="silu")
@@ -181,83 +179,15 @@ def test_sums_that_32_bits_do_not_hold(interpreted: ModuleType) -> None:
     bits = torch.zeros(8, 2, 2065, dtype=torch.uint8)
     x, one = torch.zeros(1, 16520), torch.ones(1)
     with pytest.raises(ValueError, match=r"in_features=16520 is too large .* use compute=\"exact\""):
-        interpreted.binary_linear(x, bits, one, None, 16520, [128] * 8, 0, "int8", "none")
+        interpreted.binary_linear(x, PackedWeight(bits, one, None, 16520, [128] * 8, 0), "int8", "none")
 
 
-def test_tuned_blocks_are_kept(
-    interpreted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QUANTOPT_CACHE_DIR", str(tmp_path))
-    x, bits, scale = torch.randn(3, 300), ops.pack_signs(torch.randn(40, 300)), torch.rand(40)
-    arguments = (bits, scale, 300, [1], 0, "exact")
-
-    def chosen(rows: int = 3) -> Any:
-        return interpreted.chosen_config(x, *arguments, rows)
-
-    assert chosen() == interpreted.config_for(3, 0)
-    assert not list(tmp_path.iterdir())  # nothing is tuned unasked
-    expected = interpreted.binary_linear(x, bits, scale, None, 300, [1], 0, "exact", "none")
-    times = iter((3.0, 1.0, 2.0))
-
-    def measure(call: Any) -> float:
-        torch.testing.assert_close(call(), expected)
-        return next(times)
-
-    second = interpreted.configs_for(3, 0)[1]
-    assert interpreted.tune(x, *arguments, measure=measure) == second == chosen()
-    assert chosen(17) == interpreted.config_for(17, 0)  # another bucket
-    (path,) = tmp_path.iterdir()
-    assert path.name == "triton-interpreter.json"
-    interpreted.choices._read.cache_clear()  # as in another process
-    assert chosen() == second
-    for content in (
-        "",
-        "[]",
-        '{"a": ',
-        path.read_text().replace("256", "255"),
-        path.read_text().replace("256", "null"),
-    ):
-        path.write_text(content)
-        interpreted.choices._read.cache_clear()
-        assert chosen() == interpreted.config_for(3, 0)
-
-
-def test_the_file_of_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantopt.kernels import choices
-
-    for name, value, folder in (
-        ("XDG_CACHE_HOME", "", Path("~/.cache/quantopt").expanduser()),
-        ("XDG_CACHE_HOME", str(tmp_path / "xdg"), tmp_path / "xdg/quantopt"),
-        ("QUANTOPT_CACHE_DIR", str(tmp_path / "own"), tmp_path / "own"),
-    ):
-        monkeypatch.setenv(name, value)
-        assert choices.path_for("NVIDIA H200") == folder / "triton-nvidia-h200.json"
-    choices.store("a", "one", [1, 2])
-    choices.path_for("a").write_text(
-        '{"two": [3], "three": "?", "four": [true]}'
-    )  # by another process, since
-    choices.store("a", "five", [4])
-    choices._read.cache_clear()
-    assert [choices.load("a", key) for key in ("one", "two", "three", "four", "five")] == [
-        [1, 2],
-        [3],
-        None,
-        None,
-        [4],
-    ]
-    assert [p.name for p in (tmp_path / "own").iterdir()] == ["triton-a.json"]  # no file is left half-written
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("QUANTOPT_CACHE_DIR", str(tmp_path / "file"))  # not a folder
-    choices.store("a", "six", [5])
-    assert choices.load("a", "six") == [5] and choices.load("a", "one") is None
-
-
-def test_at_most_five_blocks_for_a_number_of_rows() -> None:
+def test_a_step_of_k_never_holds_two_groups() -> None:
     from quantopt.kernels import binary_linear as kernels
 
-    for rows, group in itertools.product((1, 16, 17, 64, 1000), (0, 32, 128)):
-        configs = kernels.configs_for(rows, group)
-        assert 1 <= len(configs) == len(set(configs)) <= 5 and configs[0] == kernels.config_for(rows, group)
+    for rows, group in itertools.product((1, 16, 17, 64, 1000), (0, 32, 64, 128, 256)):
+        config = kernels.config_for(rows, group)
+        assert group % config.inputs == 0 and config.inputs % 32 == 0
 
 
 def test_splitting_of_k() -> None:
@@ -301,7 +231,7 @@ def test_compiles_ahead_of_time(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=pytest.mark.brief if d == torch.bfloat16 else ()) for d in DTYPES]
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,10 @@ from compiled_kernels import compile_product
 from interpreted_kernels import interpreted_kernels
 from quantopt import backends
 from quantopt.nn import BinaryConv2d
-from quantopt.ops import binary as ops
+from quantopt.ops import library
+from quantopt.ops.inputs import COMPUTE
+from quantopt.ops.weights import pack_signs, plane_weights_of
+from quantopt.packed_weight import ConvGeometry, PackedWeight
 from quantopt.reference import binary as reference
 
 triton = pytest.importorskip("triton")
@@ -28,7 +32,7 @@ Pair = tuple[int, int]
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
-    with interpreted_kernels("binary_linear", "binary_conv") as (_, module):
+    with interpreted_kernels("epilogue", "quantize", "binary_linear", "binary_conv") as (*_, module):
         yield module
 
 
@@ -50,21 +54,22 @@ def compare(
     device: str = "cpu",
 ) -> None:
     """Against the convolution in float64."""
-    weights = ops.plane_weights_of(levels)
+    weights = plane_weights_of(levels)
     x = torch.randn(shape).to(dtype) if x is None else x
     features = x.shape[1] // groups * kernel[0] * kernel[1]
-    bits = ops.pack_signs(torch.randn(len(weights), outputs, features))
+    bits = pack_signs(torch.randn(len(weights), outputs, features))
     if features % 8:
         bits[..., -1] |= (0xFF << (features % 8)) & 0xFF
     scale, bias = torch.rand(outputs) + 0.5, torch.randn(outputs)
-    geometry = (kernel, stride, padding, dilation, groups)
-    on_device = [t.to(device) for t in (x, bits, scale, bias)]
-    y = kernels.binary_conv2d(*on_device, *geometry, weights, compute, activation).cpu()
+    geometry = ConvGeometry(kernel, stride, padding, dilation, groups)
+    weight = PackedWeight(bits, scale, bias, features, weights)
+    values, *tensors = (t.to(device) for t in (x, *weight[:3]))
+    y = kernels.binary_conv2d(
+        values, PackedWeight(*tensors, *weight[3:]), geometry, compute, activation
+    ).cpu()
     wide = x.float() if compute == "int8" else x.double()
-    expected = reference.binary_conv2d(
-        wide, bits, scale, bias, *geometry, weights, 0, compute, activation
-    ).double()
-    dense = reference.dense_weight(bits, scale, features, weights, 0, torch.float64).abs()
+    expected = reference.binary_conv2d(wide, weight, geometry, compute, activation).double()
+    dense = reference.dense_weight(weight, torch.float64).abs()
     size = F.conv2d(x.double().abs(), dense.view(outputs, -1, *kernel), None, *geometry[1:])
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     allowed = 2e-6 * (size + bias.abs().view(-1, 1, 1)) + rounding * expected.abs() + 1e-6
@@ -130,8 +135,8 @@ def test_layouts_and_no_elements(interpreted: ModuleType, compute: str) -> None:
     ):
         compare(interpreted, (0, 0, 0, 0), 20, (2, 2), x=view, compute=compute)
     bits, bias = torch.zeros(20, 0, dtype=torch.uint8), torch.randn(20)
-    geometry = ((2, 2), (1, 1), (0, 0), (1, 1), 1, [1])
-    y = interpreted.binary_conv2d(x[:, :0], bits, torch.ones(1), bias, *geometry, compute, "none")
+    weight = PackedWeight(bits, torch.ones(1), bias, 0, [1])
+    y = interpreted.binary_conv2d(x[:, :0], weight, ConvGeometry((2, 2)), compute, "none")
     assert torch.equal(y, bias.view(20, 1, 1).expand(3, 20, 6, 5))
 
 
@@ -139,12 +144,10 @@ def test_whole_sums_are_exact(interpreted: ModuleType) -> None:
     """With s = 1 for both images, and another s for the third, the sums are whole numbers."""
     x = torch.randint(-126, 127, (3, 300, 4, 5)).float()
     x[:2, 7, 3, 4], x[2, 0, 0, 0] = 127, -254
-    bits = ops.pack_signs(torch.randn(2, 40, 300 * 9))
-    signs = reference.expand_planes(bits, 300 * 9, [3, 128], torch.float64).view(40, 300, 3, 3)
-    one = torch.ones(1)
-    y = interpreted.binary_conv2d(
-        x, bits, one, None, (3, 3), (1, 1), (1, 1), (1, 1), 1, [3, 128], "int8", "none"
-    )
+    bits = pack_signs(torch.randn(2, 40, 300 * 9))
+    weight = PackedWeight(bits, torch.ones(1), None, 300 * 9, [3, 128])
+    signs = reference.expand_planes(weight, torch.float64).view(40, 300, 3, 3)
+    y = interpreted.binary_conv2d(x, weight, ConvGeometry((3, 3), padding=(1, 1)), "int8", "none")
     values = torch.cat([x[:2], (x[2:] / 2).round()]).double()
     expected = F.conv2d(values, signs, padding=1) * torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1, 1)
     assert expected.abs().max() < 2**25 and torch.equal(y, expected.float())
@@ -163,8 +166,8 @@ def test_infinities_and_nan(interpreted: ModuleType) -> None:
     x[1, 2, 1, 1], x[2, 0, 3, 3] = torch.inf, torch.nan
     x[3] = 0
     w = torch.randn(6, 5, 3, 3)
-    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1, [1])
-    arguments = (ops.pack_signs(w.flatten(1)), torch.ones(1), None, *geometry)
+    weight = PackedWeight(pack_signs(w.flatten(1)), torch.ones(1), None, 45, [1])
+    arguments = (weight, ConvGeometry((3, 3), padding=(1, 1)))
     y = interpreted.binary_conv2d(x, *arguments, "exact", "none")
     expected = F.conv2d(x, torch.where(w >= 0, 1.0, -1.0), padding=1)
     torch.testing.assert_close(y, expected, equal_nan=True)
@@ -182,20 +185,22 @@ def test_operator_and_layer(interpreted: ModuleType, monkeypatch: pytest.MonkeyP
     expected = layer(x)
     chosen: list[str] = []
 
-    def choose(operation: str, device: torch.device, dtype: torch.dtype) -> backends.Choice:
-        chosen.append(operation)
+    def choose(*_: Any) -> backends.Choice:
+        """As on a GPU without the extension."""
+        chosen.append("binary_conv2d")
         return backends.Choice("triton", "for the test")
 
     calls: list[int] = []
 
     def run(*arguments: Any) -> Tensor:
         calls.append(len(arguments))
-        y: Tensor = interpreted.binary_conv2d(*arguments)
-        return y
+        return library._conv2d_in_triton(*arguments)
 
-    monkeypatch.setattr(backends, "choose", choose)
-    with torch.library._scoped_library("quantopt", "IMPL") as library:
-        library.impl("binary_conv2d_triton", run, "CPU")
+    monkeypatch.setattr(backends, "_choose", choose)
+    monkeypatch.setattr(choose, "__wrapped__", choose, raising=False)  # what is traced
+    monkeypatch.setitem(sys.modules, "quantopt.kernels.binary_conv", interpreted)
+    with torch.library._scoped_library("quantopt", "IMPL") as registered:
+        registered.impl("binary_conv2d_triton", run, "CPU")
         with torch.no_grad():
             torch.testing.assert_close(layer(x), expected)
             torch.testing.assert_close(layer(x[0]), expected[0])
@@ -244,7 +249,7 @@ def test_compiles_ahead_of_time(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute", ops.COMPUTE)
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=pytest.mark.brief if d == torch.bfloat16 else ()) for d in DTYPES]
 )

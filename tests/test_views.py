@@ -46,7 +46,7 @@ def test_quantization_is_the_projection(bits: int | str, scale: str) -> None:
     for p in opt.param_groups[0]["params"]:
         q = opt.quantization(p)
         assert q is not None and q.codes.shape == p.shape and int(q.codes.max()) < q.levels
-        outer = grid.spread_over(q.outer, p, q.group_size)
+        outer = grid.spread_over(q.max_level, p, q.group_size)
         with opt.quantized():
             torch.testing.assert_close(
                 outer * (2 * q.codes.float() / (q.levels - 1) - 1), p.detach(), atol=1e-6, rtol=1e-5

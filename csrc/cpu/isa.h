@@ -47,3 +47,33 @@ void read_isa_choice();
   namespace quantopt::avx512vnni {    \
   __VA_ARGS__                         \
   }
+
+// OF(n) for the namespace n of the best kernels that were built for `isa`, e.g.
+//     #define KERNELS(n) Kernels{&quantopt::n::scale}
+//     const Kernels kernels = QUANTOPT_FOR_ISA(isa, KERNELS);
+#define QUANTOPT_FOR_ISA(isa, OF)                                                    \
+  [](::quantopt::Isa chosen) {                                                       \
+    switch (chosen) {                                                                \
+      QUANTOPT_CASE_AVX512VNNI(OF)                                                   \
+      QUANTOPT_CASE_AVX512(OF) QUANTOPT_CASE_AVX2(OF) default : return OF(portable); \
+    }                                                                                \
+  }(isa)
+#ifdef QUANTOPT_HAVE_AVX512VNNI
+#define QUANTOPT_CASE_AVX512VNNI(OF) \
+  case ::quantopt::Isa::amx:         \
+  case ::quantopt::Isa::avx512vnni: return OF(avx512vnni);
+#else
+#define QUANTOPT_CASE_AVX512VNNI(OF)
+#endif
+#ifdef QUANTOPT_HAVE_AVX512
+#define QUANTOPT_CASE_AVX512(OF) \
+  case ::quantopt::Isa::avx512: return OF(avx512);
+#else
+#define QUANTOPT_CASE_AVX512(OF)
+#endif
+#ifdef QUANTOPT_HAVE_AVX2
+#define QUANTOPT_CASE_AVX2(OF) \
+  case ::quantopt::Isa::avx2: return OF(avx2);
+#else
+#define QUANTOPT_CASE_AVX2(OF)
+#endif

@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// ---- tokens: places of the output, for mma_kernel ----
+// ---- tokens: output pixels, for mma_kernel ----
 
-struct PlaceTokens {
+struct PixelTokens {
   struct Source {
     const uint8_t* x;
     ConvGeometry geometry;
@@ -20,7 +20,7 @@ struct PlaceTokens {
     int64_t pixel_bytes;
   };
 
-  // The copies of a thread: 16 bytes from `column` of K on, at the places first, first + step, ...
+  // The copies of a thread: 16 bytes from `column` of K on, at the output pixels first, first + step, ...
   template <int Count>
   class Copies {
    public:
@@ -32,12 +32,12 @@ struct PlaceTokens {
       s_ = tap - r_ * g.kernel_width;
 #pragma unroll
       for (int i = 0; i < Count; ++i) {
-        const int64_t token = first + i * step, places = g.places(), image = token / places;
-        const auto place = static_cast<int>(token - image * places);
-        const int row = place / g.out_width;
+        const int64_t token = first + i * step, pixels = g.output_pixels(), image = token / pixels;
+        const auto pixel = static_cast<int>(token - image * pixels);
+        const int row = pixel / g.out_width;
         image_[i] = x.x + image * g.height * g.width * x.pixel_bytes;
         top_[i] = row * g.stride[0] - g.padding[0];
-        left_[i] = (place - row * g.out_width) * g.stride[1] - g.padding[1];
+        left_[i] = (pixel - row * g.out_width) * g.stride[1] - g.padding[1];
       }
     }
     __device__ __forceinline__ void copy(int i, uint8_t* to) const {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class X>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const __grid_constant__ ConvImages p, const float* largest, int parts, int blocks,
-                    int8_t* q, float* scale, int64_t places) {
+                    int8_t* q, float* scale, int64_t output_pixels) {
   const int64_t image = blockIdx.x / blocks, block = blockIdx.x % blocks;
   uint32_t most = 0;
   if (static_cast<int>(threadIdx.x) < parts) {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   const float s = quantization_scale(__uint_as_float(block_max(most))), inverse = 1.0f / s;
   start_next_kernel();
   const int64_t first = block * kThreads + threadIdx.x, step = int64_t{blocks} * kThreads;
-  for (int64_t i = first; i < places; i += step) scale[image * places + i] = s;
+  for (int64_t i = first; i < output_pixels; i += step) scale[image * output_pixels + i] = s;
   const int64_t padded = conv_channels(p.channels), runs = padded / kRun;
   const X* const x = static_cast<const X*>(p.x) + image * p.pixels * p.groups * p.channels;
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && p.channels * sizeof(X) % 16 == 0;
@@ -139,37 +139,30 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launching ----
 
-template <class F>
-const char* on_device(const CudaPlace& place, const F& start) {
-  cudaError_t error = cudaSetDevice(place.device);
-  if (error == cudaSuccess) error = start();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-Launch blocks_of(int64_t blocks, const CudaPlace& place) {
-  return {dim3(static_cast<unsigned>(blocks)),    kThreads, 0, false, 1,
-          static_cast<cudaStream_t>(place.stream)};
+Launch blocks_of(int64_t blocks, const CudaContext& context) {
+  return {dim3(static_cast<unsigned>(blocks)),      kThreads, 0, false, 1,
+          static_cast<cudaStream_t>(context.stream)};
 }
 
 template <class X>
-cudaError_t quantize_images(const ConvImages& x, float* largest, int8_t* q, float* scale, int64_t places,
-                            const CudaPlace& place) {
+cudaError_t quantize_images(const ConvImages& x, float* largest, int8_t* q, float* scale,
+                            int64_t output_pixels, const CudaContext& context) {
   const int64_t elements = x.pixels * x.groups * x.channels;
   constexpr int64_t kBlock = kThreads * kRun;
   const int64_t all =
-      std::min<int64_t>(INT_MAX / std::max<int64_t>(1, x.images), 4 * int64_t{place.processors});
+      std::min<int64_t>(INT_MAX / std::max<int64_t>(1, x.images), 4 * int64_t{context.processors});
   const int parts = static_cast<int>(std::clamp<int64_t>(ceil_divide(elements, kBlock), 1, kConvParts));
   const int blocks =
       static_cast<int>(std::clamp<int64_t>(ceil_divide(elements, kBlock), 1, std::max<int64_t>(1, all)));
-  const cudaError_t error = launch(blocks_of(x.images * parts, place), largest_kernel<X>,
+  const cudaError_t error = launch(blocks_of(x.images * parts, context), largest_kernel<X>,
                                    static_cast<const X*>(x.x), elements, parts, largest);
   if (error != cudaSuccess) return error;
-  return launch(blocks_of(x.images * blocks, place), quantize_kernel<X>, x,
-                static_cast<const float*>(largest), parts, blocks, q, scale, places);
+  return launch(blocks_of(x.images * blocks, context), quantize_kernel<X>, x,
+                static_cast<const float*>(largest), parts, blocks, q, scale, output_pixels);
 }
 
 template <class Op>
-cudaError_t run_shape(int shape, const Arguments<PlaceTokens>& arguments, bool overlap, cudaStream_t stream) {
+cudaError_t run_shape(int shape, const Arguments<PixelTokens>& arguments, bool overlap, cudaStream_t stream) {
   switch (shape) {
     case 1: return run_mma<Op, 1>(arguments, overlap, stream);
     case 4: return run_mma<Op, 4>(arguments, overlap, stream);
@@ -181,44 +174,44 @@ cudaError_t run_shape(int shape, const Arguments<PlaceTokens>& arguments, bool o
 }  // namespace
 
 const char* conv_bits_on_cuda(const uint8_t* bits, int64_t planes, int64_t groups, int64_t outputs,
-                              int64_t channels, int64_t taps, uint8_t* result, const CudaPlace& place) {
+                              int64_t channels, int64_t taps, uint8_t* result, const CudaContext& context) {
   const int64_t bytes = groups * planes * outputs * taps * conv_channels(channels) / 8;
-  return on_device(place, [&] {
-    return launch(blocks_of(ceil_divide(bytes, kThreads), place), conv_bits_kernel, bits, planes, groups,
+  return on_device(context.device, [&] {
+    return launch(blocks_of(ceil_divide(bytes, kThreads), context), conv_bits_kernel, bits, planes, groups,
                   outputs, channels, taps, bytes, result);
   });
 }
 
 const char* quantize_images_on_cuda(const ConvImages& x, float* largest, int8_t* q, float* scale,
-                                    int64_t places, const CudaPlace& place) {
-  return on_device(place, [&] {
+                                    int64_t output_pixels, const CudaContext& context) {
+  return on_device(context.device, [&] {
     switch (x.dtype) {
-      case Dtype::kBFloat16: return quantize_images<BFloat16>(x, largest, q, scale, places, place);
-      case Dtype::kFloat16: return quantize_images<Half>(x, largest, q, scale, places, place);
+      case Dtype::kBFloat16: return quantize_images<BFloat16>(x, largest, q, scale, output_pixels, context);
+      case Dtype::kFloat16: return quantize_images<Half>(x, largest, q, scale, output_pixels, context);
       case Dtype::kFloat32: break;
     }
-    return quantize_images<float>(x, largest, q, scale, places, place);
+    return quantize_images<float>(x, largest, q, scale, output_pixels, context);
   });
 }
 
 const char* binary_conv_on_cuda(const BinaryWeights& weights, const ConvTokens& tokens,
                                 const ConvGeometry& geometry, const MmaPlan& plan,
                                 const BinaryEpilogue& epilogue, int64_t y_stride, void* sums,
-                                const CudaPlace& place) {
+                                const CudaContext& context) {
   const int64_t size = tokens.type == MmaTokens::Type::kInt8 ? 1 : 2;
-  const Arguments<PlaceTokens> arguments{
+  const Arguments<PixelTokens> arguments{
       weights,
       epilogue,
       {static_cast<const uint8_t*>(tokens.x), geometry, static_cast<int32_t>(tokens.channels * size),
        static_cast<int32_t>(tokens.channel_bytes), tokens.pixel_bytes},
-      tokens.parts * geometry.images * geometry.places(),
+      tokens.parts * geometry.images * geometry.output_pixels(),
       y_stride,
       sums,
       plan.splits,
-      plan.splits > 1 && mma_parts(plan, place) == 1};
-  const bool overlap = tokens.fresh && place.capability >= 90;
-  const auto stream = static_cast<cudaStream_t>(place.stream);
-  return on_device(place, [&] {
+      plan.splits > 1 && mma_parts(plan, context) == 1};
+  const bool overlap = tokens.fresh && context.capability >= 90;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  return on_device(context.device, [&] {
     switch (tokens.type) {
       case MmaTokens::Type::kBFloat16: return run_shape<BFloat16s>(plan.shape, arguments, overlap, stream);
       case MmaTokens::Type::kFloat16: return run_shape<Halfs>(plan.shape, arguments, overlap, stream);

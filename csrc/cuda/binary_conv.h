@@ -1,8 +1,8 @@
-// Convolutions with packed +-1 weights on CUDA, as products: a token is a place of the output, and K runs
+// Convolutions with packed +-1 weights on CUDA, as products: a token is an output pixel, and K runs
 // over the positions of the kernel and, fastest, the channels of x at each. No torch.
 //
 // x lies channels last, with its channels filled up with zeros to a multiple of kConvChannels, so that 16
-// bytes that a thread copies belong to one position. Places beyond the border are zeros: with +-1 weights
+// bytes that a thread copies belong to one position. Pixels beyond the border are zeros: with +-1 weights
 // that is exact.
 #pragma once
 
@@ -20,7 +20,7 @@ struct ConvGeometry {
   int32_t kernel_height, kernel_width;
   int32_t stride[2], padding[2], dilation[2];
 
-  QUANTOPT_HOST_DEVICE int64_t places() const { return int64_t{out_height} * out_width; }
+  QUANTOPT_HOST_DEVICE int64_t output_pixels() const { return int64_t{out_height} * out_width; }
   QUANTOPT_HOST_DEVICE int64_t taps() const { return int64_t{kernel_height} * kernel_width; }
 };
 
@@ -31,10 +31,10 @@ QUANTOPT_HOST_DEVICE constexpr int64_t conv_channels(int64_t channels) {
 // Bits [groups, P, N, taps * conv_channels(C) / 8] in the order of K here, from those of the checkpoint
 // [P, groups * N, ceil(C * taps / 8)], in which the position runs fastest.
 const char* conv_bits_on_cuda(const uint8_t* bits, int64_t planes, int64_t groups, int64_t outputs,
-                              int64_t channels, int64_t taps, uint8_t* result, const CudaPlace& place);
+                              int64_t channels, int64_t taps, uint8_t* result, const CudaContext& context);
 
 // Symmetric quantisation of each image, as quantize_rows_on_cuda of a row: q [pixels, groups,
-// conv_channels(C)], each half block in the order XLayout::kTiles, and s once for each place of the output.
+// conv_channels(C)], each half block in the order XLayout::kTiles, and s once for each output pixel.
 struct ConvImages {
   const void* x;  // [images, pixels, groups, C], dense
   Dtype dtype;
@@ -43,7 +43,7 @@ struct ConvImages {
 // Floats of memory that it needs for each image.
 constexpr int64_t kConvParts = 64;
 const char* quantize_images_on_cuda(const ConvImages& x, float* largest, int8_t* q, float* scale,
-                                    int64_t places, const CudaPlace& place);
+                                    int64_t output_pixels, const CudaContext& context);
 
 // x of one group as the product reads it.
 struct ConvTokens {
@@ -55,12 +55,13 @@ struct ConvTokens {
   int64_t pixel_bytes;    // from a pixel to the next
   bool fresh;             // as in MmaTokens
 };
-// y (elements [place, y_stride]) if `sums` is null, else the sums as those of binary_mma_on_cuda. weights: of
-// the group; inputs = taps * channels. The shape of the plan is one of those that conv_takes_shape.
+// y (elements [output pixel, y_stride]) if `sums` is null, else the sums as those of binary_mma_on_cuda.
+// weights: of the group; inputs = taps * channels. The shape of the plan is one of those that
+// conv_takes_shape.
 constexpr bool conv_takes_shape(int shape) { return shape == 1 || shape == 4 || shape == 5; }
 const char* binary_conv_on_cuda(const BinaryWeights& weights, const ConvTokens& tokens,
                                 const ConvGeometry& geometry, const MmaPlan& plan,
                                 const BinaryEpilogue& epilogue, int64_t y_stride, void* sums,
-                                const CudaPlace& place);
+                                const CudaContext& context);
 
 }  // namespace quantopt

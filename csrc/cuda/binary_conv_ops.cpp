@@ -15,12 +15,14 @@
 #include "cuda/binary_dispatch.h"
 #include "cuda/binary_torch.h"
 #include "cuda/torch_cuda.h"
+#include "dtype.h"
+#include "tiles.h"
 
 namespace quantopt {
 namespace {
 
 at::Tensor make_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
-                           const CudaPlace& place) {
+                           const CudaContext& context) {
   const int64_t planes = planes_of(bits), outputs = bits.size(-2) / groups;
   const int64_t inputs = taps * conv_channels(channels);
   at::Tensor tiles =
@@ -28,9 +30,9 @@ at::Tensor make_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t tap
   if (tiles.numel() == 0) return tiles;
   const at::Tensor ordered = at::empty({groups * planes * outputs, inputs / 8}, bits.options());
   check(conv_bits_on_cuda(bits.const_data_ptr<uint8_t>(), planes, groups, outputs, channels, taps,
-                          ordered.mutable_data_ptr<uint8_t>(), place));
+                          ordered.mutable_data_ptr<uint8_t>(), context));
   check(binary_tiles_on_cuda(ordered.const_data_ptr<uint8_t>(), groups * planes, outputs, inputs,
-                             reinterpret_cast<uint32_t*>(tiles.mutable_data_ptr<int32_t>()), place));
+                             reinterpret_cast<uint32_t*>(tiles.mutable_data_ptr<int32_t>()), context));
   return tiles;
 }
 
@@ -40,24 +42,25 @@ at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t t
   if (group_size > 0) return at::empty({0}, bits.options().dtype(at::kInt));  // see unsupported
   const at::Tensor dense = check_bits(bits, channels * taps);
   const c10::DeviceGuard guard(dense.device());
-  const at::Tensor tiles = make_conv_tiles(dense, channels, taps, groups, cuda_place(dense.device()));
+  const at::Tensor tiles = make_conv_tiles(dense, channels, taps, groups, cuda_context(dense.device()));
   tie_tiles(tiles, bits, {channels * taps, taps, groups});
   return tiles;
 }
 
-// Why no kernel takes the convolution, or null. ops/binary.py asks the same before it comes here.
-const char* unsupported(const at::Tensor& x, const ConvArguments& c, int64_t groups) {
+// Why the kernel cannot run the convolution, or null: quantopt/backends.py leaves these to the reference, as
+// tests hold.
+const char* unsupported(const at::Tensor& x, const ConvArguments& c) {
   const BinaryArguments& w = c.weights;
   if (w.group_size > 0) return "the CUDA convolution takes scales per tensor or row (group_size=0)";
   if (w.planes() > kMaxPlanes) return "the CUDA kernels take at most 8 planes";
-  if (groups > 1 && !w.quantize && (x.scalar_type() == at::kFloat || c.channels % 8 != 0)) {
+  if (c.groups > 1 && !w.quantize && (x.scalar_type() == at::kFloat || c.channels % 8 != 0)) {
     return "the CUDA convolution takes groups with compute=\"int8\", or 16-bit x (or compute=\"bf16\") of a "
            "multiple of 8 channels";
   }
   return nullptr;
 }
 
-// How the places are divided: few channels of the output by blocks of as many rows.
+// How the output pixels are divided: few channels of the output by blocks of as many rows.
 MmaPlan plan_conv(const BinaryWeights& w, int64_t tokens, bool may_split, int processors) {
   constexpr int64_t kLeastStages = 4;
   MmaPlan plan{tokens <= kMmaShapes[1].tokens ? 1 : w.outputs <= kMmaShapes[5].rows ? 5 : 4, 1};
@@ -78,20 +81,20 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                          c10::string_view compute, const std::optional<at::Tensor>& tiles,
                          c10::string_view activation) {
   const ConvArguments conv = check_conv(x, bits, scale, bias, kernel, stride, padding, dilation, groups,
-                                        plane_weights, group_size, compute, activation);
+                                        plane_weights, group_size, compute, tiles, activation);
   const BinaryArguments& a = conv.weights;
   const c10::DeviceGuard guard(x.device());
   at::Tensor dense = rounded(x, a);
-  const char* reason = unsupported(dense, conv, groups);
+  const char* reason = unsupported(dense, conv);
   TORCH_CHECK_NOT_IMPLEMENTED(reason == nullptr, "quantopt: ", reason);
   at::Tensor y = at::empty({x.size(0), a.outputs, conv.size[0], conv.size[1]}, x.options(),
                            at::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
 
-  const CudaPlace place = cuda_place(x.device());
-  const Dtype dtype = dtype_of(dense);
+  const CudaContext context = cuda_context(x.device());
+  const Dtype dtype = dtype_of(dense, "quantopt", "x"), y_dtype = dtype_of(y, "quantopt", "y");
   const int64_t size = dense.element_size(), pixels = x.size(2) * x.size(3);
-  const int64_t taps = kernel[0] * kernel[1], padded = conv_channels(conv.channels);
+  const int64_t taps = conv.taps(), padded = conv_channels(conv.channels);
   if (x.numel() == 0) {  // nothing to add up
     const at::Tensor sums = at::zeros({y.numel()}, x.options().dtype(at::kFloat));
     const BinaryEpilogue epilogue{a.scale.const_data_ptr<float>(),
@@ -99,11 +102,11 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                                   nullptr,
                                   a.bias_or_null(),
                                   a.activation,
-                                  dtype_of(y),
+                                  y_dtype,
                                   y.mutable_data_ptr()};
-    check(binary_finish_on_cuda(
+    check(binary_epilogue_on_cuda(
         {sums.const_data_ptr(), false, 1, 1, y.numel() / a.outputs, a.outputs, a.outputs, false}, epilogue,
-        place));
+        context));
     return y;
   }
   dense = dense.contiguous(at::MemoryFormat::ChannelsLast);
@@ -117,14 +120,9 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   w.planes = a.planes();
   std::copy(a.plane_weights.begin(), a.plane_weights.end(), w.plane_weights);
   const int64_t group_words = w.planes * tile_plane_words(w.outputs, w.inputs);
-  if (tiles && tiles->numel() > 0) {
-    TORCH_CHECK_VALUE(tiles->scalar_type() == at::kInt && tiles->is_contiguous() &&
-                          tiles->device() == x.device() && tiles->numel() == groups * group_words,
-                      "quantopt: tiles do not belong to these bits; derive them anew from the bits");
-  }
-  const at::Tensor layout = tiles && tiles->numel() > 0 && tiles_fit(*tiles, bits, form)
-                                ? *tiles
-                                : make_conv_tiles(a.bits, conv.channels, taps, groups, place);
+  const at::Tensor layout = tiles_or_derived(a.tiles, bits, form, at::kInt, groups * group_words, [&] {
+    return make_conv_tiles(a.bits, conv.channels, taps, groups, context);
+  });
 
   // The tokens that one launch takes, and the parts in which they are added up.
   const int64_t parts = !a.quantize && dtype == Dtype::kFloat32 ? 3 : 1;
@@ -140,11 +138,11 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
                  {static_cast<int32_t>(stride[0]), static_cast<int32_t>(stride[1])},
                  {static_cast<int32_t>(padding[0]), static_cast<int32_t>(padding[1])},
                  {static_cast<int32_t>(dilation[0]), static_cast<int32_t>(dilation[1])}};
-  constexpr int64_t kLaunch = int64_t{65535} * 64;  // blocks along y, of places each
-  TORCH_CHECK_NOT_IMPLEMENTED(conv.size[0] <= INT32_MAX / conv.size[1] && parts * g.places() <= kLaunch &&
-                                  w.inputs <= INT32_MAX && pixels <= INT32_MAX,
-                              "quantopt: the CUDA convolution takes images of at most ", kLaunch / parts,
-                              " places of the output");
+  constexpr int64_t kLaunch = int64_t{65535} * 64;  // blocks along y, of 64 tokens each
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      conv.size[0] <= INT32_MAX / conv.size[1] && parts * g.output_pixels() <= kLaunch &&
+          w.inputs <= INT32_MAX && pixels <= INT32_MAX,
+      "quantopt: the CUDA convolution takes images of at most ", kLaunch / parts, " output pixels");
   for (const int i : {0, 1}) {  // so that no coordinate leaves 32 bits
     TORCH_CHECK_NOT_IMPLEMENTED(
         (kernel[i] - 1) * dilation[i] + x.size(2 + i) + 2 * padding[i] <= INT32_MAX,
@@ -155,29 +153,30 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   const int64_t image_bytes =
       a.quantize ? pixels * groups * padded : (readable ? 0 : parts * pixels * padded * 2);
   const int64_t most = std::clamp<int64_t>(
-      std::min(kLaunch / (parts * g.places()), kRoom / std::max<int64_t>(1, image_bytes)), 1, x.size(0));
+      std::min(kLaunch / (parts * g.output_pixels()), kRoom / std::max<int64_t>(1, image_bytes)), 1,
+      x.size(0));
   const auto bytes = [&](int64_t count) { return at::empty({count}, x.options().dtype(at::kByte)); };
   const at::Tensor values = bytes(most * image_bytes);
-  const at::Tensor row_scale = bytes(a.quantize ? most * g.places() * 4 : 0);
+  const at::Tensor row_scale = bytes(a.quantize ? most * g.output_pixels() * 4 : 0);
   const at::Tensor largest = bytes(a.quantize ? most * kConvParts * 4 : 0);
-  const MmaPlan plan = plan_conv(w, parts * most * g.places(), groups == 1, place.processors);
-  const int64_t splits = mma_parts(plan, place);
+  const MmaPlan plan = plan_conv(w, parts * most * g.output_pixels(), groups == 1, context.processors);
+  const int64_t splits = mma_parts(plan, context);
   const bool direct = splits == 1 && parts == 1;
-  const at::Tensor sums = bytes(direct ? 0 : splits * parts * most * g.places() * w.outputs * 4);
+  const at::Tensor sums = bytes(direct ? 0 : splits * parts * most * g.output_pixels() * w.outputs * 4);
 
   for (int64_t first = 0; first < x.size(0); first += most) {
     g.images = std::min(most, x.size(0) - first);
     const auto* const from =
         static_cast<const uint8_t*>(dense.const_data_ptr()) + first * pixels * x.size(1) * size;
-    auto* const to =
-        static_cast<uint8_t*>(y.mutable_data_ptr()) + first * g.places() * a.outputs * y.element_size();
+    auto* const to = static_cast<uint8_t*>(y.mutable_data_ptr()) +
+                     first * g.output_pixels() * a.outputs * y.element_size();
     ConvTokens tokens{
         values.const_data_ptr(), MmaTokens::Type::kInt8, parts, padded, padded, groups * padded, true};
     if (a.quantize) {
-      check(quantize_images_on_cuda({from, dtype, g.images, pixels, groups, conv.channels},
-                                    static_cast<float*>(largest.mutable_data_ptr()),
-                                    static_cast<int8_t*>(values.mutable_data_ptr()),
-                                    static_cast<float*>(row_scale.mutable_data_ptr()), g.places(), place));
+      check(quantize_images_on_cuda(
+          {from, dtype, g.images, pixels, groups, conv.channels},
+          static_cast<float*>(largest.mutable_data_ptr()), static_cast<int8_t*>(values.mutable_data_ptr()),
+          static_cast<float*>(row_scale.mutable_data_ptr()), g.output_pixels(), context));
     } else {
       tokens.type = dtype == Dtype::kFloat16 ? MmaTokens::Type::kFloat16 : MmaTokens::Type::kBFloat16;
       if (readable) {
@@ -187,7 +186,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
         tokens.fresh = false;  // the weights may be
       } else {
         check(split_rows_on_cuda({from, dtype, g.images * pixels, conv.channels, conv.channels},
-                                 values.mutable_data_ptr(), padded, place));
+                                 values.mutable_data_ptr(), padded, context));
         tokens.channel_bytes = tokens.pixel_bytes = 2 * padded;
       }
     }
@@ -201,14 +200,14 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
           a.quantize ? static_cast<const float*>(row_scale.const_data_ptr()) : nullptr,
           a.bias.defined() ? a.bias_or_null() + group * w.outputs : nullptr,
           a.activation,
-          dtype_of(y),
+          y_dtype,
           to + group * w.outputs * y.element_size()};
       check(binary_conv_on_cuda(w, tokens, g, plan, epilogue, a.outputs,
-                                direct ? nullptr : sums.mutable_data_ptr(), place));
+                                direct ? nullptr : sums.mutable_data_ptr(), context));
       if (direct) continue;
-      check(binary_finish_on_cuda({sums.const_data_ptr(), a.quantize, splits, parts, g.images * g.places(),
-                                   w.outputs, w.outputs, true},
-                                  epilogue, place));
+      check(binary_epilogue_on_cuda({sums.const_data_ptr(), a.quantize, splits, parts,
+                                     g.images * g.output_pixels(), w.outputs, w.outputs, true},
+                                    epilogue, context));
     }
   }
   return y;

@@ -11,15 +11,15 @@
 namespace quantopt {
 
 enum class BinaryKernel : int32_t {
-  kGemv,     // dp4a, one row of x (binary_gemv.cu)
-  kMma,      // tensor cores on the packed weights (binary_mma.cu)
-  kLibrary,  // W expanded into scratch memory, the library's product, binary_finish_on_cuda
-  kWgmma,    // Hopper's tensor cores on the packed weights (binary_wgmma.cu)
+  kGemv,    // dp4a, one row of x (binary_gemv.cu)
+  kMma,     // tensor cores on the packed weights (binary_mma.cu)
+  kCublas,  // W expanded into scratch memory, the product of cuBLAS, binary_epilogue_on_cuda
+  kWgmma,   // Hopper's tensor cores on the packed weights (binary_wgmma.cu)
 };
 
 // From its name; false if there is none of that name.
 inline bool find_binary_kernel(std::string_view name, BinaryKernel& kernel) {
-  constexpr std::string_view kNames[] = {"gemv", "mma", "library", "wgmma"};
+  constexpr std::string_view kNames[] = {"gemv", "mma", "cublas", "wgmma"};
   for (int i = 0; i < 4; ++i) {
     if (name != kNames[i]) continue;
     kernel = static_cast<BinaryKernel>(i);
@@ -45,19 +45,18 @@ struct BinaryDispatch {
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
-// The first row that fits. No threshold is measured: none of these kernels has run on a device yet. They are
-// from arithmetic for an H200 (8192 x 8192; 4.3 TB/s, 790 TFLOP/s bf16; mma.sync at 60 % of that):
+// The first row that fits. The thresholds are estimates for an H200 (8192 x 8192; 4.3 TB/s, 790 TFLOP/s bf16;
+// mma.sync at 60 % of that), to be set from bench/gemm.py --device cuda --only dispatch:
 // - int8, 1 row: 64 issue slots of gemv against 96 of mma per 4096 weights; from 2 rows on mma has fewer.
-// - int8, 256 rows: mma 28 us; expanding 16-20, product 25, quantising and scaling 7.
-// - exact, 512 rows: mma 115 us; expanding 31, product 87, scaling 10.
-// - int8, more than 256 rows: wgmma has the library's product alone, if it runs at its speed: 20-25 us less.
-// Exact,
-//   the same holds, but there the library's product is tuned and what it costs besides is 3 % from 4096 rows
-//   on: the library stays until it has been measured (docs/kernels-gemm.md).
+// - int8, 256 rows: mma 28 us; cuBLAS 25 us for expanding and its product, and 7 for quantising and scaling.
+// - int8, more rows: wgmma does not expand W, which saves 20-25 us.
+// - exact, 512 rows: mma 115 us; cuBLAS 31 us for expanding, 87 for its product, 10 for scaling. cuBLAS keeps
+// the rows
+//   above: what it costs besides the product is 3 % from 4096 rows on.
 constexpr BinaryDispatch kBinaryDispatch[] = {
     {80, true, 1, BinaryKernel::kGemv},         {80, true, 256, BinaryKernel::kMma},
-    {90, true, kAnyRows, BinaryKernel::kWgmma}, {80, true, kAnyRows, BinaryKernel::kLibrary},
-    {80, false, 512, BinaryKernel::kMma},       {80, false, kAnyRows, BinaryKernel::kLibrary},
+    {90, true, kAnyRows, BinaryKernel::kWgmma}, {80, true, kAnyRows, BinaryKernel::kCublas},
+    {80, false, 512, BinaryKernel::kMma},       {80, false, kAnyRows, BinaryKernel::kCublas},
 };
 
 // Whole numbers up to it are exact as int8, else as bfloat16.
@@ -74,7 +73,7 @@ inline bool binary_kernel_fits(BinaryKernel kernel, const BinaryWeights& w, bool
   switch (kernel) {
     case BinaryKernel::kGemv: return int8 && rows == 1 && w.group_scale == nullptr && w.inputs <= kGemvInputs;
     case BinaryKernel::kMma: return true;  // BinaryWeights hold no more than it can do
-    case BinaryKernel::kLibrary:           // W holds whole numbers up to `total`
+    case BinaryKernel::kCublas:            // W holds whole numbers up to `total`
       return w.group_scale == nullptr && total <= most_expanded(int8);
     case BinaryKernel::kWgmma:  // each plane by itself
       return binary_wgmma_available(capability) && w.group_scale == nullptr && largest <= most_expanded(int8);
@@ -122,7 +121,7 @@ inline MmaPlan plan_wgmma(const BinaryWeights& w, const MmaTokens& tokens, int p
   constexpr int kLeastBlocks = 4, kMostSplits = 8;
   MmaPlan plan{tokens.rows <= kWgmmaTokens[0] ? 0 : 1, 1};
   const WgmmaGrid grid = wgmma_grid(w, tokens.rows, kWgmmaTokens[plan.shape], 1);
-  while (plan.splits < kMostSplits && 2 * plan.splits * grid.tiles <= processors &&
+  while (plan.splits < kMostSplits && 2 * plan.splits * grid.blocks <= processors &&
          2 * plan.splits * kLeastBlocks <= grid.depth) {
     plan.splits *= 2;
   }
@@ -145,7 +144,7 @@ struct BinaryProduct {
 // y of at most kMmaRows rows by the tensor cores, of Hopper (`wgmma`) or any; divided as plan_wgmma or
 // plan_mma says or as `forced`. allocate(bytes) gives memory that lives until the product has been computed.
 template <class Allocate>
-const char* multiply_by_mma(BinaryProduct p, bool wgmma, const CudaPlace& place, const Allocate& allocate,
+const char* multiply_by_mma(BinaryProduct p, bool wgmma, const CudaContext& context, const Allocate& allocate,
                             const MmaPlan* forced = nullptr) {
   const CudaRows& x = p.x;
   const int64_t padded = tile_block_count(x.inputs) * kTileDepth;
@@ -155,7 +154,8 @@ const char* multiply_by_mma(BinaryProduct p, bool wgmma, const CudaPlace& place,
   if (p.int8) {
     auto* const q = static_cast<int8_t*>(allocate(x.rows * padded));
     auto* const scale = static_cast<float*>(allocate(x.rows * sizeof(float)));
-    if (const char* error = quantize_rows_on_cuda(x, XLayout::kTiles, q, padded, scale, place)) return error;
+    if (const char* error = quantize_rows_on_cuda(x, XLayout::kTiles, q, padded, scale, context))
+      return error;
     p.epilogue.x_scale = scale;
     tokens = {q, MmaTokens::Type::kInt8, x.rows, padded, padded, true};
   } else {
@@ -170,21 +170,21 @@ const char* multiply_by_mma(BinaryProduct p, bool wgmma, const CudaPlace& place,
     if (x.dtype == Dtype::kFloat32 || !readable) {
       parts = x.dtype == Dtype::kFloat32 ? 3 : 1;
       void* const copy = allocate(parts * x.rows * padded * 2);
-      if (const char* error = split_rows_on_cuda(x, copy, padded, place)) return error;
+      if (const char* error = split_rows_on_cuda(x, copy, padded, context)) return error;
       tokens = {copy, tokens.type, parts * x.rows, padded, 2 * padded, true};
     }
   }
   const MmaPlan plan = forced != nullptr ? *forced
-                       : wgmma           ? plan_wgmma(p.weights, tokens, place.processors)
-                                         : plan_mma(p.weights, tokens, place.processors);
+                       : wgmma           ? plan_wgmma(p.weights, tokens, context.processors)
+                                         : plan_mma(p.weights, tokens, context.processors);
   const auto run = wgmma ? binary_wgmma_on_cuda : binary_mma_on_cuda;
-  const int splits = wgmma ? 1 : mma_parts(plan, place);
-  if (splits == 1 && parts == 1) return run(p.weights, tokens, plan, p.epilogue, nullptr, place);
+  const int splits = wgmma ? 1 : mma_parts(plan, context);
+  if (splits == 1 && parts == 1) return run(p.weights, tokens, plan, p.epilogue, nullptr, context);
   void* const sums = allocate(splits * tokens.rows * p.weights.outputs * 4);
-  if (const char* error = run(p.weights, tokens, plan, p.epilogue, sums, place)) return error;
+  if (const char* error = run(p.weights, tokens, plan, p.epilogue, sums, context)) return error;
   const bool whole = p.int8 && p.weights.group_scale == nullptr;
-  return binary_finish_on_cuda(
-      {sums, whole, splits, parts, x.rows, p.weights.outputs, p.weights.outputs, true}, p.epilogue, place);
+  return binary_epilogue_on_cuda(
+      {sums, whole, splits, parts, x.rows, p.weights.outputs, p.weights.outputs, true}, p.epilogue, context);
 }
 
 }  // namespace quantopt

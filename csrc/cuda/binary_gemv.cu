@@ -116,36 +116,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       int32_t negative = 0;
       for (int i = 0; i < kWarps; ++i) negative += warp_sums[i][thread];
       const int64_t n = tile * kTileRows + thread;
-      if (n < w.outputs) finish(p.epilogue, static_cast<float>(all - 2 * negative), s, 0, n, w.outputs);
+      if (n < w.outputs)
+        store_with_epilogue(p.epilogue, static_cast<float>(all - 2 * negative), s, 0, n, w.outputs);
     }
     __syncthreads();
   }
 }
 
 template <class X>
-cudaError_t run(const Arguments& arguments, const CudaPlace& place) {
+cudaError_t run(const Arguments& arguments, const CudaContext& context) {
   const int64_t blocks =
-      std::min(tile_row_count(arguments.weights.outputs), int64_t{place.processors} * kBlocksPerProcessor);
+      std::min(tile_row_count(arguments.weights.outputs), int64_t{context.processors} * kBlocksPerProcessor);
   const auto shared = static_cast<size_t>(tile_block_count(arguments.weights.inputs) * kTileDepth);
   return launch({dim3(static_cast<unsigned>(blocks)), kThreads, shared, false, 1,
-                 static_cast<cudaStream_t>(place.stream)},
+                 static_cast<cudaStream_t>(context.stream)},
                 gemv_kernel<X>, arguments);
 }
 
 }  // namespace
 
 const char* binary_gemv_on_cuda(const BinaryWeights& weights, const CudaRows& x,
-                                const BinaryEpilogue& epilogue, const CudaPlace& place) {
+                                const BinaryEpilogue& epilogue, const CudaContext& context) {
   const Arguments arguments{weights, epilogue, x.x, rows_aligned(x)};
-  cudaError_t error = cudaSetDevice(place.device);
-  if (error == cudaSuccess) {
+  return on_device(context.device, [&] {
     switch (x.dtype) {
-      case Dtype::kFloat32: error = run<float>(arguments, place); break;
-      case Dtype::kBFloat16: error = run<BFloat16>(arguments, place); break;
-      case Dtype::kFloat16: error = run<Half>(arguments, place); break;
+      case Dtype::kBFloat16: return run<BFloat16>(arguments, context);
+      case Dtype::kFloat16: return run<Half>(arguments, context);
+      default: return run<float>(arguments, context);
     }
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  });
 }
 
 }  // namespace quantopt

@@ -17,11 +17,11 @@
 #include "core/activation.h"
 #include "core/host_device.h"
 #include "core/step.h"
+#include "core/tile.h"
 #include "cuda/device.h"
 
 namespace quantopt {
 
-constexpr int kTileRows = 32;
 constexpr int kTileDepth = 128;                          // weights of a row in one block
 constexpr int kTileWords = kTileRows * kTileDepth / 32;  // of 32 bits
 constexpr int kMaxPlanes = 8;
@@ -50,7 +50,7 @@ QUANTOPT_HOST_DEVICE constexpr int64_t x_tile_offset(int c, int t) {
   return 64 * (c / 2) + 16 * t + 8 * (c % 2);
 }
 
-// What becomes of a sum: y = activation(sum * scale[n] * x_scale[m] + bias[n]), rounded once to its type.
+// From a sum to y: y = activation(sum * scale[n] * x_scale[m] + bias[n]), rounded once to its type.
 struct BinaryEpilogue {
   const float* scale;    // [N], or one with stride 0; null: 1 (the sums of grouped scales have theirs)
   int64_t scale_stride;  // 0 or 1
@@ -77,7 +77,7 @@ struct BinaryWeights {
 
 // Tiles of bits [P, N, ceil(K/8)] of the checkpoint.
 const char* binary_tiles_on_cuda(const uint8_t* bits, int64_t planes, int64_t outputs, int64_t inputs,
-                                 uint32_t* tiles, const CudaPlace& place);
+                                 uint32_t* tiles, const CudaContext& context);
 
 // W [rows, columns] = sum_i plane_weights[i] * (+-1 plane i) as int8 or 16-bit floats, from the bits;
 // zero in rows from N and columns from K on.
@@ -90,7 +90,7 @@ struct BinaryExpansion {
   void* w;
   int64_t rows, columns;  // of w; columns is a multiple of 8
 };
-const char* binary_expand_on_cuda(const BinaryExpansion& expansion, const CudaPlace& place);
+const char* binary_expand_on_cuda(const BinaryExpansion& expansion, const CudaContext& context);
 
 // Rows of x, [rows, inputs], the elements of a row side by side.
 struct CudaRows {
@@ -104,16 +104,16 @@ struct CudaRows {
 // in columns from `inputs` on. A row of zeros gives s = 0 and q = 0; one with an infinity or NaN s = NaN and
 // q = 0.
 const char* quantize_rows_on_cuda(const CudaRows& x, XLayout layout, int8_t* q, int64_t columns, float* scale,
-                                  const CudaPlace& place);
+                                  const CudaContext& context);
 
 // x as 16-bit floats [parts, rows, columns], zero in columns from `inputs` on. 16-bit x is copied (one part);
 // fp32 becomes three bfloat16 parts whose sum is x exactly, an infinity or NaN in the first alone.
-const char* split_rows_on_cuda(const CudaRows& x, void* parts, int64_t columns, const CudaPlace& place);
+const char* split_rows_on_cuda(const CudaRows& x, void* parts, int64_t columns, const CudaContext& context);
 
 // y of one row of x with whole numbers: exact sums, x quantised on the way. No groups; K up to kGemvInputs.
 constexpr int64_t kGemvInputs = 32 << 10;
 const char* binary_gemv_on_cuda(const BinaryWeights& weights, const CudaRows& x,
-                                const BinaryEpilogue& epilogue, const CudaPlace& place);
+                                const BinaryEpilogue& epilogue, const CudaContext& context);
 
 // The tokens of x as the tensor cores read them: rows of 16-bit floats or of whole numbers (XLayout::kTiles),
 // each aligned to 16 bytes and readable up to `columns`, a multiple of 8 (16-bit) or 128.
@@ -132,9 +132,9 @@ struct MmaPlan {
   int splits;  // along K
 };
 // Into how many parts the sums come out: blocks that are a cluster add theirs up, others leave it to
-// binary_finish_on_cuda.
-constexpr int mma_parts(const MmaPlan& plan, const CudaPlace& place) {
-  return place.capability >= 90 && plan.splits <= 8 ? 1 : plan.splits;
+// binary_epilogue_on_cuda.
+constexpr int mma_parts(const MmaPlan& plan, const CudaContext& context) {
+  return context.capability >= 90 && plan.splits <= 8 ? 1 : plan.splits;
 }
 struct MmaShape {
   int tokens;  // of a block
@@ -147,9 +147,9 @@ constexpr MmaShape kMmaShapes[] = {
     {32, 256, 128, 1}, {64, 256, 128, 1}, {64, 128, 256, 1},  // the last for convolutions alone
 };
 // y if `sums` is null (mma_parts is 1), else the sums [mma_parts, tokens, N] alone, for
-// binary_finish_on_cuda: int32 of ungrouped whole numbers, else fp32.
+// binary_epilogue_on_cuda: int32 of ungrouped whole numbers, else fp32.
 const char* binary_mma_on_cuda(const BinaryWeights& weights, const MmaTokens& tokens, const MmaPlan& plan,
-                               const BinaryEpilogue& epilogue, void* sums, const CudaPlace& place);
+                               const BinaryEpilogue& epilogue, void* sums, const CudaContext& context);
 
 // y from sums [splits, parts, rows, stride]: those of a row are added up in this order.
 struct BinarySums {
@@ -159,7 +159,7 @@ struct BinarySums {
   int64_t stride;  // elements from one row to the next, at least `outputs`
   bool fresh;      // as in MmaTokens
 };
-const char* binary_finish_on_cuda(const BinarySums& sums, const BinaryEpilogue& epilogue,
-                                  const CudaPlace& place);
+const char* binary_epilogue_on_cuda(const BinarySums& sums, const BinaryEpilogue& epilogue,
+                                    const CudaContext& context);
 
 }  // namespace quantopt

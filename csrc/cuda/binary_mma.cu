@@ -19,7 +19,7 @@ cudaError_t run_shape(int shape, const Arguments<RowTokens>& arguments, bool ove
 }  // namespace
 
 const char* binary_mma_on_cuda(const BinaryWeights& weights, const MmaTokens& tokens, const MmaPlan& plan,
-                               const BinaryEpilogue& epilogue, void* sums, const CudaPlace& place) {
+                               const BinaryEpilogue& epilogue, void* sums, const CudaContext& context) {
   const int64_t size = tokens.type == MmaTokens::Type::kInt8 ? 1 : 2;
   const Arguments<RowTokens> arguments{
       weights,
@@ -29,24 +29,19 @@ const char* binary_mma_on_cuda(const BinaryWeights& weights, const MmaTokens& to
       weights.outputs,
       sums,
       plan.splits,
-      plan.splits > 1 && mma_parts(plan, place) == 1};
-  const bool overlap = tokens.fresh && place.capability >= 90;
-  const auto stream = static_cast<cudaStream_t>(place.stream);
+      plan.splits > 1 && mma_parts(plan, context) == 1};
+  const bool overlap = tokens.fresh && context.capability >= 90;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
   const bool grouped = weights.group_scale != nullptr;
-  cudaError_t error = cudaSetDevice(place.device);
-  if (error == cudaSuccess) {
+  return on_device(context.device, [&] {
     switch (tokens.type) {
-      case MmaTokens::Type::kBFloat16:
-        error = run_shape<BFloat16s>(plan.shape, arguments, overlap, stream);
-        break;
-      case MmaTokens::Type::kFloat16: error = run_shape<Halfs>(plan.shape, arguments, overlap, stream); break;
-      case MmaTokens::Type::kInt8:
-        error = grouped ? run_shape<Bytes<float>>(plan.shape, arguments, overlap, stream)
-                        : run_shape<Bytes<int32_t>>(plan.shape, arguments, overlap, stream);
-        break;
+      case MmaTokens::Type::kBFloat16: return run_shape<BFloat16s>(plan.shape, arguments, overlap, stream);
+      case MmaTokens::Type::kFloat16: return run_shape<Halfs>(plan.shape, arguments, overlap, stream);
+      default:
+        return grouped ? run_shape<Bytes<float>>(plan.shape, arguments, overlap, stream)
+                       : run_shape<Bytes<int32_t>>(plan.shape, arguments, overlap, stream);
     }
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  });
 }
 
 }  // namespace quantopt

@@ -10,7 +10,7 @@
 // and added up, times the weight of the plane or the group's scale, by the ordinary units. The warps of a
 // block that share rows, and the blocks that share rows and tokens (splits), each add a part of K; parts are
 // added in their order, so that a result has the same bits in every run: by the blocks themselves where they
-// are a cluster and read each other's memory, else by binary_finish_on_cuda.
+// are a cluster and read each other's memory, else by binary_epilogue_on_cuda.
 #pragma once
 
 #include <algorithm>
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(Layout<Op, Shape>::kThreads, kMmaShapes[Shape]
     if (p.sums != nullptr) {
       static_cast<Total*>(p.sums)[(part * p.tokens + m) * w.outputs + n] = sum;
     } else {
-      finish(p.epilogue, static_cast<float>(sum), m, n, p.y_stride);
+      store_with_epilogue(p.epilogue, static_cast<float>(sum), m, n, p.y_stride);
     }
   }
   if (p.cluster) cluster_barrier();  // none leaves while another reads its sums

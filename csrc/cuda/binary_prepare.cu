@@ -4,7 +4,7 @@
 #include "cuda/binary_rows.h"
 #include "cuda/launch.h"
 
-// What stands around the products: weights as tiles or expanded, x quantised or split, y from sums.
+// Pre- and post-processing kernels: pack or expand weights, quantise or split x, reduce partial sums to y.
 
 namespace quantopt {
 namespace {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- y ----
 
-constexpr int kFinishThreads = 128, kOutputs = 4;  // that a thread finishes of each of its rows
+constexpr int kEpilogueThreads = 128, kOutputs = 4;  // that a thread finishes of each of its rows
 
 template <class T>
 struct alignas(sizeof(T) * kOutputs) Outputs {
@@ -157,10 +157,10 @@ struct alignas(sizeof(T) * kOutputs) Outputs {
 
 // `aligned`: the rows of sums and y begin where Outputs may.
 template <class Sum, class Y>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const __grid_constant__ BinarySums p, const __grid_constant__ BinaryEpilogue epilogue,
-                  bool aligned) {
-  const int64_t n = (int64_t{blockIdx.x} * kFinishThreads + threadIdx.x) * kOutputs;
+__global__ void __launch_bounds__(kEpilogueThreads)
+    epilogue_kernel(const __grid_constant__ BinarySums p, const __grid_constant__ BinaryEpilogue epilogue,
+                    bool aligned) {
+  const int64_t n = (int64_t{blockIdx.x} * kEpilogueThreads + threadIdx.x) * kOutputs;
   const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kOutputs}, p.outputs - n)));
   const BinaryEpilogue& e = epilogue;
   float scale[kOutputs], bias[kOutputs];
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     Outputs<Y> y;
 #pragma unroll
     for (int j = 0; j < kOutputs; ++j) {
-      from_float(finished(e, static_cast<float>(sum[j]), scale[j], x_scale, bias[j]), y.at[j]);
+      from_float(with_epilogue(e, static_cast<float>(sum[j]), scale[j], x_scale, bias[j]), y.at[j]);
     }
     Y* const to = static_cast<Y*>(e.y) + m * p.outputs + n;
     if (aligned) {
@@ -206,26 +206,19 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 // ---- launching ----
 
-Launch elements(int64_t count, const CudaPlace& place, bool overlap = false) {
+Launch elements(int64_t count, const CudaContext& context, bool overlap = false) {
   return {dim3(static_cast<unsigned>(ceil_divide(count, kThreads))),
           kThreads,
           0,
-          overlap && place.capability >= 90,
+          overlap && context.capability >= 90,
           1,
-          static_cast<cudaStream_t>(place.stream)};
-}
-
-template <class Start>
-const char* on_device(const CudaPlace& place, const Start& start) {
-  cudaError_t error = cudaSetDevice(place.device);
-  if (error == cudaSuccess) error = start();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+          static_cast<cudaStream_t>(context.stream)};
 }
 
 // start(the rows as elements of their type)
 template <class Start>
-const char* with_type(const CudaRows& x, const CudaPlace& place, const Start& start) {
-  return on_device(place, [&] {
+const char* with_type(const CudaRows& x, const CudaContext& context, const Start& start) {
+  return on_device(context.device, [&] {
     switch (x.dtype) {
       case Dtype::kBFloat16: return start(static_cast<const BFloat16*>(x.x));
       case Dtype::kFloat16: return start(static_cast<const Half*>(x.x));
@@ -235,21 +228,22 @@ const char* with_type(const CudaRows& x, const CudaPlace& place, const Start& st
 }
 
 template <class Sum>
-cudaError_t finish_rows(const BinarySums& sums, const BinaryEpilogue& epilogue, const CudaPlace& place) {
+cudaError_t epilogue_rows(const BinarySums& sums, const BinaryEpilogue& epilogue,
+                          const CudaContext& context) {
   // Blocks that fill the device; each takes some rows, and loads what belongs to its columns once.
   constexpr int64_t kBlocksPerProcessor = 16, kMostBlocks = 65535;
-  const int64_t across = ceil_divide(sums.outputs, kFinishThreads * kOutputs);
-  const int64_t wanted = ceil_divide(place.processors * kBlocksPerProcessor, across);
-  Launch how = elements(0, place, sums.fresh);
+  const int64_t across = ceil_divide(sums.outputs, kEpilogueThreads * kOutputs);
+  const int64_t wanted = ceil_divide(context.processors * kBlocksPerProcessor, across);
+  Launch how = elements(0, context, sums.fresh);
   how.blocks =
       dim3(static_cast<unsigned>(across), static_cast<unsigned>(std::min({sums.rows, wanted, kMostBlocks})));
-  how.threads = kFinishThreads;
+  how.threads = kEpilogueThreads;
   const auto start = [&](auto type) {
     using Y = decltype(type);
     const bool aligned = sums.outputs % kOutputs == 0 && sums.stride % kOutputs == 0 &&
                          reinterpret_cast<uintptr_t>(sums.sums) % alignof(Outputs<Sum>) == 0 &&
                          reinterpret_cast<uintptr_t>(epilogue.y) % alignof(Outputs<Y>) == 0;
-    return launch(how, finish_kernel<Sum, Y>, sums, epilogue, aligned);
+    return launch(how, epilogue_kernel<Sum, Y>, sums, epilogue, aligned);
   };
   switch (epilogue.dtype) {
     case Dtype::kBFloat16: return start(BFloat16{});
@@ -261,16 +255,16 @@ cudaError_t finish_rows(const BinarySums& sums, const BinaryEpilogue& epilogue, 
 }  // namespace
 
 const char* binary_tiles_on_cuda(const uint8_t* bits, int64_t planes, int64_t outputs, int64_t inputs,
-                                 uint32_t* tiles, const CudaPlace& place) {
+                                 uint32_t* tiles, const CudaContext& context) {
   const int64_t words = planes * tile_plane_words(outputs, inputs);
-  return on_device(place, [&] {
-    return launch(elements(words, place), tiles_kernel, bits, outputs, inputs, words, tiles);
+  return on_device(context.device, [&] {
+    return launch(elements(words, context), tiles_kernel, bits, outputs, inputs, words, tiles);
   });
 }
 
-const char* binary_expand_on_cuda(const BinaryExpansion& p, const CudaPlace& place) {
-  const Launch how = elements(p.rows * (p.columns / kRun), place);
-  return on_device(place, [&] {
+const char* binary_expand_on_cuda(const BinaryExpansion& p, const CudaContext& context) {
+  const Launch how = elements(p.rows * (p.columns / kRun), context);
+  return on_device(context.device, [&] {
     switch (p.type) {
       case Expanded::kInt8: return launch(how, expand_kernel<int8_t>, p);
       case Expanded::kBFloat16: return launch(how, expand_kernel<BFloat16>, p);
@@ -280,29 +274,29 @@ const char* binary_expand_on_cuda(const BinaryExpansion& p, const CudaPlace& pla
 }
 
 const char* quantize_rows_on_cuda(const CudaRows& x, XLayout layout, int8_t* q, int64_t columns, float* scale,
-                                  const CudaPlace& place) {
-  Launch how = elements(0, place);
+                                  const CudaContext& context) {
+  Launch how = elements(0, context);
   how.blocks = dim3(static_cast<unsigned>(x.rows));
-  return with_type(x, place, [&](auto data) {
+  return with_type(x, context, [&](auto data) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
     return launch(how, quantize_kernel<X>, data, x.inputs, x.stride, rows_aligned(x), layout, q, columns,
                   scale);
   });
 }
 
-const char* split_rows_on_cuda(const CudaRows& x, void* parts, int64_t columns, const CudaPlace& place) {
-  return with_type(x, place, [&](auto data) {
+const char* split_rows_on_cuda(const CudaRows& x, void* parts, int64_t columns, const CudaContext& context) {
+  return with_type(x, context, [&](auto data) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    return launch(elements(x.rows * (columns / kRun), place), split_kernel<X>, data, x.rows, x.inputs,
+    return launch(elements(x.rows * (columns / kRun), context), split_kernel<X>, data, x.rows, x.inputs,
                   x.stride, rows_aligned(x), static_cast<uint16_t*>(parts), columns);
   });
 }
 
-const char* binary_finish_on_cuda(const BinarySums& sums, const BinaryEpilogue& epilogue,
-                                  const CudaPlace& place) {
-  return on_device(place, [&] {
-    return sums.whole ? finish_rows<int32_t>(sums, epilogue, place)
-                      : finish_rows<float>(sums, epilogue, place);
+const char* binary_epilogue_on_cuda(const BinarySums& sums, const BinaryEpilogue& epilogue,
+                                    const CudaContext& context) {
+  return on_device(context.device, [&] {
+    return sums.whole ? epilogue_rows<int32_t>(sums, epilogue, context)
+                      : epilogue_rows<float>(sums, epilogue, context);
   });
 }
 

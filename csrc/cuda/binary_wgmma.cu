@@ -16,7 +16,7 @@
 // other written.
 //
 // The tensor cores add into int32 exactly, into fp32 without rounding to nearest, over all of K, as the
-// library's products do. Blocks of a cluster each take a part of K (splits) and add their sums in order,
+// cuBLAS does. Blocks of a cluster each take a part of K (splits) and add their sums in order,
 // reading each other's shared memory, as in binary_mma.cu: the result has the same bits in every run.
 
 namespace quantopt {
@@ -173,10 +173,10 @@ __device__ __forceinline__ void produce(const TensorMap& x, const Arguments& p, 
   const int begin = split_begin(grid, static_cast<int>(blockIdx.z));
   const int end = split_begin(grid, static_cast<int>(blockIdx.z) + 1);
   constexpr int kColumns = Op::kBytes ? kBoxBytes : kBoxBytes / 2;
-  RingPlace at{0, 1};          // the first time round all stages are free
+  RingSlot at{0, 1};           // the first time round all stages are free
   wait_for_previous_kernel();  // which may have written x
-  for (int64_t tile = blockIdx.x; tile < grid.tiles; tile += gridDim.x) {
-    const int row = static_cast<int>(tile_tokens_block(grid, tile) * kTokens);
+  for (int64_t block = blockIdx.x; block < grid.blocks; block += gridDim.x) {
+    const int row = static_cast<int>(token_block_of(grid, block) * kTokens);
     for (int plane = 0; plane < grid.planes; ++plane) {
       for (int stage = begin * Op::kStagesOfBlock; stage < end * Op::kStagesOfBlock; ++stage) {
         wait_phase(&empty[at.slot], at.parity);
@@ -201,12 +201,12 @@ __device__ __forceinline__ void consume(const Arguments& p, uint8_t* ring, typen
   const int begin = split_begin(grid, split), blocks = split_begin(grid, split + 1) - begin;
   const int64_t plane_words = tile_plane_words(w.outputs, w.inputs);
   Sum* const sums = all_sums + group * L::kGroupSums;
-  RingPlace at{0, 0};
+  RingSlot at{0, 0};
   bool waited = false;
 
-  for (int64_t tile = blockIdx.x; tile < grid.tiles; tile += gridDim.x) {
-    const int64_t first_row = tile_row_block(grid, tile) * kWgmmaRows + group * kGroupRows;
-    const int64_t first_token = tile_tokens_block(grid, tile) * kTokens;
+  for (int64_t block = blockIdx.x; block < grid.blocks; block += gridDim.x) {
+    const int64_t first_row = row_block_of(grid, block) * kWgmmaRows + group * kGroupRows;
+    const int64_t first_token = token_block_of(grid, block) * kTokens;
 
     // This warp's 32 rows of W, zeros for those that lie below the last: their sums go nowhere.
     const int64_t rows = first_row / kTileRows + warp;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void consume(const Arguments& p, uint8_t* ring, typen
     unpack(0, 0);
     int previous = -1;  // the slot whose second half is being multiplied
     for (int plane = 0; plane < grid.planes; ++plane) {
-      for (int block = 0; block < blocks; ++block) {
+      for (int step = 0; step < blocks; ++step) {
         const uint4 next = load();
 #pragma unroll
         for (int stage = 0; stage < Op::kStagesOfBlock; ++stage) {
@@ -280,7 +280,7 @@ __device__ __forceinline__ void consume(const Arguments& p, uint8_t* ring, typen
           products_wait<1>();
           if (stage == Op::kStagesOfBlock - 1) {
             set_words(next);
-            if (block == blocks - 1 && plane + 1 < grid.planes)
+            if (step == blocks - 1 && plane + 1 < grid.planes)
               factor = Op::factor(w.plane_weights[plane + 1]);
             unpack(0, 0);
           } else {
@@ -344,7 +344,7 @@ __device__ __forceinline__ void consume(const Arguments& p, uint8_t* ring, typen
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        y[i] = finished(e, static_cast<float>(sum[i]), scale[i], x_scale, bias[i]);
+        y[i] = with_epilogue(e, static_cast<float>(sum[i]), scale[i], x_scale, bias[i]);
       }
       switch (e.dtype) {
         case Dtype::kFloat32: store_four<float>(e.y, m * w.outputs + n, y, count, together); break;
@@ -352,7 +352,7 @@ __device__ __forceinline__ void consume(const Arguments& p, uint8_t* ring, typen
         case Dtype::kFloat16: store_four<Half>(e.y, m * w.outputs + n, y, count, together); break;
       }
     }
-    if (grid.splits == 1) warpgroup_barrier(1 + group);  // before the next tile's sums
+    if (grid.splits == 1) warpgroup_barrier(1 + group);  // before the next block's sums
   }
 }
 
@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 // ---- launching ----
 
 template <class Op, int kTokens>
-cudaError_t run(const MmaTokens& x, Arguments arguments, int splits, const CudaPlace& place) {
+cudaError_t run(const MmaTokens& x, Arguments arguments, int splits, const CudaContext& context) {
   using L = Layout<Op, kTokens>;
   arguments.grid = wgmma_grid(arguments.weights, x.rows, kTokens, splits);
   constexpr int kSize = Op::kBytes ? 1 : 2;
@@ -400,18 +400,18 @@ cudaError_t run(const MmaTokens& x, Arguments arguments, int splits, const CudaP
   const cudaError_t error = make_tensor_map(map, x.x, Op::kBytes, x.rows, x.columns, stride, kTokens);
   if (error != cudaSuccess) return error;
   const int64_t blocks =
-      splits > 1 ? arguments.grid.tiles : std::min<int64_t>(arguments.grid.tiles, place.processors);
+      splits > 1 ? arguments.grid.blocks : std::min<int64_t>(arguments.grid.blocks, context.processors);
   return launch({dim3(static_cast<unsigned>(blocks), 1, static_cast<unsigned>(splits)), kWgmmaThreads,
-                 static_cast<size_t>(L::kShared), x.fresh, splits, static_cast<cudaStream_t>(place.stream)},
+                 static_cast<size_t>(L::kShared), x.fresh, splits, static_cast<cudaStream_t>(context.stream)},
                 wgmma_kernel<Op, kTokens>, map, arguments);
 }
 
 template <class Op>
 cudaError_t run_shape(const MmaTokens& x, const Arguments& arguments, const MmaPlan& plan,
-                      const CudaPlace& place) {
+                      const CudaContext& context) {
   switch (plan.shape) {
-    case 0: return run<Op, kWgmmaTokens[0]>(x, arguments, plan.splits, place);
-    case 1: return run<Op, kWgmmaTokens[1]>(x, arguments, plan.splits, place);
+    case 0: return run<Op, kWgmmaTokens[0]>(x, arguments, plan.splits, context);
+    case 1: return run<Op, kWgmmaTokens[1]>(x, arguments, plan.splits, context);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -428,17 +428,15 @@ bool binary_wgmma_available([[maybe_unused]] int capability) {
 }
 
 const char* binary_wgmma_on_cuda(const BinaryWeights& weights, const MmaTokens& tokens, const MmaPlan& plan,
-                                 const BinaryEpilogue& epilogue, void* sums, const CudaPlace& place) {
+                                 const BinaryEpilogue& epilogue, void* sums, const CudaContext& context) {
   const Arguments arguments{weights, epilogue, tokens.rows, sums, {}};
-  cudaError_t error = cudaSetDevice(place.device);
-  if (error == cudaSuccess) {
+  return on_device(context.device, [&] {
     switch (tokens.type) {
-      case MmaTokens::Type::kBFloat16: error = run_shape<BFloat16s>(tokens, arguments, plan, place); break;
-      case MmaTokens::Type::kFloat16: error = run_shape<Halfs>(tokens, arguments, plan, place); break;
-      case MmaTokens::Type::kInt8: error = run_shape<Bytes>(tokens, arguments, plan, place); break;
+      case MmaTokens::Type::kBFloat16: return run_shape<BFloat16s>(tokens, arguments, plan, context);
+      case MmaTokens::Type::kFloat16: return run_shape<Halfs>(tokens, arguments, plan, context);
+      default: return run_shape<Bytes>(tokens, arguments, plan, context);
     }
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  });
 }
 
 }  // namespace quantopt

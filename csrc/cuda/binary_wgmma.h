@@ -67,11 +67,11 @@ constexpr int kGroupRows = 4 * kTileRows;              // of W, of each
 constexpr int kWgmmaRows = kWgmmaGroups * kGroupRows;  // of a block
 constexpr int kWgmmaThreads = 128 * (1 + kWgmmaGroups);
 
-// Rows of W and tokens in tiles; blocks take tile after tile, those of the same tokens together, as these are
-// what is large.
+// y in blocks of rows of W and tokens; a CUDA block takes one after the other, those of the same tokens
+// together, as these are what is large.
 struct WgmmaGrid {
-  int64_t row_blocks, tiles;
-  int depth;   // blocks of K
+  int64_t row_blocks, blocks;
+  int depth;   // tiles of weights along K
   int planes;  // one after the other
   int splits;  // of K, each a block of its own
 };
@@ -81,24 +81,24 @@ QUANTOPT_HOST_DEVICE constexpr WgmmaGrid wgmma_grid(const BinaryWeights& w, int6
   return {row_blocks, row_blocks * ceil_divide(tokens, tile_tokens),
           static_cast<int>(tile_block_count(w.inputs)), static_cast<int>(w.planes), splits};
 }
-QUANTOPT_HOST_DEVICE constexpr int64_t tile_row_block(const WgmmaGrid& g, int64_t tile) {
-  return tile % g.row_blocks;
+QUANTOPT_HOST_DEVICE constexpr int64_t row_block_of(const WgmmaGrid& g, int64_t block) {
+  return block % g.row_blocks;
 }
-QUANTOPT_HOST_DEVICE constexpr int64_t tile_tokens_block(const WgmmaGrid& g, int64_t tile) {
-  return tile / g.row_blocks;
+QUANTOPT_HOST_DEVICE constexpr int64_t token_block_of(const WgmmaGrid& g, int64_t block) {
+  return block / g.row_blocks;
 }
-// Blocks of K from this to the next split's.
+// Tiles along K from this to the next split's.
 QUANTOPT_HOST_DEVICE constexpr int split_begin(const WgmmaGrid& g, int split) {
   return static_cast<int>(int64_t{g.depth} * split / g.splits);
 }
 
-// A place in the ring of stages, and how often it came round.
-struct RingPlace {
+// A stage of the ring, and how often it came round.
+struct RingSlot {
   int slot;
   uint32_t parity;
 };
 template <int kSlots>
-QUANTOPT_HOST_DEVICE constexpr void advance(RingPlace& at) {
+QUANTOPT_HOST_DEVICE constexpr void advance(RingSlot& at) {
   if (++at.slot == kSlots) {
     at.slot = 0;
     at.parity ^= 1;
@@ -109,7 +109,7 @@ QUANTOPT_HOST_DEVICE constexpr void advance(RingPlace& at) {
 constexpr int kWgmmaTokens[] = {64, 128};
 // y, or the sums alone [tokens, N] if `sums` is not null. No grouped scales, no fp32 tokens.
 const char* binary_wgmma_on_cuda(const BinaryWeights& weights, const MmaTokens& tokens, const MmaPlan& plan,
-                                 const BinaryEpilogue& epilogue, void* sums, const CudaPlace& place);
+                                 const BinaryEpilogue& epilogue, void* sums, const CudaContext& context);
 // Whether it was compiled for such a device, and QUANTOPT_WGMMA=0 does not turn it off.
 bool binary_wgmma_available(int capability);
 

@@ -3,7 +3,7 @@
 
 namespace quantopt {
 
-struct CudaPlace {
+struct CudaContext {
   int device;
   void* stream;    // cudaStream_t
   int capability;  // 80, 90, ...
@@ -11,6 +11,6 @@ struct CudaPlace {
 };
 
 // Fills in all but the stream. Returns null, or the CUDA error.
-const char* describe_device(int device, CudaPlace& place);
+const char* describe_device(int device, CudaContext& context);
 
 }  // namespace quantopt

@@ -47,4 +47,12 @@ cudaError_t launch(const Launch& how, void (*kernel)(Arguments...), const Argume
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// The error of start(), a launch on `device`, as text; null if there is none.
+template <class Start>
+const char* on_device(int device, const Start& start) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = start();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace quantopt

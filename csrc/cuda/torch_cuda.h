@@ -16,12 +16,12 @@ inline void* current_stream(at::Device device) {
 }
 
 // A device with its current stream.
-inline CudaPlace cuda_place(at::Device device) {
-  CudaPlace place{};
-  const char* error = describe_device(device.index(), place);
+inline CudaContext cuda_context(at::Device device) {
+  CudaContext context{};
+  const char* error = describe_device(device.index(), context);
   TORCH_CHECK(error == nullptr, "quantopt: CUDA: ", error);
-  place.stream = current_stream(device);
-  return place;
+  context.stream = current_stream(device);
+  return context;
 }
 
 // a b of 16-bit floats, added up and left in fp32.

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantopt.nn.linear import BinaryModule
-from quantopt.ops import binary as ops
+from quantopt.ops.conv2d import run_conv2d
+from quantopt.ops.tiles import conv_tiles
+from quantopt.ops.weights import pack_signs
+from quantopt.packed_weight import ConvGeometry
 
 
 class BinaryConv2d(BinaryModule):
@@ -70,13 +73,15 @@ class BinaryConv2d(BinaryModule):
         # What the product itself pads with zeros; all else (other modes, "same") is padded before.
         self.explicit = padding_mode != "zeros" or isinstance(plain.padding, str)
         self.around: list[int] = list(plain._reversed_padding_repeated_twice)
+        padding_of_product: tuple[int, int] = (0, 0) if self.explicit else plain.padding  # type: ignore[assignment]
+        self.geometry = ConvGeometry(self.kernel_size, self.stride, padding_of_product, self.dilation, groups)
         self.prepare()
 
     def _derive(self) -> Tensor | None:
         if self.bits.is_meta:
             return None
         channels = self.in_channels // self.groups
-        return ops.conv_tiles(self.bits, channels, self.kernel_size, self.groups, self.group_size)
+        return conv_tiles(self.bits, channels, self.kernel_size, self.groups, self.group_size)
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +94,7 @@ class BinaryConv2d(BinaryModule):
         """Binarises a layer: W = a sgn(weight), a = mean|weight| of each output channel."""
         weight = conv.weight.detach().flatten(1)
         module = cls.like(conv, compute=compute)
-        module.set_weights(ops.pack_signs(weight), weight.float().abs().mean(1), conv.bias)
+        module.set_weights(pack_signs(weight), weight.float().abs().mean(1), conv.bias)
         return module.train(conv.training)
 
     @classmethod
@@ -129,28 +134,9 @@ class BinaryConv2d(BinaryModule):
             x.dim() not in (3, 4) or x.shape[-3] != self.in_channels
         ):  # bits do not show one channel more or less
             raise ValueError(f"x must be [B, {self.in_channels}, H, W], batched or not, not {list(x.shape)}")
-        padding: tuple[int, int] = (0, 0)
-        if not self.explicit:
-            padding = self.padding  # type: ignore[assignment]
-        elif any(self.around):
+        if self.explicit and any(self.around):
             x = F.pad(x, self.around, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        buffers = self._buffers  # looked up once: a module finds its attributes slowly
-        return ops.run_conv2d(
-            x,
-            buffers["bits"],  # type: ignore[arg-type]
-            buffers["scale"],  # type: ignore[arg-type]
-            buffers["bias"],
-            self.kernel_size,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.plane_weights,
-            self.group_size,
-            self.compute,
-            buffers["tiles"],
-            self.activation,
-        )
+        return run_conv2d(x, self.packed, self.geometry, self.compute, self.activation)
 
     def extra_repr(self) -> str:
         parts = [

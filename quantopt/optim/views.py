@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantopt.levels import Quantization, level_count
-from quantopt.ops.binary import pack_signs
+from quantopt.ops.weights import pack_signs
 from quantopt.optim import state
 from quantopt.optim.sharded import gathered, local
 from quantopt.reference import levels as grid

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from quantopt.levels import Quantization
 from quantopt.nn import BinaryConv2d, BinaryLinear
-from quantopt.ops import binary as ops
+from quantopt.ops.inputs import compute_mode
+from quantopt.ops.weights import pack_signs, plane_weights_of
 from quantopt.packing import folding
 
 
@@ -17,8 +18,8 @@ class _Optimizer(Protocol):
 
 
 def _check_quantization(weight: Tensor, quantization: Quantization) -> None:
-    levels, codes, outer = quantization.levels, quantization.codes, quantization.outer
-    ops.plane_weights_of(levels)
+    levels, codes, max_level = quantization.levels, quantization.codes, quantization.max_level
+    plane_weights_of(levels)
     if codes.dtype != torch.uint8 or codes.shape != weight.shape:
         raise ValueError(
             f"opt.quantization gives codes {codes.dtype} {list(codes.shape)} for a weight {list(weight.shape)}: "
@@ -28,12 +29,12 @@ def _check_quantization(weight: Tensor, quantization: Quantization) -> None:
         raise ValueError(f"opt.quantization gives the code {int(codes.max())} of only {levels} levels")
     rows, length = codes.flatten(1).shape
     groups = -(-length // quantization.group_size) if quantization.group_size else 0
-    if list(outer.shape) not in ([[rows, groups]] if groups else [[1], [rows]]):
+    if list(max_level.shape) not in ([[rows, groups]] if groups else [[1], [rows]]):
         raise ValueError(
-            f"opt.quantization gives outer levels {list(outer.shape)} for codes {list(codes.shape)} "
+            f"opt.quantization gives max_level {list(max_level.shape)} for codes {list(codes.shape)} "
             f"and group_size={quantization.group_size}"
         )
-    if not bool((outer.isfinite() & (outer >= 0)).all()):
+    if not bool((max_level.isfinite() & (max_level >= 0)).all()):
         raise ValueError("opt.quantization gives a scale that is negative or not finite: nothing to pack")
 
 
@@ -47,20 +48,20 @@ def _weight_tensors(weight: Tensor, quantization: Quantization) -> tuple[Tensor,
         planes = torch.stack([codes >= 1, codes >= 2]).to(torch.uint8)
     else:
         planes = torch.stack([codes >> i & 1 for i in range(levels.bit_length() - 1)])
-    bits = ops.pack_signs(planes.to(torch.float32) - 0.5)
-    scale = quantization.outer.detach().to(torch.float32) / (levels - 1)
+    bits = pack_signs(planes.to(torch.float32) - 0.5)
+    scale = quantization.max_level.detach().to(torch.float32) / (levels - 1)
     return (bits[0].clone() if levels == 2 else bits), scale
 
 
 def _projected(p: Tensor, quantization: Quantization) -> Tensor:
     """The projected weights, in the shape and dtype of ``p``."""
-    levels, outer = quantization.levels, quantization.outer.to(torch.float32)
+    levels, max_level = quantization.levels, quantization.max_level.to(torch.float32)
     codes = quantization.codes.flatten(1) if p.dim() > 1 else quantization.codes.reshape(1, -1)
     if quantization.group_size:
-        outer = outer.repeat_interleave(quantization.group_size, dim=1)[:, : codes.shape[1]]
-    elif outer.numel() > 1:
-        outer = outer.unsqueeze(-1)
-    return (outer * (2 * codes.to(torch.float32) / (levels - 1) - 1)).view(p.shape).to(p.dtype)
+        max_level = max_level.repeat_interleave(quantization.group_size, dim=1)[:, : codes.shape[1]]
+    elif max_level.numel() > 1:
+        max_level = max_level.unsqueeze(-1)
+    return (max_level * (2 * codes.to(torch.float32) / (levels - 1) - 1)).view(p.shape).to(p.dtype)
 
 
 def skeleton(layer: nn.Module, *, bias: bool, **options: Any) -> BinaryLinear | BinaryConv2d:
@@ -105,7 +106,7 @@ def pack(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not callable(getattr(opt, "quantization", None)):
         raise TypeError(f"opt must be an optimizer of quantopt, not {type(opt).__name__}")
-    ops.arithmetic(compute)
+    compute_mode(compute)
     if not isinstance(fold_batchnorm, bool):
         raise TypeError(f"fold_batchnorm must be True or False, not {fold_batchnorm!r}")
     quantizations = _quantizations(model, opt)

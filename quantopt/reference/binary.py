@@ -4,11 +4,12 @@ Bits are plain row-major, least significant first: bit k % 8 of byte k // 8 is w
 """
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from quantopt.packed_weight import ConvGeometry, PackedWeight
 
 
 def pack_signs(w: Tensor) -> Tensor:
@@ -25,27 +26,22 @@ def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.floa
     return (2 * ones.flatten(-2)[..., :in_features].to(torch.int8) - 1).to(dtype)
 
 
-def expand_planes(bits: Tensor, in_features: int, plane_weights: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """[N, ceil(K/8)] or [P, N, ceil(K/8)] -> sum_i plane_weights[i] * (±1 of plane i), [N, K]."""
-    signs = unpack_signs(bits if bits.dim() == 3 else bits.unsqueeze(0), in_features, dtype)
-    return (signs * torch.tensor(list(plane_weights), dtype=dtype, device=bits.device).view(-1, 1, 1)).sum(0)
+def expand_planes(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """sum_i plane_weights[i] * (±1 of plane i), [N, K]."""
+    bits = weight.bits
+    signs = unpack_signs(bits if bits.dim() == 3 else bits.unsqueeze(0), weight.in_features, dtype)
+    factors = torch.tensor(list(weight.plane_weights), dtype=dtype, device=bits.device)
+    return (signs * factors.view(-1, 1, 1)).sum(0)
 
 
-def dense_weight(
-    bits: Tensor,
-    scale: Tensor,
-    in_features: int,
-    plane_weights: Sequence[int],
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]; scale is [1], [N] or [N, ceil(K/group_size)]."""
-    scale = scale.to(dtype)
-    if group_size:
-        scale = scale.repeat_interleave(group_size, dim=1)[:, :in_features]
+def dense_weight(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]."""
+    scale = weight.scale.to(dtype)
+    if weight.group_size:
+        scale = scale.repeat_interleave(weight.group_size, dim=1)[:, : weight.in_features]
     else:
         scale = scale.unsqueeze(-1)
-    return scale * expand_planes(bits, in_features, plane_weights, dtype)
+    return scale * expand_planes(weight, dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,15 +96,7 @@ def activate(y: Tensor, activation: str) -> Tensor:
 
 
 def binary_linear(
-    x: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    plane_weights: Sequence[int],
-    group_size: int = 0,
-    compute: str = "exact",
-    activation: str = "none",
+    x: Tensor, weight: PackedWeight, compute: str = "exact", activation: str = "none"
 ) -> Tensor:
     """y = activation(x W^T + b) [..., N]; with ``compute="int8"`` x is replaced by s * q of :func:`quantize_rows`, with
     "bf16" by :func:`round_to_bfloat16` of it."""
@@ -117,30 +105,22 @@ def binary_linear(
         values = round_to_bfloat16(x.to(wide)) if compute == "bf16" else x.to(wide)
         if compute == "int8":
             q, s = quantize_rows(values)
-            if not group_size and in_features:  # whole numbers: exact in float64
-                product = q.double() @ expand_planes(bits, in_features, plane_weights, torch.float64).T
-                y = product.to(wide) * (scale.to(wide) * s)
+            if not weight.group_size and weight.in_features:  # whole numbers: exact in float64
+                product = q.double() @ expand_planes(weight, torch.float64).T
+                y = product.to(wide) * (weight.scale.to(wide) * s)
             else:
-                y = q @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T * s
-        elif group_size:
-            y = values @ dense_weight(bits, scale, in_features, plane_weights, group_size, wide).T
+                y = q @ dense_weight(weight, wide).T * s
+        elif weight.group_size:
+            y = values @ dense_weight(weight, wide).T
         else:
-            y = values @ expand_planes(bits, in_features, plane_weights, wide).T * scale.to(wide)
-        return activate(y if bias is None else y + bias.to(wide), activation).to(x.dtype)
+            y = values @ expand_planes(weight, wide).T * weight.scale.to(wide)
+        return activate(y if weight.bias is None else y + weight.bias.to(wide), activation).to(x.dtype)
 
 
 def binary_conv2d(
     x: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    plane_weights: Sequence[int],
-    group_size: int = 0,
+    weight: PackedWeight,
+    geometry: ConvGeometry,
     compute: str = "exact",
     activation: str = "none",
 ) -> Tensor:
@@ -149,27 +129,28 @@ def binary_conv2d(
     With ``compute="int8"`` x is quantised per image (over C, H and W) as by :func:`quantize_rows`, with "bf16" rounded
     by :func:`round_to_bfloat16`.
     """
+    kernel_size, stride, padding, dilation, groups = geometry
     with full_precision(x), _fp32_convolutions(x):
         wide = torch.promote_types(x.dtype, torch.float32)
         values = round_to_bfloat16(x.to(wide)) if compute == "bf16" else x.to(wide)
         channels = x.shape[-3] // groups
-        features = channels * kernel_size[0] * kernel_size[1]
         s = None
         if compute == "int8":
             q, s = quantize_rows(values.flatten(-3))
             values, s = q.view_as(values), s[..., None, None]
-        if group_size:
-            weight = dense_weight(bits, scale, features, plane_weights, group_size, wide)
+        if weight.group_size:
+            dense = dense_weight(weight, wide)
             factor = None
         else:
-            weight = expand_planes(bits, features, plane_weights, wide)
-            factor = scale.to(wide).view(-1, 1, 1)
-        weight = weight.view(bits.shape[-2], channels, *kernel_size)
+            dense = expand_planes(weight, wide)
+            factor = weight.scale.to(wide).view(-1, 1, 1)
+        dense = dense.view(weight.outputs, channels, *kernel_size)
         if channels == 0:  # torch's convolution would return no outputs either
-            values, weight = F.pad(values, (0, 0, 0, 0, 0, groups)), F.pad(weight, (0, 0, 0, 0, 0, 1))
-        y = F.conv2d(values, weight, None, stride, padding, dilation, groups)
+            values, dense = F.pad(values, (0, 0, 0, 0, 0, groups)), F.pad(dense, (0, 0, 0, 0, 0, 1))
+        y = F.conv2d(values, dense, None, stride, padding, dilation, groups)
         if factor is not None:
             y = y * factor
         if s is not None:
             y = y * s
+        bias = weight.bias
         return activate(y if bias is None else y + bias.to(wide).view(-1, 1, 1), activation).to(x.dtype)

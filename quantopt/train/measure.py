@@ -104,7 +104,9 @@ def histogram(model: nn.Module, optimizer: Any | None) -> Tensor:
             grid = optimizer.quantization(weight)
             if grid is None:
                 continue
-            scale = grid.outer.reshape(-1, *[1] * (weight.dim() - 1)) if grid.outer.dim() == 1 else None
+            scale = None
+            if grid.max_level.dim() == 1:
+                scale = grid.max_level.reshape(-1, *[1] * (weight.dim() - 1))
             values = weight if scale is None else weight / scale
         counts += torch.histc(values.float().cpu(), HISTOGRAM_BINS, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT)
     return counts

@@ -1,4 +1,4 @@
-// The AMX kernels with emulated tiles, behind a C interface for ctypes.
+// The AMX kernels with emulated registers, behind a C interface for ctypes.
 #include <initializer_list>
 #include <new>
 #include <utility>
@@ -13,11 +13,11 @@ namespace quantopt {
 
 // The product in two calls, the second from part `cut` on. Returns what the emulated processor objected to,
 // or null.
-const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut) {
+const char* conv_on_emulated_amx(const ConvProblem& c, int64_t cut) {
   const int64_t rows = c.images * c.out_height * c.out_width, parts = amx::binary_amx_parts(c);
-  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes, rows)) return "not for tiles";
+  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes, rows)) return "not for AMX";
   if (cut < 0 || cut > parts) return "there are not so many parts";
-  tiles().fault = nullptr;
+  amx_state().fault = nullptr;
   for (const auto& [begin, end] : {std::pair{int64_t{0}, cut}, std::pair{cut, parts}}) {
     if (begin == end) continue;
     const auto bytes = static_cast<size_t>(amx::binary_amx_memory(c));
@@ -26,8 +26,8 @@ const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut) {
     amx::binary_amx(c, begin, end, memory);
     ::operator delete(memory, std::align_val_t{64});
   }
-  if (tiles().fault == nullptr && tiles().configured) return "tiles were not released";
-  return tiles().fault;
+  if (amx_state().fault == nullptr && amx_state().configured) return "registers were not released";
+  return amx_state().fault;
 }
 
 }  // namespace quantopt
@@ -40,7 +40,7 @@ const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t
                          const int32_t* plane_weights, const float* scale, int64_t scale_stride,
                          const float* bias, const void* x, const float* x_scale, int32_t activation, float* y,
                          int64_t cut) {
-  BinaryConv c{};
+  ConvProblem c{};
   int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,   &c.channels, &c.x_stride,
                             &c.out_height, &c.out_width, &c.outputs, &c.y_stride};
   for (int64_t* size : sizes) *size = *geometry++;
@@ -57,25 +57,25 @@ const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t
     c.q = static_cast<const int8_t*>(x);
     c.x_scale = x_scale;
   } else {
-    c.half = static_cast<const uint16_t*>(x);
+    c.x_bf16 = static_cast<const uint16_t*>(x);
   }
   c.activation = static_cast<Activation>(activation);
   c.y = y;
-  return conv_on_emulated_tiles(c, cut);
+  return conv_on_emulated_amx(c, cut);
 }
 
-// Breaches that the emulation must notice: 0 a product of tiles that do not fit, 1 a tile beyond the
+// Breaches that the emulation must notice: 0 a product of registers that do not fit, 1 a register beyond the
 // configuration, 2 an illegal configuration.
 const char* breach_on_host(int which) {
-  tiles() = TileState();
-  TileConfig config;
+  amx_state() = AmxState();
+  AmxConfig config;
   config.shape(0, 16, 64);
   config.shape(1, 16, 32);
   config.shape(2, 16, 64);
   if (which == 2) config.rows[3] = 17;
-  tile_configure(config);
-  if (which == 0) tile_multiply<int8_t, 0, 1, 2>();
-  if (which == 1) tile_zero<5>();
-  return tiles().fault;
+  amx_configure(config);
+  if (which == 0) amx_multiply<int8_t, 0, 1, 2>();
+  if (which == 1) amx_zero<5>();
+  return amx_state().fault;
 }
 }

@@ -13,7 +13,7 @@
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) TORCH_LIBRARY_FRAGMENT(quantopt_host, m)
 #include "cuda/binary_conv_ops.cpp"
-#include "cuda/binary_ops.cpp"
+#include "cuda/binary_linear_ops.cpp"
 #include "cuda/step_ops.cpp"
 #include "ops.cpp"
 #include "step_ops.cpp"
@@ -77,8 +77,8 @@ void guard(bool on) {
 TORCH_LIBRARY_FRAGMENT(quantopt_host, m) {
   m.def("guard(bool on) -> ()", &guard);
   m.def("device(int capability, int processors) -> ()", [](int64_t capability, int64_t processors) {
-    quantopt::host_place.capability = static_cast<int>(capability);
-    quantopt::host_place.processors = static_cast<int>(processors);
+    quantopt::host_context.capability = static_cast<int>(capability);
+    quantopt::host_context.processors = static_cast<int>(processors);
     most_shared = (capability >= 90 ? 227 : 163) << 10;
   });
   // The threads of a block run in the other order: a missing barrier shows.
@@ -98,6 +98,6 @@ TORCH_LIBRARY_FRAGMENT(quantopt_host, m) {
           w.plane_weights[0] = 1;
           w.group_scale = grouped ? &scale : nullptr;
           return static_cast<int64_t>(
-              quantopt::choose_binary_kernel(w, int8, rows, quantopt::host_place.capability));
+              quantopt::choose_binary_kernel(w, int8, rows, quantopt::host_context.capability));
         });
 }

@@ -2,7 +2,7 @@
 // instruction set that this processor has (make sanitize). All memory is of exactly the size that the
 // interfaces promise, and aligned to no more than one element where sizes are odd. Products are checked
 // against plain loops in double, steps against the portable kernels, which must give the same bits. The
-// kernels for AMX run with emulated tiles. Exits with 1 on a wrong result; the sanitizers end the program
+// kernels for AMX run with emulated registers. Exits with 1 on a wrong result; the sanitizers end the program
 // themselves.
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
@@ -22,11 +22,12 @@
 #include "cpu/isa.h"
 #include "cpu/kernels/binary_conv.h"
 #include "cpu/kernels/binary_linear.h"
+#include "cpu/kernels/quantize.h"
 #include "cpu/kernels/step.h"
 
 namespace quantopt {
 // tests/amx_on_host/driver.cpp
-const char* conv_on_emulated_tiles(const BinaryConv& c, int64_t cut);
+const char* conv_on_emulated_amx(const ConvProblem& c, int64_t cut);
 }  // namespace quantopt
 
 using namespace quantopt;
@@ -203,7 +204,7 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
   Array<float> x = random_floats(rows * inputs), y(rows * outputs, NAN);
   Array<int8_t> q(0);
   const Array<float> x_scale = quantized ? quantize(kernels, x, q, rows) : Array<float>(0);
-  BinaryLinear p{};
+  LinearProblem p{};
   p.rows = rows;
   p.outputs = outputs;
   p.inputs = inputs;
@@ -302,7 +303,7 @@ void check_conv(const Kernels& kernels, const ConvCase& v, Compute compute, cons
   const Array<uint16_t> halves = compute == Compute::bfloat16 ? round_to_bfloat16(x) : Array<uint16_t>(0);
   Array<int32_t> plane_weights(v.planes);
   for (int64_t p = 0; p < v.planes; ++p) plane_weights[p] = static_cast<int32_t>(p + 1);
-  BinaryConv c{};
+  ConvProblem c{};
   c.images = v.images;
   c.height = v.height;
   c.width = v.width;
@@ -329,7 +330,7 @@ void check_conv(const Kernels& kernels, const ConvCase& v, Compute compute, cons
   c.bias = bias.data();
   c.x = compute == Compute::exact ? x.data() + first : nullptr;
   c.q = quantized ? q.data() + first : nullptr;
-  c.half = compute == Compute::bfloat16 ? halves.data() + first : nullptr;
+  c.x_bf16 = compute == Compute::bfloat16 ? halves.data() + first : nullptr;
   c.x_scale = quantized ? x_scale.data() : nullptr;
   c.y = y.data() + first_output;
   c.activation = Activation::relu;
@@ -378,7 +379,7 @@ void check_convolutions(const Kernels& kernels) {
       {3, 16, 16, 64, 130, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},  // several rows
       {1, 7, 8, 3, 5, {6, 7}, {1, 1}, {3, 3}, {1, 1}, 1},       // more positions than are summed at once
   };
-  const auto run = [&](const BinaryConv& c) {
+  const auto run = [&](const ConvProblem& c) {
     const int64_t pieces = kernels.conv_pieces(c);
     for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, pieces / 2}, {pieces / 2, pieces}}) {
       const size_t size = static_cast<size_t>(kernels.conv_memory(c));
@@ -392,7 +393,7 @@ void check_convolutions(const Kernels& kernels) {
 }
 
 #ifdef QUANTOPT_HAVE_AMX
-// On emulated tiles: linear layers, which are convolutions of images of one pixel, and others.
+// On emulated registers: linear layers, which are convolutions of images of one pixel, and others.
 void check_tiles(const Kernels& kernels) {
   std::vector<ConvCase> cases = {
       {2, 5, 6, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
@@ -411,14 +412,14 @@ void check_tiles(const Kernels& kernels) {
   cases.push_back({259, 1, 1, 20, 5, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1});  // more than a block of rows
   for (const ConvCase& v : cases) {
     for (Compute compute : {Compute::int8, Compute::bfloat16}) {
-      check_conv(kernels, v, compute, [&](const BinaryConv& c) {
+      check_conv(kernels, v, compute, [&](const ConvProblem& c) {
         const bool several = c.outputs > kBandRows || c.images * c.out_height * c.out_width > 256;
-        const char* fault = conv_on_emulated_tiles(c, several ? 1 : 0);
+        const char* fault = conv_on_emulated_amx(c, several ? 1 : 0);
         expect(fault == nullptr, std::string("tiles: ") + (fault != nullptr ? fault : ""));
       });
     }
   }
-  std::printf("amx: done, with emulated tiles\n");
+  std::printf("amx: done, with emulated registers\n");
 }
 #endif
 

@@ -1,11 +1,12 @@
-// Products of int8 or bfloat16 activations with +-1 weights on AMX tiles.
+// Products of int8 or bfloat16 activations with +-1 weights on AMX.
 //
-// The weights are expanded on the fly, 32 outputs and 8 tiles' worth of each at a time, to signed bytes or
-// bfloat16 that serve a block of rows of x. The rows of the block are gathered once as tiles: 16 rows of 64
-// bytes each, for a convolution those that the kernel meets, position after position, zero outside the image.
-// Two by two tiles of sums, so that each tile that is loaded is used twice. Sums of bytes are whole numbers:
-// no order changes them. Those of bfloat16 are fp32, tile after tile of K: several planes are multiplied as
-// the levels that they make up, so that infinities and NaN propagate as in a dense product.
+// The weights are expanded on the fly, 32 outputs and 8 registers' worth of each at a time, to signed bytes
+// or bfloat16 that serve a block of rows of x. The rows of the block are gathered once in the layout of
+// registers: 16 rows of 64 bytes each, for a convolution those that the kernel meets, position after
+// position, zero outside the image. Two by two registers of sums, so that each register that is loaded is
+// used twice. Sums of bytes are whole numbers: no order changes them. Those of bfloat16 are fp32, register
+// after register of K: several planes are multiplied as the levels that they make up, so that infinities and
+// NaN propagate as in a dense product.
 #include "cpu/kernels/binary_amx.h"
 
 #include <immintrin.h>
@@ -13,17 +14,17 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/kernels/amx_tile.h"
+#include "cpu/kernels/amx_registers.h"
+#include "cpu/kernels/binary_epilogue.h"
 #include "cpu/kernels/binary_expand.h"
-#include "cpu/kernels/binary_finish.h"
 
 namespace quantopt::amx {
 namespace {
 
-constexpr int64_t kTile = 16;  // rows of a tile
+constexpr int64_t kRegisterRows = 16;  // of a register
 constexpr int64_t kRowBytes = 64;
-constexpr int64_t kTileBytes = kTile * kRowBytes;
-constexpr int64_t kPanelSteps = 8;  // steps, of a tile's width each, that are expanded together
+constexpr int64_t kRegisterBytes = kRegisterRows * kRowBytes;
+constexpr int64_t kPanelSteps = 8;  // steps, of a register's width each, that are expanded together
 
 // As many bytes of each: what is gathered of 4096 inputs takes half of a second-level cache of 2 MB.
 template <class Value>
@@ -32,8 +33,8 @@ constexpr int64_t kBlockRows = 256 / static_cast<int64_t>(sizeof(Value));
 template <class Value>
 constexpr int64_t kWordBytes = 16 * static_cast<int64_t>(sizeof(Value));  // of the activations of a word
 template <class Value>
-constexpr int64_t kWords = kRowBytes / kWordBytes<Value>;  // of a tile's row
-static_assert(kWords<int8_t> == kStepWords && kTile == kQuarters);
+constexpr int64_t kWords = kRowBytes / kWordBytes<Value>;  // of a register's row
+static_assert(kWords<int8_t> == kStepWords && kRegisterRows == kQuarters);
 
 template <class Value>
 using Sum = std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float>;
@@ -42,25 +43,25 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 template <class Value>
-int64_t row_tiles(const BinaryConv& c) {
+int64_t row_registers(const ConvProblem& c) {
   return (row_words(c) + kWords<Value> - 1) / kWords<Value>;
 }
 
 template <class Value>
 struct Memory {
-  Value* rows;       // [tile of rows][step][row][64 bytes]
-  Value* panel;      // [step][half of the outputs][row of the tile][output][4 bytes]
+  Value* rows;       // [16 rows][step][row][64 bytes]
+  Value* panel;      // [step][half of the outputs][row of the register][output][4 bytes]
   Sum<Value>* sums;  // [row][output]
 };
 
-inline int64_t all_rows(const BinaryConv& c) { return c.images * c.out_height * c.out_width; }
-inline int64_t band_count(const BinaryConv& c) { return (c.outputs + kBandRows - 1) / kBandRows; }
+inline int64_t all_rows(const ConvProblem& c) { return c.images * c.out_height * c.out_width; }
+inline int64_t band_count(const ConvProblem& c) { return (c.outputs + kBandRows - 1) / kBandRows; }
 
 template <class Value>
-int64_t lay_out(const BinaryConv& c, char* base, Memory<Value>* memory) {
-  const int64_t block = up(least(all_rows(c), kBlockRows<Value>), kTile);
-  const int64_t row_bytes = block * row_tiles<Value>(c) * kRowBytes;
-  const int64_t panel_bytes = kPanelSteps * 2 * kTileBytes;
+int64_t lay_out(const ConvProblem& c, char* base, Memory<Value>* memory) {
+  const int64_t block = up(least(all_rows(c), kBlockRows<Value>), kRegisterRows);
+  const int64_t row_bytes = block * row_registers<Value>(c) * kRowBytes;
+  const int64_t panel_bytes = kPanelSteps * 2 * kRegisterBytes;
   if (memory != nullptr) {
     memory->rows = reinterpret_cast<Value*>(base);
     memory->panel = reinterpret_cast<Value*>(base + row_bytes);
@@ -69,12 +70,12 @@ int64_t lay_out(const BinaryConv& c, char* base, Memory<Value>* memory) {
   return row_bytes + panel_bytes + block * kTileRows * static_cast<int64_t>(sizeof(Sum<Value>));
 }
 
-inline const int8_t* values_of(const BinaryConv& c, int8_t) { return c.q; }
-inline const uint16_t* values_of(const BinaryConv& c, uint16_t) { return c.half; }
+inline const int8_t* values_of(const ConvProblem& c, int8_t) { return c.q; }
+inline const uint16_t* values_of(const ConvProblem& c, uint16_t) { return c.x_bf16; }
 
 // Where the kernel position `tap` meets the image for row `row` of y, or null outside.
 template <class Value>
-const Value* pixel_at(const BinaryConv& c, int64_t row, int64_t tap) {
+const Value* pixel_at(const ConvProblem& c, int64_t row, int64_t tap) {
   const int64_t image = row / (c.out_height * c.out_width), pixel = row % (c.out_height * c.out_width);
   const int64_t iy = pixel / c.out_width * c.stride[0] - c.padding[0] + tap / c.kernel[1] * c.dilation[0];
   const int64_t ix = pixel % c.out_width * c.stride[1] - c.padding[1] + tap % c.kernel[1] * c.dilation[1];
@@ -99,17 +100,17 @@ inline void copy(const void* from, int64_t bytes, char* to) {
   }
 }
 
-// Rows [begin, end) of y: what they are products of, as tiles. `words` are copied at a time.
+// Rows [begin, end) of y: what they are products of, as registers are loaded. `words` are copied at a time.
 template <class Value, int64_t words>
-void gather(const BinaryConv& c, int64_t begin, int64_t end, Value* out) {
+void gather(const ConvProblem& c, int64_t begin, int64_t end, Value* out) {
   constexpr int64_t kBytes = words * kWordBytes<Value>;
-  const int64_t steps = row_tiles<Value>(c), taps = c.kernel[0] * c.kernel[1];
+  const int64_t steps = row_registers<Value>(c), taps = c.kernel[0] * c.kernel[1];
   for (int64_t row = begin; row < end; ++row) {
-    char* to = reinterpret_cast<char*>(out) + (row - begin) / kTile * steps * kTileBytes +
-               (row - begin) % kTile * kRowBytes;
+    char* to = reinterpret_cast<char*>(out) + (row - begin) / kRegisterRows * steps * kRegisterBytes +
+               (row - begin) % kRegisterRows * kRowBytes;
     int64_t word = 0;  // of the row
     const auto place = [&] {
-      return to + word / kWords<Value> * kTileBytes + word % kWords<Value> * kWordBytes<Value>;
+      return to + word / kWords<Value> * kRegisterBytes + word % kWords<Value> * kWordBytes<Value>;
     };
     for (int64_t tap = 0; tap < taps; ++tap) {
       const Value* from = pixel_at<Value>(c, row, tap);
@@ -122,8 +123,8 @@ void gather(const BinaryConv& c, int64_t begin, int64_t end, Value* out) {
   }
 }
 
-// Weights of tiles [begin, begin + count) of K of 32 outputs.
-void expand_tiles(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, int8_t* panel) {
+// Weights of the steps [begin, begin + count) of K of 32 outputs.
+void expand_steps(const ConvProblem& c, const Words& words, int64_t begin, int64_t count, int8_t* panel) {
   expand<false>(c, words, begin, count, panel);
 }
 
@@ -137,7 +138,7 @@ inline __m512i whole_bfloat16(__m512i v) {
 
 // The operand of tdpbf16ps: [step][half of the outputs][pair of weights][output][2 weights].
 template <bool one>
-void expand_halves(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, uint16_t* panel) {
+void expand_halves(const ConvProblem& c, const Words& words, int64_t begin, int64_t count, uint16_t* panel) {
   constexpr int kPairs = 8;  // of a word
   for (int64_t word = 0; word < count * kWords<uint16_t>; ++word) {
     for (int half = 0; half < 2; ++half) {
@@ -162,7 +163,7 @@ void expand_halves(const BinaryConv& c, const Words& words, int64_t begin, int64
           value[pair] = one ? signed_weight : _mm512_add_epi16(value[pair], signed_weight);
         }
       }
-      char* to = reinterpret_cast<char*>(panel) + (word / kWords<uint16_t> * 2 + half) * kTileBytes +
+      char* to = reinterpret_cast<char*>(panel) + (word / kWords<uint16_t> * 2 + half) * kRegisterBytes +
                  word % kWords<uint16_t> * kPairs * kRowBytes;
       for (int pair = 0; pair < kPairs; ++pair) {
         _mm512_storeu_si512(to + pair * kRowBytes, one ? value[pair] : whole_bfloat16(value[pair]));
@@ -170,7 +171,7 @@ void expand_halves(const BinaryConv& c, const Words& words, int64_t begin, int64
     }
   }
 }
-void expand_tiles(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, uint16_t* panel) {
+void expand_steps(const ConvProblem& c, const Words& words, int64_t begin, int64_t count, uint16_t* panel) {
   if (c.planes == 1) {
     expand_halves<true>(c, words, begin, count, panel);
   } else {
@@ -178,82 +179,84 @@ void expand_tiles(const BinaryConv& c, const Words& words, int64_t begin, int64_
   }
 }
 
-// Tiles: sums 0 to 3 (rows x outputs), rows 4 and 5, weights 6 and 7.
-TileConfig config_of(int64_t rows0, int64_t rows1) {
-  TileConfig config;
+// Registers: sums 0 to 3 (rows x outputs), rows 4 and 5, weights 6 and 7.
+AmxConfig config_of(int64_t rows0, int64_t rows1) {
+  AmxConfig config;
   for (int half = 0; half < 2; ++half) {
     config.shape(half, rows0, kRowBytes);
     config.shape(2 + half, rows1, kRowBytes);
-    config.shape(6 + half, kTile, kRowBytes);
+    config.shape(6 + half, kRegisterRows, kRowBytes);
   }
   config.shape(4, rows0, kRowBytes);
   config.shape(5, rows1, kRowBytes);
   return config;
 }
 
-// sums += rows * panel over `steps` steps, for one tile of rows or two; they begin at zero if `fresh`.
+// sums += rows * panel over `steps` steps, for 16 rows or 32; they begin at zero if `fresh`.
 template <class Value, bool two>
 void multiply(const Value* rows, int64_t next_rows, const Value* panel, int64_t steps, bool fresh,
               Sum<Value>* sums) {
   constexpr int64_t kStride = kTileRows * sizeof(Sum<Value>);
-  constexpr int64_t kTileValues = kTileBytes / static_cast<int64_t>(sizeof(Value));
-  Sum<Value>* below = sums + kTile * kTileRows;
+  constexpr int64_t kRegisterValues = kRegisterBytes / static_cast<int64_t>(sizeof(Value));
+  Sum<Value>* below = sums + kRegisterRows * kTileRows;
   if (fresh) {
-    tile_zero<0>();
-    tile_zero<1>();
+    amx_zero<0>();
+    amx_zero<1>();
     if constexpr (two) {
-      tile_zero<2>();
-      tile_zero<3>();
+      amx_zero<2>();
+      amx_zero<3>();
     }
   } else {
-    tile_load<0>(sums, kStride);
-    tile_load<1>(sums + kTile, kStride);
+    amx_load<0>(sums, kStride);
+    amx_load<1>(sums + kRegisterRows, kStride);
     if constexpr (two) {
-      tile_load<2>(below, kStride);
-      tile_load<3>(below + kTile, kStride);
+      amx_load<2>(below, kStride);
+      amx_load<3>(below + kRegisterRows, kStride);
     }
   }
-  for (int64_t step = 0; step < steps; ++step, rows += kTileValues, panel += 2 * kTileValues) {
-    tile_load<4>(rows, kRowBytes);
-    tile_load<6>(panel, kRowBytes);
-    tile_load<7>(panel + kTileValues, kRowBytes);
-    tile_multiply<Value, 0, 4, 6>();
-    tile_multiply<Value, 1, 4, 7>();
+  for (int64_t step = 0; step < steps; ++step, rows += kRegisterValues, panel += 2 * kRegisterValues) {
+    amx_load<4>(rows, kRowBytes);
+    amx_load<6>(panel, kRowBytes);
+    amx_load<7>(panel + kRegisterValues, kRowBytes);
+    amx_multiply<Value, 0, 4, 6>();
+    amx_multiply<Value, 1, 4, 7>();
     if constexpr (two) {
-      tile_load<5>(rows + next_rows, kRowBytes);
-      tile_multiply<Value, 2, 5, 6>();
-      tile_multiply<Value, 3, 5, 7>();
+      amx_load<5>(rows + next_rows, kRowBytes);
+      amx_multiply<Value, 2, 5, 6>();
+      amx_multiply<Value, 3, 5, 7>();
     }
   }
-  tile_store<0>(sums, kStride);
-  tile_store<1>(sums + kTile, kStride);
+  amx_store<0>(sums, kStride);
+  amx_store<1>(sums + kRegisterRows, kStride);
   if constexpr (two) {
-    tile_store<2>(below, kStride);
-    tile_store<3>(below + kTile, kStride);
+    amx_store<2>(below, kStride);
+    amx_store<3>(below + kRegisterRows, kStride);
   }
 }
 
 // One tile of outputs for a block of gathered rows.
 template <class Value>
-void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t tile,
+void tile_of_outputs(const ConvProblem& c, int64_t row, int64_t rows, int64_t tile,
                      const Memory<Value>& memory) {
-  constexpr int64_t kTileValues = kTileBytes / static_cast<int64_t>(sizeof(Value));
-  const int64_t steps = row_tiles<Value>(c), pairs = rows / (2 * kTile) * (2 * kTile), rest = rows - pairs;
+  constexpr int64_t kRegisterValues = kRegisterBytes / static_cast<int64_t>(sizeof(Value));
+  const int64_t steps = row_registers<Value>(c), pairs = rows / (2 * kRegisterRows) * (2 * kRegisterRows),
+                rest = rows - pairs;
   const Words words(c, tile);
-  const TileConfig full = config_of(kTile, kTile);
-  const TileConfig last = config_of(least(rest, kTile), rest > kTile ? rest - kTile : 0);
+  const AmxConfig full = config_of(kRegisterRows, kRegisterRows);
+  const AmxConfig last =
+      config_of(least(rest, kRegisterRows), rest > kRegisterRows ? rest - kRegisterRows : 0);
   for (int64_t step = 0; step < steps; step += kPanelSteps) {
     const int64_t count = least(kPanelSteps, steps - step);
-    expand_tiles(c, words, step, count, memory.panel);
-    for (int64_t m = 0; m < rows; m += 2 * kTile) {
-      if (m == 0 && pairs > 0) tile_configure(full);
-      if (m == pairs) tile_configure(last);
-      const Value* from = memory.rows + (m / kTile * steps + step) * kTileValues;
+    expand_steps(c, words, step, count, memory.panel);
+    for (int64_t m = 0; m < rows; m += 2 * kRegisterRows) {
+      if (m == 0 && pairs > 0) amx_configure(full);
+      if (m == pairs) amx_configure(last);
+      const Value* from = memory.rows + (m / kRegisterRows * steps + step) * kRegisterValues;
       Sum<Value>* sums = memory.sums + m * kTileRows;
-      if (rows - m > kTile) {
-        multiply<Value, true>(from, steps * kTileValues, memory.panel, count, step == 0, sums);
+      if (rows - m > kRegisterRows) {
+        multiply<Value, true>(from, steps * kRegisterValues, memory.panel, count, step == 0, sums);
       } else {
-        multiply<Value, false>(from, steps * kTileValues, memory.panel, count, step == 0, sums);
+        multiply<Value, false>(from, steps * kRegisterValues, memory.panel, count, step == 0, sums);
       }
     }
   }
@@ -264,17 +267,17 @@ void tile_of_outputs(const BinaryConv& c, int64_t row, int64_t rows, int64_t til
     float* y = c.y + (row + m) * c.y_stride;
     for (int64_t n = 0; n < count; ++n) y[first + n] = static_cast<float>(sums[n]);
     const float x_scale = c.x_scale != nullptr ? c.x_scale[(row + m) / pixels] : 1.0f;
-    finish_row(y, first, first + count, {c.scale, c.scale_stride, x_scale, c.bias, c.activation});
+    epilogue_row(y, first, first + count, {c.scale, c.scale_stride, x_scale, c.bias, c.activation});
   }
 }
 
 template <class Value>
-int64_t count_parts(const BinaryConv& c) {
+int64_t count_parts(const ConvProblem& c) {
   return (all_rows(c) + kBlockRows<Value> - 1) / kBlockRows<Value> * band_count(c);
 }
 
 template <class Value>
-void multiply_parts(const BinaryConv& c, int64_t begin, int64_t end, void* base) {
+void multiply_parts(const ConvProblem& c, int64_t begin, int64_t end, void* base) {
   Memory<Value> memory;
   lay_out(c, static_cast<char*>(base), &memory);
   const int64_t bands = band_count(c);
@@ -292,7 +295,7 @@ void multiply_parts(const BinaryConv& c, int64_t begin, int64_t end, void* base)
     }
     begin += last - band;
   }
-  tile_release();
+  amx_release();
 }
 
 }  // namespace
@@ -303,15 +306,15 @@ bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, 
   return most <= (int8 ? 127 : 256) && rows >= kLeastRows;
 }
 
-int64_t binary_amx_parts(const BinaryConv& c) {
+int64_t binary_amx_parts(const ConvProblem& c) {
   return c.q != nullptr ? count_parts<int8_t>(c) : count_parts<uint16_t>(c);
 }
 
-int64_t binary_amx_memory(const BinaryConv& c) {
+int64_t binary_amx_memory(const ConvProblem& c) {
   return c.q != nullptr ? lay_out<int8_t>(c, nullptr, nullptr) : lay_out<uint16_t>(c, nullptr, nullptr);
 }
 
-void binary_amx(const BinaryConv& c, int64_t begin, int64_t end, void* memory) {
+void binary_amx(const ConvProblem& c, int64_t begin, int64_t end, void* memory) {
   if (c.q != nullptr) {
     multiply_parts<int8_t>(c, begin, end, memory);
   } else {

@@ -31,14 +31,14 @@ struct Exact {
   using Value = float;
   using Entry = float;
   using Total = Pair;
-  static const Value* values(const BinaryConv& c) { return c.x; }
+  static const Value* values(const ConvProblem& c) { return c.x; }
   static int64_t entries(int64_t words) { return kFloatTables * words; }
 };
 struct Whole {
   using Value = int8_t;
   using Entry = int16_t;
   using Total = IntegerPair;
-  static const Value* values(const BinaryConv& c) { return c.q; }
+  static const Value* values(const ConvProblem& c) { return c.q; }
   static int64_t entries(int64_t words) { return integer_entries(words); }
 };
 
@@ -52,12 +52,12 @@ struct Blocks {
 };
 
 // Rows of an image that some neighbouring rows of y meet.
-inline int64_t rows_met(const BinaryConv& c, int64_t rows) {
+inline int64_t rows_met(const ConvProblem& c, int64_t rows) {
   return least((rows - 1) * c.stride[0] + (c.kernel[0] - 1) * c.dilation[0] + 1, c.height);
 }
 
 template <class Form>
-Blocks blocks_of(const BinaryConv& c) {
+Blocks blocks_of(const ConvProblem& c) {
   const int64_t entry = static_cast<int64_t>(sizeof(typename Form::Entry));
   const int64_t row = c.width * Form::entries(chunk_words(c.channels, 0)) * entry;  // bytes of a row's tables
   Blocks b;
@@ -88,7 +88,7 @@ struct Memory {
 inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <class Form>
-int64_t lay_out(const BinaryConv& c, const Blocks& blocks, char* base, Memory<Form>* memory) {
+int64_t lay_out(const ConvProblem& c, const Blocks& blocks, char* base, Memory<Form>* memory) {
   const int64_t chunks = (c.channels + kChunkWidth - 1) / kChunkWidth;
   const int64_t pixels = least(kBlockPixels, blocks.images * blocks.rows * blocks.columns);
   int64_t entries = 0;
@@ -121,7 +121,7 @@ inline WholeSums pixel_tables(const int8_t* q, int64_t width, int16_t* tables) {
 // What the present call computes.
 template <class Form>
 struct Call {
-  const BinaryConv& c;
+  const ConvProblem& c;
   Blocks blocks;
   Memory<Form> memory;
 };
@@ -149,7 +149,7 @@ struct Chunk {
 // Tables of a chunk of row `row` of image `image`, in row `slot` of the ring, unless they are there.
 template <class Form>
 void fill_row(const Call<Form>& call, const Chunk<Form>& chunk, int64_t image, int64_t row, int64_t slot) {
-  const BinaryConv& c = call.c;
+  const ConvProblem& c = call.c;
   const int64_t line = image * c.height + row;
   if (chunk.present[slot] == line) return;
   chunk.present[slot] = line;
@@ -180,7 +180,7 @@ inline Range positions(int64_t origin, int64_t size, int64_t kernel, int64_t dil
 struct Pixel {
   int64_t image, origin[2];  // where kernel position 0 lies
   int64_t index;             // of y
-  int64_t slot;              // row i of its image is row i + slot of the ring, begun anew at its end
+  int64_t slot;              // row i of its image is row i + slot of the ring, counted from its beginning again at its end
   Range taps[2];
 };
 
@@ -239,7 +239,7 @@ void add_groups(const Pixel* pixels, int64_t count, Plan& plan) {
 }
 
 // The longest part from its beginning that meets the same kernel positions, which `taps` is set to.
-inline Part alike(const BinaryConv& c, int axis, const Part& part, Range& taps) {
+inline Part alike(const ConvProblem& c, int axis, const Part& part, Range& taps) {
   const int64_t size = axis == 0 ? c.height : c.width;
   const auto met = [&](int64_t o) {
     return positions(o * c.stride[axis] - c.padding[axis], size, c.kernel[axis], c.dilation[axis]);
@@ -251,11 +251,11 @@ inline Part alike(const BinaryConv& c, int axis, const Part& part, Range& taps) 
 }
 
 // Rows of one image in the ring.
-inline int64_t image_rows(const BinaryConv& c, const Blocks& blocks) {
+inline int64_t image_rows(const ConvProblem& c, const Blocks& blocks) {
   return blocks.images > 1 ? c.height : blocks.ring;
 }
 
-void make_plan(const BinaryConv& c, const Blocks& blocks, int64_t number, Plan& plan) {
+void make_plan(const ConvProblem& c, const Blocks& blocks, int64_t number, Plan& plan) {
   plan.images = part_of(number / blocks.column_count / blocks.row_count, blocks.images, c.images);
   plan.rows = part_of(number / blocks.column_count % blocks.row_count, blocks.rows, c.out_height);
   plan.columns = part_of(number % blocks.column_count, blocks.columns, c.out_width);
@@ -302,7 +302,7 @@ struct Tap {
 template <class Form, int MR>
 void add_taps(const Call<Form>& call, const Chunk<Form>& chunk, const Tap<typename Form::Entry, MR>* taps,
               int64_t tap_count, int64_t begin, int64_t count, typename Form::Total* total) {
-  const BinaryConv& c = call.c;
+  const ConvProblem& c = call.c;
   const int64_t all_taps = c.kernel[0] * c.kernel[1];
   const int64_t tap_size = tile_count(c.outputs) * kTileRows * tile_words(c.channels);
   const int64_t offset = band_offset(c.outputs, c.channels, 0, chunk.first, begin);
@@ -321,7 +321,7 @@ template <class Form, int MR>
 void add_group(const Call<Form>& call, const Chunk<Form>& chunk, const Group& group, const Pixel* pixels,
                int64_t begin, int64_t count, typename Form::Total* total, int32_t* sum) {
   constexpr bool kWhole = std::is_same_v<Form, Whole>;
-  const BinaryConv& c = call.c;
+  const ConvProblem& c = call.c;
   const int64_t together = kChunkWords / chunk.words;  // kernel positions of a sum of floats
   Tap<typename Form::Entry, MR> taps[kMostTaps];
   int64_t waiting = 0;
@@ -373,8 +373,8 @@ void add_group(const Call<Form>& call, const Chunk<Form>& chunk, const Group& gr
 
 // The tiles [begin, end) of a block's pixels of y, from their totals and the sums of the numbers they met.
 template <class Form>
-void finish(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end, const int32_t* sums) {
-  const BinaryConv& c = call.c;
+void epilogue(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end, const int32_t* sums) {
+  const ConvProblem& c = call.c;
   int32_t weights = 0;
   for (int64_t plane = 0; plane < c.planes; ++plane) weights += c.plane_weights[plane];
   for (int64_t g = 0; g < plan.group_count; ++g) {
@@ -383,8 +383,9 @@ void finish(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end
     for (int64_t i = group.begin; i < group.begin + group.count; ++i, ++total) {
       const Pixel& pixel = plan.pixels[i];
       const float x_scale = c.q != nullptr ? c.x_scale[pixel.image] : 1.0f;
-      finish_tiles(total, group.count, weights * sums[i], begin, end, c.outputs,
-                   {c.scale, c.scale_stride, x_scale, c.bias, c.activation}, c.y + pixel.index * c.y_stride);
+      epilogue_tiles(total, group.count, weights * sums[i], begin, end, c.outputs,
+                     {c.scale, c.scale_stride, x_scale, c.bias, c.activation},
+                     c.y + pixel.index * c.y_stride);
     }
   }
 }
@@ -392,7 +393,7 @@ void finish(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end
 // Tables of a chunk of all rows that a block meets.
 template <class Form>
 void fill(const Call<Form>& call, const Chunk<Form>& chunk, const Plan& plan) {
-  const BinaryConv& c = call.c;
+  const ConvProblem& c = call.c;
   for (int64_t image = plan.images.begin; image < plan.images.end; ++image) {
     for (int64_t oy = plan.rows.begin; oy < plan.rows.end; ++oy) {
       for (int64_t r = 0; r < c.kernel[0]; ++r) {
@@ -408,7 +409,7 @@ void fill(const Call<Form>& call, const Chunk<Form>& chunk, const Plan& plan) {
 // The tiles [begin, end), at most kTotalTiles, of a block.
 template <class Form>
 void block(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end) {
-  const BinaryConv& c = call.c;
+  const ConvProblem& c = call.c;
   const int64_t tiles = end - begin;
   typename Form::Total* const totals = call.memory.totals;
   int32_t sums[kBlockPixels] = {};
@@ -429,13 +430,13 @@ void block(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end)
       }
     }
   }
-  finish(call, plan, begin, end, sums);
+  epilogue(call, plan, begin, end, sums);
 }
 
-inline int64_t band_count(const BinaryConv& c) { return (c.outputs + kBandRows - 1) / kBandRows; }
+inline int64_t band_count(const ConvProblem& c) { return (c.outputs + kBandRows - 1) / kBandRows; }
 
 template <class Form>
-void pieces(const BinaryConv& c, int64_t begin, int64_t end, void* base) {
+void pieces(const ConvProblem& c, int64_t begin, int64_t end, void* base) {
   Call<Form> call{c, blocks_of<Form>(c), {}};
   lay_out(c, call.blocks, static_cast<char*>(base), &call.memory);
   const int64_t chunks = (c.channels + kChunkWidth - 1) / kChunkWidth;
@@ -459,16 +460,16 @@ void pieces(const BinaryConv& c, int64_t begin, int64_t end, void* base) {
 
 bool binary_conv_available() { return true; }
 
-int64_t binary_conv_memory(const BinaryConv& c) {
+int64_t binary_conv_memory(const ConvProblem& c) {
   return c.q != nullptr ? lay_out<Whole>(c, blocks_of<Whole>(c), nullptr, nullptr)
                         : lay_out<Exact>(c, blocks_of<Exact>(c), nullptr, nullptr);
 }
 
-int64_t binary_conv_pieces(const BinaryConv& c) {
+int64_t binary_conv_pieces(const ConvProblem& c) {
   return band_count(c) * (c.q != nullptr ? blocks_of<Whole>(c) : blocks_of<Exact>(c)).count();
 }
 
-void binary_conv2d(const BinaryConv& c, int64_t begin, int64_t end, void* memory) {
+void binary_conv2d(const ConvProblem& c, int64_t begin, int64_t end, void* memory) {
   if (c.q != nullptr) {
     pieces<Whole>(c, begin, end, memory);
   } else {
@@ -479,9 +480,9 @@ void binary_conv2d(const BinaryConv& c, int64_t begin, int64_t end, void* memory
 #else
 
 bool binary_conv_available() { return false; }
-int64_t binary_conv_memory(const BinaryConv&) { return 0; }
-int64_t binary_conv_pieces(const BinaryConv&) { return 0; }
-void binary_conv2d(const BinaryConv&, int64_t, int64_t, void*) {}
+int64_t binary_conv_memory(const ConvProblem&) { return 0; }
+int64_t binary_conv_pieces(const ConvProblem&) { return 0; }
+void binary_conv2d(const ConvProblem&, int64_t, int64_t, void*) {}
 
 #endif
 

@@ -13,7 +13,7 @@ enum class Activation : int32_t;  // core/activation.h
 // y[b, oy, ox, n] = activation(scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s]
 // x[b, oy S + r D - P, ox S + s D - P, c] + bias[n]), x zero outside the image. With q, x is q[b] x_scale[b]
 // and the sum of q is exact.
-struct BinaryConv {
+struct ConvProblem {
   int64_t images, height, width, channels;
   int64_t x_stride;  // elements of x from one pixel to the next: more than `channels` with groups
   int64_t out_height, out_width, outputs;
@@ -27,15 +27,15 @@ struct BinaryConv {
   const float* bias;             // [outputs] or null
   const float* x;                // [images, height, width, first of x_stride], or null with q
   const int8_t* q;               // the same within +-127, or null with x
-  const uint16_t* half;          // the same in bfloat16, for tiles of AMX in place of x; or null
+  const uint16_t* x_bf16;        // the same in bfloat16, in place of x for AMX; or null
   const float* x_scale;          // [images] with q, else null
   float* y;                      // [images, out_height, out_width, first of y_stride]
   Activation activation;
 };
 
 // A linear layer of M rows as the convolution of M images of one pixel with a kernel of one position.
-inline BinaryConv as_conv(const BinaryLinear& p) {
-  BinaryConv c{};
+inline ConvProblem as_conv(const LinearProblem& p) {
+  ConvProblem c{};
   c.images = p.rows;
   c.height = c.width = c.out_height = c.out_width = 1;
   c.channels = c.x_stride = p.inputs;
@@ -60,8 +60,8 @@ QUANTOPT_DECLARE_PER_ISA(
     // Whether there is such a kernel.
     bool binary_conv_available();
     // Bytes of working memory, aligned to 64, for one call.
-    int64_t binary_conv_memory(const BinaryConv& conv);
+    int64_t binary_conv_memory(const ConvProblem& conv);
     // Pieces that y is computed in: of a block of pixels and a band of outputs, that go first.
-    int64_t binary_conv_pieces(const BinaryConv& conv);
+    int64_t binary_conv_pieces(const ConvProblem& conv);
     // The pieces [begin, end).
-    void binary_conv2d(const BinaryConv& conv, int64_t begin, int64_t end, void* memory);)
+    void binary_conv2d(const ConvProblem& conv, int64_t begin, int64_t end, void* memory);)

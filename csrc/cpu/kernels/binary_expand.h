@@ -16,15 +16,15 @@ constexpr int64_t kQuarters = kStep / 4;
 constexpr int64_t kHalfBytes = kQuarters * kStep;
 
 // The activations that make up a row: the channels of each kernel position, filled up to whole words.
-inline int64_t row_words(const BinaryConv& c) { return c.kernel[0] * c.kernel[1] * tile_words(c.channels); }
-inline int64_t row_steps(const BinaryConv& c) { return (row_words(c) + kStepWords - 1) / kStepWords; }
+inline int64_t row_words(const ConvProblem& c) { return c.kernel[0] * c.kernel[1] * tile_words(c.channels); }
+inline int64_t row_steps(const ConvProblem& c) { return (row_words(c) + kStepWords - 1) / kStepWords; }
 
 // The words of weights `word` (of the row) of 32 rows; zero beyond the last.
 struct Words {
-  const BinaryConv& c;
+  const ConvProblem& c;
   int64_t tile, per_tap, taps, tap_size, band, width;
 
-  Words(const BinaryConv& conv, int64_t tile)
+  Words(const ConvProblem& conv, int64_t tile)
       : c(conv),
         tile(tile),
         per_tap(tile_words(conv.channels)),
@@ -46,7 +46,7 @@ struct Words {
 // of a word][row][4 weights], the operand of tdpbssd and vpdpbusd. A bit 0 is minus the weight of its plane
 // or, unsigned, zero.
 template <bool zero>
-void expand(const BinaryConv& c, const Words& words, int64_t begin, int64_t count, int8_t* panel) {
+void expand(const ConvProblem& c, const Words& words, int64_t begin, int64_t count, int8_t* panel) {
   // Quarter t of a word: its nibble t in the four bytes of each row.
   __m512i spread[2], bit[2];
   for (int i = 0; i < 2; ++i) {

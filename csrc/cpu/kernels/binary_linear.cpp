@@ -6,11 +6,10 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "core/quantize.h"
-#include "cpu/kernels/binary_finish.h"
+#include "cpu/kernels/binary_epilogue.h"
 #include "cpu/kernels/binary_lookup.h"
+#include "cpu/kernels/quantize.h"
 #if defined(__AVX512VNNI__)
 #include "cpu/kernels/binary_expand.h"
 #endif
@@ -20,8 +19,8 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
-inline const float* scale_of(const BinaryLinear& p, int64_t n) { return p.scale + n * p.scale_stride; }
-inline Finish finish_of(const BinaryLinear& p, int64_t m) {
+inline const float* scale_of(const LinearProblem& p, int64_t n) { return p.scale + n * p.scale_stride; }
+inline Epilogue epilogue_of(const LinearProblem& p, int64_t m) {
   return {p.group == 0 ? p.scale : nullptr, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias,
           p.activation};
 }
@@ -55,7 +54,7 @@ inline double sum(const Vector& v) {
 
 // Weights [first, first + width) of one row, without its scale unless grouped; zero up to the next multiple
 // of 8.
-void expand(const BinaryLinear& p, int64_t n, int64_t first, int64_t width, float* out) {
+void expand(const LinearProblem& p, int64_t n, int64_t first, int64_t width, float* out) {
   const int64_t bytes = (width + 7) / 8;
   for (int64_t plane = 0; plane < p.planes; ++plane) {
     const uint8_t* bits = p.bits + (plane * p.outputs + n) * row_bytes(p.inputs) + first / 8;
@@ -93,7 +92,8 @@ void multiply_panel(const float* const* x, const float* panel, int64_t width, in
   }
 }
 
-void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void linear_by_panels(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin,
+                      int64_t end) {
   constexpr int kRows = 4;
   constexpr int64_t kMost = 64;  // rows of x that share an expanded panel
   alignas(32) float panel[kPanelRows * kPanelWidth];
@@ -135,7 +135,7 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
       for (int64_t m = 0; m < rows; ++m) {
         float* y = p.y + (first + m) * p.outputs;
         for (int64_t r = 0; r < outputs; ++r) y[n + r] = static_cast<float>(total[m][r]);
-        finish_row(y, n, n + outputs, finish_of(p, first + m));
+        epilogue_row(y, n, n + outputs, epilogue_of(p, first + m));
       }
     }
   }
@@ -146,7 +146,7 @@ void linear_by_panels(const BinaryLinear& p, int64_t row_begin, int64_t row_end,
 #if defined(QUANTOPT_LOOKUPS)
 
 // Scales of the groups [g, g + count), times the plane's weight, for the 32 rows of a tile.
-inline void group_scales(const BinaryLinear& p, int64_t tile, int64_t g, int64_t count, float weight,
+inline void group_scales(const LinearProblem& p, int64_t tile, int64_t g, int64_t count, float weight,
                          float (*factor)[kTileRows]) {
   const int64_t first = tile * kTileRows, rows = least(kTileRows, p.outputs - first);
   const __m128 times = _mm_set1_ps(weight);
@@ -173,7 +173,7 @@ inline void group_scales(const BinaryLinear& p, int64_t tile, int64_t g, int64_t
 // part(g, k, last) for the words [k, last) that group g of scales has in the chunk whose first weight is
 // `first`.
 template <class Part>
-inline void each_group(const BinaryLinear& p, int64_t first, const Part& part) {
+inline void each_group(const LinearProblem& p, int64_t first, const Part& part) {
   const int64_t words = chunk_words(p.inputs, first);
   for (int64_t k = 0; k < words;) {
     const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
@@ -185,14 +185,14 @@ inline void each_group(const BinaryLinear& p, int64_t first, const Part& part) {
 // Groups of scales in the chunk whose first weight is `first`.
 struct GroupsMet {
   int64_t first, count;
-  GroupsMet(const BinaryLinear& p, int64_t chunk)
+  GroupsMet(const LinearProblem& p, int64_t chunk)
       : first(chunk / p.group),
         count((chunk + 16 * chunk_words(p.inputs, chunk) - 1) / p.group - first + 1) {}
 };
 
 // One chunk of the tiles [tile, end), with a scale for each group of p.group weights.
 template <int MR>
-void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int64_t plane, int64_t tile,
+void grouped_tiles(const LinearProblem& p, const uint16_t* w, int64_t first, int64_t plane, int64_t tile,
                    int64_t end, const float* const* tables, Pair* total) {
   const float weight = static_cast<float>(p.plane_weights[plane]);
   const GroupsMet met(p, first);
@@ -216,7 +216,7 @@ void grouped_tiles(const BinaryLinear& p, const uint16_t* w, int64_t first, int6
 // MR rows of whole numbers from m times the tiles [begin, end), at most kBlockTiles, with a scale for each
 // group of p.group weights: the sum of each is exact.
 template <int MR>
-void grouped_integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
+void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
   alignas(64) int16_t tables[MR][kChunkWords * integer_entries(1)];  // groups may be of one word
   float factor[kBandTiles][kChunkWords][kTileRows];
   Pair total[kBlockTiles * MR];
@@ -261,13 +261,13 @@ void grouped_integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int6
     }
   }
   for (int i = 0; i < MR; ++i) {
-    finish_tiles(total + i, MR, 0, begin, end, p.outputs, finish_of(p, m + i), p.y + (m + i) * p.outputs);
+    epilogue_tiles(total + i, MR, 0, begin, end, p.outputs, epilogue_of(p, m + i), p.y + (m + i) * p.outputs);
   }
 }
 
 // MR rows of x from m times the tiles [begin, end), at most kBlockTiles.
 template <int MR>
-void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
+void integer_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
   alignas(64) int16_t tables[MR][integer_entries(kChunkWords)];
   ShortSums sums[kBlockTiles * MR];
   IntegerPair total[kBlockTiles * MR];
@@ -309,18 +309,18 @@ void integer_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end)
   if (waiting && (totals || weight != 1)) add(weight);
   if (p.inputs == 0) clear_totals();
   for (int i = 0; i < MR; ++i) {
-    const Finish finish = finish_of(p, m + i);
+    const Epilogue epilogue = epilogue_of(p, m + i);
     float* y = p.y + (m + i) * p.outputs;
     if (waiting) {
-      finish_tiles(sums + i, MR, sum[i], begin, end, p.outputs, finish, y);
+      epilogue_tiles(sums + i, MR, sum[i], begin, end, p.outputs, epilogue, y);
     } else {
-      finish_tiles(total + i, MR, weight * sum[i], begin, end, p.outputs, finish, y);
+      epilogue_tiles(total + i, MR, weight * sum[i], begin, end, p.outputs, epilogue, y);
     }
   }
 }
 
 template <int MR>
-void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
+void float_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
   alignas(64) float tables[MR][kChunkWords * kFloatTables];
   const float* at[MR];
   Pair total[kBlockTiles * MR];
@@ -344,18 +344,18 @@ void float_block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
     }
   }
   for (int i = 0; i < MR; ++i) {
-    finish_tiles(total + i, MR, 0, begin, end, p.outputs, finish_of(p, m + i), p.y + (m + i) * p.outputs);
+    epilogue_tiles(total + i, MR, 0, begin, end, p.outputs, epilogue_of(p, m + i), p.y + (m + i) * p.outputs);
   }
 }
 
 template <int MR>
-inline void block(const BinaryLinear& p, int64_t m, int64_t begin, int64_t end) {
+inline void block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
   if (p.q == nullptr) return float_block<MR>(p, m, begin, end);
   if (p.group != 0) return grouped_integer_block<MR>(p, m, begin, end);
   integer_block<MR>(p, m, begin, end);
 }
 
-void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin,
+void linear_by_lookups(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin,
                        int64_t end) {
   for (int64_t tile = begin / kTileRows; tile < tile_count(end); tile += kBlockTiles) {
     const int64_t last = least(tile + kBlockTiles, tile_count(end));
@@ -380,7 +380,7 @@ void linear_by_lookups(const BinaryLinear& p, int64_t row_begin, int64_t row_end
 // for -1, are then faster. On Zen 4, times of the lookups over those of bytes: 32 outputs 1.0 to 1.2 with 4
 // rows, 1.5 to 2.5 with 64; 64 outputs 0.65 with 4, 0.85 to 0.98 with 8, with 16 rows 0.8 to 0.9 up to 64
 // inputs and 1.0 to 1.17 above, with 64 rows 0.9 to 1.4; 96 outputs at most 1.05.
-inline bool few_outputs(const BinaryLinear& p) {
+inline bool few_outputs(const LinearProblem& p) {
   int64_t most = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) most += p.plane_weights[plane];
   int64_t few = 0;
@@ -444,13 +444,13 @@ void multiply_rows(const int8_t* q, int64_t rows, int64_t row, const int8_t* pan
   for (; m < rows; ++m) multiply_bytes<1, H>(q + m * row, row, panel, width, sums + m);
 }
 
-void linear_by_bytes(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void linear_by_bytes(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
   constexpr int64_t kRows = 64;  // that share the expanded weights
   constexpr int64_t kSteps = 8;
   alignas(64) int8_t panel[kSteps * 2 * kHalfBytes];
   alignas(64) int32_t sums[kRows][kTileRows];
   int32_t row_sums[kRows];
-  const BinaryConv c = as_conv(p);
+  const ConvProblem c = as_conv(p);
   int32_t weight = 0;
   for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
   for (int64_t first = row_begin; first < row_end; first += kRows) {
@@ -478,109 +478,17 @@ void linear_by_bytes(const BinaryLinear& p, int64_t row_begin, int64_t row_end, 
               _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(row_sums[m])));
           store_part(y + n + i, (Vec)v, static_cast<int>(least(16, count - i)));
         }
-        finish_row(y, n, n + count, finish_of(p, first + m));
+        epilogue_row(y, n, n + count, epilogue_of(p, first + m));
       }
     }
   }
 }
-
-#endif
-
-// ---- rounding to int8 ---
-
-constexpr int64_t kRoundBlock = 64;
-
-#if defined(__AVX512BW__)
-
-constexpr float kNearTie = 0.4999f;  // as near_tie of core/quantize.h
-
-// q = x / scale rounded half to even, within +-127, for |x| up to 127 scale.
-void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
-  const __m512 divisor = _mm512_set1_ps(scale), reciprocal = _mm512_set1_ps(1.0f / scale);
-  int64_t k = 0;
-  if (scale >= std::numeric_limits<float>::min()) {  // its quotients round to 127 at most
-    // Two times two vectors are packed within their quarters.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (; k + kRoundBlock <= inputs; k += kRoundBlock) {
-      __m512i whole[4];
-      __m512 furthest = _mm512_setzero_ps();
-      for (int i = 0; i < 4; ++i) {
-        const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + k + 16 * i), reciprocal);
-        whole[i] = _mm512_cvtps_epi32(v);
-        constexpr int kLargerSize = 0b1011;
-        furthest = _mm512_range_ps(furthest, _mm512_sub_ps(v, _mm512_cvtepi32_ps(whole[i])), kLargerSize);
-      }
-      if (_mm512_cmp_ps_mask(furthest, _mm512_set1_ps(kNearTie), _CMP_GT_OQ) != 0) {
-        for (int i = 0; i < 4; ++i) {
-          whole[i] = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + k + 16 * i), divisor));
-        }
-      }
-      const __m512i packed =
-          _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
-      _mm512_storeu_si512(q + k, _mm512_permutexvar_epi32(order, packed));
-    }
-  }
-  const __m512 bound = _mm512_set1_ps(127.0f), lower = _mm512_set1_ps(-127.0f);
-  for (; k < inputs; k += 16) {
-    const __mmask16 mask = static_cast<__mmask16>(inputs - k >= 16 ? 0xFFFF : (1u << (inputs - k)) - 1);
-    const __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + k), divisor);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(v, bound), lower));
-    _mm512_mask_cvtepi32_storeu_epi8(q + k, mask, whole);
-  }
-}
-
-// largest_magnitude of core/quantize.h.
-float row_magnitude(const float* x, int64_t inputs) {
-  const __m512i size = _mm512_set1_epi32(0x7FFFFFFF);
-  __m512i most[4] = {};
-  int64_t k = 0;
-  for (; k + kRoundBlock <= inputs; k += kRoundBlock) {
-    for (int i = 0; i < 4; ++i) {
-      most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(size, _mm512_loadu_si512(x + k + 16 * i)));
-    }
-  }
-  for (; k < inputs; k += 16) {
-    const __mmask16 mask = static_cast<__mmask16>(inputs - k >= 16 ? 0xFFFF : (1u << (inputs - k)) - 1);
-    most[0] = _mm512_max_epu32(most[0], _mm512_and_si512(size, _mm512_maskz_loadu_epi32(mask, x + k)));
-  }
-  const uint32_t bits = _mm512_reduce_max_epu32(
-      _mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3])));
-  float largest;
-  std::memcpy(&largest, &bits, sizeof largest);
-  return largest;
-}
-
-#else
-
-// q = x / scale rounded half to even, within +-127.
-void quantize_by(float scale, const float* x, int64_t inputs, int8_t* q) {
-  const float reciprocal = 1.0f / scale;
-  for (int64_t first = 0; first < inputs; first += kRoundBlock) {
-    const int64_t count = least(kRoundBlock, inputs - first);
-    const float* from = x + first;
-    float rounded[kRoundBlock];
-    int32_t near = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const float quotient = from[k] * reciprocal;
-      rounded[k] = __builtin_rintf(quotient);
-      near |= near_tie(quotient, rounded[k]);
-    }
-    if (near != 0) {
-      for (int64_t k = 0; k < count; ++k) rounded[k] = quantized(from[k], scale);
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      q[first + k] = static_cast<int8_t>(static_cast<int32_t>(clamp(rounded[k], -127.0f, 127.0f)));
-    }
-  }
-}
-
-float row_magnitude(const float* x, int64_t inputs) { return largest_magnitude(x, inputs); }
 
 #endif
 
 }  // namespace
 
-bool binary_uses_tiles([[maybe_unused]] const BinaryLinear& p) {
+bool binary_uses_tiles([[maybe_unused]] const LinearProblem& p) {
 #if defined(QUANTOPT_LOOKUPS)
   return p.group % 16 == 0;
 #else
@@ -588,82 +496,7 @@ bool binary_uses_tiles([[maybe_unused]] const BinaryLinear& p) {
 #endif
 }
 
-#if defined(__AVX512BW__)
-
-// A 32 x 32 transpose of 16-bit words by five perfect shuffles.
-void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
-                  int64_t end) {
-  const int64_t words = tile_words(inputs), bytes = row_bytes(inputs);
-  alignas(64) uint16_t index[2][32];
-  for (int i = 0; i < 32; ++i) {
-    index[0][i] = static_cast<uint16_t>(i / 2 + 32 * (i % 2));
-    index[1][i] = static_cast<uint16_t>(16 + i / 2 + 32 * (i % 2));
-  }
-  const __m512i low = _mm512_load_si512(index[0]), high = _mm512_load_si512(index[1]);
-  const int64_t spare = 8 * bytes - inputs;  // bits of the last byte that are not weights
-  for (int64_t tile = begin; tile < end; ++tile) {
-    for (int64_t word = 0; word < words; word += 32) {
-      __m512i rows[2][32];
-      const int64_t at = 2 * word;  // first byte
-      const int64_t left = bytes - at < 0 ? 0 : least(64, bytes - at);
-      const __mmask64 mask = left == 64 ? ~0ull : (1ull << left) - 1;
-      alignas(64) uint8_t keep[64];
-      std::memset(keep, 0xFF, sizeof keep);
-      if (left > 0 && at + left == bytes) keep[left - 1] = static_cast<uint8_t>(0xFF >> spare);
-      const __m512i kept = _mm512_load_si512(keep);
-      for (int64_t r = 0; r < 32; ++r) {
-        const int64_t n = tile * kTileRows + r;
-        rows[0][r] = n < outputs && left > 0
-                         ? _mm512_and_si512(kept, _mm512_maskz_loadu_epi8(mask, bits + n * bytes + at))
-                         : _mm512_setzero_si512();
-      }
-      for (int stage = 0; stage < 5; ++stage) {
-        const __m512i* from = rows[stage % 2];
-        __m512i* to = rows[(stage + 1) % 2];
-        for (int i = 0; i < 16; ++i) {
-          to[2 * i] = _mm512_permutex2var_epi16(from[i], low, from[i + 16]);
-          to[2 * i + 1] = _mm512_permutex2var_epi16(from[i], high, from[i + 16]);
-        }
-      }
-      for (int64_t i = 0; i < least(32, words - word); ++i) {
-        const int64_t first =
-            16 * (word + i) / kChunkWidth * kChunkWidth;  // weight at which the chunk begins
-        const int64_t in_chunk = word + i - first / 16, band = tile / kBandTiles * kBandTiles;
-        _mm512_storeu_si512(tiles + band_offset(outputs, inputs, 0, first, band) +
-                                (in_chunk * band_tiles(outputs, band) + tile - band) * kTileRows,
-                            rows[1][i]);
-      }
-    }
-  }
-}
-
-#else
-
-void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
-                  int64_t end) {
-  const int64_t words = tile_words(inputs), bytes = row_bytes(inputs);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t band = tile / kBandTiles * kBandTiles, width = band_tiles(outputs, band);
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      const int64_t n = tile * kTileRows + i;
-      for (int64_t word = 0; word < words; ++word) {
-        uint32_t value = 0;
-        for (int64_t j = 0; j < 2 && n < outputs && 2 * word + j < bytes; ++j) {
-          value |= static_cast<uint32_t>(bits[n * bytes + 2 * word + j]) << (8 * j);
-        }
-        const int64_t rest = inputs - 16 * word;  // later bits are not weights
-        if (rest < 16) value &= (1u << rest) - 1;
-        const int64_t first = word / kChunkWords * kChunkWidth;
-        tiles[band_offset(outputs, inputs, 0, first, band) +
-              (word % kChunkWords * width + tile - band) * kTileRows + i] = static_cast<uint16_t>(value);
-      }
-    }
-  }
-}
-
-#endif
-
-void binary_linear(const BinaryLinear& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void binary_linear(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
 #if defined(__AVX512VNNI__)
   if (few_outputs(p)) return linear_by_bytes(p, row_begin, row_end, begin, end);
 #endif
@@ -680,16 +513,6 @@ void binary_linear(const BinaryLinear& p, int64_t row_begin, int64_t row_end, in
   }
 #endif
   linear_by_panels(p, row_begin, row_end, begin, end);
-}
-
-float quantize_row(const float* x, int64_t inputs, int8_t* q) {
-  const float scale = quantization_scale(row_magnitude(x, inputs));
-  if (!(scale > 0.0f)) {
-    std::memset(q, 0, static_cast<size_t>(inputs));
-  } else {
-    quantize_by(scale, x, inputs, q);
-  }
-  return scale;
 }
 
 }  // namespace quantopt::QUANTOPT_ISA

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/tile.h"
 #include "cpu/isa.h"
 
 namespace quantopt {
@@ -14,7 +15,7 @@ enum class Activation : int32_t;  // core/activation.h
 //   exact:   y[m,n] = activation(scale[n] * sum_k x[m,k] w[n,k] + bias[n])
 //   grouped: y[m,n] = activation(sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n])
 // With q, x is q[m] * x_scale[m]: without groups the sum of q is exact, then multiplied by x_scale[m].
-struct BinaryLinear {
+struct LinearProblem {
   int64_t rows;                  // M
   int64_t outputs;               // N
   int64_t inputs;                // K
@@ -36,7 +37,6 @@ struct BinaryLinear {
 // Tiles: bits in 16-bit words, those of 32 rows side by side. The words of a row come in chunks of 16 (256
 // weights), the last chunk shorter, and the tiles in bands of 4, the last band narrower:
 // [plane][chunk][band][word][tile of the band][row of the tile]; zero where there is no weight.
-constexpr int64_t kTileRows = 32;
 constexpr int64_t kBandTiles = 4;
 constexpr int64_t kBandRows = kBandTiles * kTileRows;
 constexpr int64_t kChunkWords = 16;
@@ -66,14 +66,11 @@ constexpr int64_t band_offset(int64_t outputs, int64_t inputs, int64_t plane, in
 
 QUANTOPT_DECLARE_PER_ISA(
     // Whether the product runs on `tiles`; else they are ignored.
-    bool binary_uses_tiles(const BinaryLinear& product);
+    bool binary_uses_tiles(const LinearProblem& product);
     // Tiles [begin, end) of one plane, in all chunks.
     void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t* tiles, int64_t begin,
                       int64_t end);
     // y for rows [row_begin, row_end) and outputs [begin, end); begin is a multiple of kBandRows, and so is
     // end unless it is the last.
-    void binary_linear(const BinaryLinear& product, int64_t row_begin, int64_t row_end, int64_t begin,
-                       int64_t end);
-    // Symmetric quantisation of a row: s = max|x| / 127, q = x / s rounded half to even, within +-127. A row
-    // of zeros gives s = 0 and q = 0; one with an infinity or NaN gives s = NaN and q = 0. Returns s.
-    float quantize_row(const float* x, int64_t inputs, int8_t* q);)
+    void binary_linear(const LinearProblem& product, int64_t row_begin, int64_t row_end, int64_t begin,
+                       int64_t end);)

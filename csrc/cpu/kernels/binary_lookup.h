@@ -18,7 +18,7 @@
 #include "cpu/kernels/binary_linear.h"
 
 // clang-format off: the vectors come first
-#include "cpu/kernels/binary_finish.h"
+#include "cpu/kernels/binary_epilogue.h"
 // clang-format on
 
 // Unrolls loops over registers.
@@ -118,18 +118,19 @@ inline void span_tiles(Segment<float, MR>* segment, int64_t segments, int64_t wo
 // Outputs of a row of y from the sums of its tiles [begin, end), every `step`th of `sums`; whole numbers are
 // 2 sums - sum.
 template <class Sums>
-__attribute__((noinline)) void finish_tiles(const Sums* sums, int64_t step, int32_t sum, int64_t begin,
-                                            int64_t end, int64_t outputs, const Finish& finish, float* y) {
+__attribute__((noinline)) void epilogue_tiles(const Sums* sums, int64_t step, int32_t sum, int64_t begin,
+                                              int64_t end, int64_t outputs, const Epilogue& epilogue,
+                                              float* y) {
   for (int64_t tile = begin; tile < end; ++tile, sums += step) {
     Vec values[kTileRows / kWidth];
     tile_values(*sums, sum, values);
     for (int64_t h = 0; h < kTileRows / kWidth; ++h) {
       const int64_t n = tile * kTileRows + h * kWidth;
       if (outputs - n >= kWidth) {
-        store(y + n, finish(values[h], n));
+        store(y + n, epilogue(values[h], n));
       } else if (outputs > n) {
         const int count = static_cast<int>(outputs - n);
-        store_part(y + n, finish(values[h], n, count), count);
+        store_part(y + n, epilogue(values[h], n, count), count);
       }
     }
   }

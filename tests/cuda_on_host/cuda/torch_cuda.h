@@ -8,11 +8,11 @@
 
 namespace quantopt {
 
-inline CudaPlace host_place{0, nullptr, 80, 4};
+inline CudaContext host_context{0, nullptr, 80, 4};
 
 inline void* current_stream(at::Device) { return nullptr; }
 
-inline CudaPlace cuda_place(at::Device) { return host_place; }
+inline CudaContext cuda_context(at::Device) { return host_context; }
 
 inline at::Tensor float_product(const at::Tensor& a, const at::Tensor& b) {
   return at::mm(a.to(at::kDouble), b.to(at::kDouble)).to(at::kFloat);

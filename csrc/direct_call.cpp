@@ -1,6 +1,7 @@
-// A small layer takes less time than torch.ops needs to parse ten arguments. This parses them by hand and
-// calls the operator through the dispatcher, as torch.ops does.
-#include "binary_call.h"
+// Calls the operator through the dispatcher, as torch.ops does, but only where nothing but the CPU's kernel
+// would run: no mode, subclass, transform or gradient. Those tests rely on details of torch, which
+// tests/test_direct_call.py holds it to.
+#include "direct_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -67,39 +68,52 @@ struct WithoutGil {
   PyThreadState* const state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
+// Multiply-adds of a product that is over before another thread would have run.
+constexpr int64_t kBrief = 1 << 14;
 
 }  // namespace
 
-PyObject* binary_linear_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
+PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 10 || !plain(a[0]) || !plain(a[1]) || !plain(a[2]) || !plain(a[3], true) ||
-      !plain(a[8], true) || watched()) {
+  // The fields of a PackedWeight.
+  enum { kBits, kScale, kBias, kInFeatures, kPlaneWeights, kGroupSize, kTiles, kFields };
+  if (count != 4 || !PyTuple_Check(arguments[1]) || PyTuple_GET_SIZE(arguments[1]) != kFields || watched()) {
     Py_RETURN_NONE;
   }
-  const at::Tensor &x = THPVariable_Unpack(a[0]), &scale = THPVariable_Unpack(a[2]);
-  const std::optional<at::Tensor> bias = optional_tensor(a[3]);
+  PyObject* fields[kFields];
+  for (int i = 0; i < kFields; ++i) fields[i] = PyTuple_GET_ITEM(arguments[1], i);
+  if (!plain(arguments[0]) || !plain(fields[kBits]) || !plain(fields[kScale]) ||
+      !plain(fields[kBias], true) || !plain(fields[kTiles], true)) {
+    Py_RETURN_NONE;
+  }
+  const at::Tensor &x = THPVariable_Unpack(arguments[0]), &bits = THPVariable_Unpack(fields[kBits]),
+                   &scale = THPVariable_Unpack(fields[kScale]);
+  const std::optional<at::Tensor> bias = optional_tensor(fields[kBias]);
   const bool differentiated =
       c10::GradMode::is_enabled() && (x.requires_grad() || (bias && bias->requires_grad()));
   int64_t in_features = 0, group_size = 0;
   c10::string_view compute, activation;
+  PyObject* const weights = fields[kPlaneWeights];
   if (differentiated || !kernel_type(x.scalar_type()) || scale.scalar_type() != at::kFloat ||
-      !read(a[4], in_features) || !PyList_CheckExact(a[5]) || !read(a[6], group_size) ||
-      !read(a[7], compute) || !read(a[9], activation)) {
+      !read(fields[kInFeatures], in_features) || !PyList_CheckExact(weights) ||
+      !read(fields[kGroupSize], group_size) || !read(arguments[2], compute) ||
+      !read(arguments[3], activation)) {
     Py_RETURN_NONE;
   }
-  c10::SmallVector<int64_t, 8> plane_weights(static_cast<size_t>(PyList_GET_SIZE(a[5])));
+  c10::SmallVector<int64_t, 8> plane_weights(static_cast<size_t>(PyList_GET_SIZE(weights)));
   for (size_t i = 0; i < plane_weights.size(); ++i) {
-    if (!read(PyList_GET_ITEM(a[5], static_cast<Py_ssize_t>(i)), plane_weights[i])) Py_RETURN_NONE;
+    if (!read(PyList_GET_ITEM(weights, static_cast<Py_ssize_t>(i)), plane_weights[i])) Py_RETURN_NONE;
   }
   static const c10::TypedOperatorHandle<Linear> linear =
       c10::Dispatcher::singleton().findSchemaOrThrow("quantopt::binary_linear", "").typed<Linear>();
-  const std::optional<at::Tensor> tiles = optional_tensor(a[8]);
+  const std::optional<at::Tensor> tiles = optional_tensor(fields[kTiles]);
   at::Tensor y;
   {
-    const WithoutGil others_run;
+    const bool brief = bits.dim() > 1 && x.numel() * bits.size(-2) <= kBrief;
+    std::optional<WithoutGil> no_gil;
+    if (!brief) no_gil.emplace();
     const at::AutoDispatchBelowAutograd no_gradients;
-    y = linear.call(x, THPVariable_Unpack(a[1]), scale, bias, in_features, plane_weights, group_size, compute,
-                    tiles, activation);
+    y = linear.call(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation);
   }
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS

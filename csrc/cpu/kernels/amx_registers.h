@@ -14,44 +14,44 @@
 namespace quantopt {
 
 // The operand of ldtilecfg, palette 1.
-struct alignas(64) TileConfig {
+struct alignas(64) AmxConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
   uint8_t reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  void shape(int tile, int64_t row_count, int64_t bytes) {
-    rows[tile] = static_cast<uint8_t>(row_count);
-    row_bytes[tile] = static_cast<uint16_t>(row_count > 0 ? bytes : 0);
+  void shape(int index, int64_t row_count, int64_t bytes) {
+    rows[index] = static_cast<uint8_t>(row_count);
+    row_bytes[index] = static_cast<uint16_t>(row_count > 0 ? bytes : 0);
   }
 };
-static_assert(sizeof(TileConfig) == 64);
+static_assert(sizeof(AmxConfig) == 64);
 
 namespace {  // one set per translation unit
 
 #if !defined(QUANTOPT_AMX_EMULATED)
 
-inline void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
-inline void tile_release() { asm volatile("tilerelease"); }
+inline void amx_configure(const AmxConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
+inline void amx_release() { asm volatile("tilerelease"); }
 
 template <int T>
-inline void tile_zero() {
+inline void amx_zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(T));
 }
-// Rows of the tile from memory, `stride` bytes apart.
+// Rows of the register from memory, `stride` bytes apart.
 template <int T>
-inline void tile_load(const void* from, int64_t stride) {
+inline void amx_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
-inline void tile_store(void* to, int64_t stride) {
+inline void amx_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
 }
 // C[m][n] += sum_k sum_{j<J} A[m][J k + j] B[k][J n + j]: signed bytes and 32-bit sums, J = 4, or bfloat16
 // (as uint16_t) and fp32 sums, J = 2, whose denormals, and those of A and B, are taken as zero.
 template <class Value, int C, int A, int B>
-inline void tile_multiply() {
+inline void amx_multiply() {
   if constexpr (std::is_same_v<Value, int8_t>) {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
   } else {
@@ -62,28 +62,28 @@ inline void tile_multiply() {
 
 #else
 
-struct TileState {
-  TileConfig config;
+struct AmxState {
+  AmxConfig config;
   bool configured = false;
   const char* fault = nullptr;  // the first breach of the rules, for which the processor raises #UD or #GP
-  uint8_t tile[8][16][64];
+  uint8_t data[8][16][64];
 };
-inline TileState& tiles() {
-  static thread_local TileState state;
+inline AmxState& amx_state() {
+  static thread_local AmxState state;
   return state;
 }
-inline bool tile_valid(int t) {
-  TileState& s = tiles();
+inline bool amx_valid(int t) {
+  AmxState& s = amx_state();
   const bool valid = s.configured && s.config.rows[t] > 0;
-  if (!valid && s.fault == nullptr) s.fault = "a tile that is not configured";
+  if (!valid && s.fault == nullptr) s.fault = "a register that is not configured";
   return valid;
 }
 
-inline void tile_configure(const TileConfig& config) {
-  TileState& s = tiles();
+inline void amx_configure(const AmxConfig& config) {
+  AmxState& s = amx_state();
   s.config = config;
   s.configured = true;
-  std::memset(s.tile, 0, sizeof s.tile);
+  std::memset(s.data, 0, sizeof s.data);
   bool legal = config.palette == 1 && config.start_row == 0;
   for (const uint8_t byte : config.reserved) legal = legal && byte == 0;
   for (int t = 0; t < 16; ++t) {
@@ -93,27 +93,27 @@ inline void tile_configure(const TileConfig& config) {
   }
   if (!legal && s.fault == nullptr) s.fault = "an illegal configuration";
 }
-inline void tile_release() { tiles().configured = false; }
+inline void amx_release() { amx_state().configured = false; }
 
 template <int T>
-inline void tile_zero() {
-  if (tile_valid(T)) std::memset(tiles().tile[T], 0, sizeof tiles().tile[T]);
+inline void amx_zero() {
+  if (amx_valid(T)) std::memset(amx_state().data[T], 0, sizeof amx_state().data[T]);
 }
 template <int T>
-inline void tile_load(const void* from, int64_t stride) {
-  if (!tile_valid(T)) return;
-  TileState& s = tiles();
-  std::memset(s.tile[T], 0, sizeof s.tile[T]);
+inline void amx_load(const void* from, int64_t stride) {
+  if (!amx_valid(T)) return;
+  AmxState& s = amx_state();
+  std::memset(s.data[T], 0, sizeof s.data[T]);
   for (int r = 0; r < s.config.rows[T]; ++r) {
-    std::memcpy(s.tile[T][r], static_cast<const uint8_t*>(from) + r * stride, s.config.row_bytes[T]);
+    std::memcpy(s.data[T][r], static_cast<const uint8_t*>(from) + r * stride, s.config.row_bytes[T]);
   }
 }
 template <int T>
-inline void tile_store(void* to, int64_t stride) {
-  if (!tile_valid(T)) return;
-  TileState& s = tiles();
+inline void amx_store(void* to, int64_t stride) {
+  if (!amx_valid(T)) return;
+  AmxState& s = amx_state();
   for (int r = 0; r < s.config.rows[T]; ++r) {
-    std::memcpy(static_cast<uint8_t*>(to) + r * stride, s.tile[T][r], s.config.row_bytes[T]);
+    std::memcpy(static_cast<uint8_t*>(to) + r * stride, s.data[T][r], s.config.row_bytes[T]);
   }
 }
 inline float without_denormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
@@ -147,22 +147,22 @@ inline float dot(const uint8_t* a, const uint8_t (*b)[64], int column, int rows,
   return without_denormal(without_denormal(sum) + without_denormal(part[0] + part[1]));
 }
 template <class Value, int C, int A, int B>
-inline void tile_multiply() {
-  if (!tile_valid(C) || !tile_valid(A) || !tile_valid(B)) return;
-  TileState& s = tiles();
-  const TileConfig& f = s.config;
+inline void amx_multiply() {
+  if (!amx_valid(C) || !amx_valid(A) || !amx_valid(B)) return;
+  AmxState& s = amx_state();
+  const AmxConfig& f = s.config;
   const bool fits = f.rows[C] == f.rows[A] && f.row_bytes[A] == 4 * f.rows[B] &&
                     f.row_bytes[C] == f.row_bytes[B] && C != A && C != B && A != B;
   if (!fits) {
-    if (s.fault == nullptr) s.fault = "tiles of shapes that do not fit, or one twice";
+    if (s.fault == nullptr) s.fault = "registers of shapes that do not fit, or one twice";
     return;
   }
   for (int m = 0; m < f.rows[C]; ++m) {
     for (int n = 0; n < f.row_bytes[B] / 4; ++n) {
       std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float> sum;
-      std::memcpy(&sum, s.tile[C][m] + 4 * n, sizeof sum);
-      sum = dot(s.tile[A][m], s.tile[B], n, f.rows[B], sum, Value{});
-      std::memcpy(s.tile[C][m] + 4 * n, &sum, sizeof sum);
+      std::memcpy(&sum, s.data[C][m] + 4 * n, sizeof sum);
+      sum = dot(s.data[A][m], s.data[B], n, f.rows[B], sum, Value{});
+      std::memcpy(s.data[C][m] + 4 * n, &sum, sizeof sum);
     }
   }
 }

@@ -13,8 +13,8 @@ namespace {
 
 // activation(v * (scale[n] * x_scale) + bias[n]) of outputs n, n + 1, ...; a null scale is 1, `scale_stride`
 // is 0 for one scale of all.
-struct Finish {
-  Finish(const float* scale, int64_t scale_stride, float x_scale, const float* bias, Activation activation)
+struct Epilogue {
+  Epilogue(const float* scale, int64_t scale_stride, float x_scale, const float* bias, Activation activation)
       : scale(scale != nullptr && scale_stride != 0 ? scale : nullptr),
         bias(bias),
         activation(activation),
@@ -42,13 +42,13 @@ struct Finish {
   Vec all, row;
 };
 
-// y[n] = finish(y[n]) for outputs [begin, end) of a row.
-inline void finish_row(float* y, int64_t begin, int64_t end, const Finish& finish) {
+// y[n] = epilogue(y[n]) for outputs [begin, end) of a row.
+inline void epilogue_row(float* y, int64_t begin, int64_t end, const Epilogue& epilogue) {
   int64_t n = begin;
-  for (; n + kWidth <= end; n += kWidth) store(y + n, finish(load(y + n), n));
+  for (; n + kWidth <= end; n += kWidth) store(y + n, epilogue(load(y + n), n));
   if (n == end) return;
   const int count = static_cast<int>(end - n);
-  store_part(y + n, finish(load_part(y + n, count), n, count), count);
+  store_part(y + n, epilogue(load_part(y + n, count), n, count), count);
 }
 
 }  // namespace

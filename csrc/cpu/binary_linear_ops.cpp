@@ -1,0 +1,199 @@
+// quantopt::binary_linear and binary_tiles on the CPU: memory and threads around the kernels of
+// cpu/kernels/binary_linear.h.
+#include "cpu/binary_linear_ops.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "cpu/kernels/binary_amx.h"
+#include "tiles.h"
+
+namespace quantopt {
+
+#define QUANTOPT_BINARY_KERNELS(isa)                                                                     \
+  BinaryKernels {                                                                                        \
+    isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,                    \
+        isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv_pieces, isa::binary_conv2d \
+  }
+
+BinaryKernels binary_kernels(Isa isa) { return QUANTOPT_FOR_ISA(isa, QUANTOPT_BINARY_KERNELS); }
+
+bool takes_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryArguments& w,
+               [[maybe_unused]] int64_t rows) {
+#ifdef QUANTOPT_HAVE_AMX
+  return isa == Isa::amx && (w.quantize || w.round) && w.group_size == 0 && w.inputs > 0 &&
+         amx::binary_amx_covers(w.quantize, w.plane_weights.data(), w.planes(), rows);
+#else
+  return false;
+#endif
+}
+
+void run_on_amx([[maybe_unused]] const ConvProblem& c) {
+#ifdef QUANTOPT_HAVE_AMX
+  const int64_t parts = amx::binary_amx_parts(c), bytes = amx::binary_amx_memory(c);
+  const int64_t sums = c.images * c.out_height * c.out_width * c.outputs;
+  const int64_t work = sums / parts * c.channels * c.kernel[0] * c.kernel[1];
+  at::parallel_for(0, parts, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
+    at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
+    amx::binary_amx(c, begin, end, memory.mutable_data_ptr());
+  });
+#endif
+}
+
+at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, bool amx, at::MemoryFormat format) {
+  const at::Tensor values = rounded(x, w);
+  return (w.round && amx ? values : as_type(values, at::kFloat)).contiguous(format);
+}
+
+const uint16_t* bf16_data(const at::Tensor& values) {
+  return reinterpret_cast<const uint16_t*>(values.const_data_ptr<at::BFloat16>());
+}
+
+at::Tensor dense_tensor(at::IntArrayRef shape, at::ScalarType type, at::MemoryFormat format) {
+  return at::detail::empty_cpu(shape, type, /*pin_memory=*/false, format);
+}
+
+void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, int64_t length, int8_t* q,
+                   float* scale) {
+  at::parallel_for(0, rows, 1 + 32768 / (length + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      scale[m] = kernels.quantize_row(x + m * length, length, q + m * length);
+    }
+  });
+}
+
+at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
+                        int64_t inputs) {
+  const int64_t count = tile_count(outputs), size = tiles_size(1, outputs, inputs);
+  const int64_t bytes = outputs * ((inputs + 7) / 8);
+  at::Tensor tiles = at::empty({planes, size}, at::TensorOptions().dtype(at::kShort));
+  const uint8_t* from = bits.const_data_ptr<uint8_t>();
+  auto* to = reinterpret_cast<uint16_t*>(tiles.mutable_data_ptr<int16_t>());
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+      kernels.tiles(from + plane * bytes, outputs, inputs, to + plane * size, begin, end);
+    });
+  }
+  return tiles;
+}
+
+Rows rows_of(const at::Tensor& values, int64_t count) {
+  Rows rows{count};
+  if (values.scalar_type() == at::kFloat) {
+    rows.x = values.const_data_ptr<float>();
+  } else {
+    rows.x_bf16 = bf16_data(values);
+  }
+  return rows;
+}
+
+namespace {
+
+// Many rows of x: each thread takes rows. Few: each takes outputs.
+void run(const BinaryKernels& kernels, const LinearProblem& p) {
+  constexpr int64_t kRows = 8;  // a multiple of the rows that the kernels take together
+  if (p.rows >= 2 * kRows * at::get_num_threads()) {
+    at::parallel_for(0, (p.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+      kernels.linear(p, begin * kRows, std::min(end * kRows, p.rows), 0, p.outputs);
+    });
+    return;
+  }
+  const int64_t work = p.rows * p.inputs * p.planes * kBandRows;
+  const int64_t grain = 1 + kThreadWork / (work + 1);
+  at::parallel_for(0, (p.outputs + kBandRows - 1) / kBandRows, grain, [&](int64_t begin, int64_t end) {
+    kernels.linear(p, 0, p.rows, begin * kBandRows, std::min(end * kBandRows, p.outputs));
+  });
+}
+
+TilesForm linear_form(int64_t inputs) { return {inputs, 1, 1}; }
+
+}  // namespace
+
+void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
+                at::Tensor& y) {
+  LinearProblem p{};
+  p.rows = rows.count;
+  p.outputs = w.outputs;
+  p.inputs = w.inputs;
+  p.planes = w.planes();
+  p.bits = w.bits.const_data_ptr<uint8_t>();
+  p.plane_weights = w.plane_weights.data();
+  p.scale = w.scale.const_data_ptr<float>();
+  p.scale_stride = w.scale_stride();
+  p.group = w.group_size;
+  p.bias = w.bias_or_null();
+  p.x = rows.x;
+  p.q = rows.q;
+  p.x_scale = rows.scale;
+  p.y = y.mutable_data_ptr<float>();
+  p.activation = w.activation;
+  at::Tensor layout;
+  if (kernels.uses_tiles(p)) {
+    layout = tiles_or_derived(w.tiles, *w.given_bits, linear_form(w.inputs), at::kShort,
+                              tiles_size(p.planes, w.outputs, w.inputs),
+                              [&] { return derive_tiles(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
+    p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
+  }
+  if (!amx) return run(kernels, p);
+  ConvProblem c = as_conv(p);
+  c.x_bf16 = rows.x_bf16;
+  run_on_amx(c);
+}
+
+namespace {
+
+// The layout is the same for all instruction sets, also those that run on the bits themselves: a layer may be
+// packed under another than it runs under.
+at::Tensor binary_tiles(const at::Tensor& bits, int64_t in_features) {
+  const at::Tensor dense = check_bits(bits, in_features);
+  const at::Tensor tiles =
+      derive_tiles(binary_kernels(active_isa()), dense, planes_of(dense), dense.size(-2), in_features);
+  tie_tiles(tiles, bits, linear_form(in_features));
+  return tiles;
+}
+
+at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& bias, int64_t in_features,
+                         at::IntArrayRef plane_weights, int64_t group_size, c10::string_view compute,
+                         const std::optional<at::Tensor>& tiles, c10::string_view activation) {
+  const BinaryArguments w =
+      check_binary(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation);
+  check_rows(x, w);
+  c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = w.outputs;
+  at::Tensor y = dense_tensor(shape, at::kFloat);
+  if (y.numel() > 0) {
+    const Isa isa = active_isa();
+    const BinaryKernels kernels = binary_kernels(isa);
+    const int64_t count = y.numel() / w.outputs;
+    const bool amx = takes_amx(isa, w, count);
+    const at::Tensor values = values_of(x, w, amx, at::MemoryFormat::Contiguous);
+    Rows rows = rows_of(values, count);
+    c10::DataPtr memory;  // a tensor would take small products a twentieth of their time
+    if (w.quantize) {
+      const size_t scales = sizeof(float) * static_cast<size_t>(count);
+      memory = c10::GetCPUAllocator()->allocate(scales + static_cast<size_t>(count * w.inputs));
+      auto* const scale = static_cast<float*>(memory.mutable_get());
+      auto* const q = reinterpret_cast<int8_t*>(scale + count);
+      quantize_rows(kernels, rows.x, count, w.inputs, q, scale);
+      rows = {count, nullptr, nullptr, q, scale};
+    }
+    run_linear(amx, kernels, w, rows, y);
+  }
+  return as_type(y, x.scalar_type());
+}
+
+}  // namespace
+}  // namespace quantopt
+
+TORCH_LIBRARY_IMPL(quantopt, CPU, m) {
+  m.impl("binary_tiles", &quantopt::binary_tiles);
+  m.impl("binary_linear", &quantopt::binary_linear);
+}

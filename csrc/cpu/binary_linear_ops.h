@@ -1,0 +1,71 @@
+// What the operators on packed weights share on the CPU: the kernels of an instruction set, and products of
+// rows.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "binary_arguments.h"
+#include "cpu/isa.h"
+#include "cpu/kernels/binary_conv.h"
+#include "cpu/kernels/binary_linear.h"
+#include "cpu/kernels/quantize.h"
+
+namespace quantopt {
+
+// The kernels of one instruction set.
+struct BinaryKernels {
+  decltype(&portable::binary_uses_tiles) uses_tiles;
+  decltype(&portable::binary_tiles) tiles;
+  decltype(&portable::binary_linear) linear;
+  decltype(&portable::quantize_row) quantize_row;
+  decltype(&portable::binary_conv_available) conv_available;
+  decltype(&portable::binary_conv_memory) conv_memory;
+  decltype(&portable::binary_conv_pieces) conv_pieces;
+  decltype(&portable::binary_conv2d) conv2d;
+};
+BinaryKernels binary_kernels(Isa isa);
+
+// Multiply-adds below which another thread takes longer to start than to do its share.
+constexpr int64_t kThreadWork = 1 << 18;
+
+// Whether the products run on AMX, `rows` of y in all. Exact ones do not, of bfloat16 either: they have the
+// same bits for any number of rows, and take denormals as they are.
+bool takes_amx(Isa isa, const BinaryArguments& w, int64_t rows);
+void run_on_amx(const ConvProblem& c);
+
+// A new dense tensor; at::empty passes the dispatcher twice.
+at::Tensor dense_tensor(at::IntArrayRef shape, at::ScalarType type,
+                        at::MemoryFormat format = at::MemoryFormat::Contiguous);
+
+// x as the kernels read it: in fp32, but what was rounded to bfloat16 goes to AMX as that.
+at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, bool amx, at::MemoryFormat format);
+const uint16_t* bf16_data(const at::Tensor& values);
+
+// Each of `rows` rows of x as int8 in q, and their scales.
+void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, int64_t length, int8_t* q,
+                   float* scale);
+
+// Tiles of so many planes of bits [outputs, inputs], in the layout of cpu/kernels/binary_linear.h.
+at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
+                        int64_t inputs);
+constexpr int64_t tiles_size(int64_t planes, int64_t outputs, int64_t inputs) {
+  return planes * tile_count(outputs) * tile_words(inputs) * kTileRows;
+}
+
+// Rows of x, as fp32, bfloat16 for AMX, or int8 with a scale for each row.
+struct Rows {
+  int64_t count;
+  const float* x = nullptr;
+  const uint16_t* x_bf16 = nullptr;
+  const int8_t* q = nullptr;
+  const float* scale = nullptr;
+};
+Rows rows_of(const at::Tensor& values, int64_t count);
+
+// y = x W^T + b.
+void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
+                at::Tensor& y);
+
+}  // namespace quantopt

@@ -1,0 +1,35 @@
+// Tiles (core/tile.h) that remember which bits they were derived from, so that they serve no others.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+
+namespace quantopt {
+
+// What tiles were made for: the length of a row, kernel positions and groups.
+using TilesForm = std::array<int64_t, 3>;
+
+// Lets `tiles`, which were derived from `bits`, remember that: their storage holds that of the bits, so that
+// no other bits can take its place. A copy of tiles remembers nothing.
+void tie_tiles(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
+
+// Whether `tiles` were derived in this form from these very bits, and neither was written to since (in ways
+// that torch counts). Costs some nanoseconds, on any device.
+bool tiles_fit(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& form);
+
+// `tiles` if they fit `bits`; else what derive() returns, for this call alone. Tiles that are not `size`
+// elements of `type` are an error; null, or of no elements, are none.
+template <class Derive>
+at::Tensor tiles_or_derived(const at::Tensor* tiles, const at::Tensor& bits, const TilesForm& form,
+                            at::ScalarType type, int64_t size, const Derive& derive) {
+  if (tiles == nullptr || tiles->numel() == 0) return derive();
+  TORCH_CHECK_VALUE(tiles->device() == bits.device() && tiles->scalar_type() == type &&
+                        tiles->is_contiguous() && tiles->numel() == size,
+                    "quantopt: tiles do not belong to these bits; derive them from the bits again");
+  return tiles_fit(*tiles, bits, form) ? *tiles : derive();
+}
+
+}  // namespace quantopt

@@ -1,0 +1,54 @@
+"""Weights packed at one bit per plane: packing signs, and the public arguments as one :class:`PackedWeight`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantopt.packed_weight import PackedWeight, check_bits, kind_of
+from quantopt.reference import binary as reference
+
+
+def plane_weights_of(levels: int) -> list[int]:
+    """Weights of the bit planes of a uniform grid of ``levels`` = 2 (binary), 3 (ternary: 1, 1), 4, 8 or 16 levels."""
+    weights = {2: [1], 3: [1, 1], 4: [1, 2], 8: [1, 2, 4], 16: [1, 2, 4, 8]}.get(levels)
+    if weights is None:
+        raise ValueError(f"levels must be 2, 3, 4, 8 or 16, not {levels!r}")
+    return weights
+
+
+def pack_signs(w: Tensor) -> Tensor:
+    """Signs of ``w`` [..., K], any floating type, as uint8 [..., ceil(K/8)], least significant bit first.
+
+    Bit 1 = +1, bit 0 = -1, sign(0) = sign(-0.0) = +1, NaN counts as -1; the spare bits of the last byte are 0.
+    Raises TypeError if ``w`` is not a floating tensor, ValueError if it has no dimension.
+    """
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        raise TypeError(f"w must be a floating tensor, not {kind_of(w)}")
+    if w.dim() == 0:
+        raise ValueError("w must have at least one dimension: its last one is packed")
+    return reference.pack_signs(w.detach())
+
+
+def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of :func:`pack_signs`: uint8 [..., ceil(K/8)] -> ±1 [..., K] of ``dtype``, K = ``in_features``."""
+    check_bits(bits, in_features, range(1, 65))
+    return reference.unpack_signs(bits, in_features, dtype)
+
+
+def checked_weight(
+    bits: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    plane_weights: Sequence[int] | None,
+    group_size: int,
+    tiles: Tensor | None,
+) -> PackedWeight:
+    """The public arguments as one record; ``plane_weights`` None stands for 1, 2, 4, ..."""
+    check_bits(bits, in_features, (2, 3))
+    planes = bits.shape[0] if bits.dim() == 3 else 1
+    weights = [1 << i for i in range(planes)] if plane_weights is None else list(plane_weights)
+    weight = PackedWeight(bits, scale, bias, in_features, weights, group_size, tiles)
+    weight.check()
+    return weight
