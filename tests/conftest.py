@@ -1,10 +1,8 @@
 """What the tests share: markers, forced instruction sets, reproducible random numbers, a small data set to train on."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import os
 from typing import Any
 
 import hypothesis
