@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "dtype.h"
+
 namespace quantopt {
 namespace {
 
@@ -27,17 +29,6 @@ Rule rule_of(std::string_view name) {
 
 Base base_of(std::string_view name) {
   return static_cast<Base>(find<std::size(kBaseNames)>(name, "base", [](size_t i) { return kBaseNames[i]; }));
-}
-
-Dtype dtype_of(const at::Tensor& tensor, const char* what) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "fused_step: ", what, " has dtype ", tensor.scalar_type(),
-                       "; float32, bfloat16 or float16 is needed (the reference backend takes float64)");
-  }
 }
 
 void check_count(at::TensorList list, size_t count, const char* what, bool optional) {
@@ -94,8 +85,8 @@ StepOptions step_options(const StepRecord& r) {
   o.stochastic_rounding = r.seed >= 0;
   o.gradient_factor = r.maximize ? -1.0f : 1.0f;
   o.key = {static_cast<uint32_t>(r.seed), static_cast<uint32_t>(static_cast<uint64_t>(r.seed) >> 32), 0, 0};
-  if (!r.params.empty()) o.param_dtype = dtype_of(r.params[0], "params[0]");
-  if (o.has_momentum) o.momentum_dtype = dtype_of(r.momentum_buffers[0], "momentum_buffers[0]");
+  if (!r.params.empty()) o.param_dtype = dtype_of(r.params[0], "fused_step", "params[0]");
+  if (o.has_momentum) o.momentum_dtype = dtype_of(r.momentum_buffers[0], "fused_step", "momentum_buffers[0]");
 
   TORCH_CHECK_VALUE(o.base != Base::kGiven || !o.has_momentum,
                     "fused_step: base 'given' takes grads as the direction; pass no momentum_buffers");

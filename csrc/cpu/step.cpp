@@ -17,21 +17,10 @@ struct Kernels {
   decltype(&portable::magnitude_of_piece) magnitude;
 };
 
-Kernels choose_kernels() {
-  switch (active_isa()) {
-#ifdef QUANTOPT_HAVE_AVX512VNNI
-    case Isa::amx:
-    case Isa::avx512vnni: return {&avx512vnni::step_piece, &avx512vnni::magnitude_of_piece};
-#endif
-#ifdef QUANTOPT_HAVE_AVX512
-    case Isa::avx512: return {&avx512::step_piece, &avx512::magnitude_of_piece};
-#endif
-#ifdef QUANTOPT_HAVE_AVX2
-    case Isa::avx2: return {&avx2::step_piece, &avx2::magnitude_of_piece};
-#endif
-    default: return {&portable::step_piece, &portable::magnitude_of_piece};
-  }
-}
+#define QUANTOPT_STEP_KERNELS(isa) \
+  Kernels { &isa::step_piece, &isa::magnitude_of_piece }
+
+Kernels choose_kernels() { return QUANTOPT_FOR_ISA(active_isa(), QUANTOPT_STEP_KERNELS); }
 
 // Software prefetch is worth 10-20 % beyond the caches on Intel server cores (measured on one with AMX), and
 // costs as much on AMD Zen 4.

@@ -119,6 +119,10 @@ def _empty_layout(bits: Tensor, matrices: int, outputs: int, inputs: int) -> Ten
     return bits.new_empty([matrices, rows * -(-inputs // 16) * 32], dtype=torch.int16)
 
 
+def _no_result(*_: Any) -> None:
+    """Of fused_step, which changes its arguments alone."""
+
+
 torch.library.register_fake("quantopt::binary_linear_triton", _empty_linear)
 torch.library.register_fake("quantopt::binary_conv2d_triton", _empty_conv2d)
 if _extension.error is None:
@@ -126,3 +130,4 @@ if _extension.error is None:
     torch.library.register_fake("quantopt::binary_conv2d", _empty_conv2d)
     torch.library.register_fake("quantopt::binary_tiles", _empty_tiles)
     torch.library.register_fake("quantopt::binary_conv_tiles", _empty_conv_tiles)
+    torch.library.register_fake("quantopt::fused_step", _no_result)

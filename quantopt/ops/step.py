@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quantopt import _extension, backends
+from quantopt import backends
 from quantopt.reference.step import fused_step as _reference_step
 from quantopt.rules import HYPER, StepRecord
 
@@ -37,10 +37,3 @@ def fused_step(record: StepRecord, backend: str = "auto") -> None:
         triton_step.fused_step(record)
     else:
         torch.ops.quantopt.fused_step(*record)
-
-
-if _extension.error is None:
-
-    @torch.library.register_fake("quantopt::fused_step")
-    def _fake(*_: object) -> None:
-        return None

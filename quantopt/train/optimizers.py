@@ -5,6 +5,7 @@ quantised weights with their rule and everything else (skipped layers, biases, b
 `float_lr` and `float_weight_decay`.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def build(
         quantopt.nn.luq(model, skip=skip, repeat=repeat)
     elif settings["activations"]:
         quantopt.nn.quantize_activations(model, skip=skip)
-    if "adam" not in name:
+    if "momentum" in inspect.signature(make).parameters:
         options["momentum"] = momentum
     if name in FLOAT:
         if settings["anneal"]:
