@@ -17,10 +17,10 @@ import step_cases
 
 SHAPES = ((5, 13, 3), (129,), (0, 4), (8, 16), (7, 1031), (2, 5000))
 PROFILED = (
-    step_cases.Case("askew", 2, "momentum", "tensor"),
-    step_cases.Case("askew", 2, "momentum", "tensor", step_cases.BF16, step_cases.BF16, seed=1),
-    step_cases.Case("splitting", 2, "momentum", "tensor"),
-    step_cases.Case("alternating", 2, "momentum", "channel", moving_levels=True),
+    step_cases.Case("askew", 2, "sgd", "tensor"),
+    step_cases.Case("askew", 2, "sgd", "tensor", step_cases.BF16, step_cases.BF16, seed=1),
+    step_cases.Case("splitting", 2, "sgd", "tensor"),
+    step_cases.Case("alternating", 2, "sgd", "channel", dynamic_scale=True),
 )
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     for case in cases:
         for offset in (0,) if profile else (0, 1):
             inputs = step_cases.make(case, [(16384, 4096)] if profile else SHAPES, "cuda", offset)
-            step_cases.run(torch.ops.quantopt.fused_step, case, inputs)
+            step_cases.op(inputs)
     torch.cuda.synchronize()
     print(f"{len(cases)} cases ran")
 

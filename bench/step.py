@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from common import compare, report, row
+from step_problems import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
 import quantopt
@@ -25,33 +26,9 @@ from quantopt.reference import askew, base, stam
 from quantopt.reference.step import fused_step as reference_step
 from quantopt.rules import StepRecord
 
-LR, BETA, DECAY, EPSILON, RATE, CAP = 0.1, 0.9, 1e-4, 0.5, 0.1, 0.25
-HYPER = dict(
-    lr=LR, momentum=BETA, weight_decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP, bound=2.0, kappa=0.1
-)
 # Bytes moved per parameter, what is read and written once each: docs/kernels.md has the table.
 BYTES = {"askew": 20, "askew_memory": 24, "splitting": 24}
 LIST_BYTES = {torch.float32: 20, torch.bfloat16: 10}  # AskewSGD, momentum of the parameters' type
-RESNET18 = [
-    (64, 3, 3, 3), *[(64, 64, 3, 3)] * 4, (128, 64, 3, 3), *[(128, 128, 3, 3)] * 3, (128, 64, 1, 1), (256, 128, 3, 3),
-    *[(256, 256, 3, 3)] * 3, (256, 128, 1, 1), (512, 256, 3, 3), *[(512, 512, 3, 3)] * 3, (512, 256, 1, 1),
-    *[(64,)] * 10, *[(128,)] * 10, *[(256,)] * 10, *[(512,)] * 10, (1000, 512), (1000,),
-]  # fmt: skip
-GPT2_BLOCK = [
-    (768,),
-    (768,),
-    (2304, 768),
-    (2304,),
-    (768, 768),
-    (768,),
-    (768,),
-    (768,),
-    (3072, 768),
-    (3072,),
-    (768, 3072),
-    (768,),
-]
-GPT2 = [(50257, 768), (1024, 768), *GPT2_BLOCK * 12, (768,), (768,)]
 
 
 def compiled_reference(rule: str, epsilon: float) -> Callable[..., None]:

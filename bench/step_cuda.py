@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from common import missing, report, row, write_json
-from step import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
+from step_problems import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
 import quantopt
