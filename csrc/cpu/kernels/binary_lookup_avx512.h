@@ -45,9 +45,9 @@ inline void clear(Pair& total) { total.even = total.odd = _mm512_setzero_ps(); }
 inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_si512(); }
 
 // KEEP holds a value in its register at this point of the program: without it
-// gcc loads a table again for each lookup, moves all lookups before the additions, or makes a tree of them and
-// runs out of registers. Two lookups followed by their two additions leave all four vector units busy (Zen
-// 4); alternating them costs a fifth, as the additions are then given to the units that lookups need.
+// gcc loads a table again for each lookup, moves all lookups before the additions, or makes a tree of them
+// and runs out of registers. Two lookups followed by their two additions leave all four vector units busy
+// (Zen 4); alternating them costs a fifth, as the additions are then given to the units that lookups need.
 #define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
 #define QUANTOPT_KEEP_BOTH(a, b) asm volatile("" : "+v"(a), "+v"(b))
 
