@@ -121,7 +121,10 @@ import torch
 import quantopt
 from quantopt import _C
 from quantopt.rules import BASES, RULES
-from quantopt.train import recipes
+from quantopt.train import data, recipes
+from quantopt.train.config import Config
+from quantopt.train.loop import Trainer
+from tqdm import tqdm
 
 assert tuple(RULES["toy"]) in map(tuple, _C.rules())
 for base in BASES:
@@ -139,7 +142,14 @@ for base in BASES:
         assert bool((p.abs() <= hi * (1 + 1e-6)).all()) and bool((p.abs() >= hi * (1 - 1e-6)).any())
     torch.testing.assert_close(results["cpu"], results["reference"], rtol=1e-4, atol=1e-5)
     assert torch.equal(results["cpu"], results["triton"])
-assert "toy" in recipes.names()
+
+config = recipes.complete(Config(optimizer="toy", epochs=1, limit=100))
+trainer = Trainer(config, data.load("digits"))
+weights = trainer.optimizer.optimizer.param_groups[0]["params"]
+before = [p.detach().clone() for p in weights]
+trainer.train_epoch(tqdm(disable=True))
+assert type(trainer.optimizer.optimizer).__name__ == "Toy"
+assert not any(map(torch.equal, weights, before))
 print("the toy rule runs")
 """
 
@@ -149,6 +159,24 @@ def apply(tree: Path, edits: dict[str, tuple[str, str]]) -> None:
         source = (tree / name).read_text()
         assert source.count(anchor) == 1, f"{name}: {anchor!r}"
         (tree / name).write_text(source.replace(anchor, text + anchor))
+
+
+def leave_out_products(csrc: Path) -> None:
+    """The products with packed weights, which take two thirds of the compilation and have no rules."""
+    for pattern in (
+        "binary_*.cpp",
+        "tiles.cpp",
+        "cpu/binary_*.cpp",
+        "cpu/kernels/binary_*.cpp",
+        "cpu/kernels/quantize.cpp",
+    ):
+        for path in csrc.glob(pattern):
+            path.unlink()
+    (csrc / "direct_call.cpp").write_text(
+        """#include "direct_call.h"
+PyObject* quantopt::binary_linear_direct(PyObject*, PyObject* const*, Py_ssize_t) { Py_RETURN_NONE; }
+"""
+    )
 
 
 def test_the_document_names_the_files() -> None:
@@ -171,8 +199,9 @@ def test_a_toy_rule(tmp_path: Path) -> None:
     (tmp_path / "quantopt/kernels").symlink_to("../kernels")
     apply(tmp_path, EDITS)
     apply(tmp_path, LINES)
-    other = (tmp_path / "quantopt/recipes/binaryconnect.toml").read_text()
-    (tmp_path / RECIPE).write_text(other.replace('"binaryconnect"', '"toy"'))
+    other = (tmp_path / "quantopt/recipes/binaryconnect.toml").read_text().split("[options]")[0]
+    (tmp_path / RECIPE).write_text(other.replace('"binaryconnect"', '"toy"') + "[options]\n\n[anneal]\n")
+    leave_out_products(tmp_path / "csrc")
 
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-march=*) exit 1 ;; esac\nexec g++ "$@" -O0\n')
@@ -194,6 +223,3 @@ def test_a_toy_rule(tmp_path: Path) -> None:
 
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     assert "the toy rule runs" in run(sys.executable, "-c", PROGRAM, TRITON_INTERPRET="1")
-    arguments = ("--recipe", "toy", "--epochs", "1", "--limit", "100", "--quiet", "--out", "run")
-    run(sys.executable, "-m", "quantopt", "train", *arguments)
-    assert (tmp_path / "run/model.safetensors").exists()
