@@ -209,10 +209,6 @@ def op(record: StepRecord) -> None:
     torch.ops.quantopt.fused_step(*record)
 
 
-def run(fused_step: Callable[[StepRecord], None], case: Case, record: StepRecord) -> None:
-    fused_step(record)
-
-
 def check(case: Case, got: StepRecord, before: StepRecord) -> None:
     """Compares ``got``, the record after a step, with the float64 reference from ``before``, the record before it."""
     expected = map_lists(before, Tensor.double, keep=("steps",))._replace(seed=-1)

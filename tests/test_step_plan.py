@@ -16,6 +16,7 @@ import step_cases
 from conftest import force_isa
 from quantopt import _extension
 from quantopt.rules import BASES, RULES, StepRecord
+from step_cases import same
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
@@ -32,11 +33,6 @@ def with_own_grads(record: StepRecord) -> StepRecord:
     for p, grad in zip(params, record.grads, strict=True):
         p.grad = grad
     return record._replace(params=params)
-
-
-def same(ours: StepRecord, theirs: StepRecord) -> bool:
-    pairs = zip(step_cases.changing(ours), step_cases.changing(theirs), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("base", BASES)

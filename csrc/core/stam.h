@@ -16,7 +16,7 @@ struct StamConstants {
   float shrink;  // splitting: 1 / (1 + lr wd); alternating: 1 - lr wd
   float keep;    // 1 / (1 + kappa): what is left of the distance to the level
   float lam;     // alternating only
-  float bound;   // alternating: latent clipped at bound * sigma; infinite = not clipped
+  float bound;   // alternating: latent clipped at bound * latent_bound; infinite: not clipped
   bool free;     // kappa = 0
   bool hard;     // kappa = infinity
 };
@@ -63,7 +63,7 @@ struct StamSplitting {
   QUANTOPT_HOST_DEVICE F box(F x, const Grid& levels) const {
     return clamp(x * c.shrink, -levels.hi, levels.hi);
   }
-  // r, whose mean absolute value per channel is the moving level.
+  // r, whose mean magnitude is the dynamic scale.
   template <class F>
   QUANTOPT_HOST_DEVICE F point(F x, F d) const {
     const F y = box(x, before);
@@ -83,7 +83,7 @@ struct StamSplitting {
 };
 
 // form = "alternating", state u:
-//   u <- clamp(u (1 - lr wd) - lr d + lr lam (q - u), -bound sigma, bound sigma)
+//   u <- clamp(u (1 - lr wd) - lr d + lr lam (q - u), -limit, limit)
 //   p = relax(u, q), q = project(u) on the levels of the new u (binary: a sgn(u), a = mean |u|).
 template <bool Binary>
 struct StamAlternating {
@@ -93,7 +93,7 @@ struct StamAlternating {
   StamConstants c;
   Grid before;
   Grid grid;
-  float limit;  // bound * sigma
+  float limit;  // bound * latent_bound
 
   template <class F>
   QUANTOPT_HOST_DEVICE F gradient(F g, F) const {

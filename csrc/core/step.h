@@ -19,7 +19,7 @@ struct StepSegment {
   void* momentum;             // m of SGD or Adam
   float* exp_avg_sq;          // v of Adam
   float* latent;              // l, x or u of the rule; for the other rules the fp32 master weights
-  float* scale;               // sigma or a, one per span of `group` elements of a row
+  float* scale;               // one per span of `group` elements of a row
   float* next_scale;          // the scales after the step, where they are dynamic; else equal to scale
   const float* latent_bound;  // alternating: bound of the latent per bound_row elements; null: not clipped
   int64_t numel;
