@@ -180,8 +180,7 @@ inline Range positions(int64_t origin, int64_t size, int64_t kernel, int64_t dil
 struct Pixel {
   int64_t image, origin[2];  // where kernel position 0 lies
   int64_t index;             // of y
-  int64_t
-      slot;  // row i of its image is row i + slot of the ring, counted from its beginning again at its end
+  int64_t slot;              // row i of its image is row i + slot of the ring, modulo its length
   Range taps[2];
 };
 
