@@ -1,6 +1,6 @@
 // The module quantopt._C. Importing it loads the library, which registers the operators. Beside StepPlan it
 // has a few functions whose call must cost little, without pybind11's parsing of arguments: whether a group
-// of parameters is as it was, and the call of a small packed layer.
+// of parameters is as it was, where its gradients are, and the call of a small packed layer.
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
@@ -61,6 +61,55 @@ PyObject* same(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// Attribute of a DTensor that is its shard; a new reference, or null without an error.
+PyObject* shard_of(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  PyObject* const shard = PyObject_GetAttr(tensor, name);
+  if (shard == nullptr) PyErr_Clear();
+  return shard;
+}
+
+// The gradient of a parameter, of a DTensor its shard; a new reference, or null without an error where
+// kernels cannot read it along with the weight, or where `shard` is not what they would change.
+PyObject* gradient_of(PyObject* param, PyObject* shard, const at::Tensor& weight) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  if (param != shard) {
+    const py::object now = py::reinterpret_steal<py::object>(shard_of(param));
+    if (now.ptr() != shard) return nullptr;
+  }
+  py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
+  if (!grad) PyErr_Clear();
+  if (grad && !grad.is_none() && param != shard)
+    grad = py::reinterpret_steal<py::object>(shard_of(grad.ptr()));
+  if (!grad || !THPVariable_CheckExact(grad.ptr())) return nullptr;
+  const at::Tensor& tensor = THPVariable_Unpack(grad.ptr());
+  const bool fits = quantopt::gradient_fits(tensor, weight) && tensor.strides() == weight.strides();
+  return fits ? grad.release().ptr() : nullptr;
+}
+
+// find_gradients(params, shards, weights): a list of the gradients, or None; see gradient_of. shards[i] is
+// params[i], or the shard of that DTensor.
+PyObject* find_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyList_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
+      !PyList_Check(arguments[2])) {
+    PyErr_SetString(PyExc_TypeError, "find_gradients(params: list, shards: list, weights: list)");
+    return nullptr;
+  }
+  const Py_ssize_t size = PyList_GET_SIZE(arguments[0]);
+  if (PyList_GET_SIZE(arguments[1]) != size || PyList_GET_SIZE(arguments[2]) != size) Py_RETURN_NONE;
+  py::object grads = py::reinterpret_steal<py::object>(PyList_New(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* const weight = PyList_GET_ITEM(arguments[2], i);
+    PyObject* const grad = THPVariable_Check(weight)
+                               ? gradient_of(PyList_GET_ITEM(arguments[0], i),
+                                             PyList_GET_ITEM(arguments[1], i), THPVariable_Unpack(weight))
+                               : nullptr;
+    if (grad == nullptr) Py_RETURN_NONE;
+    PyList_SET_ITEM(grads.ptr(), i, grad);
+  }
+  return grads.release().ptr();
+}
+
 // A function that takes an array of arguments, as a method table wants it.
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -70,6 +119,8 @@ PyMethodDef fast_functions[] = {
     {"binary_linear_direct", fast(quantopt::binary_linear_direct), METH_FASTCALL,
      "binary_linear_direct(x, weight, compute, activation) -> Tensor | None: the operator's result; None: "
      "torch.ops must call it"},
+    {"find_gradients", fast(find_gradients), METH_FASTCALL,
+     "find_gradients(params, shards, weights) -> list | None: the gradients, where kernels can read them"},
     {"holds", fast(holds), METH_FASTCALL,
      "holds(states, keys, values) -> bool: whether states[i][keys[k]] is values[i][k] for all i and k"},
     {"same", fast(same), METH_FASTCALL,
@@ -132,6 +183,12 @@ std::unique_ptr<quantopt::StepPlan> make_plan(py::handle record, py::handle left
   return std::make_unique<quantopt::StepPlan>(r, tensors_of(left_out, "left_out"));
 }
 
+std::unique_ptr<quantopt::TensorWatch> make_watch(py::handle tensors) {
+  auto watch = std::make_unique<quantopt::TensorWatch>();
+  watch->add(tensors_of(tensors, "tensors"));
+  return watch;
+}
+
 bool plan_valid(quantopt::StepPlan& plan, py::handle grads) {
   if (grads.is_none()) return plan.valid(std::nullopt);
   return plan.valid(tensors_of(grads, "grads"));
@@ -179,6 +236,10 @@ py::list names(const char* const (&table)[Count]) {
 PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), fast_functions) != 0) throw py::error_already_set();
   py::register_local_exception_translator(&translate);
+  py::class_<quantopt::TensorWatch>(m, "TensorWatch",
+                                    "Whether tensors lie in memory as they did when it was made.")
+      .def(py::init(&make_watch))
+      .def("unchanged", &quantopt::TensorWatch::unchanged);
   py::class_<quantopt::StepPlan>(m, "StepPlan",
                                  "The steps of one list of parameters, checked once; see csrc/step_plan.h.")
       .def(py::init(&make_plan), py::arg("record"), py::arg("left_out") = py::list())

@@ -8,26 +8,6 @@
 #include "step_ops.h"
 
 namespace quantopt {
-namespace {
-
-// A loop, as std::equal of so few numbers would call memcmp.
-bool equal(at::IntArrayRef values, const int64_t* expected) {
-  for (int64_t value : values) {
-    if (value != *expected++) return false;
-  }
-  return true;
-}
-
-// Whether the kernels may read a gradient along with its parameter.
-bool fits(const at::Tensor& grad, const at::Tensor& param) {
-  return grad.defined() && grad.dtype() == param.dtype() && grad.layout() == at::kStrided &&
-         grad.device() == param.device() && grad.dim() == param.dim() &&
-         equal(grad.sizes(), param.sizes().data()) &&
-         (equal(grad.strides(), param.strides().data()) || (grad.is_contiguous() && param.is_contiguous())) &&
-         !grad.is_neg() && !grad.unsafeGetTensorImpl()->is_python_dispatch();
-}
-
-}  // namespace
 
 StepPlan::StepPlan(const StepRecord& record, at::TensorList left_out)
     : params_(record.params.vec()),
@@ -48,31 +28,8 @@ StepPlan::StepPlan(const StepRecord& record, at::TensorList left_out)
   step_segments(checked, device, segments_);
   for (at::TensorList tensors : {record.params, record.momentum_buffers, record.exp_avg_sqs, record.latents,
                                  record.scales, record.latent_bounds}) {
-    watch(tensors);
+    watched_.add(tensors);
   }
-}
-
-void StepPlan::watch(at::TensorList tensors) {
-  for (const at::Tensor& tensor : tensors) {
-    watched_.push_back({tensor, tensor.unsafeGetTensorImpl()->data(), tensor.dtype()});
-    layouts_.push_back(tensor.dim());
-    layouts_.insert(layouts_.end(), tensor.sizes().begin(), tensor.sizes().end());
-    layouts_.insert(layouts_.end(), tensor.strides().begin(), tensor.strides().end());
-  }
-}
-
-bool StepPlan::unchanged() const {
-  const int64_t* layout = layouts_.data();
-  for (const Watched& watched : watched_) {
-    const c10::TensorImpl& tensor = *watched.tensor.unsafeGetTensorImpl();
-    const int64_t dim = *layout++;
-    if (tensor.data() != watched.data || tensor.dtype() != watched.dtype || tensor.dim() != dim ||
-        !equal(tensor.sizes(), layout) || !equal(tensor.strides(), layout + dim)) {
-      return false;
-    }
-    layout += 2 * dim;
-  }
-  return true;
 }
 
 bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
@@ -81,11 +38,11 @@ bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
   for (const at::Tensor& param : left_out_) {
     if (param.grad().defined() && param.numel() > 0) return false;
   }
-  if (!unchanged()) return false;
+  if (!watched_.unchanged()) return false;
   for (StepSegment& segment : segments_) {
     const at::Tensor& param = params_[segment.index];
     const at::Tensor& grad = grads ? (*grads)[segment.index] : param.grad();
-    if (!fits(grad, param)) return false;
+    if (!gradient_fits(grad, param)) return false;
     segment.grad = grad.unsafeGetTensorImpl()->data();
   }
   if (grads) given_grads_ = std::move(*grads);

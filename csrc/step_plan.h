@@ -11,6 +11,7 @@
 
 #include "core/step.h"
 #include "step_record.h"
+#include "tensor_watch.h"
 
 namespace quantopt {
 
@@ -31,24 +32,12 @@ class StepPlan {
   void step(const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
 
  private:
-  // A tensor that the segments point into, and where it lay. Its sizes and strides then follow those of the
-  // tensors before it in layouts_.
-  struct Watched {
-    at::Tensor tensor;
-    const void* data;
-    caffe2::TypeMeta dtype;
-  };
-
-  void watch(at::TensorList tensors);
-  bool unchanged() const;
-
   std::vector<at::Tensor> params_, left_out_, steps_;
   at::Tensor hyper_;
   bool dynamic_scale_;
   StepOptions options_;
   std::vector<StepSegment> segments_;
-  std::vector<Watched> watched_;
-  std::vector<int64_t> layouts_;
+  TensorWatch watched_;                  // what the segments point into
   bool has_gradients_ = false;           // whether valid() was the last call, and true
   std::vector<at::Tensor> given_grads_;  // keeps them until the step
 };

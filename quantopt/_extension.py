@@ -13,6 +13,8 @@ import torch
 
 error: str | None = None
 StepPlan: Any = None  # csrc/module.cpp
+TensorWatch: Any = None
+find_gradients: Any = None
 holds: Any = None
 same: Any = None
 binary_linear_direct: Any = None
@@ -24,7 +26,8 @@ if os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0"):
 else:
     try:
         _module = importlib.import_module("quantopt._C")
-        StepPlan, holds, same = _module.StepPlan, _module.holds, _module.same
+        StepPlan, TensorWatch = _module.StepPlan, _module.TensorWatch
+        find_gradients, holds, same = _module.find_gradients, _module.holds, _module.same
         binary_linear_direct = _module.binary_linear_direct
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"

@@ -105,8 +105,12 @@ class AskewSGD(LevelOptimizer):
         return "askew_gradient" if group["constrain"] == "gradient" else "askew"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {key: group[key] for key in ("rate", "cap", "bound")}
-        return {"epsilon": scheduled_value(group, "epsilon"), **numbers}
+        return {
+            "epsilon": scheduled_value(group, "epsilon"),
+            "rate": group["rate"],
+            "cap": group["cap"],
+            "bound": group["bound"],
+        }
 
     def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
         lr = {"sgd": 1.0 if group["memory"] else 0.3, "adam": ADAM_LR}

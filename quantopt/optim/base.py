@@ -310,18 +310,15 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The numbers of :data:`quantopt.rules.HYPER` of a step: floats, and tensors if capturable."""
-        base = group["base"]
-        if base == "adam":
-            beta1, beta2 = group["betas"]
-            numbers = {"momentum": beta1, "beta2": beta2, "adam_eps": group["eps"]}
+        numbers = {"lr": scheduled_value(group, "lr"), "weight_decay": group["weight_decay"]}
+        if group["base"] == "adam":
+            numbers["momentum"], numbers["beta2"] = group["betas"]
+            numbers["adam_eps"] = group["eps"]
         else:
-            numbers = {"momentum": group["momentum"]}
-        return {
-            "lr": scheduled_value(group, "lr"),
-            "weight_decay": group["weight_decay"],
-            **numbers,
-            **(self._hyper(group) if group["bits"] != 0 else {}),
-        }
+            numbers["momentum"] = group["momentum"]
+        if group["bits"] != 0:
+            numbers |= self._hyper(group)
+        return numbers
 
     # ---- views of the weights ------------------------------------------------------------------------------------
 

@@ -81,12 +81,13 @@ class GroupStep:
         self.buckets = [
             Bucket(opt, group, group_index, self.hyper, params, self.left_out) for params in parts.values()
         ]
+        self.on_cuda = any(bucket.device.type == "cuda" for bucket in self.buckets)
         # Buckets whose plan looks up the gradients also see whether a parameter that was left out has one now.
         self.looks_at_left_out = not any(bucket.finds_gradients for bucket in self.buckets)
 
     def valid(self, opt: LevelOptimizer, group: dict[str, Any]) -> bool:
         """Whether the group has the options, tensors and state it had, and the same parameters have gradients."""
-        return (
+        if not (
             self.is_current
             and group is self.group
             and opt.backend == self.backend
@@ -94,9 +95,12 @@ class GroupStep:
             and bool(group["momentum"]) == self.has_momentum
             and same(group["params"], self.all_params)
             and holds([group], self.layout_keys, [self.layout_values])
-            and not (self.looks_at_left_out and any(p.grad is not None and p.numel() for p in self.left_out))
-            and all(bucket.valid() for bucket in self.buckets)
-        )
+        ):
+            return False
+        for bucket in self.buckets:
+            if not bucket.valid():
+                return False
+        return not (self.looks_at_left_out and any(p.grad is not None and p.numel() for p in self.left_out))
 
     def step(self, opt: LevelOptimizer) -> None:
         """The update; nothing is checked here but that a graph may be captured."""
@@ -106,7 +110,7 @@ class GroupStep:
         if self.group["capturable"]:
             tensors = {name: value.reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
             values = {name: value for name, value in values.items() if name not in tensors}
-        else:
+        elif self.on_cuda:
             self._refuse_capture()
         if values != self.written:
             self._write(values)
@@ -165,16 +169,22 @@ class Bucket:
         self.copied: list[tuple[Tensor, Tensor]] = []  # (tensor, copy in a layout that kernels take)
         self.grads: list[Tensor] = []
         self.record = self._record(opt, group, group_index, hyper)
+        self.weights = list(self.record.params)
         self.looked_at = [
             (p, shard, shard.shape, shard.stride(), w, w.stride())
-            for p, shard, w in zip(params, self.shards, self.record.params, strict=True)
+            for p, shard, w in zip(params, self.shards, self.weights, strict=True)
         ]
         self.plan: Any = None
         self.finds_gradients = False
+        self.watch: Any = None  # says what a plan says itself
         if choose("fused_step", self.device, self.dtype, opt.backend).name == self.device.type:
             self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out)
             plain = all(type(p) in (nn.Parameter, Tensor) for p in params) and not self.copied
             self.finds_gradients = plain and self.plan.valid()
+        elif _extension.TensorWatch is not None and all(
+            type(t) in (nn.Parameter, Tensor) for t in self.shards
+        ):
+            self.watch = _extension.TensorWatch(self.shards)
 
     def _record(
         self, opt: LevelOptimizer, group: dict[str, Any], group_index: int, hyper: Tensor
@@ -232,13 +242,23 @@ class Bucket:
             return False
         if self.finds_gradients:
             return bool(self.plan.valid())
-        with torch.no_grad():
-            return self._find_gradients() and (self.plan is None or bool(self.plan.valid(self.grads)))
+        if self.watch is not None and not self.watch.unchanged():
+            return False
+        grads = None
+        if _extension.find_gradients is not None:
+            grads = _extension.find_gradients(self.params, self.shards, self.weights)
+        if grads is not None:
+            self.grads = grads
+        else:  # some must be copied, or something has changed
+            with torch.no_grad():
+                if not self._find_gradients():
+                    return False
+        return self.plan is None or bool(self.plan.valid(self.grads))
 
     def _find_gradients(self) -> bool:
         """Puts the gradients, in their weights' dtype and layout, into ``grads``. False where a parameter has none or
         has changed."""
-        self.grads.clear()
+        self.grads = []
         dtype, device, strided = self.dtype, self.device, torch.strided
         for p, shard, shape, stride, w, w_stride in self.looked_at:
             g: Any = p.grad
@@ -276,7 +296,7 @@ class Bucket:
                 fused_step(record, backend)
             for tensor, copy in self.copied:
                 tensor.copy_(copy)
-        self.grads.clear()
+        self.grads = []
         torch.autograd.graph.increment_version(self.params)
 
 

@@ -1,0 +1,48 @@
+#include "tensor_watch.h"
+
+namespace quantopt {
+namespace {
+
+// A loop, as std::equal of so few numbers would call memcmp.
+bool equal(at::IntArrayRef values, const int64_t* expected) {
+  for (int64_t value : values) {
+    if (value != *expected++) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void TensorWatch::add(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) {
+    watched_.push_back({tensor, tensor.unsafeGetTensorImpl()->data(), tensor.dtype()});
+    layouts_.push_back(tensor.dim());
+    layouts_.insert(layouts_.end(), tensor.sizes().begin(), tensor.sizes().end());
+    layouts_.insert(layouts_.end(), tensor.strides().begin(), tensor.strides().end());
+  }
+}
+
+bool TensorWatch::unchanged() const {
+  const int64_t* layout = layouts_.data();
+  for (const Watched& watched : watched_) {
+    const c10::TensorImpl& tensor = *watched.tensor.unsafeGetTensorImpl();
+    const int64_t dim = *layout++;
+    if (tensor.data() != watched.data || tensor.dtype() != watched.dtype || tensor.dim() != dim ||
+        !equal(tensor.sizes(), layout) || !equal(tensor.strides(), layout + dim)) {
+      return false;
+    }
+    layout += 2 * dim;
+  }
+  return true;
+}
+
+bool gradient_fits(const at::Tensor& grad, const at::Tensor& weight) {
+  return grad.defined() && grad.dtype() == weight.dtype() && grad.layout() == at::kStrided &&
+         grad.device() == weight.device() && grad.dim() == weight.dim() &&
+         equal(grad.sizes(), weight.sizes().data()) &&
+         (equal(grad.strides(), weight.strides().data()) ||
+          (grad.is_contiguous() && weight.is_contiguous())) &&
+         !grad.is_neg() && !grad.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+}  // namespace quantopt
