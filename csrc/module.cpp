@@ -15,6 +15,7 @@
 #include "core/base.h"
 #include "core/hyper.h"
 #include "core/rules.h"
+#include "cpu/conv_tiles.h"
 #include "direct_call.h"
 #include "step_plan.h"
 
@@ -245,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_plan), py::arg("record"), py::arg("left_out") = py::list())
       .def("valid", &plan_valid, py::arg("grads") = py::none())
       .def("step", &plan_step, py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none());
+  m.def("conv_takes_tiles", &quantopt::conv_takes_tiles);
   m.def("rules", &rules);
   m.def("bases", [] { return names(quantopt::kBaseNames); });
   m.def("hyper_names", [] { return names(quantopt::kHyperNames); });

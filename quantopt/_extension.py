@@ -17,6 +17,7 @@ TensorWatch: Any = None
 find_gradients: Any = None
 holds: Any = None
 same: Any = None
+conv_takes_tiles: Any = None
 binary_linear_direct: Any = None
 
 _REBUILD = "run `pip install --no-build-isolation .` (or -e .) with this torch and a C++20 compiler"
@@ -28,9 +29,11 @@ else:
         _module = importlib.import_module("quantopt._C")
         StepPlan, TensorWatch = _module.StepPlan, _module.TensorWatch
         find_gradients, holds, same = _module.find_gradients, _module.holds, _module.same
-        binary_linear_direct = _module.binary_linear_direct
+        binary_linear_direct, conv_takes_tiles = _module.binary_linear_direct, _module.conv_takes_tiles
     except ModuleNotFoundError:
         error = f"the compiled extension quantopt._C is not built; {_REBUILD}"
+    except AttributeError as exc:
+        error = f"quantopt._C is of another version of quantopt ({exc}); {_REBUILD}"
     except (ImportError, OSError) as exc:
         error = f"quantopt._C does not load with torch {torch.__version__} ({exc}); {_REBUILD}"
 

@@ -19,24 +19,11 @@
 
 #include "core/quantize.h"
 #include "cpu/binary_linear_ops.h"
+#include "cpu/conv_tiles.h"
 #include "tiles.h"
 
 namespace quantopt {
 namespace {
-
-// Whether a convolution runs on tiles, where the instruction set has such kernels; else ATen's is faster.
-// quantopt/ops/library.py says the same of shapes. With groups of channels: not with less than a quarter of
-// the 32 outputs or 16 channels that are taken together. With scales for groups of weights, which run along
-// whole rows of W: those of whole words, and enough outputs to gather the values of several kernel positions
-// for.
-bool conv_takes_tiles(int64_t outputs, int64_t channels, int64_t taps, int64_t groups, int64_t group_size) {
-  constexpr int64_t kPatchOutputs = 64;
-  if (group_size > 0) {
-    if (group_size % 16 != 0 || (taps > 1 && outputs < kPatchOutputs)) return false;
-    channels *= taps;
-  }
-  return groups == 1 || 4 * outputs * channels >= (outputs + 31) / 32 * 32 * ((channels + 15) / 16 * 16);
-}
 
 // Tiles of [groups, planes, kernel positions] times [outputs, channels] of a group.
 at::Tensor derive_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {

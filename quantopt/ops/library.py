@@ -93,22 +93,11 @@ def _empty_conv_tiles(bits: Tensor, channels: int, taps: int, groups: int, group
         if group_size > 0:
             return bits.new_empty([0], dtype=torch.int32)
         return _empty_layout(bits, groups * planes, outputs, taps * -(-channels // 64) * 64)
-    if not conv_takes_tiles(outputs, channels, taps, groups, group_size):
+    if not _extension.conv_takes_tiles(outputs, channels, taps, groups, group_size):
         return bits.new_empty([0], dtype=torch.int16)
     if group_size > 0:
         channels, taps = channels * taps, 1
     return _empty_layout(bits, groups * planes * taps, outputs, channels)
-
-
-def conv_takes_tiles(outputs: int, channels: int, taps: int, groups: int, group_size: int) -> bool:
-    """conv_takes_tiles of csrc/cpu/binary_conv_ops.cpp: whether the CPU has a packed convolution for these sizes of a
-    group; tests hold the two equal."""
-    if group_size > 0:
-        if group_size % 16 != 0 or (taps > 1 and outputs < 64):
-            return False
-        channels *= taps
-    filled = -(-outputs // 32) * 32 * (-(-channels // 16) * 16)
-    return groups == 1 or 4 * outputs * channels >= filled
 
 
 def _empty_layout(bits: Tensor, matrices: int, outputs: int, inputs: int) -> Tensor:
