@@ -87,10 +87,12 @@ def test_kernels_run_on_the_threads_of_torch() -> None:
     code = (
         "import os, torch, quantopt\n"
         "from quantopt.ops.step import fused_step, hyper_tensor\n"
+        "from quantopt.rules import StepRecord\n"
         "torch.set_num_threads(3)\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "w, g = torch.zeros(1 << 20), torch.ones(1 << 20)\n"
-        "fused_step('base', [w], [g], [], [], [], [], [], [], hyper_tensor(lr=0.5), backend='cpu')\n"
+        "record = StepRecord('none', 'sgd', [w], [g], [], [], [], [], [], [], hyper_tensor(lr=0.5))\n"
+        "fused_step(record, backend='cpu')\n"
         "assert w.eq(-0.5).all()\n"
         "after = len(os.listdir('/proc/self/task'))\n"
         "torch.zeros(1 << 22).add_(1)\n"
