@@ -278,3 +278,50 @@ def test_a_plan_frees_its_tensors() -> None:
     del plan
     gc.collect()
     assert latent() is None
+
+
+@pytest.mark.parametrize("change", ["storage", "transposed", "viewed", "dtype"])
+def test_a_watch_notices_what_moves(change: str) -> None:
+    tensors = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3))]
+    watch = _extension.TensorWatch(tensors)
+    with torch.no_grad():
+        tensors[0].mul_(2)
+    assert watch.unchanged()
+    tensors[0].data = {
+        "storage": tensors[0].data.clone(),
+        "transposed": tensors[0].data.t(),
+        "viewed": tensors[0].data.view(2, 8),
+        "dtype": tensors[0].data.view(torch.int32).view(torch.float32).bfloat16(),
+    }[change]
+    assert not watch.unchanged()
+
+
+class Wrapped:
+    """What find_gradients asks of a DTensor."""
+
+    def __init__(self, shard: torch.Tensor, grad: "Wrapped | None" = None) -> None:
+        self._local_tensor, self.grad = shard, grad
+
+
+def test_gradients_are_found_where_kernels_can_read_them() -> None:
+    p = nn.Parameter(torch.randn(4, 5))
+    find = _extension.find_gradients
+    assert find([p], [p], [p]) is None
+    for good in (torch.randn(4, 5), torch.randn(8, 5)[2:6]):
+        p.grad = good
+        assert find([p], [p], [p])[0] is p.grad
+    for bad in (torch.randn(5, 4).t(), torch.randn(1, 1).expand(4, 5), torch._neg_view(torch.randn(4, 5))):
+        p.grad = bad
+        assert find([p], [p], [p]) is None
+    p.grad = torch.randn(4, 5)
+    assert find([p], [p], [p.detach().bfloat16()]) is None
+    assert find([p, p], [p], [p]) is None
+    with pytest.raises(TypeError, match="find_gradients"):
+        find((p,), [p], [p])
+
+    shard, grad = torch.randn(2, 5), torch.randn(2, 5)
+    sharded = Wrapped(shard, Wrapped(grad))
+    assert find([sharded], [shard], [shard])[0] is grad
+    assert find([sharded], [shard.clone()], [shard]) is None  # another shard than that of the lists
+    assert find([Wrapped(shard)], [shard], [shard]) is None
+    assert find([object()], [shard], [shard]) is None
