@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: sharded training is the training of the whole, and its checkpoint is the whole's."""
+"""FSDP2 on two processes: sharded training and its checkpoint equal those of one process."""
 
 import os
 import socket

@@ -23,7 +23,7 @@ struct StepSegment {
   float* next_scale;          // the scales after the step, where they are dynamic; else equal to scale
   const float* latent_bound;  // alternating: bound of the latent per bound_row elements; null: not clipped
   int64_t numel;
-  int64_t row;             // elements per row: scales start anew at every row
+  int64_t row;             // elements per row; a scale never spans two rows
   int64_t group;           // elements per scale inside a row
   int64_t scales_per_row;  // ceil(row / group)
   int64_t bound_row;       // elements per latent bound

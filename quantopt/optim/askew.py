@@ -60,8 +60,8 @@ class AskewSGD(LevelOptimizer):
             (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
         error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a
             gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on
-            the device of the parameters, which schedules fill and replays of a captured CUDA graph read; capture
-            anew after load_state_dict, which replaces the state.
+            the device of the parameters, which schedules fill and replays of a captured CUDA graph read. load_state_dict
+            fills the state in place, so that a captured graph goes on with it.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
