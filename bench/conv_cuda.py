@@ -26,7 +26,10 @@ from quantopt.nn import BinaryConv2d
 
 DEVICE = "cuda"
 BATCHES = (1, 64, 256)
-TARGET, LEAST = 1.3, 0.95  # over all layers of a network and batch: the geometric mean, the least
+TARGET, LEAST = (
+    1.3,
+    0.95,
+)  # targets of a network and batch: the geometric mean over its layers, and the slowest layer
 
 
 class Layer(NamedTuple):

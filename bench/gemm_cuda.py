@@ -120,7 +120,7 @@ class Product:
         return len(weights), call
 
     def gemlite(self, helper: str) -> tuple[int, Function]:
-        """Its layer of one-bit weights: (q - 0.5) * 2 a."""
+        """A GemLite layer with the same one-bit weights, W = (q - 0.5) * 2 a with q in {0, 1}."""
         module: Any = importlib.import_module("gemlite.helper")
         make = getattr(module, helper)(device="cuda:0")
         codes = (unpack_signs(self.bits, self.inputs, torch.int8) > 0).to(torch.uint8)

@@ -109,7 +109,8 @@ PyObject* binary_linear_direct(PyObject*, PyObject* const* arguments, Py_ssize_t
   const std::optional<at::Tensor> tiles = optional_tensor(fields[kTiles]);
   at::Tensor y;
   {
-    const bool brief = bits.dim() > 1 && x.numel() * bits.size(-2) <= kBrief;
+    const bool brief =
+        bits.dim() > 1 && x.numel() * bits.size(-2) * static_cast<int64_t>(plane_weights.size()) <= kBrief;
     std::optional<WithoutGil> no_gil;
     if (!brief) no_gil.emplace();
     const at::AutoDispatchBelowAutograd no_gradients;

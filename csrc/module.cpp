@@ -1,4 +1,4 @@
-// The module quantopt._C. Importing it loads the library, which registers the operators. Beside StepPlan it
+// The module quantopt._C. Importing it registers the operators. Beside StepPlan it
 // has a few functions whose call must cost little, without pybind11's parsing of arguments: whether a group
 // of parameters is as it was, where its gradients are, and the call of a small packed layer.
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ namespace py = pybind11;
 namespace {
 
 // holds(states, keys, values): whether states[i][keys[k]] is values[i][k] for all i and k. states is a list
-// of dicts, keys a tuple of str, values a list of tuples; anything else gives False.
+// of dicts, keys a tuple of str, values a list of tuples of as many values.
 PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 3 || !PyList_Check(arguments[0]) || !PyTuple_Check(arguments[1]) ||
       !PyList_Check(arguments[2])) {

@@ -54,8 +54,8 @@ TORCH_LIBRARY(quantopt, m) {
   // The same for a convolution with so many channels and outputs in each group, positions of the kernel and
   // weights that share a scale (0: all of a row); empty where ATen's convolution is faster.
   m.def("binary_conv_tiles(Tensor bits, int channels, int taps, int groups, int group_size=0) -> Tensor");
-  // The instruction set that the CPU kernels use: QUANTOPT_CPU_ISA as it was when the library was loaded; an
-  // error if that is unknown or unsupported.
+  // The instruction set that the CPU kernels use: QUANTOPT_CPU_ISA as it was when the extension was loaded;
+  // an error if that is unknown or unsupported.
   m.def("cpu_isa() -> str", &cpu_isa);
   // Reads QUANTOPT_CPU_ISA once more, for tests.
   m.def("read_cpu_isa() -> ()", &quantopt::read_isa_choice);

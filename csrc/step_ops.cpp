@@ -19,7 +19,7 @@ void check_number(const std::optional<at::Tensor>& tensor, const char* name, at:
       "fused_step: ", name, " must be one float32 number on ", device);
 }
 
-// The only place beside the schema that lists the arguments.
+// The arguments of the schema, as one record for what follows.
 void fused_step(c10::string_view rule, c10::string_view base, at::TensorList params, at::TensorList grads,
                 at::TensorList momentum_buffers, at::TensorList exp_avg_sqs, at::TensorList latents,
                 at::TensorList scales, at::TensorList latent_bounds, at::TensorList steps,

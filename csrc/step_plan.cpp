@@ -2,8 +2,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <utility>
-
 #include "step_arguments.h"
 #include "step_ops.h"
 
@@ -27,7 +25,7 @@ StepPlan::StepPlan(const StepRecord& record, at::TensorList left_out)
 #endif
   step_segments(checked, device, segments_);
   for (at::TensorList tensors : {record.params, record.momentum_buffers, record.exp_avg_sqs, record.latents,
-                                 record.scales, record.latent_bounds}) {
+                                 record.scales, record.latent_bounds, record.steps}) {
     watched_.add(tensors);
   }
 }
@@ -39,13 +37,14 @@ bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
     if (param.grad().defined() && param.numel() > 0) return false;
   }
   if (!watched_.unchanged()) return false;
+  grads_.clear();
   for (StepSegment& segment : segments_) {
     const at::Tensor& param = params_[segment.index];
     const at::Tensor& grad = grads ? (*grads)[segment.index] : param.grad();
     if (!gradient_fits(grad, param)) return false;
     segment.grad = grad.unsafeGetTensorImpl()->data();
+    grads_.push_back(grad);
   }
-  if (grads) given_grads_ = std::move(*grads);
   has_gradients_ = true;
   return true;
 }
@@ -55,7 +54,7 @@ void StepPlan::step(const std::optional<at::Tensor>& grad_scale, const std::opti
   has_gradients_ = false;
   if (options_.device_hyper == nullptr) options_.hyper = *static_cast<const Hyper*>(hyper_.const_data_ptr());
   run_step(options_, segments_, dynamic_scale_, steps_, grad_scale, found_inf, params_[0]);
-  given_grads_.clear();
+  grads_.clear();
   for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -28,7 +28,7 @@ class StepPlan {
   bool valid(std::optional<std::vector<at::Tensor>> grads);
 
   // One step with the gradients of the last valid(), which must have been true, and the present content of
-  // hyper. The parameters' own gradients must still be theirs.
+  // hyper.
   void step(const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
 
  private:
@@ -37,9 +37,9 @@ class StepPlan {
   bool dynamic_scale_;
   StepOptions options_;
   std::vector<StepSegment> segments_;
-  TensorWatch watched_;                  // what the segments point into
-  bool has_gradients_ = false;           // whether valid() was the last call, and true
-  std::vector<at::Tensor> given_grads_;  // keeps them until the step
+  TensorWatch watched_;            // what the segments point into
+  bool has_gradients_ = false;     // whether valid() was the last call, and true
+  std::vector<at::Tensor> grads_;  // of the last valid(): another thread may drop them during the step
 };
 
 }  // namespace quantopt

@@ -292,7 +292,7 @@ def row_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def finish_kernel(table_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl.constexpr):
+def scale_epilogue_kernel(table_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl.constexpr):
     """One program per long row: its scale is saved as scale_before and becomes the mean of the sums of its parts."""
     if skipped(found_inf_ptr):
         return
@@ -429,7 +429,9 @@ def fused_step(record: StepRecord) -> None:
                 row_kernel, table, shared, ALIGNED=aligned, STEP=False, BLOCK=block, num_warps=_warps(block)
             )
         for table in plan.long.values():
-            _launch(finish_kernel, table, {"found_inf_ptr": record.found_inf}, PART=ROW_BLOCK, BLOCK=BLOCK)
+            _launch(
+                scale_epilogue_kernel, table, {"found_inf_ptr": record.found_inf}, PART=ROW_BLOCK, BLOCK=BLOCK
+            )
         for (aligned, one_scale, small), table in plan.chunks.items():
             _launch(
                 step_kernel,

@@ -20,7 +20,7 @@ ROW_BLOCK = 4096  # dynamic scales: rows up to this length are reduced and stepp
 
 
 class Row(NamedTuple):
-    """One tensor in a table. A kernel loads it as int64 numbers: addresses, 0 where there is no such tensor; sizes."""
+    """One tensor in a table, as int64: its addresses (0: there is no such tensor) and its sizes."""
 
     param: int
     grad: int

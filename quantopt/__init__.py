@@ -1,5 +1,7 @@
 """Fused optimizers for training quantised weights, and 1-bit kernels to run them."""
 
+from typing import TYPE_CHECKING
+
 from quantopt import nn, optim
 from quantopt._version import __version__
 from quantopt.backends import BackendError
@@ -11,4 +13,5 @@ from quantopt.packing import load, pack, save
 
 __all__ = ["BackendError", "__version__", "binary_conv2d", "binary_linear", "load", "nn", "optim", "pack"]
 __all__ += ["pack_signs", "save", "unpack_signs"]
-__all__ += [name for name, value in vars(optim).items() if callable(value)]
+if not TYPE_CHECKING:
+    __all__ += optim.__all__

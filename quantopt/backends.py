@@ -44,6 +44,7 @@ class Product(NamedTuple):
     channels: int = 0  # of a group
     outputs: int = 0  # of a group
     output_pixels: int = 0  # of an image
+    differentiated: bool = False  # gradients or tangents are asked for
 
     def sixteen_bit(self, dtype: torch.dtype) -> bool:
         """Whether 16-bit floats are multiplied, for x of ``dtype``."""
@@ -71,11 +72,14 @@ _GROUP_SIZES = Limit(
 _NO_GROUP_SCALES = Limit(
     lambda p, _: p.group_size == 0, "its convolution takes scales per tensor or output channel alone"
 )
-# (operation, backend) -> what the product must be. The kernels of the CPU take every product.
+_NO_GRADIENTS = Limit(lambda p, _: not p.differentiated, "its convolution has no gradients")
+# (operation, backend) -> what the product must be.
 LIMITS: dict[tuple[str, str], tuple[Limit, ...]] = {
     ("binary_linear", "cuda"): (_PLANES, _GROUP_SIZES),
     ("binary_linear", "triton"): (_PLANES, _GROUP_SIZES),
+    ("binary_conv2d", "cpu"): (_NO_GRADIENTS,),
     ("binary_conv2d", "cuda"): (
+        _NO_GRADIENTS,
         _PLANES,
         _NO_GROUP_SCALES,
         Limit(
@@ -95,6 +99,7 @@ LIMITS: dict[tuple[str, str], tuple[Limit, ...]] = {
         ),
     ),
     ("binary_conv2d", "triton"): (
+        _NO_GRADIENTS,
         _PLANES,
         _NO_GROUP_SCALES,
         Limit(
@@ -198,7 +203,8 @@ def _refusal(backend: str, device: str, dtype: torch.dtype, interpret: str, capa
 
 
 def _built_for(capability: int) -> bool:
-    """Machine code of the same major version and no newer minor one, or PTX of the newest architecture."""
+    """Whether the extension has machine code for ``capability``: of the same major and no newer minor version, or PTX of
+    an older architecture."""
     named = _extension.build_info()["cuda_archs"]
     if f"{capability}a" in named:
         return True

@@ -30,3 +30,8 @@ class Quantization:
     codes: Tensor
     max_level: Tensor
     group_size: int
+
+    @property
+    def outer(self) -> Tensor:
+        """max_level under its name in quantopt 0.1.0."""
+        return self.max_level

@@ -76,7 +76,14 @@ def optimizer_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(name of the case, of the optimizer, options of its quantised group and of itself)."""
     for name in OPTIMIZERS:
         adam = "adam" in name
-        for bits, scale in ((1, "tensor"), (1, "channel"), (2, "group"), ("ternary", "channel"), (4, "none")):
+        for bits, scale in (
+            (1, "tensor"),
+            (1, "channel"),
+            (2, "group"),
+            (3, "channel"),
+            ("ternary", "channel"),
+            (4, "none"),
+        ):
             yield f"{name} {bits} {scale}", name, dict(bits=bits, scale=scale)
         for variant, options in VARIANTS.items():
             if variant and not (adam and variant in ("plain", "nesterov")):

@@ -15,7 +15,7 @@ import pytest
 from quantopt import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("csrc", "docs", "kernels", "quantopt", "setup.py", "pyproject.toml", "README.md")
+COPIED = ("csrc", "docs", "kernels", "quantopt", "tests", "setup.py", "pyproject.toml", "README.md")
 
 # File -> (a text of it, what comes before that text).
 EDITS = {
@@ -78,10 +78,8 @@ def toy_step(x, d):
     "quantopt/rules.py": ('        Rule("prox"),', '        Rule("toy"),\n'),
     "quantopt/optim/baselines.py": (
         "class ProxQuant(",
-        '''class Toy(_Baseline):
+        '''class Toy(LevelOptimizer):
     """Clamped SGD."""
-
-    SGD_LR = 0.1
 
     def __init__(
         self,
@@ -97,6 +95,9 @@ def toy_step(x, d):
         backend: str = "auto",
     ) -> None:
         super().__init__(params, from_arguments(locals()), backend)
+
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        return 0.1
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "toy"
@@ -186,10 +187,10 @@ def test_the_document_names_the_files() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("adding a rule")
 @pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 def test_a_toy_rule(tmp_path: Path) -> None:
     """Compiled for the portable instruction set, without optimisation."""
+    pytest.importorskip("triton")
     for name in COPIED:
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         if (ROOT / name).is_dir():
@@ -204,9 +205,14 @@ def test_a_toy_rule(tmp_path: Path) -> None:
     leave_out_products(tmp_path / "csrc")
 
     compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-march=*) exit 1 ;; esac\nexec g++ "$@" -O0\n')
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-march=*) exit 1 ;; esac\nexec ${TOY_CXX:-g++} "$@" -O0\n')
     compiler.chmod(0o755)
-    environment = os.environ | {"CXX": str(compiler), "QUANTOPT_CUDA": "0", "PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {
+        "CXX": str(compiler),
+        "TOY_CXX": os.environ.get("CXX", "g++"),
+        "QUANTOPT_CUDA": "0",
+        "PYTHONPATH": str(tmp_path),
+    }
     environment.pop("QUANTOPT_CPU_ISA", None)
 
     def run(*command: str, **more: str) -> str:
@@ -223,3 +229,14 @@ def test_a_toy_rule(tmp_path: Path) -> None:
 
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     assert "the toy rule runs" in run(sys.executable, "-c", PROGRAM, TRITON_INTERPRET="1")
+    found = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/test_rules.py",
+        "tests/test_step.py",
+        "-k",
+        "toy or tables",
+    )
+    assert " passed" in found and " failed" not in found

@@ -464,7 +464,7 @@ def test_infinities_padding_and_zero_scales(isa: str, compute: str) -> None:
 
 @needs_extension
 def test_shapes_of_tiles() -> None:
-    """What torch.compile is told of them, and with them which convolutions take any."""
+    """Fake tiles have the shape of real ones; both are empty where a convolution takes no tiles."""
     empty = set()
     for outputs, channels, taps in itertools.product((1, 8, 33, 64), (1, 4, 16, 33), (1, 9)):
         for groups, group_size, planes in itertools.product((1, 3), (0, 8, 16, 48), (1, 2)):

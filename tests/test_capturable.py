@@ -268,7 +268,7 @@ def test_a_replayed_graph_steps_as_eager(name: str, layout: str, backend: str) -
     if name == "binaryconnect-stochastic":
         pytest.skip("draws other random signs in a graph")
     if (backend == "triton" or layout == "transposed") and name not in ("askew", "stam"):
-        pytest.skip("each would be compiled anew")
+        pytest.skip("each would be compiled again")
     needs(backend)
     results = []
     for graphed in (False, True):

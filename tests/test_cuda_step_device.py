@@ -111,8 +111,8 @@ GRAPH_CASES = [
 
 @pytest.mark.parametrize("case", GRAPH_CASES, ids=str)
 def test_a_captured_step_follows_changing_numbers(case: step_cases.Case) -> None:
-    """Replayed with other lr, epsilon, kappa and found_inf it gives the weights of eager steps, without a word to
-    the host."""
+    """Replayed with other lr, epsilon, kappa and found_inf it gives the weights of eager steps. The host is not
+    involved."""
     shapes = [(5, 13, 3), (64, 32), (7, 5000)]
     captured, eager = (step_cases.make(case, shapes, device="cuda") for _ in range(2))
     kept = [t.clone() for t in changing(captured)]

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pydoc
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import quantopt
+from old_files import FOLDER, optimizer, parameters
 from optim_cases import MAKERS, network
 from quantopt.optim.options import OPTIONS, SHARED
 
@@ -160,15 +162,14 @@ def test_constructors_show_every_option_with_its_default(make: Any) -> None:
     shown = inspect.signature(make).parameters
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
     opt = make([nn.Parameter(torch.randn(4))])
-    adam = make is quantopt.AskewAdam
-    implied = {"base", "momentum", "nesterov"} if adam else set()
-    assert set(shown) == (set(opt.defaults) - implied) | {"params", "backend"}
+    whole = opt.whole(opt.param_groups[0])
+    assert set(shown) == {*whole, "params", "backend"} - {"initial_lr"}
     for key in SHARED:
-        if key in shown:
-            assert shown[key].default == OPTIONS[key].default == opt.defaults[key]
+        expected = "adam" if (make, key) == (quantopt.AskewAdam, "base") else OPTIONS[key].default
+        assert shown[key].default == expected == whole[key]
     for key, parameter in shown.items():
         if parameter.default is not None and key not in ("params", "backend"):
-            assert opt.defaults[key] == parameter.default
+            assert whole[key] == parameter.default
     text = pydoc.render_doc(make, renderer=pydoc.plaintext)
     assert all(f"{key}: " in text for key in shown)
 
@@ -212,10 +213,28 @@ def test_a_group_takes_the_defaults_of_its_form() -> None:
     assert group(quantopt.STAM, *names, form="splitting", lr=0.7) == [0.7, 0.0]
     assert group(quantopt.STAM, *names, form="splitting", constructor=dict(lr=0.7)) == [0.7, 0.0]
     for make in CLASSES:
-        if make is not quantopt.AskewAdam:
-            with pytest.raises(ValueError, match="lr=None: base='given'"):
-                make([nn.Parameter(torch.randn(4))], base="given")
-            assert group(make, "lr", base="given", lr=0.2) == [0.2]
+        with pytest.raises(ValueError, match="lr=None: base='given'"):
+            make([nn.Parameter(torch.randn(4))], base="given")
+        assert group(make, "lr", base="given", lr=0.2) == [0.2]
+
+
+def test_askew_adam_is_askew_sgd_on_adam() -> None:
+    params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2)]
+    opts = [quantopt.AskewAdam(params[:1]), quantopt.AskewSGD(params[1:], base="adam")]
+    for opt, p in zip(opts, params, strict=True):
+        for i in range(3):
+            p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(i))
+            opt.step()
+    assert torch.equal(*params)
+    assert quantopt.AskewAdam(params, base="sgd").param_groups[0]["lr"] == 0.3
+
+
+def test_star_imports_bind_public_names_alone() -> None:
+    for module in (quantopt, quantopt.optim):
+        bound: dict[str, Any] = {}
+        exec(f"from {module.__name__} import *", bound)
+        assert {"AskewSGD", "Anneal", "STAM", "param_groups"} <= set(bound)
+        assert not {"state", "step", "base", "options", "views"} & set(bound)
 
 
 def test_groups_of_one_optimizer_may_have_different_bases() -> None:
@@ -259,3 +278,54 @@ def test_a_given_direction_is_the_gradient_as_it_is(name: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="nesterov"):
         MAKERS[name]([ours], lr=0.05, base="given", nesterov=True)
+
+
+def test_options_of_another_class_and_none_are_refused() -> None:
+    p = nn.Parameter(torch.randn(4, 4))
+    for make, group, named in [
+        (quantopt.AskewSGD, {"kappa": 1.0}, "kappa=1.0"),
+        (quantopt.STAM, {"epsilon": 0.5}, "epsilon=0.5"),
+        (quantopt.AskewSGD, {"lr": None}, "lr=None: must be a number"),
+        (quantopt.AskewSGD, {"memory": None}, "memory=None: must be True or False"),
+        (quantopt.AskewSGD, {"betas": 0.9}, "betas=0.9"),
+        (quantopt.AskewSGD, {"base": "lion"}, "base='lion'"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(named)):
+            make([{"params": [p], **group}], lr=0.5)
+    with pytest.raises(ValueError, match="base='foo'"):
+        quantopt.AskewSGD([p], base="foo")
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_schedulers_that_cycle_momentum_find_it(base: str) -> None:
+    opt = quantopt.STAM([nn.Parameter(torch.randn(4, 4))], lr=0.1, base=base)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
+    values = []
+    for _ in range(5):
+        opt.step()
+        scheduler.step()
+        group = opt.param_groups[0]
+        values.append(group["momentum"] if base == "sgd" else group["betas"][0])
+    assert len(set(values)) == 5
+    assert ("betas" in opt.param_groups[0]) == (base == "adam")
+
+
+def test_groups_have_the_keys_of_the_first_version() -> None:
+    """A distributed checkpoint is loaded by the keys that the optimizer has now."""
+    saved = torch.load(FOLDER / "optimizers-0.1.0.pt", weights_only=True)
+    for name, values in saved.items():
+        now = optimizer(name, parameters(name)).state_dict()["param_groups"]
+        assert [set(group) for group in now] == [set(group) for group in values["optimizer"]["param_groups"]]
+
+
+def test_a_changed_option_is_checked_before_state_is_made() -> None:
+    p = nn.Parameter(torch.randn(4, 4))
+    opt = quantopt.AskewSGD([p], lr=0.1)
+    p.grad = torch.ones(4, 4)
+    opt.step()
+    before = {key: value.clone() for key, value in opt.state[p].items()}
+    opt.param_groups[0]["base"] = "lion"
+    with pytest.raises(ValueError, match="base='lion'"):
+        opt.step()
+    assert opt.state[p].keys() == before.keys()
+    assert all(torch.equal(opt.state[p][key], value) for key, value in before.items())

@@ -92,3 +92,39 @@ def test_copies_and_pickles_go_on_alike(name: str) -> None:
     for m, o in ((model, opt), (twin, twin_opt), (third, third_opt)):
         train(m, o, 2, 3)
     assert same(weights(model), weights(twin)) and same(weights(model), weights(third))
+
+
+def test_an_optimizer_pickled_by_the_first_version() -> None:
+    for make in (quantopt.AskewSGD, quantopt.AskewAdam):
+        model = network()
+        opt = make(quantopt.param_groups(model), lr=0.05)
+        train(model, opt, 1)
+        pickled = {key: value for key, value in opt.__getstate__().items() if key != "_options"}
+        old = make.__new__(make)
+        old.__setstate__(pickled)
+        late = {"params": [nn.Parameter(torch.ones(2))], "param_names": ["late"], "bits": 0, "lr": 0.1}
+        old.add_param_group(late)
+        twin = copy.deepcopy((model, opt))
+        train(model, old, 2, 1)
+        train(*twin, 2, 1)
+        assert same(weights(model), weights(twin[0]))
+
+
+def test_adam_counts_from_its_first_step() -> None:
+    p = nn.Parameter(torch.randn(8, 8).bfloat16())
+    opt = quantopt.AskewSGD([p], lr=0.01, rounding="stochastic")
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert float(opt.state[p]["step"]) == 3
+    opt.param_groups[0].update(base="adam", betas=(0.9, 0.999), eps=1e-8)
+    opt.step()
+    assert float(opt.state[p]["step"]) == 1 and "exp_avg" in opt.state[p]
+
+
+def test_state_of_adam_is_not_that_of_sgd() -> None:
+    model = network()
+    opt = quantopt.AskewAdam(quantopt.param_groups(model))
+    train(model, opt, 1)
+    with pytest.raises(ValueError, match=r"another optimizer: its groups lack \['momentum'\]"):
+        quantopt.AskewSGD(quantopt.param_groups(network()), momentum=0.0).load_state_dict(opt.state_dict())

@@ -329,7 +329,7 @@ def test_small_kernels_compile_ahead_of_time(architecture: int) -> None:
     from quantopt.kernels import rules, step
 
     blocks = dict(PART=step.ROW_BLOCK, BLOCK=step.BLOCK, found_inf_ptr=None)
-    compiled_for(step.finish_kernel, architecture, blocks)
+    compiled_for(step.scale_epilogue_kernel, architecture, blocks)
     for absent in ({}, {"hyper_ptr": None}):
         constants = {"RULE": "splitting", "DECAY_BEFORE_STEP": True} | absent
         ptx = compiled_for(rules.derive_numbers_kernel, architecture, constants).asm["ptx"]

@@ -228,7 +228,7 @@ def test_operator_and_layer(interpreted: ModuleType, monkeypatch: pytest.MonkeyP
 def test_compiles_ahead_of_time(
     architecture: int, rows: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To tensor-core instructions with asynchronous copies of x, and no array in local memory."""
+    """The machine code has tensor-core instructions and asynchronous copies of x, and no array in local memory."""
     from quantopt.kernels import binary_conv as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -46,23 +46,23 @@ template <bool Binary>
 struct Constraint {
   AskewConstants c;
   Grid grid;
-  float nearest;           // t_star half: a weight is feasible from this distance on
-  float per_half_squared;  // 1 / half^2
-  float gain;              // r half^2 / 4
-  float longest;           // cap half
+  float nearest;                // t_star half: a weight is feasible from this distance on
+  float per_half_step_squared;  // 1 / half^2
+  float gain;                   // r half^2 / 4
+  float longest;                // cap half
 
   QUANTOPT_HOST_DEVICE Constraint(const AskewConstants& constants, const Grid& levels)
       : c(constants),
         grid(levels),
         nearest(constants.t_star * levels.half_step),
-        per_half_squared(1.0f / (levels.half_step * levels.half_step)),
+        per_half_step_squared(1.0f / (levels.half_step * levels.half_step)),
         gain(0.25f * constants.rate * levels.half_step * levels.half_step),
         longest(constants.cap * levels.half_step) {}
 
   // half min(k, cap) for an infeasible weight; infinite k at t = 0 becomes the cap.
   template <class F>
   QUANTOPT_HOST_DEVICE F restoring_step(F distance) const {
-    const F u = (grid.half_step - distance) * (grid.half_step + distance) * per_half_squared;
+    const F u = (grid.half_step - distance) * (grid.half_step + distance) * per_half_step_squared;
     const F k = gain * (u * u - c.epsilon) / (distance * u + 1e-30f);  // no 0 / 0 at rate 0
     return minimum(k, fill<F>(longest));
   }

@@ -63,7 +63,7 @@ struct StamSplitting {
   QUANTOPT_HOST_DEVICE F box(F x, const Grid& levels) const {
     return clamp(x * c.shrink, -levels.hi, levels.hi);
   }
-  // r, whose mean magnitude is the dynamic scale.
+  // Returns r. The mean of |r| over a row is its dynamic scale.
   template <class F>
   QUANTOPT_HOST_DEVICE F point(F x, F d) const {
     const F y = box(x, before);

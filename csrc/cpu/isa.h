@@ -24,7 +24,7 @@ Isa best_isa();
 // instruction set is not supported. Any thread may call it.
 Isa active_isa();
 
-// Reads the variable: when the library is loaded, and for tests. Not while a thread may write to the
+// Reads the variable: when the extension is loaded, and for tests. Not while a thread may write to the
 // environment.
 void read_isa_choice();
 

@@ -105,12 +105,13 @@ QUANTOPT_HOST_DEVICE constexpr void advance(RingSlot& at) {
   }
 }
 
-// As in MmaPlan: `shape` is which of kWgmmaTokens. At most 8 splits, no more than blocks of K.
+// The plan is that of MmaPlan, with `shape` an index into kWgmmaTokens. K is split at most 8 times, and not
+// into more parts than it has blocks.
 constexpr int kWgmmaTokens[] = {64, 128};
 // y, or the sums alone [tokens, N] if `sums` is not null. No grouped scales, no fp32 tokens.
 const char* binary_wgmma_on_cuda(const BinaryWeights& weights, const MmaTokens& tokens, const MmaPlan& plan,
                                  const BinaryEpilogue& epilogue, void* sums, const CudaContext& context);
-// Whether it was compiled for such a device, and QUANTOPT_WGMMA=0 does not turn it off.
+// Whether the kernel was compiled for devices of this compute capability, and QUANTOPT_WGMMA=0 is not set.
 bool binary_wgmma_available(int capability);
 
 }  // namespace quantopt

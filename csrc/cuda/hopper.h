@@ -13,9 +13,9 @@ namespace quantopt {
 
 using TensorMap = CUtensorMap;
 
-// A map of rows of bytes or 16-bit numbers in memory, for boxes of 128 bytes of `box_rows` rows, in shared
-// memory as swizzle_128 says, zeros where the matrix has ended. `columns` are elements, `stride` bytes, a
-// multiple of 16.
+// Describes a matrix of bytes or 16-bit numbers to the copy engine. It copies boxes of `box_rows` rows of 128
+// bytes to shared memory in the layout of swizzle_128, with zeros beyond the end of the matrix. `columns`
+// counts elements; `stride` is in bytes and a multiple of 16.
 inline cudaError_t make_tensor_map(TensorMap& map, const void* memory, bool bytes, int64_t rows,
                                    int64_t columns, int64_t stride, int box_rows) {
   // The driver's library is not linked: machines without a GPU do not have it.

@@ -73,9 +73,13 @@ class BinaryConv2d(BinaryModule):
         # What the product itself pads with zeros; all else (other modes, "same") is padded before.
         self.explicit = padding_mode != "zeros" or isinstance(plain.padding, str)
         self.around: list[int] = list(plain._reversed_padding_repeated_twice)
-        padding_of_product: tuple[int, int] = (0, 0) if self.explicit else plain.padding  # type: ignore[assignment]
-        self.geometry = ConvGeometry(self.kernel_size, self.stride, padding_of_product, self.dilation, groups)
         self.prepare()
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """What the product is given; what is padded explicitly it does not pad."""
+        padding: tuple[int, int] = (0, 0) if self.explicit else self.padding  # type: ignore[assignment]
+        return ConvGeometry(self.kernel_size, self.stride, padding, self.dilation, self.groups)
 
     def _derive(self) -> Tensor | None:
         if self.bits.is_meta:

@@ -107,6 +107,7 @@ def run_conv2d(
     check_floating(x)
     compute = compute_mode(compute)
     height, width = geometry.output_size(x)
+    forward_mode = forward_ad._current_level >= 0
     product = backends.Product(
         weight.planes,
         weight.group_size,
@@ -115,10 +116,10 @@ def run_conv2d(
         x.shape[-3] // geometry.groups,
         weight.outputs // geometry.groups,
         height * width,
+        differentiated=forward_mode or needs_gradient(x, weight.bias),
     )
     chosen = backends.choose("binary_conv2d", x.device, x.dtype, product=product).name
-    forward_mode = forward_ad._current_level >= 0
-    if chosen == "reference" or forward_mode or needs_gradient(x, weight.bias):
+    if chosen == "reference":
         dtype = x.dtype
         if compute != "exact" and (forward_mode or (torch.is_grad_enabled() and x.requires_grad)):
             x, compute = straight_through(x, 3, compute), "exact"

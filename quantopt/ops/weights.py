@@ -48,6 +48,8 @@ def checked_weight(
     """The public arguments as one record; ``plane_weights`` None stands for 1, 2, 4, ..."""
     check_bits(bits, in_features, (2, 3))
     planes = bits.shape[0] if bits.dim() == 3 else 1
+    if plane_weights is not None and not isinstance(plane_weights, Sequence):
+        raise TypeError(f"plane_weights must be a list of {planes} integers, not {kind_of(plane_weights)}")
     weights = [1 << i for i in range(planes)] if plane_weights is None else list(plane_weights)
     weight = PackedWeight(bits, scale, bias, in_features, weights, group_size, tiles)
     weight.check()

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from quantopt.optim.base import LevelOptimizer
-from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
+from quantopt.optim.options import from_arguments, scheduled_value
 
 __all__ = ["AskewAdam", "AskewSGD"]
 
@@ -60,8 +60,8 @@ class AskewSGD(LevelOptimizer):
             (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
         error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a
             gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on
-            the device of the parameters, which schedules fill and replays of a captured CUDA graph read. load_state_dict
-            fills the state in place, so that a captured graph goes on with it.
+            the device of the parameters, which schedules fill and replays of a captured CUDA graph read.
+            load_state_dict fills the state in place, so that a captured graph goes on with it.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -112,9 +112,11 @@ class AskewSGD(LevelOptimizer):
             "bound": group["bound"],
         }
 
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        return 1.0 if group["memory"] else 0.3
+
     def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
-        lr = {"sgd": 1.0 if group["memory"] else 0.3, "adam": ADAM_LR}
-        return {"lr": lr.get(group["base"]), "rate": math.inf if group["memory"] else 0.1}
+        return super()._form_defaults(group) | {"rate": math.inf if group["memory"] else 0.1}
 
     def _check_quantised(self, group: dict[str, Any]) -> None:
         super()._check_quantised(group)
@@ -150,10 +152,12 @@ class AskewAdam(AskewSGD):
     authors' alpha loses its meaning, since Adam rescales the restoring gradient. Other arguments as in AskewSGD.
     """
 
+    _base = "adam"
+
     def __init__(
         self,
         params: Any,
-        lr: float = ADAM_LR,
+        lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -164,6 +168,9 @@ class AskewAdam(AskewSGD):
         constrain: str = "velocity",
         memory: bool = False,
         bound: float = 2.0,
+        base: str = "adam",
+        momentum: float = 0.9,
+        nesterov: bool = False,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         bits: int | str = 1,
@@ -176,4 +183,4 @@ class AskewAdam(AskewSGD):
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
-        LevelOptimizer.__init__(self, params, from_arguments(locals()) | {"base": "adam"}, backend)
+        LevelOptimizer.__init__(self, params, from_arguments(locals()), backend)

@@ -1,7 +1,7 @@
 """The base class of the optimizers: what a subclass says, the groups, checkpoints, the step."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
@@ -12,6 +12,8 @@ from quantopt.backends import BACKENDS
 from quantopt.levels import Quantization
 from quantopt.optim import state, views
 from quantopt.optim.options import (
+    ADAM_LR,
+    BASE_OPTIONS,
     OPTIONS,
     SCHEDULED,
     SHARED,
@@ -21,6 +23,7 @@ from quantopt.optim.options import (
 )
 from quantopt.optim.sharded import local
 from quantopt.optim.step import GroupStep, same
+from quantopt.rules import BASES
 
 
 class LevelOptimizer(torch.optim.Optimizer):
@@ -30,28 +33,32 @@ class LevelOptimizer(torch.optim.Optimizer):
     made when a parameter is first seen (first step, or first view of its weights). Groups with ``bits=0`` are trained
     by the plain base rule. The step is one pass of a fused kernel over every dtype and device of a group.
 
-    A group may have keys of its user's, which are saved and otherwise ignored. A step that raises leaves weights and
-    state as they were.
+    A group may have keys of its user's, which are saved and otherwise ignored; those of a subclass that influence its
+    step are ``extra_options``. A step that is refused leaves weights and state as they were.
     """
 
     _step_supports_amp_scaling = True
+    _base = "sgd"  # of groups that have no such key
+    extra_options: Mapping[str, Any] = {}  # group keys of a user's subclass, with their defaults
 
     def __init__(self, params: Any, options: dict[str, Any], backend: str = "auto") -> None:
         """``options``: group keys of :data:`OPTIONS`; None stands for the default of the group's form."""
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
         self.backend = backend
-        self._form_keys = tuple(key for key, value in options.items() if value is None)
+        self._options = {key: OPTIONS[key].default for key in SHARED} | options | dict(self.extra_options)
         self._forget_steps()
-        defaults = {key: OPTIONS[key].default for key in SHARED} | options
-        super().__init__(params, self._with_form_defaults(defaults))
+        super().__init__(params, self._completed({}))
 
     def __getstate__(self) -> dict[str, Any]:
         pickled: dict[str, Any] = super().__getstate__()
-        return {**pickled, "backend": self.backend, "_form_keys": self._form_keys}
+        return {**pickled, "backend": self.backend, "_options": self._options}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
+        if "_options" not in self.__dict__:  # pickled by quantopt 0.1.0
+            shared = {key: OPTIONS[key].default for key in SHARED}
+            self._options = shared | {"base": self._base} | self.defaults
         self._forget_steps()
 
     def _forget_steps(self) -> None:
@@ -68,9 +75,13 @@ class LevelOptimizer(torch.optim.Optimizer):
         """The rule's numbers of :data:`quantopt.rules.HYPER`, beside those of the base and weight_decay."""
         return {}
 
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        """Default of lr on the base "sgd"."""
+        raise NotImplementedError
+
     def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
         """Defaults of the options that a constructor leaves None, which depend on others of the group."""
-        return {}
+        return {"lr": {"sgd": self._sgd_lr(group), "adam": ADAM_LR}.get(group["base"])}
 
     def _dynamic_scale(self, group: dict[str, Any]) -> bool:
         """Whether the scale follows the weights (mean magnitude) instead of being frozen."""
@@ -97,26 +108,45 @@ class LevelOptimizer(torch.optim.Optimizer):
     # ---- groups --------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group. What the constructor was not told takes the default of the group's form (``memory``, ``form``,
-        ``base``). Raises ValueError naming the key, its value and the remedy; nothing is added then."""
-        unset = dict.fromkeys(self._form_keys)
-        group = self._with_form_defaults({**self.defaults, **unset, **param_group})
-        self._check(group)
-        super().add_param_group(param_group | {key: group[key] for key in self._form_keys})
+        """Adds a group. An option that neither the group nor the constructor sets has the default of the group's form
+        (``memory``, ``form``, ``base``). Raises ValueError naming the key, its value and the remedy; nothing is added
+        then."""
+        completed = self._completed(param_group)
+        self._check(self.whole(completed))
+        super().add_param_group(completed)
         try:
             place_scheduled(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _with_form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
-        defaults = self._form_defaults(group)
-        return {key: defaults.get(key) if value is None else value for key, value in group.items()}
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with every option that it reads, but for the usual base."""
+        full = self._options | group
+        if full["base"] in BASES:  # else the check refuses it
+            defaults = self._form_defaults(full)
+            for key, default in defaults.items():
+                if full[key] is None and key not in group:
+                    full[key] = default
+            if full["lr"] is None and "lr" not in group:
+                raise ValueError(f"lr=None: base={full['base']!r} has no default of it; pass lr")
+        unread = {key for base, keys in BASE_OPTIONS.items() if base != full["base"] for key in keys}
+        if full["base"] == self._base:
+            unread.add("base")
+        return {key: value for key, value in full.items() if key in group or key not in unread}
+
+    def whole(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with all options, also those that it does not read."""
+        return self._options | {"base": self._base} | group
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_group(group)
+        check_group(group, self._options)
         if group["bits"] != 0:
             self._check_quantised(group)
+
+    def layout_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The keys of a group on which the layout of its step depends."""
+        return tuple(key for key in group if key in self._options and not _read_at_each_step(key))
 
     def rule_of(self, group: dict[str, Any]) -> str:
         """The rule of a group, "none" where it is not quantised."""
@@ -152,8 +182,6 @@ class LevelOptimizer(torch.optim.Optimizer):
 
         def restore(_: torch.optim.Optimizer) -> None:  # before the user's hooks
             for group, before in zip(self.param_groups, scheduled, strict=True):
-                for key in self._keys():
-                    group.setdefault(key, self.defaults[key])
                 place_scheduled(group, before)
             for p, values in loaded:
                 for key, value in values.items():
@@ -185,17 +213,13 @@ class LevelOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict has groups of {given} parameters, this optimizer {have}: another model?"
             )
-        needed = {key for key in self._keys() if key not in OPTIONS or OPTIONS[key].required}
         for own, group in zip(self.param_groups, groups, strict=True):
-            missing = needed - set(group)
+            missing = set(own) & set(self._options) - set(group)
             if missing:
                 raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
-            group = {**self.defaults, **group}
-            self._check({**group, "params": own["params"]})
+            group = self.whole(group)
+            self._check(group | {"params": own["params"]})
             state.check_states(self, own, group, state_dict["state"])
-
-    def _keys(self) -> list[str]:
-        return [key for key in self.defaults if key != "differentiable"]  # torch adds that one at a load
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -258,6 +282,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         """The steps of all groups, those of the groups ``stale`` laid out again."""
         groups = [self.param_groups[i] for i in stale]
         for group in groups:
+            self._check(self.whole(group))
             self._check_grads(group)
         indices = [state.with_gradients(group) for group in groups]
         for group, chosen in zip(groups, indices, strict=True):
@@ -311,11 +336,12 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The numbers of :data:`quantopt.rules.HYPER` of a step: floats, and tensors if capturable."""
         numbers = {"lr": scheduled_value(group, "lr"), "weight_decay": group["weight_decay"]}
-        if group["base"] == "adam":
-            numbers["momentum"], numbers["beta2"] = group["betas"]
-            numbers["adam_eps"] = group["eps"]
-        else:
-            numbers["momentum"] = group["momentum"]
+        base = group.get("base", self._base)
+        if base == "adam":
+            numbers["momentum"], numbers["beta2"] = group.get("betas", self._options["betas"])
+            numbers["adam_eps"] = group.get("eps", self._options["eps"])
+        elif base == "sgd":
+            numbers["momentum"] = group.get("momentum", self._options["momentum"])
         if group["bits"] != 0:
             numbers |= self._hyper(group)
         return numbers
@@ -351,3 +377,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         - "scale": mean scale
         """
         return [views.metrics(self, group) for group in self.param_groups]
+
+
+def _read_at_each_step(key: str) -> bool:
+    return key in OPTIONS and OPTIONS[key].per_step

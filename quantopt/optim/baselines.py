@@ -7,31 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from quantopt.optim.base import LevelOptimizer
-from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
-from quantopt.optim.stam import geometric
+from quantopt.optim.options import from_arguments, scheduled_value
+from quantopt.optim.stam import geometric, mean_magnitude_moves
 from quantopt.reference.baselines import stochastic_sign
 from quantopt.reference.levels import spread_over
 
 __all__ = ["BinaryConnect", "BinaryRelax", "ProxQuant"]
 
 
-class _Baseline(LevelOptimizer):
-    """The default of lr depends on the base: that of SGD is ``SGD_LR``."""
-
-    SGD_LR: float
-
-    def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"lr": {"sgd": self.SGD_LR, "adam": ADAM_LR}.get(group["base"])}
-
-
-class _LatentClipped(_Baseline):
+class _LatentClipped(LevelOptimizer):
     """The alternating rule with a latent clipped at ``clip`` sigma."""
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "alternating"
 
     def _dynamic_scale(self, group: dict[str, Any]) -> bool:
-        return bool(group["bits"] == 1 and group["scale"] != "none")
+        return mean_magnitude_moves(group)
 
     def _bounds_latent(self, group: dict[str, Any]) -> bool:
         return not math.isinf(group["clip"])
@@ -48,8 +39,6 @@ class BinaryConnect(_LatentClipped):
     ``stochastic=True`` the sign is +1 with probability clamp((u/(clip sigma) + 1)/2, 0, 1),
     drawn from torch's generator.
     """
-
-    SGD_LR = 0.5
 
     def __init__(
         self,
@@ -77,6 +66,9 @@ class BinaryConnect(_LatentClipped):
         backend: str = "auto",
     ) -> None:
         super().__init__(params, from_arguments(locals()), backend)
+
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        return 0.5
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"kappa": math.inf, "bound": group["clip"]}
@@ -110,8 +102,6 @@ class BinaryRelax(_LatentClipped):
     projection onto the frozen grid in place of a sgn(u), and the latent clipped at ``clip`` hi, its outer level.
     """
 
-    SGD_LR = 0.3
-
     def __init__(
         self,
         params: Any,
@@ -139,6 +129,9 @@ class BinaryRelax(_LatentClipped):
     ) -> None:
         super().__init__(params, from_arguments(locals()), backend)
 
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        return 0.3
+
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"kappa": scheduled_value(group, "kappa"), "bound": group["clip"]}
 
@@ -156,7 +149,7 @@ class BinaryRelax(_LatentClipped):
         return {"kappa": geometric(step / total_steps, start, end, first, last)}
 
 
-class ProxQuant(_Baseline):
+class ProxQuant(LevelOptimizer):
     r"""ProxQuant (Bai, Wang, Liberty, ICLR 2019), meant for a full-precision warm start.
 
     .. math::
@@ -166,8 +159,6 @@ class ProxQuant(_Baseline):
     at the k-th step; hard (p = q) from 80 % of the training. ``reg_strength`` is reg * k, which
     :class:`quantopt.Anneal` sets.
     """
-
-    SGD_LR = 0.1
 
     def __init__(
         self,
@@ -195,6 +186,9 @@ class ProxQuant(_Baseline):
         backend: str = "auto",
     ) -> None:
         super().__init__(params, from_arguments(locals()), backend)
+
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        return 0.1
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "prox"

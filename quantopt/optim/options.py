@@ -1,7 +1,7 @@
 """Every key of the optimizers' parameter groups, once: its default, what it may be, and when it is read."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,10 @@ ADAM_LR = 1e-3  # default learning rate of every rule on Adam
 class Option(NamedTuple):
     """A key of the groups."""
 
-    default: Any  # of optimizers whose constructor does not take the key
     check: Check  # raises ValueError naming the key, its value and the remedy
+    default: Any = None  # of the options that every optimizer has; those of one class are in its constructor
     per_step: bool = False  # read at every step; where another key changes, the step is laid out again
     scheduled: bool = False  # driven by schedules: a float64 tensor on the device in capturable groups
-    required: bool = True  # False: older state_dicts lack the key, and take its default
 
 
 def number(
@@ -68,7 +67,11 @@ def flag(key: str, value: Any) -> None:
 
 
 def _betas(key: str, value: Any) -> None:
-    if not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+    try:
+        good = len(value) == 2 and all(0 <= beta < 1 for beta in value)
+    except TypeError:
+        good = False
+    if not good:
         raise ValueError(f"{key}={value!r}: must be two numbers in [0, 1)")
 
 
@@ -78,46 +81,45 @@ def _bits(key: str, value: Any) -> None:
 
 OPTIONS: dict[str, Option] = {
     # the base
-    "lr": Option(1e-3, number(), per_step=True, scheduled=True),
-    "base": Option("sgd", choice(*BASES), required=False),
-    "momentum": Option(0.9, number(0.0, 1.0, open_end=True), per_step=True, required=False),
-    "nesterov": Option(False, flag),
-    "betas": Option((0.9, 0.999), _betas, per_step=True, required=False),
-    "eps": Option(1e-8, number(), per_step=True, required=False),
-    "weight_decay": Option(0.0, number(), per_step=True),
-    "decoupled_weight_decay": Option(False, flag),
-    "maximize": Option(False, flag),
+    "base": Option(choice(*BASES), "sgd"),
+    "lr": Option(number(), per_step=True, scheduled=True),
+    "momentum": Option(number(0.0, 1.0, open_end=True), 0.9, per_step=True),
+    "nesterov": Option(flag, False),
+    "betas": Option(_betas, (0.9, 0.999), per_step=True),
+    "eps": Option(number(), 1e-8, per_step=True),
+    "weight_decay": Option(number(), per_step=True),
+    "decoupled_weight_decay": Option(flag, False),
+    "maximize": Option(flag, False),
     # the levels
-    "bits": Option(1, _bits),
-    "scale": Option("tensor", choice(*SCALES, "channel-mean")),
-    "group_size": Option(128, whole(1, None, "a positive int")),
+    "bits": Option(_bits, 1),
+    "scale": Option(choice(*SCALES, "channel-mean"), "tensor"),
+    "group_size": Option(whole(1, None, "a positive int"), 128),
     # numbers in memory, and what is done with them
-    "rounding": Option("master", choice("master", "nearest", "stochastic")),
-    "momentum_dtype": Option("float32", choice("float32", "bfloat16")),
-    "seed": Option(0, whole(0, 2**62, "an int in [0, 2**62)")),
-    "error_if_nonfinite": Option(False, flag),
-    "capturable": Option(False, flag),
+    "rounding": Option(choice("master", "nearest", "stochastic"), "master"),
+    "momentum_dtype": Option(choice("float32", "bfloat16"), "float32"),
+    "seed": Option(whole(0, 2**62, "an int in [0, 2**62)"), 0),
+    "error_if_nonfinite": Option(flag, False),
+    "capturable": Option(flag, False),
     # AskewSGD
-    "epsilon": Option(1.0, number(0.0, 1.0), per_step=True, scheduled=True),
-    "rate": Option(0.1, number(infinite=True), per_step=True),
-    "cap": Option(0.25, number(), per_step=True),
-    "constrain": Option("velocity", choice("velocity", "gradient")),
-    "memory": Option(False, flag),
-    "bound": Option(2.0, number(1.0, infinite=True), per_step=True),
+    "epsilon": Option(number(0.0, 1.0), per_step=True, scheduled=True),
+    "rate": Option(number(infinite=True), per_step=True),
+    "cap": Option(number(), per_step=True),
+    "constrain": Option(choice("velocity", "gradient")),
+    "memory": Option(flag),
+    "bound": Option(number(1.0, infinite=True), per_step=True),
     # STAM and the baselines
-    "form": Option("alternating", choice("alternating", "splitting")),
-    "kappa": Option(0.0, number(infinite=True), per_step=True, scheduled=True),
-    "lam": Option(0.0, number(), per_step=True),
-    "clip": Option(1.0, number(infinite=True)),
-    "stochastic": Option(False, flag),
-    "reg": Option(1e-4, number(), per_step=True),
-    "reg_strength": Option(0.0, number(infinite=True), per_step=True, scheduled=True),
+    "form": Option(choice("alternating", "splitting")),
+    "kappa": Option(number(infinite=True), per_step=True, scheduled=True),
+    "lam": Option(number(), per_step=True),
+    "clip": Option(number(infinite=True)),
+    "stochastic": Option(flag),
+    "reg": Option(number(), per_step=True),
+    "reg_strength": Option(number(infinite=True), per_step=True, scheduled=True),
 }
-SHARED = (
-    "base", "momentum", "nesterov", "betas", "eps", "decoupled_weight_decay", "maximize", "bits", "scale", "group_size",
-    "rounding", "momentum_dtype", "seed", "error_if_nonfinite", "capturable",
-)  # fmt: skip
+SHARED = tuple(key for key, option in OPTIONS.items() if option.default is not None)
 SCHEDULED = tuple(key for key, option in OPTIONS.items() if option.scheduled)
+# Options that are read on one base alone. A group on another has no such key: torch's schedulers look for them.
+BASE_OPTIONS = {"sgd": ("momentum",), "adam": ("betas", "eps"), "given": ()}
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,12 +127,14 @@ def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key in OPTIONS}
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the key, its value and the remedy. Keys of the user are not looked at."""
+def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Checks the options of a group, of which an optimizer has those ``known``. Raises ValueError naming the key, its
+    value and the remedy. Keys of the user are not looked at."""
+    known = set(known)
     for key, option in OPTIONS.items():
+        if key in group and key not in known:
+            raise ValueError(f"{key}={group[key]!r}: this optimizer has no such option; use another name")
         if key in group:
-            if group[key] is None:
-                raise ValueError(f"{key}=None: base={group['base']!r} has no default of it; pass a number")
             option.check(key, group[key])
     if group["nesterov"] and group["base"] != "sgd":
         raise ValueError(f"nesterov=True: only base='sgd' has a Nesterov form, not {group['base']!r}")
@@ -140,12 +144,6 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             "error_if_nonfinite=True waits for the device, which capturable=True must not; use torch.amp.GradScaler"
         )
-
-
-def layout_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys of a group on which the layout of its step depends: all but its parameters and what is read at every
-    step. Keys of the user are among them, since a subclass may choose its rule by one."""
-    return tuple(key for key in group if key != "params" and not (key in OPTIONS and OPTIONS[key].per_step))
 
 
 def scheduled_value(group: Mapping[str, Any], key: str) -> Any:

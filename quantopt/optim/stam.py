@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from quantopt.optim.base import LevelOptimizer
-from quantopt.optim.options import ADAM_LR, from_arguments, scheduled_value
+from quantopt.optim.options import from_arguments, scheduled_value
 
 __all__ = ["STAM"]
 
@@ -25,6 +25,11 @@ def geometric(progress: float, start: float, end: float, first: float, last: flo
     if progress >= end:
         return math.inf
     return float(first * (last / first) ** ((progress - start) / (end - start)))
+
+
+def mean_magnitude_moves(group: dict[str, Any]) -> bool:
+    """Whether the alternating rule sets the scale to mean|u| at each step: of binary levels that are not fixed at 1."""
+    return bool(group["bits"] == 1 and group["scale"] != "none")
 
 
 class STAM(LevelOptimizer):
@@ -97,15 +102,17 @@ class STAM(LevelOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"kappa": scheduled_value(group, "kappa"), "lam": group["lam"], "bound": math.inf}
 
+    def _sgd_lr(self, group: dict[str, Any]) -> float:
+        return 0.3 if group["form"] == "splitting" else 1.0
+
     def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
-        splitting = group["form"] == "splitting"
-        lr = {"sgd": 0.3 if splitting else 1.0, "adam": ADAM_LR}
-        return {"lr": lr.get(group["base"]), "weight_decay": 0.0 if splitting else 3e-3}
+        weight_decay = 0.0 if group["form"] == "splitting" else 3e-3
+        return super()._form_defaults(group) | {"weight_decay": weight_decay}
 
     def _dynamic_scale(self, group: dict[str, Any]) -> bool:
         if group["form"] == "splitting":
             return bool(group["scale"] == "channel-mean")
-        return bool(group["bits"] == 1 and group["scale"] != "none")
+        return mean_magnitude_moves(group)
 
     def _check_quantised(self, group: dict[str, Any]) -> None:
         super()._check_quantised(group)

@@ -38,6 +38,7 @@ class Facts(NamedTuple):
 
 def facts_of(opt: LevelOptimizer, group: dict[str, Any], dtype: torch.dtype) -> Facts:
     """The facts of a parameter of ``dtype`` in ``group``."""
+    group = opt.whole(group)
     rule = RULES[opt.rule_of(group)]
     low = dtype in (torch.bfloat16, torch.float16) and not rule.latent
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -105,6 +106,8 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
             key: (present[key] if key in present else first.value(key)).to(dtype)
             for key, dtype in wanted.items()
         }
+        if "exp_avg" in wanted and "exp_avg" not in present:  # Adam's correction counts from its first step
+            made[p]["step"] = first.value("step")
         if SIGNS in present:
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():

@@ -12,7 +12,6 @@ from quantopt import _extension
 from quantopt.backends import choose
 from quantopt.levels import level_count
 from quantopt.ops.step import fused_step, hyper_tensor
-from quantopt.optim.options import layout_keys
 from quantopt.optim.sharded import is_sharded, local
 from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
 from quantopt.rules import HYPER, StepRecord
@@ -56,10 +55,10 @@ class GroupStep:
         """``indices``: of the parameters that take part. ``before``: the step of this group that it replaces."""
         self.group = group
         self.backend = opt.backend
-        self.layout_keys = layout_keys(group)
+        self.layout_keys = opt.layout_keys(group)
         self.layout_values = tuple(group[key] for key in self.layout_keys)
         self.group_size = len(group)
-        self.has_momentum = bool(group["momentum"])
+        self.has_momentum = bool(group.get("momentum"))
         self.all_params = list(group["params"])
         self.params = [group["params"][i] for i in indices]
         self.is_current = True  # False: valid() is False from now on
@@ -92,7 +91,7 @@ class GroupStep:
             and group is self.group
             and opt.backend == self.backend
             and len(group) == self.group_size
-            and bool(group["momentum"]) == self.has_momentum
+            and bool(group.get("momentum")) == self.has_momentum
             and same(group["params"], self.all_params)
             and holds([group], self.layout_keys, [self.layout_values])
         ):
@@ -146,7 +145,7 @@ class Bucket:
     """The parameters of one dtype and device of a group: one call of the fused step.
 
     Where compiled kernels run, a plan holds the checked arguments. It looks up the gradients itself
-    (``finds_gradients``), unless they belong to DTensors or lie otherwise than their parameters.
+    (``finds_gradients``), unless they belong to DTensors or have another layout than their parameters.
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class Bucket:
         ]
         self.plan: Any = None
         self.finds_gradients = False
-        self.watch: Any = None  # says what a plan says itself
+        self.watch: Any = None  # without a plan: whether weights and state lie in memory as they did
         if choose("fused_step", self.device, self.dtype, opt.backend).name == self.device.type:
             self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out)
             plain = all(type(p) in (nn.Parameter, Tensor) for p in params) and not self.copied
@@ -184,13 +183,14 @@ class Bucket:
         elif _extension.TensorWatch is not None and all(
             type(t) in (nn.Parameter, Tensor) for t in self.shards
         ):
-            self.watch = _extension.TensorWatch(self.shards)
+            tensors = [local(value) for values in self.state_values for value in values]
+            self.watch = _extension.TensorWatch([*self.shards, *tensors])
 
     def _record(
         self, opt: LevelOptimizer, group: dict[str, Any], group_index: int, hyper: Tensor
     ) -> StepRecord:
         facts = facts_of(opt, group, self.dtype)
-        weights = [self._dense(w, state) for w, state in zip(self.shards, self.states, strict=True)]
+        weights = [self._as_dense(w, state) for w, state in zip(self.shards, self.states, strict=True)]
         tensors: dict[str, list[Tensor]] = {}
         for w, state in zip(weights, self.states, strict=True):
             for key in self.state_keys:
@@ -220,7 +220,7 @@ class Bucket:
             seed=(group["seed"] + group_index * 0x9E3779B97F4A7C15) % 2**62 if facts.stochastic else -1,
         )
 
-    def _dense(self, w: Tensor, state: State) -> Tensor:
+    def _as_dense(self, w: Tensor, state: State) -> Tensor:
         """A weight as the kernels take it: dense, with the elements that share a scale consecutive in memory."""
         scale = state.get("scale")
         dense = torch.ops.aten.is_non_overlapping_and_dense(w) and (

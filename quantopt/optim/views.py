@@ -84,7 +84,7 @@ def metrics(opt: LevelOptimizer, group: dict[str, Any]) -> dict[str, Any]:
     if group["bits"] == 0:
         return row
     state.ensure(opt, group)
-    smallest = t_star(float(group["epsilon"])) if "epsilon" in group else CLOSED_INTERVAL
+    smallest = t_star(float(group["epsilon"])) if "epsilon" in opt.defaults else CLOSED_INTERVAL
     smallest -= 1e-5  # rounding of t
     levels = level_count(group["bits"])
     feasible = distance = scale = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantopt.reference import base
-from quantopt.reference.levels import level_factor, mean_magnitude, spread_over
+from quantopt.reference.levels import GAUSSIAN_STEP, level_factor, mean_magnitude, spread_over
 from quantopt.reference.rounding import stochastic_bfloat16
 from quantopt.reference.rule import GRADIENTS, STEPS, Weights
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
@@ -17,10 +17,7 @@ from quantopt.rules import BASES, HYPER, RULES, StepRecord
 
 def fused_step(record: StepRecord) -> None:
     """One step of all parameters of ``record`` in place."""
-    if record.rule not in RULES:
-        raise ValueError(f"fused_step: unknown rule {record.rule!r}; use one of {list(RULES)}")
-    if record.base not in BASES:
-        raise ValueError(f"fused_step: unknown base {record.base!r}; use one of {BASES}")
+    _check(record)
     if record.found_inf is not None and bool(record.found_inf):
         return
     for step in record.steps:
@@ -29,6 +26,45 @@ def fused_step(record: StepRecord) -> None:
     for i, param in enumerate(record.params):
         if param.numel():
             _step_one(record, hyper, i)
+
+
+def _check(record: StepRecord) -> None:
+    """Raises ValueError or TypeError naming the argument that does not fit the others."""
+    if record.rule not in RULES:
+        raise ValueError(f"fused_step: unknown rule {record.rule!r}; use one of {list(RULES)}")
+    if record.base not in BASES:
+        raise ValueError(f"fused_step: unknown base {record.base!r}; use one of {BASES}")
+    rule, count = RULES[record.rule], len(record.params)
+    if rule.quantised and record.levels not in (2, *GAUSSIAN_STEP):
+        raise ValueError(f"fused_step: levels must be 2, 3, 4, 8 or 16, not {record.levels}")
+    if record.dynamic_scale and not rule.dynamic_scale:
+        raise ValueError(f"fused_step: {record.rule!r} has no dynamic scale; pass dynamic_scale=False")
+    if record.hyper.shape != (len(HYPER),):
+        raise ValueError(f"fused_step: hyper must hold {len(HYPER)} numbers, not {list(record.hyper.shape)}")
+    adam, stochastic = record.base == "adam", record.seed >= 0
+    needed = {
+        "grads": True, "momentum_buffers": adam or None, "exp_avg_sqs": adam, "latents": rule.latent or None,
+        "scales": rule.quantised, "latent_bounds": None, "steps": True if adam or stochastic else None,
+    }  # fmt: skip
+    if record.base == "given":
+        needed["momentum_buffers"] = False
+    for name, need in needed.items():
+        tensors = getattr(record, name)
+        if (len(tensors) != count and (need or tensors)) or (need is False and tensors):
+            wanted = 0 if need is False else count
+            raise ValueError(f"fused_step: {name} has {len(tensors)} tensors; {wanted} are needed")
+        for i, (tensor, param) in enumerate(zip(tensors, record.params, strict=False)):
+            if (
+                name in ("grads", "momentum_buffers", "exp_avg_sqs", "latents")
+                and tensor.shape != param.shape
+            ):
+                raise ValueError(
+                    f"fused_step: {name}[{i}] has shape {list(tensor.shape)}, its parameter {list(param.shape)}"
+                )
+    if stochastic and (record.latents or any(p.dtype != torch.bfloat16 for p in record.params)):
+        raise ValueError(
+            "fused_step: stochastic rounding is for bfloat16 parameters without latents; pass seed=-1"
+        )
 
 
 def _step_one(record: StepRecord, hyper: SimpleNamespace, i: int) -> None:

@@ -60,7 +60,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def weight_bytes(model: nn.Module, packed: nn.Module) -> tuple[int, int]:
-    """Bytes of the weights of the layers that are packed in `packed`: in `model`, and in `packed` with their scales."""
+    """Bytes of the weights of all layers that were packed: in `model`, and in `packed` (bits and scales)."""
     before = after = 0
     for name, layer in packed.named_modules():
         if isinstance(layer, quantopt.nn.BinaryLinear | quantopt.nn.BinaryConv2d):

@@ -82,8 +82,8 @@ inline void make_tables(const float* x, int64_t width, float* tables) {
   }
 }
 
-// What the whole-number tables are made of: tables of 8 entries of the 3 numbers 3 t, 3 t + 1, 3 t + 2 are
-// the four quarters t of a vector, and from two of them comes a table of 64.
+// Patterns from which the whole-number tables are built. Quarter t of a vector holds the table of 8 entries
+// of the numbers 3 t, 3 t + 1 and 3 t + 2; two such tables are combined to one of 64 entries.
 struct Patterns {
   alignas(64) uint8_t entry[2][64];  // bits 0 and 1, bit 2 of entries 0-7
   alignas(64) uint8_t bytes[2][64];  // numbers 3 t and 3 t + 1, 3 t + 2 and none
