@@ -203,8 +203,8 @@ def _refusal(backend: str, device: str, dtype: torch.dtype, interpret: str, capa
 
 
 def _built_for(capability: int) -> bool:
-    """Whether the extension has machine code for ``capability``: of the same major and no newer minor version, or PTX of
-    an older architecture."""
+    """Whether the extension has machine code for ``capability``: of the same major and no newer minor version, or PTX
+    of an older architecture."""
     named = _extension.build_info()["cuda_archs"]
     if f"{capability}a" in named:
         return True

@@ -43,7 +43,7 @@ def test_every_rule_has_a_reference_step() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(rule="toy"), "unknown rule 'toy'"),
+        (dict(rule="lasso"), "unknown rule 'lasso'"),
         (dict(base="lion"), "unknown base 'lion'"),
         (dict(levels=5), "levels must be"),
         (dict(dynamic_scale=True), "no dynamic scale"),
