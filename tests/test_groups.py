@@ -14,6 +14,7 @@ from torch import nn
 import quantopt
 from old_files import FOLDER, optimizer, parameters
 from optim_cases import MAKERS, network
+from quantopt.optim.base import LevelOptimizer
 from quantopt.optim.options import OPTIONS, SHARED
 
 
@@ -329,3 +330,16 @@ def test_a_changed_option_is_checked_before_state_is_made() -> None:
         opt.step()
     assert opt.state[p].keys() == before.keys()
     assert all(torch.equal(opt.state[p][key], value) for key, value in before.items())
+
+
+def test_a_subclass_of_the_base_class_needs_no_default_of_lr() -> None:
+    class Plain(LevelOptimizer):
+        def _rule(self, group: dict[str, Any]) -> str:
+            return "prox"
+
+    p = nn.Parameter(torch.randn(4, 4))
+    opt = Plain([p], {"lr": 0.5, "weight_decay": 0.0, "momentum": 0.0})
+    before = p.detach().clone()
+    p.grad = torch.ones(4, 4)
+    opt.step()
+    torch.testing.assert_close(p.detach(), before - 0.5)  # no threshold: the base step

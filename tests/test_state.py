@@ -128,3 +128,19 @@ def test_state_of_adam_is_not_that_of_sgd() -> None:
     train(model, opt, 1)
     with pytest.raises(ValueError, match=r"another optimizer: its groups lack \['momentum'\]"):
         quantopt.AskewSGD(quantopt.param_groups(network()), momentum=0.0).load_state_dict(opt.state_dict())
+
+
+def test_options_that_a_state_dict_lacks_take_their_defaults() -> None:
+    model = network()
+    opt = quantopt.STAM(quantopt.param_groups(model), lr=0.1)
+    train(model, opt, 1)
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
+        del group["seed"], group["capturable"]
+    opt.param_groups[0]["seed"] = 7
+    opt.load_state_dict(saved)
+    assert [(group["seed"], group["capturable"]) for group in opt.param_groups] == [(0, False)] * 2
+    train(model, opt, 1, 1)
+    del saved["param_groups"][0]["form"]
+    with pytest.raises(ValueError, match=r"lack \['form'\]"):
+        opt.load_state_dict(saved)

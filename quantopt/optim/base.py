@@ -123,12 +123,11 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with every option that it reads, but for the usual base."""
         full = self._options | group
-        if full["base"] in BASES:  # else the check refuses it
+        unset = [key for key, value in full.items() if value is None and key in OPTIONS and key not in group]
+        if unset and full["base"] in BASES:  # the check refuses another base
             defaults = self._form_defaults(full)
-            for key, default in defaults.items():
-                if full[key] is None and key not in group:
-                    full[key] = default
-            if full["lr"] is None and "lr" not in group:
+            full |= {key: defaults.get(key) for key in unset}
+            if "lr" in unset and full["lr"] is None:
                 raise ValueError(f"lr=None: base={full['base']!r} has no default of it; pass lr")
         unread = {key for base, keys in BASE_OPTIONS.items() if base != full["base"] for key in keys}
         if full["base"] == self._base:
@@ -161,9 +160,9 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim, but state keeps its dtype whatever the parameter's, and the layout of a state follows its
-        parameter. Options that an older state_dict lacks take their defaults. In capturable groups the tensors stay
-        where they are and take up the loaded values, where shape and dtype are the same, as a captured graph goes on
-        with them. Raises ValueError if the state does not fit the parameters; nothing is changed then.
+        parameter. Options of every optimizer that an older state_dict lacks take their defaults. In capturable groups
+        the tensors stay where they are and take up the loaded values, where shape and dtype are the same, as a captured
+        graph goes on with them. Raises ValueError if the state does not fit the parameters; nothing is changed then.
         """
         groups, group_steps = self.param_groups, self._group_steps
         scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
@@ -181,7 +180,9 @@ class LevelOptimizer(torch.optim.Optimizer):
             loaded.extend(state.flat_states(self, given))
 
         def restore(_: torch.optim.Optimizer) -> None:  # before the user's hooks
-            for group, before in zip(self.param_groups, scheduled, strict=True):
+            for group, own, before in zip(self.param_groups, groups, scheduled, strict=True):
+                for key in set(own) & _LATER - {"base"}:  # a group without a base has the usual one
+                    group.setdefault(key, self._options[key])
                 place_scheduled(group, before)
             for p, values in loaded:
                 for key, value in values.items():
@@ -214,7 +215,7 @@ class LevelOptimizer(torch.optim.Optimizer):
                 f"state_dict has groups of {given} parameters, this optimizer {have}: another model?"
             )
         for own, group in zip(self.param_groups, groups, strict=True):
-            missing = set(own) & set(self._options) - set(group)
+            missing = set(own) & set(self._options) - set(group) - _LATER
             if missing:
                 raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
             group = self.whole(group)
@@ -282,7 +283,11 @@ class LevelOptimizer(torch.optim.Optimizer):
         """The steps of all groups, those of the groups ``stale`` laid out again."""
         groups = [self.param_groups[i] for i in stale]
         for group in groups:
-            self._check(self.whole(group))
+            for key in self.layout_keys(
+                group
+            ):  # the others may be tensors on a device, which checks would wait for
+                if key in OPTIONS:
+                    OPTIONS[key].check(key, group[key])
             self._check_grads(group)
         indices = [state.with_gradients(group) for group in groups]
         for group, chosen in zip(groups, indices, strict=True):
@@ -377,6 +382,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         - "scale": mean scale
         """
         return [views.metrics(self, group) for group in self.param_groups]
+
+
+# Options that a state_dict may lack. Those of one base tell whether it is of another optimizer.
+_LATER = set(SHARED) - {key for keys in BASE_OPTIONS.values() for key in keys}
 
 
 def _read_at_each_step(key: str) -> bool:

@@ -25,8 +25,8 @@ _SPELLED = {"AskewSGD": "askew", "AskewAdam": "askew-adam"}
 
 def _annealed_key(optimizer: type[LevelOptimizer]) -> str | None:
     """The group key that Anneal drives."""
-    keys = optimizer([nn.Parameter(torch.ones(1))]).defaults.keys() & set(SCHEDULED) - {"lr"}  # type: ignore[call-arg]
-    return next(iter(keys), None)
+    arguments = inspect.signature(optimizer).parameters
+    return next((key for key in SCHEDULED if key != "lr" and key in arguments), None)
 
 
 # Each optimizer's class, and the group key that Anneal drives.
