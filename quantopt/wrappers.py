@@ -1,0 +1,33 @@
+"""What frameworks wrap around models and optimizers: names without the wrappers' parts, and optimizers without wrappers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+# Parts that torch.compile, FSDP1 and activation checkpointing add to the names of parameters, at any depth.
+_NAME_PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_PARALLEL = "module"  # added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names
+
+
+def plain_names(names: Iterable[str]) -> list[str]:
+    """The names of a model's parameters, in the same order, without the parts that wrappers of the model add.
+
+    A leading "module." goes only if every name has it, since a model may have a submodule of that name."""
+    parts = [[part for part in name.split(".") if part not in _NAME_PARTS] for name in names]
+    while parts and all(len(name) > 1 and name[0] == _PARALLEL for name in parts):
+        parts = [name[1:] for name in parts]
+    return [".".join(name) for name in parts]
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer within the wrappers of accelerate and Lightning; any other object as it is.
+
+    Raises TypeError for torch's ZeroRedundancyOptimizer, whose ranks each hold a part of the parameters."""
+    kind = type(optimizer)
+    if kind.__name__ == "ZeroRedundancyOptimizer":
+        raise TypeError(
+            "ZeroRedundancyOptimizer holds the parameters of one rank only; use FSDP2 (torch.distributed.fsdp."
+            "fully_shard), or pass its .optim on each rank if that is what you want"
+        )
+    if kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer"):
+        return unwrapped(optimizer.optimizer)
+    return optimizer
