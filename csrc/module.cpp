@@ -70,6 +70,16 @@ PyObject* shard_of(PyObject* tensor) {
   return shard;
 }
 
+// Whether a DTensor and its gradient are laid out alike over the ranks.
+bool placed_alike(PyObject* param, PyObject* grad) {
+  static PyObject* const name = PyUnicode_InternFromString("placements");
+  const py::object a = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
+  const py::object b = py::reinterpret_steal<py::object>(a ? PyObject_GetAttr(grad, name) : nullptr);
+  const int alike = b ? PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) : -1;
+  if (alike < 0) PyErr_Clear();
+  return alike > 0;
+}
+
 // The gradient of a parameter, of a DTensor its shard; a new reference, or null without an error where
 // kernels cannot read it along with the weight, or where `shard` is not what they would change.
 PyObject* gradient_of(PyObject* param, PyObject* shard, const at::Tensor& weight) {
@@ -80,8 +90,10 @@ PyObject* gradient_of(PyObject* param, PyObject* shard, const at::Tensor& weight
   }
   py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
   if (!grad) PyErr_Clear();
-  if (grad && !grad.is_none() && param != shard)
+  if (grad && !grad.is_none() && param != shard) {
+    if (!placed_alike(param, grad.ptr())) return nullptr;
     grad = py::reinterpret_steal<py::object>(shard_of(grad.ptr()));
+  }
   if (!grad || !THPVariable_CheckExact(grad.ptr())) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(grad.ptr());
   const bool fits = quantopt::gradient_fits(tensor, weight) && tensor.strides() == weight.strides();

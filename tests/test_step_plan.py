@@ -300,7 +300,7 @@ class Wrapped:
     """What find_gradients asks of a DTensor."""
 
     def __init__(self, shard: torch.Tensor, grad: "Wrapped | None" = None) -> None:
-        self._local_tensor, self.grad = shard, grad
+        self._local_tensor, self.grad, self.placements = shard, grad, ("Shard(0)",)
 
 
 def test_gradients_are_found_where_kernels_can_read_them() -> None:
@@ -323,5 +323,7 @@ def test_gradients_are_found_where_kernels_can_read_them() -> None:
     sharded = Wrapped(shard, Wrapped(grad))
     assert find([sharded], [shard], [shard])[0] is grad
     assert find([sharded], [shard.clone()], [shard]) is None  # another shard than that of the lists
+    sharded.grad.placements = ("Partial",)
+    assert find([sharded], [shard], [shard]) is None  # a sum that its ranks have yet to form
     assert find([Wrapped(shard)], [shard], [shard]) is None
     assert find([object()], [shard], [shard]) is None

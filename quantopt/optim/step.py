@@ -12,7 +12,7 @@ from quantopt import _extension
 from quantopt.backends import choose
 from quantopt.levels import level_count
 from quantopt.ops.step import fused_step, hyper_tensor
-from quantopt.optim.sharded import is_sharded, local
+from quantopt.optim.sharded import is_sharded, local, local_gradient
 from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
 from quantopt.rules import HYPER, StepRecord
 
@@ -222,15 +222,15 @@ class Bucket:
 
     def _as_dense(self, w: Tensor, state: State) -> Tensor:
         """A weight as the kernels take it: dense, with the elements that share a scale consecutive in memory."""
+        if w.is_contiguous() or w.numel() == 0:  # a rank may have no rows
+            return w
         scale = state.get("scale")
         dense = torch.ops.aten.is_non_overlapping_and_dense(w) and (
             scale is None
             or scale.numel() == 1
             or (scale.dim() == 1 and w.stride(0) == w.numel() // w.shape[0])
         )
-        if w.is_contiguous() or dense or w.numel() == 0:
-            return w
-        return self._copy(w, torch.empty_like(w, memory_format=torch.contiguous_format))
+        return w if dense else self._copy(w, torch.empty_like(w, memory_format=torch.contiguous_format))
 
     def _copy(self, tensor: Tensor, copy: Tensor) -> Tensor:
         self.copied.append((tensor, copy))
@@ -267,7 +267,7 @@ class Bucket:
             if self.sharded:
                 if local(p) is not shard:
                     return False
-                g = local(g)
+                g = local_gradient(p)
             if shard.shape != shape or shard.stride() != stride or g.layout is not strided:
                 return False
             if g.dtype is not dtype or g.stride() != w_stride or g.is_neg() or type(g) is not Tensor:
