@@ -10,7 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from quantopt.backends import BACKENDS
 from quantopt.levels import Quantization
-from quantopt.optim import state, views
+from quantopt.optim import sharded, state, views
 from quantopt.optim.options import (
     ADAM_LR,
     BASE_OPTIONS,
@@ -21,7 +21,6 @@ from quantopt.optim.options import (
     place_scheduled,
     scheduled_value,
 )
-from quantopt.optim.sharded import local
 from quantopt.optim.step import GroupStep, same
 from quantopt.rules import BASES
 
@@ -116,6 +115,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         super().add_param_group(completed)
         try:
             place_scheduled(self.param_groups[-1])
+            sharded.check_parameters(self.param_groups[-1], self.name_of)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -233,7 +233,7 @@ class LevelOptimizer(torch.optim.Optimizer):
 
         Raises TypeError for sparse or complex gradients, ValueError for a parameter whose scale is zero and, in groups
         with ``error_if_nonfinite``, FloatingPointError for a gradient that is not finite, naming the parameter, before
-        anything is changed.
+        anything is changed. Ranks that share a sharded parameter raise it together, after an all-reduce of one number.
         """
         if closure is not None or self._is_watched():
             return self._watched_step(closure)
@@ -318,25 +318,18 @@ class LevelOptimizer(torch.optim.Optimizer):
                 )
 
     def _check_finite(self, group: dict[str, Any]) -> None:
+        """Raises FloatingPointError for the first gradient that is not finite, on all ranks that share the group."""
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return  # GradScaler has seen it, and the step is skipped
-        chosen = [i for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
-        grads = [local(group["params"][i].grad) for i in chosen]
-        if not grads or any(g.layout != torch.strided for g in grads):
-            return
-        sizes = torch._foreach_norm(grads, float("inf"))
-        together: dict[Any, list[Tensor]] = {}
-        for size in sizes:
-            together.setdefault((size.device, size.dtype), []).append(size)
-        if all(bool(torch.isfinite(torch.stack(part)).all()) for part in together.values()):
-            return
-        for i, size in zip(chosen, sizes, strict=True):
-            if not bool(torch.isfinite(size)):
-                raise FloatingPointError(
-                    f"{self.name_of(group, i)} has a gradient that is not finite; nothing was changed. Lower the "
-                    "learning rate, clip the gradients, or use torch.amp.GradScaler"
-                )
+        params = group["params"]
+        first = len(params)
+        if found_inf is None or not bool(found_inf):  # else GradScaler has seen it, and the step is skipped
+            first = _first_nonfinite(params)
+        first = sharded.least_over_ranks(params, first)
+        if first < len(params):
+            raise FloatingPointError(
+                f"{self.name_of(group, first)} has a gradient that is not finite; nothing was changed. Lower the "
+                "learning rate, clip the gradients, or use torch.amp.GradScaler"
+            )
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The numbers of :data:`quantopt.rules.HYPER` of a step: floats, and tensors if capturable."""
@@ -355,16 +348,19 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def quantized(self) -> contextlib.AbstractContextManager[None]:
         """Context in which every quantised parameter is its projection onto the levels; what the network ran with
-        before is restored on exit, also on an exception. Do not step inside."""
+        before is restored on exit, also on an exception. Do not step inside. FSDP2 gathers the weights anew inside and
+        after it, also those of a module that was unsharded, so all ranks enter and leave it together."""
         return views.swapped(self, lambda group, p: views.projected(self, group, p))
 
     def latent(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which every quantised parameter is its latent weight (itself where the rule has none)."""
-        return views.swapped(self, lambda _, p: local(views.operand(self, p)))
+        """Context in which every quantised parameter is its latent weight (itself where the rule has none), as
+        :meth:`quantized`."""
+        return views.swapped(self, lambda _, p: sharded.local(views.operand(self, p)))
 
     @torch.no_grad()
     def quantization(self, p: nn.Parameter) -> Quantization | None:
         """Codes and outer levels of the projection of ``p``, or None if ``p`` is not quantised by this optimizer."""
+        p = sharded.sharded_parameter(p)
         for group in self.param_groups:
             for i, own in enumerate(group["params"] if group["bits"] != 0 else ()):
                 if own is p and p.numel():
@@ -386,6 +382,22 @@ class LevelOptimizer(torch.optim.Optimizer):
 
 # Options that a state_dict may lack. Those of one base tell whether it is of another optimizer.
 _LATER = set(SHARED) - {key for keys in BASE_OPTIONS.values() for key in keys}
+
+
+def _first_nonfinite(params: list[Tensor]) -> int:
+    """Index of the first of ``params`` whose gradient is not finite on this rank; their number if there is none."""
+    grads = {i: sharded.local_gradient(p) for i, p in enumerate(params) if p.grad is not None}
+    grads = {i: grad for i, grad in grads.items() if grad.numel()}
+    sparse = any(grad.layout != torch.strided for grad in grads.values())  # which the step refuses
+    if sparse or not grads:
+        return len(params)
+    sizes = torch._foreach_norm(list(grads.values()), float("inf"))
+    together: dict[Any, list[Tensor]] = {}
+    for size in sizes:
+        together.setdefault((size.device, size.dtype), []).append(size)
+    if all(bool(torch.isfinite(torch.stack(part)).all()) for part in together.values()):
+        return len(params)
+    return next(i for i, size in zip(grads, sizes, strict=True) if not bool(torch.isfinite(size)))
 
 
 def _read_at_each_step(key: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantopt.levels import level_count
-from quantopt.optim.sharded import gathered, is_sharded, local, shard_like
+from quantopt.optim.sharded import check_flat_shard, gathered, is_sharded, local, shard_like
 from quantopt.reference import levels as grid
 from quantopt.rules import RULES, Rule
 
@@ -92,6 +92,7 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         if p.numel() == 0:
             continue
         name = opt.name_of(group, i)
+        check_flat_shard(p, group, name)
         if p.is_complex() or not p.is_floating_point():
             raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters are trained")
         if group["rounding"] == "stochastic" and p.dtype == torch.float16:
@@ -205,6 +206,11 @@ def _check_state(opt: LevelOptimizer, group: dict[str, Any], p: Tensor, state: A
             fits = value.numel() == 1 or (value.dim() in (1, 2) and value.shape[0] == channels)
             if not (fits and value.is_floating_point() and bool(((shard >= 0) & shard.isfinite()).all())):
                 raise ValueError(f"has a {key} of shape {tuple(value.shape)} that is no scale of the weights")
+        if layout in (PARAMETER, SCALE) and value.numel() > 1 and is_sharded(value) != is_sharded(p):
+            raise ValueError(
+                f"has {key} {'sharded' if is_sharded(value) else 'whole'}, unlike the parameter; load it by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards and gathers"
+            )
         if layout == NUMBER and (value.numel() != 1 or not value.is_floating_point()):
             raise ValueError(f"has a {key} that is not one number")
         if key == SIGNS:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantopt.levels import Quantization, level_count
 from quantopt.ops.weights import pack_signs
 from quantopt.optim import state
-from quantopt.optim.sharded import gathered, local
+from quantopt.optim.sharded import gathered, local, reshard
 from quantopt.reference import levels as grid
 from quantopt.reference.askew import t_star
 
@@ -55,16 +55,19 @@ def swapped(
 ) -> Iterator[None]:
     """Context in which every quantised parameter holds ``weight_of(group, p)``."""
     with torch.no_grad():
-        pairs = [(local(p.detach()), weight_of(group, p).to(p.dtype)) for group, p in quantised_params(opt)]
+        shown = list(quantised_params(opt))
+        pairs = [(local(p.detach()), weight_of(group, p).to(p.dtype)) for group, p in shown]
         saved = [p.clone() for p, _ in pairs]
         for p, w in pairs:
             p.copy_(w)
     try:
+        reshard(p for _, p in shown)
         yield
     finally:
         with torch.no_grad():
             for (p, _), w in zip(pairs, saved, strict=True):
                 p.copy_(w)
+        reshard(p for _, p in shown)
 
 
 def quantization(opt: LevelOptimizer, group: dict[str, Any], p: nn.Parameter) -> Quantization:
