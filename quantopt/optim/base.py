@@ -23,6 +23,7 @@ from quantopt.optim.options import (
 )
 from quantopt.optim.sharded import local
 from quantopt.optim.step import GroupStep, same
+from quantopt.optim.written import Record
 from quantopt.rules import BASES
 
 
@@ -32,6 +33,11 @@ class LevelOptimizer(torch.optim.Optimizer):
     ``p.data`` is always what the network runs with. Latent weights, momentum and scales live in ``state``, which is
     made when a parameter is first seen (first step, or first view of its weights). Groups with ``bits=0`` are trained
     by the plain base rule. The step is one pass of a fused kernel over every dtype and device of a group.
+
+    ``p.data`` counts: where somebody else has written to a parameter that has state (a loaded checkpoint, averaged
+    weights, a mask), its latent or master weights take the new value up at the next step or view; scale and momentum
+    stay. Of a weight that was not touched they stay too. Writes are seen as torch counts them, with ``torch.no_grad()``
+    and ``p.copy_()``, and through ``p.data = x``, but not ``p.data.copy_(x)``, nor between replays of a captured graph.
 
     A group may have keys of its user's, which are saved and otherwise ignored; those of a subclass that influence its
     step are ``extra_options``. A step that is refused leaves weights and state as they were.
@@ -64,6 +70,7 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _forget_steps(self) -> None:
         self._group_steps: list[GroupStep] = []
         self._step_states: list[dict[str, Any]] = []  # the values of `state` that they were made with
+        self._written = Record()
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -95,6 +102,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         """Raises ValueError for options of a quantised group that do not go together."""
         if group["scale"] == "channel-mean" and not self._dynamic_scale(group):
             raise ValueError("scale='channel-mean' belongs to STAM's splitting form; use 'channel' here")
+
+    def adds_to_step(self, group: dict[str, Any]) -> bool:
+        """Whether `_after_step` does anything for a quantised group."""
+        return False
 
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         """What a rule adds to the fused step of a quantised group."""
@@ -193,6 +204,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             for step in group_steps:
                 step.group, step.is_current = renewed.get(id(step.group), step.group), False
             self._group_steps = group_steps
+            self._written.marks.clear()
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -267,6 +279,11 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _update(self) -> None:
         groups = self.param_groups
+        if self._written.views:
+            raise RuntimeError(
+                "step() inside quantized() or latent(): the weights that it changes are not those of the training; "
+                "leave the context first"
+            )
         for group in groups:
             if group["error_if_nonfinite"]:
                 self._check_finite(group)
@@ -371,6 +388,11 @@ class LevelOptimizer(torch.optim.Optimizer):
                     state.ensure(self, group, [i])
                     return views.quantization(self, group, p)
         return None
+
+    @torch.no_grad()
+    def quantizations(self) -> dict[nn.Parameter, Quantization]:
+        """:meth:`quantization` of every quantised parameter."""
+        return {p: views.quantization(self, group, p) for group, p in views.quantised_params(self)}
 
     @torch.no_grad()
     def metrics(self) -> list[dict[str, Any]]:

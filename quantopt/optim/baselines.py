@@ -78,17 +78,19 @@ class BinaryConnect(_LatentClipped):
         if group["stochastic"] and group["bits"] != 1:
             raise ValueError(f"stochastic=True needs bits=1, not bits={group['bits']!r}")
 
+    def adds_to_step(self, group: dict[str, Any]) -> bool:
+        return bool(group["stochastic"])
+
     @torch.no_grad()
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        if group["stochastic"]:
-            for p in params:
-                state = self.state[p]
-                u = state["latent"]
-                if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
-                    u = u / (group["clip"] * spread_over(state["sigma"], u))
-                drawn = spread_over(state["scale"], p) * stochastic_sign(u)
-                found_inf = getattr(self, "found_inf", None)
-                p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
+        for p in params:
+            state = self.state[p]
+            u = state["latent"]
+            if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
+                u = u / (group["clip"] * spread_over(state["sigma"], u))
+            drawn = spread_over(state["scale"], p) * stochastic_sign(u)
+            found_inf = getattr(self, "found_inf", None)
+            p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
 
 
 class BinaryRelax(_LatentClipped):

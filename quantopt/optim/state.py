@@ -85,7 +85,8 @@ def with_gradients(group: dict[str, Any]) -> list[int]:
 
 def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None = None) -> None:
     """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
-    what is of another dtype converted, what nobody updates any more dropped. All or nothing."""
+    what is of another dtype converted, what nobody updates any more dropped, and what others have written to the
+    parameter taken up. All or nothing."""
     made: dict[nn.Parameter, dict[str, Any]] = {}
     for i in range(len(group["params"])) if indices is None else indices:
         p = group["params"][i]
@@ -99,6 +100,8 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         present = opt.state.get(p, {})
         facts = facts_of(opt, group, p.dtype)
         wanted = required(facts)
+        if present.keys() & {"latent", "master"} & set(wanted):
+            opt._written.take_up(opt, group, p)
         if present.keys() - {SIGNS} == set(wanted) and all(present[k].dtype == d for k, d in wanted.items()):
             continue
         first = _Initial(opt, group, p.detach(), name, facts)
@@ -112,6 +115,7 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():
         opt.state[p] = state
+        opt._written.note(p)
 
 
 class _Initial:
