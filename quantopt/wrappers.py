@@ -1,4 +1,4 @@
-"""What frameworks wrap around models and optimizers: names without the wrappers' parts, and optimizers without wrappers."""
+"""What frameworks wrap around models and optimizers, taken off: parts of parameters' names, and optimizers."""
 
 from collections.abc import Iterable
 from typing import Any

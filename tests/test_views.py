@@ -153,3 +153,10 @@ def test_anneal_takes_a_schedule_and_refuses_nonsense() -> None:
         quantopt.Anneal(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 10)
     with pytest.raises(ValueError, match="state_dict"):
         anneal.load_state_dict({"step": 3})
+
+
+def test_the_mean_scale_is_over_the_weights() -> None:
+    """A short last group counts as many times as it has weights."""
+    p = nn.Parameter(torch.cat([torch.full((4, 8), 2.0), torch.full((4, 2), 7.0)], 1))
+    opt = quantopt.AskewSGD([{"params": [p], "bits": 1, "scale": "group", "group_size": 8}])
+    assert opt.metrics()[0]["scale"] == pytest.approx((8 * 2 + 2 * 7) / 10)

@@ -1,4 +1,4 @@
-"""Weights that somebody else writes into the model: they count, in the step and in every view, and nothing else changes."""
+"""Weights that somebody else writes into the model count, in the step and in every view; nothing else changes."""
 
 import copy
 import math
@@ -73,7 +73,7 @@ def test_a_step_goes_on_from_what_was_written(name: str, backend: str, way: str)
 @latent
 def test_only_what_was_written_changes(name: str) -> None:
     """A mask of a tenth of the weights leaves the latents of the others as they are."""
-    model, opt, _ = made(name)
+    _, opt, _ = made(name)
     p = first(opt)
     before = behind(opt, p).clone()
     mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) > 0.1
@@ -114,13 +114,13 @@ def test_what_was_not_written_stays(name: str, dtype: torch.dtype) -> None:
             train(model, opt, 1, first=i, anneal=anneal)
         runs.append((weights(model), opt.state_dict()["state"]))
     assert same(runs[0][0], runs[1][0])
-    for i, state in runs[0][1].items():
-        assert all(torch.equal(state[k], runs[1][1][i][k]) for k in state if k != "signs")
+    for i, own in runs[0][1].items():
+        assert all(torch.equal(own[k], runs[1][1][i][k]) for k in own if k != "signs")
 
 
 @backends
 def test_master_weights_follow(backend: str) -> None:
-    """The element that was written, and no other, has a new master weight; also of parameters that are not quantised."""
+    """The element that was written, and no other, has a new master weight, in every group."""
     _, opt, _ = made("askew", dtype=torch.bfloat16, backend=backend)
     for group in opt.param_groups:
         p = group["params"][0]

@@ -401,7 +401,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         - "fraction_feasible": fraction of the weights in their interval, |t| >= t* (0.995 where there is no epsilon)
         - "sign_flips": how many weights of the projection changed sign since the last call (0 at the first)
         - "distance": mean distance of the weights to their nearest level, in half-steps of the grid, 0..1
-        - "scale": mean scale
+        - "scale": mean scale of the weights
         """
         return [views.metrics(self, group) for group in self.param_groups]
 

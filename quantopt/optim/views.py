@@ -117,10 +117,11 @@ def metrics(opt: LevelOptimizer, group: dict[str, Any]) -> dict[str, Any]:
         own = opt.state[p]
         hi = local(max_level(opt, group, p))
         w = local(own.get("master", p.detach())).to(hi.dtype)
-        _, _, t = grid.cell(w, grid.spread_over(hi, w, group["group_size"]), levels)
+        hi = grid.spread_over(hi, w, group["group_size"])
+        _, _, t = grid.cell(w, hi, levels)
         feasible += float((t.abs() >= smallest).sum())
         distance += float((1 - t.abs()).abs().clamp(max=1).sum())
-        scale += float(hi.mean()) / grid.level_factor(levels) * w.numel()
+        scale += float(hi.expand_as(w).sum()) / grid.level_factor(levels)
         signs = pack_signs(local(operand(opt, p)).reshape(-1))
         if state.SIGNS in own:
             flips += _count_bits(signs ^ own[state.SIGNS])

@@ -108,7 +108,7 @@ def _changed(
     if step is not None:
         numbers = [dict(zip(HYPER, step.hyper.tolist(), strict=True))]
     else:
-        h = {name: 0.0 for name in HYPER} | {k: float(v) for k, v in opt._hyperparameters(group).items()}
+        h = dict.fromkeys(HYPER, 0.0) | {k: float(v) for k, v in opt._hyperparameters(group).items()}
         # The annealed numbers at their two ends; of the decay of the splitting form, none and four times the present.
         numbers = [
             h | {"epsilon": 1.0, "kappa": 0.0, "weight_decay": 0.0},
