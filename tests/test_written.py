@@ -185,6 +185,18 @@ def test_a_state_without_its_weights_is_said(name: str) -> None:
 
 
 @latent
+def test_a_state_that_no_step_has_used_belongs_to_its_weights(name: str) -> None:
+    """Also weights beyond their outer levels, which only a step brings back."""
+    model, opt, _ = made(name, 0)
+    opt.metrics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, other = copy.deepcopy((model, opt))
+        other.metrics()
+    assert torch.equal(behind(other, first(other)), first(opt).detach())
+
+
+@latent
 def test_a_parameter_that_comes_and_goes_keeps_its_latent(name: str) -> None:
     """As an expert that is not chosen: its weights are those of the numbers of an earlier step."""
     model, opt, anneal = made(name, 3)

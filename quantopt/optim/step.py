@@ -110,8 +110,8 @@ class GroupStep:
         return {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
 
     def wrote(self, p: nn.Parameter) -> bool:
-        """Whether ``p`` was written by this step, last of all steps, with the numbers in ``hyper``."""
-        return self.is_current and self.has_stepped and p in self._places
+        """Whether ``p`` was written by this step, last of all steps, with the numbers in ``hyper``: not at lr = 0."""
+        return self.is_current and self.has_stepped and p in self._places and bool(self.hyper[0] != 0)
 
     def was_written(self, p: nn.Parameter) -> bool:
         """Whether somebody else has written to ``p`` since."""

@@ -115,6 +115,8 @@ def _changed(
             h | {"epsilon": 0.0, "kappa": math.inf, "weight_decay": 4 * h["weight_decay"]},
         ]
     ends = [end for h in numbers for end in ENDS[rule](behind, hi, levels, SimpleNamespace(**h))]
+    if step is None:
+        ends.append(behind)  # as before the first step
     if group.get("stochastic"):  # drawn, whatever the sign of the latent
         w, ends = w.abs(), [end.abs() for end in ends]
     low, high = functools.reduce(torch.minimum, ends), functools.reduce(torch.maximum, ends)
