@@ -125,7 +125,10 @@ def loads(data: bytes) -> dict[str, Any]:
         raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not a dictionary")
     contents: dict[str, Any] = {}
     for key, item in value.items():
-        contents[key.decode("latin1") if isinstance(key, bytes) else str(key)] = (
-            item.value if isinstance(item, _Array) else item
-        )
+        if not isinstance(key, bytes | str):
+            raise pickle.UnpicklingError(f"it has a key that is a {type(key).__name__}, not text")
+        text = key.decode("latin1") if isinstance(key, bytes) else key
+        if text in contents:
+            raise pickle.UnpicklingError(f"it has the key {text!r} twice")
+        contents[text] = item.value if isinstance(item, _Array) else item
     return contents
