@@ -5,7 +5,7 @@
 | MNIST, Fashion-MNIST (IDX files) | the IDX header |
 | CIFAR-10, CIFAR-100 for Python (pickles of Python 2 or 3) | the pickle header and its keys; see `unpickle.py` |
 | CIFAR-10, CIFAR-100 binary batches | records of 3073 or 3074 bytes with valid labels |
-| image folders `train/CLASS/` and `test/CLASS/`, images at any depth below | the folders; all that Pillow reads but EPS |
+| image folders `train/CLASS/` and `test/CLASS/` | the folders; all that Pillow reads but EPS, at any depth below |
 
 Each may lie in a directory or in a .tar (plain, gz, bz2, xz) or .zip archive, below any other folders, and each file
 may be compressed by itself (gz, bz2, xz). A source holds one data set, whole: pieces of two, missing batches, damaged

@@ -40,8 +40,7 @@ ARCHIVES = (
 COMPRESSED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
 """How compressed files begin, and how their names end."""
 
-# zipfile hands bzip2 and LZMA as many compressed bytes at once as it is asked for, without a bound on what comes out.
-_PIECE = 1 << 12
+_PIECE = 1 << 16  # bytes read at once
 
 _XZ_MEMORY = 1 << 30  # bytes; xz -9 needs 65 MiB
 
@@ -242,6 +241,11 @@ def _zip_members(path: Path) -> Iterator[_Entry]:
                 yield _Entry(info.filename, "link")
             elif info.flag_bits & 1:
                 raise DataError(f"{info.filename} is encrypted")
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # 50 bytes of bzip2 become 46 million, all of which zipfile holds in memory
+                raise DataError(
+                    f"{info.filename} is compressed by another method than deflate: make the zip anew"
+                )
             else:
                 try:
                     stream = archive.open(info)
@@ -271,13 +275,13 @@ class _Concatenated(io.RawIOBase):
             if self._decompressor.eof:
                 data = self._decompressor.unused_data.lstrip(b"\0")
                 while not data:
-                    piece = self._file.read(_PIECE)
+                    piece = self._file.read(io.DEFAULT_BUFFER_SIZE)
                     if not piece:
                         return 0
                     data = piece.lstrip(b"\0")  # padding
                 self._decompressor = self._make()
             elif self._decompressor.needs_input:
-                data = self._file.read(_PIECE)
+                data = self._file.read(io.DEFAULT_BUFFER_SIZE)
                 if not data:
                     raise EOFError("it is truncated")
             contents = self._decompressor.decompress(data, len(target))

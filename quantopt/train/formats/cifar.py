@@ -56,9 +56,8 @@ class Batches:
         self._gathered = gathered
         self._batches: list[_Batch] = []
         self._metas: list[_Meta] = []
-        self._refused: dict[
-            bool, str
-        ] = {}  # by whether the name ends in .bin: why the first such file is no batch
+        # why a file named like a batch is none, for names that others have too; by whether the name ends in .bin
+        self._refused: dict[bool, str] = {}
 
     def __bool__(self) -> bool:
         return bool(self._batches or self._metas)
@@ -78,53 +77,8 @@ class Batches:
             raise DataError(f"the pickle {name} cannot be read: {error}") from None
         if "fine_label_names" in contents or "label_names" in contents:
             self._metas.append(_meta(name, contents))
-            return
-        keys = [key for key in ("labels", "fine_labels") if key in contents]
-        images = contents.get("data")
-        labels = contents.get(keys[0]) if keys else None
-        if isinstance(labels, np.ndarray):
-            labels = labels.tolist()
-        if not isinstance(images, np.ndarray) or not isinstance(labels, list | tuple):
-            raise DataError(f"the pickle {name} has no `data` array with `labels` or `fine_labels`")
-        if len(keys) > 1:
-            raise DataError(f"the pickle {name} has both `labels` and `fine_labels`")
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 2
-            or images.shape[1] != 3072
-            or len(labels) != len(images)
-        ):
-            raise DataError(
-                f"the pickle {name} is not CIFAR: data is {images.dtype} {list(images.shape)} with {len(labels)} labels"
-            )
-        for key in ("coarse_labels", "filenames"):
-            values = contents.get(key)
-            if isinstance(values, list | tuple) and len(values) != len(images):
-                raise DataError(f"the pickle {name} has {len(images)} images and {len(values)} {key}")
-        for i, label in enumerate(labels):
-            if type(label) is not int:
-                shown = repr(label) if isinstance(label, bool | float | str | bytes) else type(label).__name__
-                raise DataError(
-                    f"the pickle {name} has labels that are not integers: image {i} has {shown[:40]}"
-                )
-        title = _text(contents.get("batch_label", b""))
-        if title is None:
-            raise DataError(f"the pickle {name} has a `batch_label` that is not text")
-        by_name = split(name)
-        by_title = "test" if "test" in title.lower() else "train" if "train" in title.lower() else None
-        if None not in (by_name, by_title) and by_name != by_title:
-            raise DataError(f"{name} holds {title[:40]!r}, which is not what its name says")
-        self._add(
-            _Batch(
-                name,
-                "CIFAR-10" if keys == ["labels"] else "CIFAR-100",
-                "pickle",
-                by_title or by_name or "train",
-                title,
-                np.ascontiguousarray(images).reshape(-1, 3, 32, 32),
-                list(labels),
-            )
-        )
+        else:
+            self._add(_batch(name, contents))
 
     def takes_binary(self, name: str, data: bytes) -> bool:
         """Whether `data` is a binary batch. Raises DataError if only the name says so."""
@@ -149,6 +103,11 @@ class Batches:
         labels = records[:, -3073].tolist()
         images = np.ascontiguousarray(records[:, -3072:]).reshape(-1, 3, 32, 32)
         self._add(_Batch(name, family, "binary batch", split(name) or "train", "", images, labels))
+
+    @property
+    def refused(self) -> str:
+        """Why a file that may be meant as a batch is none, "" if there is no such file."""
+        return next(iter(self._refused.values()), "")
 
     def _add(self, batch: _Batch) -> None:
         self._gathered.count(batch.images.size)
@@ -246,6 +205,47 @@ class Batches:
                     f"training batch {number} is missing beside {example}: a copy is incomplete (--limit trains on a "
                     "part of a whole data set)"
                 )
+
+
+def _batch(name: str, contents: dict[str, Any]) -> _Batch:
+    """The batch in a pickle."""
+    keys = [key for key in ("labels", "fine_labels") if key in contents]
+    images = contents.get("data")
+    labels = contents.get(keys[0]) if keys else None
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
+    if not isinstance(images, np.ndarray) or not isinstance(labels, list | tuple):
+        raise DataError(f"the pickle {name} has no `data` array with `labels` or `fine_labels`")
+    if len(keys) > 1:
+        raise DataError(f"the pickle {name} has both `labels` and `fine_labels`")
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072 or len(labels) != len(images):
+        raise DataError(
+            f"the pickle {name} is not CIFAR: data is {images.dtype} {list(images.shape)} with {len(labels)} labels"
+        )
+    for key in ("coarse_labels", "filenames"):
+        values = contents.get(key)
+        if isinstance(values, list | tuple) and len(values) != len(images):
+            raise DataError(f"the pickle {name} has {len(images)} images and {len(values)} {key}")
+    for i, label in enumerate(labels):
+        if type(label) is not int:
+            shown = repr(label) if isinstance(label, bool | float | str | bytes) else type(label).__name__
+            raise DataError(f"the pickle {name} has labels that are not integers: image {i} has {shown[:40]}")
+    title = _text(contents.get("batch_label", b""))
+    if title is None:
+        raise DataError(f"the pickle {name} has a `batch_label` that is not text")
+    by_name = split(name)
+    by_title = "test" if "test" in title.lower() else "train" if "train" in title.lower() else None
+    if None not in (by_name, by_title) and by_name != by_title:
+        raise DataError(f"{name} holds {title[:40]!r}, which is not what its name says")
+    return _Batch(
+        name,
+        "CIFAR-10" if keys == ["labels"] else "CIFAR-100",
+        "pickle",
+        by_title or by_name or "train",
+        title,
+        np.ascontiguousarray(images).reshape(-1, 3, 32, 32),
+        list(labels),
+    )
 
 
 def _binary_fault(data: bytes, family: str) -> str | None:

@@ -42,7 +42,7 @@ def read(path: Path, left_out: LeftOut, progress: bool) -> Parts:
     if not present:
         raise DataError(
             "no data found: expected IDX (MNIST) files, CIFAR pickles or binary batches, or images in train/CLASS/ and "
-            "test/CLASS/"
+            "test/CLASS/" + (f"; {batches.refused}" if batches.refused else "")
         )
     if len(present) > 1:
         kinds = " and ".join(reader.kind for reader in present)
