@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import pickle
+import re
 import struct
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_files import RNG, folder_files, idx, load, png, write_files, write_mnist
+from data_files import RNG, folder_files, idx, load, png, refused, write_files, write_mnist
 from quantopt.train import data, formats
 from quantopt.train.errors import InputError
 
@@ -89,6 +91,105 @@ def test_damaged_idx(tmp_path, damage, message):
     with pytest.raises(InputError, match=message) as raised:
         load(tmp_path / "mnist")
     assert str(raised.value).startswith("--data: ")
+
+
+def mnist_files(folder: str = "", classes: int = 3) -> dict[str, bytes]:
+    files = {}
+    for split, count in (("train", 7), ("t10k", 4)):
+        images = RNG.integers(0, 256, (count, 5, 4), dtype=np.uint8)
+        files[f"{folder}{split}-images-idx3-ubyte"] = idx(images)
+        files[f"{folder}{split}-labels-idx1-ubyte"] = idx(np.arange(count, dtype=np.uint8) % classes)
+    return files
+
+
+def only(word: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: contents for name, contents in files.items() if word in name}
+
+
+def test_files_beside_their_compressed_copies(tmp_path):
+    """As torchvision leaves them in MNIST/raw."""
+    files = mnist_files("MNIST/raw/")
+    both = files | {f"{name}.gz": gzip.compress(contents) for name, contents in files.items()}
+    dataset = load(write_files(tmp_path / "source", "directory", both))
+    assert dataset.fingerprint() == load(write_files(tmp_path / "plain", "zip", files)).fingerprint()
+    assert dataset.left_out.startswith(
+        "left out: 4 copies of the files beside them (MNIST/raw/t10k-images-idx3-"
+    )
+    name = "MNIST/raw/t10k-labels-idx1-ubyte"
+    both[f"{name}.gz"] = gzip.compress(idx(np.zeros(4, np.uint8)))
+    message = refused(write_files(tmp_path / "other", "directory", both))
+    assert f"{name} and {name}.gz differ in contents" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            mnist_files("MNIST/") | mnist_files("FashionMNIST/"),
+            "FashionMNIST/train-images-idx3-ubyte and MNIST/train-images-idx3-ubyte are both images for training",
+        ),
+        (
+            only("train", mnist_files("MNIST/")) | only("t10k", mnist_files("FashionMNIST/")),
+            "MNIST/train-images-idx3-ubyte and FashionMNIST/t10k-images-idx3-ubyte lie in different folders",
+        ),
+        (
+            only("images", mnist_files("MNIST/")) | only("labels", mnist_files("FashionMNIST/")),
+            "MNIST/train-images-idx3-ubyte and FashionMNIST/train-labels-idx1-ubyte lie in different folders",
+        ),
+        (
+            mnist_files("raw/emnist-letters-") | mnist_files("raw/emnist-digits-"),
+            "raw/emnist-digits-train-images-idx3-ubyte and raw/emnist-letters-train-images-idx3-ubyte are both",
+        ),
+        (
+            only("images", mnist_files("emnist-letters-")) | only("labels", mnist_files("emnist-digits-")),
+            "emnist-letters-train-images-idx3-ubyte and emnist-digits-train-labels-idx1-ubyte are of different",
+        ),
+        (
+            only("images", mnist_files()) | only("t10k", mnist_files()),
+            "of images and one of labels for training .* there is none of labels, but t10k-images-idx3-ubyte, ",
+        ),
+        (
+            mnist_files() | {"t10k-labels-idx1-ubyte": idx(np.zeros(5, np.uint8))},
+            "t10k-images-idx3-ubyte has 4 images, t10k-labels-idx1-ubyte has 5 labels",
+        ),
+        (
+            mnist_files("train-test-"),
+            "train-test-t10k-images-idx3-ubyte is named after training and testing: rename it",
+        ),
+        (
+            only("labels", mnist_files())
+            | {"train-labels-idx1-ubyte": idx(np.zeros(4, np.uint8))}
+            | dict.fromkeys(only("images", mnist_files()), idx(np.ones((4, 2, 2), np.uint8))),
+            "train-images-idx3-ubyte and t10k-images-idx3-ubyte hold the same images",
+        ),
+        (mnist_files(classes=1), "has a single class"),
+    ],
+)  # fmt: skip
+def test_idx_files_that_do_not_fit(tmp_path, files, message):
+    assert re.search(message, refused(write_files(tmp_path / "source", "directory", files)))
+
+
+def test_idx_files_in_a_folder_for_each_split(tmp_path):
+    files = only("train-", mnist_files("train/")) | only("t10k", mnist_files("test/"))
+    assert len(load(write_files(tmp_path / "source", "tar", files)).test_labels) == 4
+
+
+def test_a_class_without_images_is_said(tmp_path):
+    """The labels of EMNIST's letters begin with 1."""
+    files = mnist_files() | {"t10k-labels-idx1-ubyte": idx(np.array([1, 2, 4, 4], np.uint8))}
+    files["train-labels-idx1-ubyte"] = idx(np.array([1, 2, 3, 3, 3, 2, 1], np.uint8))
+    dataset = load(write_files(tmp_path / "source", "directory", files))
+    assert dataset.classes == ("0", "1", "2", "3", "4")
+    assert dataset.left_out == (
+        "missing: training images of 2 classes (0, 4), test images of 2 classes (0, 3)"
+    )
+
+
+def test_files_of_torch_are_no_batches(tmp_path):
+    """As older versions of torchvision leave them in MNIST/processed."""
+    files = mnist_files("raw/") | {"processed/training.pt": pickle.dumps(1, 2)}
+    dataset = load(write_files(tmp_path / "source", "directory", files))
+    assert dataset.left_out == "left out: 1 file of no known format (processed/training.pt)"
 
 
 # ------------------------------------------------------------------------------------------------ image folders
@@ -188,7 +289,24 @@ def test_cache_is_used_until_the_source_changes(tmp_path, cache, monkeypatch):
     assert len(load(source).train_images) == 7 and len(decoded) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:50], lambda raw: raw[:-3] + b"abc", lambda raw: b""])
+def test_cache_is_not_used_by_another_reader(tmp_path, monkeypatch):
+    decoded = count_decoding(monkeypatch)
+    source = write_files(tmp_path / "source", "zip", folder_files())
+    load(source)
+    monkeypatch.setattr(data, "_CACHE_VERSION", "another")
+    load(source)
+    assert len(decoded) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw.replace(b"cat", b"cut"),
+        lambda raw: raw[:50],
+        lambda raw: raw[:-3] + b"abc",
+        lambda raw: b"",
+    ],
+)
 def test_damaged_cache_is_rebuilt(tmp_path, cache, monkeypatch, damage):
     decoded = count_decoding(monkeypatch)
     source = write_files(tmp_path / "source", "zip", folder_files())

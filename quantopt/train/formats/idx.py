@@ -85,7 +85,9 @@ class Files:
 
 def _check_series(names: list[str]) -> None:
     """Raises DataError if, say, the images are those of emnist-letters and the labels those of emnist-digits."""
-    series = {_WORDS.sub("", base(name)): name for name in names}
+    series: dict[str, str] = {}
+    for name in names:
+        series.setdefault(_WORDS.sub("", base(name)), name)
     if len(series) > 1 and all(re.search("image|label", base(name)) for name in names):
         one, other = list(series.values())[:2]
         raise DataError(f"{one} and {other} are of different data sets by their names: give one")
