@@ -232,6 +232,17 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     assert "Permission denied" in refused(root)
 
 
+def test_names_that_are_no_text(tmp_path, monkeypatch):
+    files = pets(("cat", "d\udcff")) | {"\udcff\n": b""}
+    root = write_files(tmp_path / "root", "directory", files)
+    for _ in range(2):
+        dataset = load(root)
+        assert dataset.classes == ("cat", "d\udcff") and len(dataset.fingerprint()) == 16
+        assert dataset.left_out == r"left out: 1 file of no known format (\udcff\n)"
+    monkeypatch.chdir(root)
+    assert load(Path(".")).name == "root"
+
+
 def test_deep_folders(tmp_path):
     files = pets() | {f"train/cat/{'d/' * 1200}0.png": picture()}
     dataset = load(write_files(tmp_path / "source", "tar", files))

@@ -81,7 +81,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the contents, wherever they were read from."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogatepass"))
         for tensor in self._tensors().values():
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
@@ -141,9 +141,10 @@ def load(source: str | Path, *, progress: bool = True) -> Dataset:
     left_out = LeftOut()
     try:
         cached = _cache_directory() / f"{_key(path)}.safetensors"
-        dataset = _read_cache(cached, path.name)
+        name = path.name or path.resolve().name
+        dataset = _read_cache(cached, name)
         if dataset is None:
-            dataset = _dataset(path.name, formats.read(path, left_out, progress), left_out)
+            dataset = _dataset(name, formats.read(path, left_out, progress), left_out)
             _write_cache(cached, dataset)
     except FileNotFoundError as error:
         if Path(error.filename or "") == path:

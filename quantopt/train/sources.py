@@ -6,6 +6,7 @@ files, special files, and links to a folder above them; a `LeftOut` counts them.
 """
 
 import bz2
+import functools
 import gzip
 import io
 import lzma
@@ -258,7 +259,8 @@ def _zip_members(path: Path) -> Iterator[_Entry]:
 class _Concatenated(io.RawIOBase):
     """The contents of all streams of a bzip2 or xz file.
 
-    The classes of the standard library take a damaged second stream for garbage, and leave it out in silence.
+    The classes of the standard library take a damaged second stream for garbage, and leave it out in silence. Little is
+    read at once, because what follows a stream is copied for each.
     """
 
     def __init__(self, file: IO[bytes], make: Callable[[], Any]) -> None:
@@ -299,7 +301,7 @@ def _decompressed(file: IO[bytes]) -> IO[bytes]:
     if magic.startswith(b"BZh"):
         return io.BufferedReader(_Concatenated(file, bz2.BZ2Decompressor))
     if magic == b"\xfd7zXZ\x00":
-        make = lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)  # noqa: E731
+        make = functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
         return io.BufferedReader(_Concatenated(file, make))
     return file
 

@@ -12,8 +12,10 @@ from quantopt.train.formats.parts import (
     Array,
     Gathered,
     Parts,
+    apart,
     base,
     check_folders,
+    folder,
     labels_array,
     split,
 )
@@ -149,6 +151,8 @@ class Batches:
             return None
         meta = self._metas[0]
         for batch in self._batches:
+            if folder(meta.name) not in (folder(batch.name), folder(folder(batch.name))):
+                raise DataError(apart(batch.name, meta.name))
             if batch.family != meta.family:
                 raise DataError(f"{batch}, {meta.name} names the classes of {meta.family}: give one data set")
             if meta.images is not None and len(batch.labels) != meta.images:
@@ -222,6 +226,8 @@ def _batch(name: str, contents: dict[str, Any]) -> _Batch:
         raise DataError(
             f"the pickle {name} is not CIFAR: data is {images.dtype} {list(images.shape)} with {len(labels)} labels"
         )
+    if not labels:
+        raise DataError(f"the pickle {name} has no images")
     for key in ("coarse_labels", "filenames"):
         values = contents.get(key)
         if isinstance(values, list | tuple) and len(values) != len(images):

@@ -105,8 +105,9 @@ class Images:
         chosen: dict[str, list[tuple[str, _Name, Array]]] = {split: [] for split in _SPLITS}
         for parts, pixels in self._images:
             if parts[:depth] != root or parts[depth] not in _SPLITS:
+                inside = next(other for other, _ in self._images if root in _roots(other[:-1]))
                 raise DataError(
-                    f"{'/'.join(self._images[0][0])} and {'/'.join(parts)} are not of one pair of train/ and test/ "
+                    f"{'/'.join(inside)} and {'/'.join(parts)} are not of one pair of train/ and test/ "
                     "beside each other: give a folder or an archive with one data set"
                 )
             if len(parts) == depth + 2:  # it lay in a folder of a class for another root

@@ -78,13 +78,14 @@ def check_folders(train: Sequence[str], test: Sequence[str]) -> None:
     for names in (train, test):
         for name in names:
             if folder(name) != folder(names[0]):
-                raise DataError(_apart(names[0], name))
+                raise DataError(apart(names[0], name))
     one, other = folder(train[0]), folder(test[0])
     if one != other and (folder(one) != folder(other) or (split(one), split(other)) != ("train", "test")):
-        raise DataError(_apart(train[0], test[0]))
+        raise DataError(apart(train[0], test[0]))
 
 
-def _apart(one: str, other: str) -> str:
+def apart(one: str, other: str) -> str:
+    """The message about two files that lie in different folders."""
     return (
         f"{one} and {other} lie in different folders, as those of two data sets do: give a folder with one data set, "
         "or put its files into one folder"
