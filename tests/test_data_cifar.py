@@ -100,6 +100,15 @@ def test_hostile_pickle_runs_nothing(tmp_path):
         b"\x80\x02cnumpy\ndtype\nX\x01\x00\x00\x00O\x85R.",  # object arrays
         PYTHON2.replace(b"\x00\x0c\x86", b"\xff\xff\x86"),  # more elements than bytes
         PYTHON2[:-100],
+        b"\x80\x02}K\x01" + b"\x85" * 10**6 + b"Ns.",  # overflows the stack when it is hashed
+        b"\x80\x02}K\x01" + b"2\x86" * 60 + b"Ns.",  # takes 2**60 steps to be hashed
+        b"\x80\x02}K\x01" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+        b"\x80\x02}K\x01" + b"\x85N0q\x00h\x00\x86" * 60 + b"Ns.",
+        b"\x80\x04}K\x01" + b"".join(b"\x94h%c\x86" % i for i in range(60)) + b"Ns.",
+        b"\x80\x02cnumpy\ndtype\n]q\x00"
+        + b"0](h\x00h\x00eq\x00" * 60
+        + b"\x85R.",  # takes 2**60 letters to be shown
+        b"\x80\x02c_codecs\nencode\nU\x00]q\x00" + b"0](h\x00h\x00eq\x00" * 60 + b"\x86R.",
         pickle.dumps({1: 2}),
         pickle.dumps({("a",): 2}),
         pickle.dumps({"data": 1, b"data": 2}),
@@ -219,6 +228,9 @@ B, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
         (
             {f"a/{name}" if "meta" in name else f"b/{name}": contents for name, contents in cifar10().items()},
             f"b/{B}/data_batch_1 and a/{B}/batches.meta lie in different folders",
+        (
+            cifar10() | {f"{B}/data_batch_3": cifar_batch(0, 2, "training batch 3 of 5", 4)},
+            "data_batch_3 has no images",
         ),
         (cifar10() | {f"{B}/data_batch_3": cifar_batch(0, 2, "training batch 3 of 5", 4)}, "data_batch_3 has no images"),
         # batches that are missing, there twice, or of other sizes
