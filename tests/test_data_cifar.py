@@ -228,11 +228,11 @@ B, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
         (
             {f"a/{name}" if "meta" in name else f"b/{name}": contents for name, contents in cifar10().items()},
             f"b/{B}/data_batch_1 and a/{B}/batches.meta lie in different folders",
+        ),
         (
             cifar10() | {f"{B}/data_batch_3": cifar_batch(0, 2, "training batch 3 of 5", 4)},
             "data_batch_3 has no images",
         ),
-        (cifar10() | {f"{B}/data_batch_3": cifar_batch(0, 2, "training batch 3 of 5", 4)}, "data_batch_3 has no images"),
         # batches that are missing, there twice, or of other sizes
         (cifar10() | {f"{B}/data_batch_3": None}, f"training batch 3 is missing beside {B}/data_batch_1"),
         (cifar10() | {f"{B}/data_batch_5": None}, "training batch 5 is missing"),
