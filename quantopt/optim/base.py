@@ -304,9 +304,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         for group in groups:
             if group["error_if_nonfinite"]:
                 self._check_finite(group)
-        annealed = [group for group in groups if "anneal_step" in group and not group["capturable"]]
-        if annealed and not self.state and self._only_makes_state():
-            annealed = []
+        counts = bool(self.state) or not self._only_makes_state()
         steps = self._group_steps
         intact = len(steps) == len(groups) and same(list(self.state.values()), self._step_states)
         stale = [i for i, group in enumerate(groups) if not (intact and steps[i].valid(self, group))]
@@ -314,15 +312,16 @@ class LevelOptimizer(torch.optim.Optimizer):
             steps = self._laid_out(stale if intact else list(range(len(groups))))
         for step in steps:
             step.step(self)
-        for group in annealed:
-            group["anneal_step"] += 1
+        if counts:
+            for group in groups:
+                if "anneal_step" in group and not group["capturable"]:
+                    group["anneal_step"] += 1
 
     def _only_makes_state(self) -> bool:
-        """Whether a first step changes no weights: torch.distributed.checkpoint makes state by one with lr = 0 and
-        gradients of zero."""
-        return not any(
-            float(group["lr"])
-            or any(bool(local(p.grad).any()) for p in group["params"] if p.grad is not None)
+        """Whether the first step of an annealed optimizer is one with lr = 0 and gradients of zero, by which
+        torch.distributed.checkpoint makes the state: it changes no weights, and is no step of the training."""
+        return any("anneal_step" in group and not group["capturable"] for group in self.param_groups) and not any(
+            float(group["lr"]) or any(bool(local(p.grad).any()) for p in group["params"] if p.grad is not None)
             for group in self.param_groups
         )
 
