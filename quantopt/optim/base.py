@@ -320,10 +320,11 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _only_makes_state(self) -> bool:
         """Whether the first step of an annealed optimizer is one with lr = 0 and gradients of zero, by which
         torch.distributed.checkpoint makes the state: it changes no weights, and is no step of the training."""
-        return any("anneal_step" in group and not group["capturable"] for group in self.param_groups) and not any(
-            float(group["lr"]) or any(bool(local(p.grad).any()) for p in group["params"] if p.grad is not None)
-            for group in self.param_groups
-        )
+        groups = self.param_groups
+        if not any("anneal_step" in group and not group["capturable"] for group in groups):
+            return False
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return not any(float(group["lr"]) for group in groups) and not any(bool(local(g).any()) for g in grads)
 
     @torch.no_grad()
     def _laid_out(self, stale: list[int]) -> list[GroupStep]:
