@@ -324,7 +324,9 @@ class LevelOptimizer(torch.optim.Optimizer):
         if not any("anneal_step" in group and not group["capturable"] for group in groups):
             return False
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return not any(float(group["lr"]) for group in groups) and not any(bool(local(g).any()) for g in grads)
+        return not any(float(group["lr"]) for group in groups) and not any(
+            bool(local(g).any()) for g in grads
+        )
 
     @torch.no_grad()
     def _laid_out(self, stale: list[int]) -> list[GroupStep]:
