@@ -63,9 +63,10 @@ class BinaryConnect(_LatentClipped):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
         return 0.5
@@ -127,9 +128,10 @@ class BinaryRelax(_LatentClipped):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
         return 0.3
@@ -185,9 +187,10 @@ class ProxQuant(LevelOptimizer):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
         return 0.1

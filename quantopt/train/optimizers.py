@@ -7,6 +7,7 @@ quantised weights with their rule and everything else (skipped layers, biases, b
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,11 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        with (
+            warnings.catch_warnings()
+        ):  # in checkpoints of quantopt 0.1.0 it is with the anneal, which is loaded below
+            warnings.filterwarnings("ignore", "state_dict has no position of the anneal")
+            self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # torch leaves a rate that is a tensor where the state was
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"] = group["lr"].to(group["params"][0].device)
