@@ -242,9 +242,7 @@ def test_hostile_and_broken_data(tmp_path, capsys):
 def test_resume_with_another_model(patterns, finished, capsys):
     before = {file.name: file.read_bytes() for file in finished.iterdir()}
     common = ["train", "--data", patterns, "--out", finished, "--epochs", 3, "--resume", "--quiet"]
-    assert "--resume: the checkpoint is of another run: model is 'cnn'" in refused(
-        capsys, *common, "--model", "mlp"
-    )
+    assert "checkpoint.pt is of another run: model is 'cnn'" in refused(capsys, *common, "--model", "mlp")
     assert "seed is 0 in the checkpoint and 1 now" in refused(capsys, *common, "--seed", 1)
     assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
 
@@ -271,9 +269,7 @@ def test_model_of_other_images(finished, tmp_path, capsys):
     other = write_patterns(tmp_path / "larger", size=12)
     line = refused(capsys, "eval", "--model", finished, "--data", other)
     assert "--data: " in line and "(1, 12, 12)" in line and "(1, 8, 8)" in line
-    assert "--run: the checkpoint is of another run" in refused(
-        capsys, "pack", "--run", finished, "--data", other
-    )
+    assert "checkpoint.pt is of another run" in refused(capsys, "pack", "--run", finished, "--data", other)
 
 
 def test_pack_of_something_else(patterns, tmp_path, capsys):

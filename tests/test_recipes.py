@@ -98,7 +98,7 @@ def test_rates_in_tensors_take_the_same_course(name):
         assert isinstance(rate, torch.Tensor) == capturable
         for step in range(6):
             if step == 3:
-                built.load_state_dict(copy.deepcopy(built.state_dict()))
+                built.load_state_dict(copy.deepcopy(built.state_dict()), step)
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
             built.update()
