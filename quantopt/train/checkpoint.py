@@ -106,7 +106,7 @@ def check_number(
     """Raises ValueError unless `value` is a number of `kind`, float or int or both, from `low` to `high`."""
     good = isinstance(value, kind) and isinstance(value, int | float) and not isinstance(value, bool)
     good = good and low <= value <= high
-    if not good or (math.isinf(value) and not infinite):
+    if not good or (value == math.inf and not infinite):
         text = "a whole number" if kind is int else "a number"
         end = "" if math.isinf(high) else f" and at most {high}"
         raise ValueError(f"{name} is {shown(value)}, not {text} of at least {low}{end}")
@@ -137,7 +137,7 @@ def check_model(values: Any, like: Mapping[str, Tensor]) -> None:
             raise ValueError(f"model: {key} has values that are not finite")
 
 
-_RANGES: dict[str, tuple[float, float]] = {  # of the curves
+CURVES: dict[str, tuple[float, float]] = {
     "loss": (0, math.inf),
     "accuracy": (0, 100),
     "test_accuracy": (0, 100),
@@ -147,14 +147,18 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the curves
     "fraction_feasible": (0, 1),
     "sign_flips": (0, 2**63),
 }
+"""Keys of `report["curves"]`, with the range of their values: lists with a value per epoch, None where the optimizer
+has no such quantity. accuracy: of the training images at the step that used them. test_accuracy: of the network as it
+runs in training, with its running batch-norm statistics, after the epoch (None in epochs that `Config.test_every`
+leaves out)."""
 
 
 def check_curves(curves: Any, epochs: int, has_value: Callable[[str, int], bool]) -> None:
     """Raises ValueError unless each curve has a value in its range for each of 1..`epochs` in which it has one, and
     else None."""
-    if not isinstance(curves, dict) or curves.keys() != _RANGES.keys():
-        raise ValueError(f"curves is not a dictionary of {', '.join(_RANGES)}")
-    for name, (low, high) in _RANGES.items():
+    if not isinstance(curves, dict) or curves.keys() != CURVES.keys():
+        raise ValueError(f"curves is not a dictionary of {', '.join(CURVES)}")
+    for name, (low, high) in CURVES.items():
         curve = curves[name]
         if not isinstance(curve, list) or len(curve) != epochs:
             raise ValueError(f"the curve of {name} is not one value for each of {epochs} epochs")
@@ -183,7 +187,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: Any, steps: i
             raise ValueError(f"{where} is {shown(state)}, not a dictionary")
         if isinstance(optimizer, LevelOptimizer):
             needed = set(required(facts_of(optimizer, group, p.dtype)))
-            needed |= {SIGNS} if group["bits"] != 0 else set()  # from which sign flips are counted
+            needed |= {SIGNS} & optimizer.state.get(p, {}).keys()  # sign flips are counted
             known = STATE.keys() | {SIGNS}
         else:
             needed = known = {"momentum_buffer"} if group["momentum"] else set()

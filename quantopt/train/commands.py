@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -54,7 +53,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -3,7 +3,9 @@
 A report, packed model or figure in the directory always belongs to the checkpoint there: each new checkpoint removes
 them, and a run writes them at its end, the report last. So a run with a report is finished, and one that was killed
 continues from its checkpoint. A run that starts anew leaves an earlier one as it is until its own first checkpoint is
-complete; if it is killed before, the earlier run is still there, and `--resume` continues that one.
+complete; if it is killed before, the earlier run is still there, and `--resume` continues that one (or says in what it
+differs). If it is killed in the instant between, the earlier run's checkpoint is there, from which `--resume` makes the
+results again.
 """
 
 import contextlib
@@ -166,9 +168,8 @@ def read_results(path: Path, argument: str) -> dict[str, Any]:
             names += ["accuracy_packed", "bytes_float", "bytes_packed"]
             names += ["images_per_second_float", "images_per_second_packed"]
         for name in names:
-            checkpoint.check_number(
-                contents[name], name, *((0, 100) if name.startswith("accuracy") else (1e-9,))
-            )
+            low, high = (0, 100) if name.startswith("accuracy") else (1e-9, 2**63)
+            checkpoint.check_number(contents[name], name, low, high, kind=(int, float))
         for name in ("device", "bytes_float", "bytes_packed"):
             contents[name]
         for name, *_ in report.PANELS:
@@ -178,7 +179,9 @@ def read_results(path: Path, argument: str) -> dict[str, Any]:
                 )
             for value in curves[name]:
                 if value is not None:
-                    checkpoint.check_number(value, f"a value of the curve of {name}", kind=(int, float))
+                    checkpoint.check_number(
+                        value, f"a value of the curve of {name}", high=2**63, kind=(int, float)
+                    )
     return contents
 
 

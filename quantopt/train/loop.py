@@ -16,6 +16,7 @@ import quantopt
 from quantopt.backends import BackendError
 from quantopt.files import remove_temporaries
 from quantopt.train import augment, checkpoint, models, optimizers, recipes
+from quantopt.train.checkpoint import CURVES
 from quantopt.train.config import Config
 from quantopt.train.data import Dataset
 from quantopt.train.directory import CHECKPOINT, Result, read_checkpoint, write_checkpoint
@@ -30,20 +31,6 @@ from quantopt.train.measure import (
     reestimate_batch_norm,
     tensor_bytes,
 )
-
-CURVES = (
-    "loss",
-    "accuracy",
-    "test_accuracy",
-    "epsilon",
-    "kappa",
-    "reg_strength",
-    "fraction_feasible",
-    "sign_flips",
-)
-"""Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity. accuracy: of
-the training images at the step that used them. test_accuracy: of the network as it runs in training, with its running
-batch-norm statistics, after the epoch (None in epochs that `Config.test_every` leaves out)."""
 
 
 class Trainer:

@@ -41,6 +41,12 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     },
     "luq": (torch.optim.SGD, None),
 }
+_OF_THE_STEP = (
+    "capturable",
+    "differentiable",
+    "foreach",
+    "fused",
+)  # arguments of the classes that no recipe sets
 FLOAT = {"sgd": 0, "luq": 4}
 """Optimizers of torch, which have no levels: the bits of their recipes."""
 
@@ -91,10 +97,11 @@ class Optimizer:
                 group["lr"].fill_(float(base * factor))
             else:
                 group["lr"] = base * factor
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         position = {
             "last_epoch": step,
             "_step_count": step + 1,
-            "_last_lr": [group["lr"] for group in self.optimizer.param_groups],
+            "_last_lr": [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates],
         }
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **position})
         if self.anneal is not None:
@@ -107,7 +114,11 @@ class Optimizer:
         optimizer, ValueError is raised, and the schedules are those of the step."""
         saved = state["optimizer"]
         groups = saved.get("param_groups") if isinstance(saved, dict) else None
-        if not isinstance(groups, list) or saved.keys() != {"state", "param_groups"}:
+        if (
+            not isinstance(groups, list)
+            or not all(isinstance(group, dict) for group in groups)
+            or saved.keys() != {"state", "param_groups"}
+        ):
             raise ValueError(f"optimizer is {shown(saved)}, not the state and the groups of an optimizer")
         checkpoint.check_optimizer_state(self.optimizer, saved["state"], step)
         if self.has_own_rate:
@@ -159,8 +170,16 @@ def build(
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
     known = make([nn.Parameter(torch.ones(1))]).defaults
+    known = {key: value for key, value in known.items() if key not in settings and key not in _OF_THE_STEP}
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
+    if name in FLOAT:  # torch looks at them at the first step
+        for key, value in options.items():
+            kind = bool if known[key] is None or isinstance(known[key], bool) else int | float
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{key}={value!r}: must be {'True or False' if kind is bool else 'a number'}"
+                )
     if name == "luq":
         quantopt.nn.luq(model, skip=skip, repeat=repeat)
     elif settings["activations"]:
