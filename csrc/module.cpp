@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <iterator>
@@ -165,7 +166,7 @@ std::vector<at::Tensor> tensors_of(py::handle list, const char* name) {
 }
 
 // From a StepRecord of quantopt/rules.py, by the names of its fields.
-std::unique_ptr<quantopt::StepPlan> make_plan(py::handle record, py::handle left_out) {
+std::unique_ptr<quantopt::StepPlan> make_plan(py::handle record, py::handle left_out, py::handle counted) {
   const auto list = [&](const char* name) { return tensors_of(record.attr(name), name); };
   const auto text = [&](const char* name) { return record.attr(name).cast<std::string>(); };
   const auto number = [&](const char* name) { return record.attr(name).cast<int64_t>(); };
@@ -193,12 +194,14 @@ std::unique_ptr<quantopt::StepPlan> make_plan(py::handle record, py::handle left
   r.maximize = flag("maximize");
   r.decoupled = flag("decoupled");
   r.seed = number("seed");
-  return std::make_unique<quantopt::StepPlan>(r, tensors_of(left_out, "left_out"));
+  return std::make_unique<quantopt::StepPlan>(r, tensors_of(left_out, "left_out"),
+                                              tensors_of(counted, "counted"));
 }
 
-std::unique_ptr<quantopt::TensorWatch> make_watch(py::handle tensors) {
+std::unique_ptr<quantopt::TensorWatch> make_watch(py::handle tensors, py::handle counted) {
   auto watch = std::make_unique<quantopt::TensorWatch>();
   watch->add(tensors_of(tensors, "tensors"));
+  watch->count_writes(tensors_of(counted, "counted"));
   return watch;
 }
 
@@ -250,12 +253,17 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), fast_functions) != 0) throw py::error_already_set();
   py::register_local_exception_translator(&translate);
   py::class_<quantopt::TensorWatch>(m, "TensorWatch",
-                                    "Whether tensors lie in memory as they did when it was made.")
-      .def(py::init(&make_watch))
-      .def("unchanged", &quantopt::TensorWatch::unchanged);
+                                    "Whether tensors lie in memory as they did; see csrc/tensor_watch.h.")
+      .def(py::init(&make_watch), py::arg("tensors"), py::arg("counted") = py::list())
+      .def("unchanged", &quantopt::TensorWatch::unchanged)
+      .def("note_writes", &quantopt::TensorWatch::note_writes)
+      .def("versions", &quantopt::TensorWatch::versions);
   py::class_<quantopt::StepPlan>(m, "StepPlan",
                                  "The steps of one list of parameters, checked once; see csrc/step_plan.h.")
-      .def(py::init(&make_plan), py::arg("record"), py::arg("left_out") = py::list())
+      .def(py::init(&make_plan), py::arg("record"), py::arg("left_out") = py::list(),
+           py::arg("counted") = py::list())
+      .def_property_readonly("watched", &quantopt::StepPlan::watched,
+                             py::return_value_policy::reference_internal)
       .def("valid", &plan_valid, py::arg("grads") = py::none())
       .def("step", &plan_step, py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none());
   m.def("conv_takes_tiles", &quantopt::conv_takes_tiles);

@@ -7,7 +7,7 @@
 
 namespace quantopt {
 
-StepPlan::StepPlan(const StepRecord& record, at::TensorList left_out)
+StepPlan::StepPlan(const StepRecord& record, at::TensorList left_out, at::TensorList counted)
     : params_(record.params.vec()),
       left_out_(left_out.vec()),
       steps_(record.steps.vec()),
@@ -28,6 +28,7 @@ StepPlan::StepPlan(const StepRecord& record, at::TensorList left_out)
                                  record.scales, record.latent_bounds, record.steps}) {
     watched_.add(tensors);
   }
+  watched_.count_writes(counted);
 }
 
 bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
@@ -56,6 +57,7 @@ void StepPlan::step(const std::optional<at::Tensor>& grad_scale, const std::opti
   run_step(options_, segments_, dynamic_scale_, steps_, grad_scale, found_inf, params_[0]);
   grads_.clear();
   for (const at::Tensor& param : params_) param.unsafeGetTensorImpl()->bump_version();
+  watched_.note_writes();
 }
 
 }  // namespace quantopt

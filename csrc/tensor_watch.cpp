@@ -11,6 +11,12 @@ bool equal(at::IntArrayRef values, const int64_t* expected) {
   return true;
 }
 
+// Tensors made in inference mode have no count: nothing is seen of writes to them.
+int64_t version_of(const at::Tensor& tensor) {
+  const c10::VariableVersion& version = tensor.unsafeGetTensorImpl()->version_counter();
+  return version.enabled() ? static_cast<int64_t>(version.current_version()) : -1;
+}
+
 }  // namespace
 
 void TensorWatch::add(at::TensorList tensors) {
@@ -22,7 +28,20 @@ void TensorWatch::add(at::TensorList tensors) {
   }
 }
 
+void TensorWatch::count_writes(at::TensorList tensors) {
+  counted_ = tensors.vec();
+  note_writes();
+}
+
+void TensorWatch::note_writes() {
+  versions_.clear();
+  for (const at::Tensor& tensor : counted_) versions_.push_back(version_of(tensor));
+}
+
 bool TensorWatch::unchanged() const {
+  for (size_t i = 0; i < counted_.size(); ++i) {
+    if (version_of(counted_[i]) != versions_[i]) return false;
+  }
   const int64_t* layout = layouts_.data();
   for (const Watched& watched : watched_) {
     const c10::TensorImpl& tensor = *watched.tensor.unsafeGetTensorImpl();

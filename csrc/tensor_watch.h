@@ -1,4 +1,5 @@
-// Whether tensors lie in memory as they did: what a step that was laid out once depends on.
+// Whether tensors lie in memory as they did, and whether somebody has written to them: what a step that was
+// laid out once depends on.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +13,16 @@ class TensorWatch {
  public:
   // Remembers address, dtype, sizes and strides of the tensors, and holds them.
   void add(at::TensorList tensors);
-  // Whether all are as they were when they were added.
+  // Counts the writes to the tensors from now on, as torch does for autograd: all but those through .data and
+  // by kernels that know the address alone.
+  void count_writes(at::TensorList tensors);
+  // Whether all are as they were when they were added, and have not been written to since the last
+  // note_writes().
   bool unchanged() const;
+  // The writes until now are known.
+  void note_writes();
+  // torch's count of the writes to each counted tensor at the last note_writes().
+  const std::vector<int64_t>& versions() const { return versions_; }
 
  private:
   struct Watched {
@@ -23,6 +32,8 @@ class TensorWatch {
   };
   std::vector<Watched> watched_;
   std::vector<int64_t> layouts_;  // of each tensor its number of dimensions, sizes, strides
+  std::vector<at::Tensor> counted_;
+  std::vector<int64_t> versions_;
 };
 
 // Whether kernels may read a gradient along with its weight: same dtype, device, sizes and strides, dense,

@@ -1,11 +1,13 @@
-"""What frameworks wrap around models and optimizers: names without the wrappers' parts, and optimizers without wrappers."""
+"""What frameworks wrap around models and optimizers: names without the wrappers' parts, optimizers without wrappers."""
 
 from collections.abc import Iterable
 from typing import Any
 
 # Parts that torch.compile, FSDP1 and activation checkpointing add to the names of parameters, at any depth.
 _NAME_PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-_PARALLEL = "module"  # added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names
+_PARALLEL = (
+    "module"  # added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names
+)
 
 
 def plain_names(names: Iterable[str]) -> list[str]:
@@ -18,16 +20,18 @@ def plain_names(names: Iterable[str]) -> list[str]:
     return [".".join(name) for name in parts]
 
 
+# Classes whose `optimizer` is the one within. Those of Lightning are bases of classes made for each optimizer.
+_WRAPPERS = frozenset(("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"))
+
+
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer within the wrappers of accelerate and Lightning; any other object as it is.
 
     Raises TypeError for torch's ZeroRedundancyOptimizer, whose ranks each hold a part of the parameters."""
-    kind = type(optimizer)
-    if kind.__name__ == "ZeroRedundancyOptimizer":
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if "ZeroRedundancyOptimizer" in kinds:
         raise TypeError(
             "ZeroRedundancyOptimizer holds the parameters of one rank only; use FSDP2 (torch.distributed.fsdp."
             "fully_shard), or pass its .optim on each rank if that is what you want"
         )
-    if kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer"):
-        return unwrapped(optimizer.optimizer)
-    return optimizer
+    return unwrapped(optimizer.optimizer) if kinds & _WRAPPERS else optimizer

@@ -76,6 +76,32 @@ def test_save_and_load_go_on_alike() -> None:
     assert same(weights(model), weights(other))
 
 
+def test_loaded_floats_stay_exact() -> None:
+    """0.1 is no float32, in a state of floats as in one of tensors."""
+    model = network()
+    for saved in (False, True):
+        source = quantopt.AskewSGD(quantopt.param_groups(model), lr=0.1, epsilon=0.3, capturable=saved)
+        opt = quantopt.AskewSGD(quantopt.param_groups(model), capturable=True)
+        state = copy.deepcopy(source.state_dict())
+        for group in state["param_groups"]:
+            group["capturable"] = True
+        lr = opt.param_groups[0]["lr"]
+        opt.load_state_dict(state)
+        assert opt.param_groups[0]["lr"] is lr and lr.item() == 0.1
+        assert opt.param_groups[0]["epsilon"].item() == 0.3
+
+
+def test_a_load_that_asks_for_one_device_is_refused_before() -> None:
+    model = network()
+    opt = quantopt.AskewSGD(quantopt.param_groups(model))
+    opt.param_groups[0]["params"][1] = torch.nn.Parameter(torch.ones(7, 5, 3, 3, device="meta"))
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0].update(capturable=True, lr=0.7)
+    with pytest.raises(ValueError, match="one device"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.3 and opt.param_groups[0]["capturable"] is False
+
+
 @every
 def test_a_loaded_state_takes_the_place_of_the_present_one(name: str) -> None:
     """So that a captured graph goes on with it. What was loaded from stays as it was."""

@@ -1,7 +1,11 @@
 """The command line: what it prints and writes, exit status 2 and the argument's name for every bad input."""
 
+import errno
 import json
+import math
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,9 +246,7 @@ def test_hostile_and_broken_data(tmp_path, capsys):
 def test_resume_with_another_model(patterns, finished, capsys):
     before = {file.name: file.read_bytes() for file in finished.iterdir()}
     common = ["train", "--data", patterns, "--out", finished, "--epochs", 3, "--resume", "--quiet"]
-    assert "--resume: the checkpoint is of another run: model is 'cnn'" in refused(
-        capsys, *common, "--model", "mlp"
-    )
+    assert "checkpoint.pt is of another run: model is 'cnn'" in refused(capsys, *common, "--model", "mlp")
     assert "seed is 0 in the checkpoint and 1 now" in refused(capsys, *common, "--seed", 1)
     assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
 
@@ -267,13 +269,98 @@ def test_bad_models(patterns, finished, tmp_path, capsys):
     assert "--model: " in refused(capsys, "eval", "--model", tmp_path / "nothing")
 
 
+REPORTS = [
+    (lambda r: "", "Expecting value"),
+    (lambda r: json.dumps([r]), "list indices"),
+    (lambda r: 100_000 * "[", "recursion"),
+    (lambda r: json.dumps(r).replace('"classes": 4', '"classes": 4' + 5000 * "0"), "Exceeds the limit"),
+    (lambda r: json.dumps({**r, "config": {**r["config"], "classes": 10**400}}), "is a number of 1329 bits"),
+    (lambda r: json.dumps({**r, "config": {**r["config"], "classes": True}}), "is True, not a whole number"),
+    (lambda r: json.dumps({**r, "config": {**r["config"], "images": [1, 8]}}), "config.images is \\[1, 8\\]"),
+    (
+        lambda r: json.dumps({**r, "config": {**r["config"], "skip": "first"}}),
+        "config.skip is 'first' and must be",
+    ),
+    (
+        lambda r: json.dumps({**r, "config": {**r["config"], "model": {}}}),
+        "config.model is a dict and must be",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REPORTS)
+def test_bad_reports(patterns, finished, tmp_path, capsys, change, message):
+    """The report beside a model, and those of the runs of a sweep."""
+    written = json.loads((finished / "report.json").read_text())
+    (tmp_path / "askew-0").mkdir()
+    for folder in (tmp_path, tmp_path / "askew-0"):
+        (folder / "report.json").write_text(change(written))
+    (tmp_path / "model.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
+    line = refused(capsys, "eval", "--model", tmp_path)
+    assert f"--model: {tmp_path / 'report.json'} cannot be read" in line and re.search(message, line)
+    line = refused(capsys, "sweep", "askew", "--seeds", 1, "--data", patterns, "--out", tmp_path)
+    assert f"--out: {tmp_path / 'askew-0' / 'report.json'} cannot" in line and re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("accuracy_quantized", None),
+        ("accuracy_packed", "99"),
+        ("bytes_packed", 0),
+        ("bytes_float", 10**400),
+        ("curves", {}),
+        ("device", ...),
+    ],
+)
+def test_a_sweep_refuses_results_that_it_cannot_average(patterns, finished, tmp_path, capsys, key, value):
+    written = json.loads((finished / "report.json").read_text())
+    if value is ...:
+        del written[key]
+    else:
+        written[key] = value
+    (tmp_path / "askew-0").mkdir()
+    (tmp_path / "askew-0" / "report.json").write_text(json.dumps(written))
+    line = refused(capsys, "sweep", "askew", "--seeds", 1, "--data", patterns, "--out", tmp_path)
+    assert f"--out: {tmp_path / 'askew-0' / 'report.json'} cannot be read as a run's report" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bits", 7),
+        ("lr", 10**400),
+        ("lr", math.nan),
+        ("skip", 5),
+        ("options", {"x": 1}),
+        ("data", 3),
+        ("epochs", 2),
+    ],
+)
+def test_pack_of_a_configuration_that_cannot_be(finished, tmp_path, capsys, key, value):
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    state["config"][key] = value
+    torch.save(state, tmp_path / "checkpoint.pt")
+    line = refused(capsys, "pack", "--run", tmp_path)
+    assert f"--run: {tmp_path / 'checkpoint.pt'} " in line
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_pack_to_a_full_disk(finished, tmp_path, capsys, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused(capsys, "pack", "--run", finished, "--out", tmp_path / "again.safetensors")
+    assert f"--out: {tmp_path / 'again.safetensors'} cannot be written: No space left on device" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_model_of_other_images(finished, tmp_path, capsys):
     other = write_patterns(tmp_path / "larger", size=12)
     line = refused(capsys, "eval", "--model", finished, "--data", other)
     assert "--data: " in line and "(1, 12, 12)" in line and "(1, 8, 8)" in line
-    assert "--run: the checkpoint is of another run" in refused(
-        capsys, "pack", "--run", finished, "--data", other
-    )
+    assert "checkpoint.pt is of another run" in refused(capsys, "pack", "--run", finished, "--data", other)
 
 
 def test_pack_of_something_else(patterns, tmp_path, capsys):

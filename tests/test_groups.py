@@ -33,7 +33,7 @@ from quantopt.optim.options import OPTIONS, SHARED
         (dict(group_size=0), "group_size"), (dict(seed=-1), "seed"), (dict(rounding="up"), "rounding"),
         (dict(momentum_dtype="float16"), "momentum_dtype"), (dict(backend="tpu"), "backend='tpu'"),
         (dict(memory=True, constrain="gradient"), "constrain"), (dict(scale="channel-mean"), "channel-mean"),
-        (dict(bound=0.5), "bound"),
+        (dict(bound=0.5), "bound"), (dict(fused_amp="yes"), "fused_amp='yes'"), (dict(group_size=True), "group_size"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(options: dict[str, Any], named: str) -> None:
@@ -164,12 +164,12 @@ def test_constructors_show_every_option_with_its_default(make: Any) -> None:
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
     opt = make([nn.Parameter(torch.randn(4))])
     whole = opt.whole(opt.param_groups[0])
-    assert set(shown) == {*whole, "params", "backend"} - {"initial_lr"}
+    assert set(shown) == {*whole, "params", "fused_amp", "backend"} - {"initial_lr"}
     for key in SHARED:
         expected = "adam" if (make, key) == (quantopt.AskewAdam, "base") else OPTIONS[key].default
         assert shown[key].default == expected == whole[key]
     for key, parameter in shown.items():
-        if parameter.default is not None and key not in ("params", "backend"):
+        if parameter.default is not None and key not in ("params", "fused_amp", "backend"):
             assert whole[key] == parameter.default
     text = pydoc.render_doc(make, renderer=pydoc.plaintext)
     assert all(f"{key}: " in text for key in shown)

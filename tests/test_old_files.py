@@ -24,7 +24,8 @@ def test_optimizer_state(name: str) -> None:
     with torch.no_grad():
         for p, weight in zip(params, saved["weights"], strict=True):
             p.copy_(weight)
-    opt.load_state_dict(saved["optimizer"])
+    with pytest.warns(UserWarning, match="no position of the anneal.*load the state_dict of the Anneal too"):
+        opt.load_state_dict(saved["optimizer"])
     anneal.load_state_dict(saved["anneal"])
     advance(opt, anneal, 6, 2)
     for p, expected in zip(params, saved["expected"], strict=True):
@@ -42,6 +43,7 @@ def test_packed_file() -> None:
             assert torch.equal(module.weight, weights[name])
 
 
+@pytest.mark.filterwarnings("error")
 def test_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantopt.train import data, models
     from quantopt.train.config import Config

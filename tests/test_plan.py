@@ -253,13 +253,48 @@ def test_a_gradient_that_is_not_finite_at_the_first_step_makes_no_state() -> Non
 
 def test_grad_scaler_skips_before_error_if_nonfinite() -> None:
     (p,) = parameters([(4, 4)])
-    opt = quantopt.AskewSGD([p], error_if_nonfinite=True)
+    opt = quantopt.AskewSGD([p], error_if_nonfinite=True, fused_amp=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale((p * math.inf).sum()).backward()
     before = p.detach().clone()
     scaler.step(opt)
     scaler.update()
     assert torch.equal(p, before)
+
+
+def test_groups_that_are_gone_are_not_stepped() -> None:
+    def removed(opt: Any) -> None:
+        del opt.param_groups[0]
+
+    def emptied(opt: Any) -> None:
+        opt.param_groups[0]["params"].clear()
+
+    def replaced(opt: Any) -> None:
+        opt.param_groups = opt.param_groups[1:]
+
+    def exchanged(opt: Any) -> None:
+        opt.param_groups[0] = dict(opt.param_groups[1])
+        del opt.param_groups[1]
+
+    for change, stepped in (
+        (lambda opt: opt.param_groups.clear(), ()), (removed, (1,)), (emptied, (1,)), (replaced, (1,)),
+        (exchanged, (1,)), (lambda opt: opt.param_groups.reverse(), (0, 1)),
+    ):  # fmt: skip
+        params = parameters([(4, 4), (5, 3)])
+        alone = [nn.Parameter(p.detach().clone()) for p in params]
+        opt = quantopt.AskewSGD([{"params": [p], "bits": 1} for p in params], lr=0.1)
+        others = [quantopt.AskewSGD([{"params": [p], "bits": 1}], lr=0.1) for p in alone]
+        for k in range(3):
+            set_grads(params, k)
+            for p, q in zip(params, alone, strict=True):
+                assert p.grad is not None
+                q.grad = p.grad.clone()
+            opt.step()
+            for i in (0, 1) if k == 0 else stepped:
+                others[i].step()
+            if k == 0:
+                change(opt)
+        assert all(torch.equal(p, q) for p, q in zip(params, alone, strict=True))
 
 
 def test_groups_draw_different_random_numbers() -> None:

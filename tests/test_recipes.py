@@ -98,7 +98,7 @@ def test_rates_in_tensors_take_the_same_course(name):
         assert isinstance(rate, torch.Tensor) == capturable
         for step in range(6):
             if step == 3:
-                built.load_state_dict(copy.deepcopy(built.state_dict()))
+                built.load_state_dict(copy.deepcopy(built.state_dict()), step)
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
             built.update()
@@ -117,7 +117,26 @@ def test_rates_in_tensors_take_the_same_course(name):
         ('base = "askew"\nspeed = 3', "unknown key 'speed'; known: bits"),
         ('base = "askew"\nlr = "fast"', "lr = 'fast' must be of type float"),
         ('base = "askew"\nepochs = true', "epochs = True must be of type int"),
+        ('base = "askew"\nepochs = 0', "epochs = 0 must be at least 1"),
+        ('base = "askew"\nepochs = ' + "9" * 400, "epochs = a number of 1329 bits must be below 2\\^63"),
+        ('base = "askew"\nepochs = ' + "9" * 5000, "is not TOML: Exceeds the limit"),
+        ('base = "askew"\nlr = nan', "lr = nan must be a positive finite number"),
+        ('base = "askew"\nwarmup = -1.0', "warmup = -1.0 must be a finite number of at least 0, at most 1"),
+        ('base = "askew"\nmodel = "alexnet"', "model = 'alexnet' must be one of mlp, "),
+        ('base = "askew"\nskip = [1]', "skip = \\[1\\] must be a list of values of type str"),
+        (
+            'base = "askew"\nanneal = { end = "late" }',
+            "anneal = a dict must be a dict of values of type float",
+        ),
+        ("a = " + 100_000 * "[", "is nested too deeply"),
+        ("a = " + 100_000 * "{a = ", "is nested too deeply"),
+        (
+            'base = "askew"\noptions' + 10_000 * ".a" + " = 1",
+            "options = a dict must be a dict of values of type",
+        ),
+        ("base = " + 50 * "[" + 50 * "]", "base = a list must be a recipe of the package"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_bad_recipes(tmp_path, text, message):
     file = tmp_path / "mine.toml"
@@ -126,6 +145,36 @@ def test_bad_recipes(tmp_path, text, message):
         recipes.load(str(file))
     with pytest.raises(InputError, match="neither a recipe of the package nor a readable file"):
         recipes.load(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bits = 7", "--optimizer: bits=7"),
+        ('bits = "many"', "--optimizer: bits='many'"),
+        ('scale = "wide"', "--optimizer: scale='wide'"),
+        ("momentum = 1", "--optimizer: momentum=1"),
+        ("options = { speed = 1 }", "--optimizer: options=['speed']"),
+        ("options = { memory = 2 }", "--optimizer: memory=2"),
+        ("options = { lr = 2 }", "--optimizer: options=['lr']: unknown to askew"),
+        ("anneal = { speed = 1.0 }", "--optimizer: speed=1.0"),
+        ('model = "vgg11"', "--model: vgg11 needs images of at least 32x32"),
+        ("cuda_graph = true", "--cuda-graph: True is not accepted: needs --device cuda"),
+        (
+            'optimizer = "sgd"\noptions = { dampening = "a" }\nanneal = {}\nbits = 0',
+            "--optimizer: dampening='a'",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_name_the_recipe(patterns, tmp_path, capsys, text, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'base = "askew"\n{text}\n')
+    command = ["train", "--data", str(patterns), "--quiet", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--recipe", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: --recipe: {file}: {message}" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("cache", "blank_figures")

@@ -80,8 +80,10 @@ def annealed(opt: Any, total: int, key: str) -> list[float]:
     anneal = quantopt.Anneal(opt, total)
     values = [opt.param_groups[0][key]]
     for _ in range(total):
+        opt.step()
         anneal.step()
         values.append(opt.param_groups[0][key])
+    opt.step()
     anneal.step()  # beyond the end: stays
     assert opt.param_groups[0][key] == values[-1]
     return values
@@ -111,6 +113,7 @@ def test_schedules_take_settings() -> None:
     anneal = quantopt.Anneal(opt, 10, hold=0.2, last=0.5)  # the end stays at 0.8
     values = []
     for _ in range(10):
+        opt.step()
         anneal.step()
         values.append(opt.param_groups[0]["epsilon"])
     assert values[:2] == [1.0, 1.0] and values[2] < 1 and set(values[7:]) == {(1 - 0.5**2) ** 2}
@@ -119,6 +122,7 @@ def test_schedules_take_settings() -> None:
     assert opt.param_groups[0]["kappa"] == 1.0
     opt = quantopt.ProxQuant(p)
     anneal = quantopt.Anneal(opt, 10, end=0.1)
+    opt.step()
     anneal.step()
     assert math.isinf(opt.param_groups[0]["reg_strength"])
     for bad in ({"hold": 0.9, "end": 0.9}, {"last": 1.5}):
@@ -144,6 +148,7 @@ def test_anneal_takes_a_schedule_and_refuses_nonsense() -> None:
     values = []
     for _ in range(50):
         values.append(opt.param_groups[0]["epsilon"])
+        opt.step()
         anneal.step()
     assert values[29] == 1.0 and values[30] == 0.5 and values[40] == 0.25
     for total in (0, -3, 2.5):
@@ -153,3 +158,10 @@ def test_anneal_takes_a_schedule_and_refuses_nonsense() -> None:
         quantopt.Anneal(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 10)
     with pytest.raises(ValueError, match="state_dict"):
         anneal.load_state_dict({"step": 3})
+
+
+def test_the_mean_scale_is_over_the_weights() -> None:
+    """A short last group counts as many times as it has weights."""
+    p = nn.Parameter(torch.cat([torch.full((4, 8), 2.0), torch.full((4, 2), 7.0)], 1))
+    opt = quantopt.AskewSGD([{"params": [p], "bits": 1, "scale": "group", "group_size": 8}])
+    assert opt.metrics()[0]["scale"] == pytest.approx((8 * 2 + 2 * 7) / 10)

@@ -62,6 +62,9 @@ class AskewSGD(LevelOptimizer):
             gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on
             the device of the parameters, which schedules fill and replays of a captured CUDA graph read.
             load_state_dict fills the state in place, so that a captured graph goes on with it.
+        fused_amp: torch.amp.GradScaler leaves to the kernels what it has to do: they divide the gradients by its factor
+            and skip the step where one is not finite, without waiting for the device. Gradients cannot be clipped then,
+            as nobody sees them unscaled (without it, between ``scaler.unscale_`` and ``scaler.step``).
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -95,9 +98,10 @@ class AskewSGD(LevelOptimizer):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _rule(self, group: dict[str, Any]) -> str:
         if group["memory"]:
@@ -181,6 +185,7 @@ class AskewAdam(AskewSGD):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        LevelOptimizer.__init__(self, params, from_arguments(locals()), backend)
+        LevelOptimizer.__init__(self, params, from_arguments(locals()), backend, fused_amp)

@@ -1,6 +1,7 @@
 """The base class of the optimizers: what a subclass says, the groups, checkpoints, the step."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -18,11 +19,16 @@ from quantopt.optim.options import (
     SCHEDULED,
     SHARED,
     check_group,
+    flag,
+    keep_position,
+    one_device,
     place_scheduled,
     scheduled_value,
 )
 from quantopt.optim.step import GroupStep, same
+from quantopt.optim.written import Record
 from quantopt.rules import BASES
+from quantopt.wrappers import unwrapped
 
 
 class LevelOptimizer(torch.optim.Optimizer):
@@ -32,37 +38,48 @@ class LevelOptimizer(torch.optim.Optimizer):
     made when a parameter is first seen (first step, or first view of its weights). Groups with ``bits=0`` are trained
     by the plain base rule. The step is one pass of a fused kernel over every dtype and device of a group.
 
+    ``p.data`` counts: where somebody else has written to a parameter that has state (a loaded checkpoint, averaged
+    weights, a mask), its latent or master weights take the new value up at the next step or view; scale and momentum
+    stay. Of a weight that was not touched they stay too. Writes are seen as torch counts them, with ``torch.no_grad()``
+    and ``p.copy_()``, and through ``p.data = x``, but not ``p.data.copy_(x)``, nor between replays of a captured graph.
+
     A group may have keys of its user's, which are saved and otherwise ignored; those of a subclass that influence its
     step are ``extra_options``. A step that is refused leaves weights and state as they were.
     """
 
-    _step_supports_amp_scaling = True
     _base = "sgd"  # of groups that have no such key
     extra_options: Mapping[str, Any] = {}  # group keys of a user's subclass, with their defaults
 
-    def __init__(self, params: Any, options: dict[str, Any], backend: str = "auto") -> None:
+    def __init__(
+        self, params: Any, options: dict[str, Any], backend: str = "auto", fused_amp: bool = False
+    ) -> None:
         """``options``: group keys of :data:`OPTIONS`; None stands for the default of the group's form."""
+        flag("fused_amp", fused_amp)
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
         self.backend = backend
+        self._step_supports_amp_scaling = fused_amp  # torch.amp.GradScaler asks for it
         self._options = {key: OPTIONS[key].default for key in SHARED} | options | dict(self.extra_options)
         self._forget_steps()
         super().__init__(params, self._completed({}))
 
     def __getstate__(self) -> dict[str, Any]:
         pickled: dict[str, Any] = super().__getstate__()
-        return {**pickled, "backend": self.backend, "_options": self._options}
+        own = ("backend", "_options", "_step_supports_amp_scaling")
+        return pickled | {key: getattr(self, key) for key in own}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
         if "_options" not in self.__dict__:  # pickled by quantopt 0.1.0
             shared = {key: OPTIONS[key].default for key in SHARED}
             self._options = shared | {"base": self._base} | self.defaults
+        self.__dict__.setdefault("_step_supports_amp_scaling", False)
         self._forget_steps()
 
     def _forget_steps(self) -> None:
         self._group_steps: list[GroupStep] = []
         self._step_states: list[dict[str, Any]] = []  # the values of `state` that they were made with
+        self._written = Record()
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -94,6 +111,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         """Raises ValueError for options of a quantised group that do not go together."""
         if group["scale"] == "channel-mean" and not self._dynamic_scale(group):
             raise ValueError("scale='channel-mean' belongs to STAM's splitting form; use 'channel' here")
+
+    def adds_to_step(self, group: dict[str, Any]) -> bool:
+        """Whether `_after_step` does anything for a quantised group."""
+        return False
 
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         """What a rule adds to the fused step of a quantised group."""
@@ -160,10 +181,21 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim, but state keeps its dtype whatever the parameter's, and the layout of a state follows its
-        parameter. Options of every optimizer that an older state_dict lacks take their defaults. In capturable groups
-        the tensors stay where they are and take up the loaded values, where shape and dtype are the same, as a captured
-        graph goes on with them. Raises ValueError if the state does not fit the parameters; nothing is changed then.
+        parameter. Where the groups of both sides have ``param_names`` (as those of :func:`quantopt.param_groups`), a
+        state goes to the parameter of its name in the group at the same position, else by position. Names are compared
+        without the parts that DDP, FSDP and torch.compile add, and stay as they are here.
+
+        Options of every optimizer that an older state_dict lacks take their defaults. The position of an
+        :class:`quantopt.Anneal` is loaded; where the state_dict has none, it stays, with a warning. In capturable
+        groups the tensors stay where they are and take up the loaded values, where shape and dtype are the same, as a
+        captured graph goes on with them. Raises ValueError if the state does not fit the parameters, or names differ;
+        nothing is changed then.
         """
+        if (
+            optimizer := unwrapped(self)
+        ) is not self:  # Lightning's wrapper, which would keep the state for itself
+            optimizer.load_state_dict(state_dict)
+            return
         groups, group_steps = self.param_groups, self._group_steps
         scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
         present = {
@@ -174,10 +206,15 @@ class LevelOptimizer(torch.optim.Optimizer):
             if p in self.state
         }
         loaded: list[tuple[nn.Parameter, dict[str, Any]]] = []
+        notes: list[str | None] = []
 
-        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:  # after the user's hooks
-            self._check_state_dict(given)
+        def check(
+            _: torch.optim.Optimizer, given: dict[str, Any]
+        ) -> dict[str, Any]:  # after the user's hooks
+            given = self._fitting(given)
             loaded.extend(state.flat_states(self, given))
+            notes.append(keep_position(groups, given["param_groups"]))
+            return given
 
         def restore(_: torch.optim.Optimizer) -> None:  # before the user's hooks
             for group, own, before in zip(self.param_groups, groups, scheduled, strict=True):
@@ -193,6 +230,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             for step in group_steps:
                 step.group, step.is_current = renewed.get(id(step.group), step.group), False
             self._group_steps = group_steps
+            self._written.marks.clear()
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -201,8 +239,11 @@ class LevelOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+        for note in filter(None, notes):
+            warnings.warn(note, stacklevel=2)
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _fitting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a state_dict that goes by position. Raises ValueError if it does not fit."""
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), dict):
             raise ValueError(
@@ -210,6 +251,8 @@ class LevelOptimizer(torch.optim.Optimizer):
             )
         have = [len(group["params"]) for group in self.param_groups]
         given = [len(group["params"]) for group in groups]
+        if len(have) == len(given):
+            groups = state.in_own_order(self, groups)
         if have != given:
             raise ValueError(
                 f"state_dict has groups of {given} parameters, this optimizer {have}: another model?"
@@ -218,9 +261,12 @@ class LevelOptimizer(torch.optim.Optimizer):
             missing = set(own) & set(self._options) - set(group) - _LATER
             if missing:
                 raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
-            group = self.whole(group)
-            self._check(group | {"params": own["params"]})
-            state.check_states(self, own, group, state_dict["state"])
+            whole = self.whole(group) | {"params": own["params"]}
+            self._check(whole)
+            if whole["capturable"] and own["params"]:
+                one_device(whole)
+            state.check_states(self, own, self.whole(group), state_dict["state"])
+        return state_dict | {"param_groups": groups}
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -267,16 +313,38 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _update(self) -> None:
         groups = self.param_groups
+        if self._written.views:
+            raise RuntimeError(
+                "step() inside quantized() or latent(): the weights that it changes are not those of the training; "
+                "leave the context first"
+            )
         for group in groups:
             if group["error_if_nonfinite"]:
                 self._check_finite(group)
+        counts = bool(self.state) or not self._only_makes_state()
         steps = self._group_steps
         intact = len(steps) == len(groups) and same(list(self.state.values()), self._step_states)
         stale = [i for i, group in enumerate(groups) if not (intact and steps[i].valid(self, group))]
-        if stale:
+        if stale or len(steps) != len(groups):
             steps = self._laid_out(stale if intact else list(range(len(groups))))
         for step in steps:
             step.step(self)
+        if counts:
+            for group in groups:
+                if "anneal_step" in group and not group["capturable"]:
+                    group["anneal_step"] += 1
+
+    def _only_makes_state(self) -> bool:
+        """Whether the first step of an annealed optimizer is one with lr = 0 and gradients of zero, by which
+        torch.distributed.checkpoint makes the state: it changes no weights, and is no step of the training."""
+        groups = self.param_groups
+        if not any("anneal_step" in group and not group["capturable"] for group in groups):
+            return False
+        if any(float(group["lr"]) for group in groups):
+            return False
+        params = [p for group in groups for p in group["params"]]
+        zero = not any(bool(sharded.local(p.grad).any()) for p in params if p.grad is not None)
+        return bool(sharded.least_over_ranks(params, int(zero)))  # a rank may have the rows without gradient
 
     @torch.no_grad()
     def _laid_out(self, stale: list[int]) -> list[GroupStep]:
@@ -369,13 +437,18 @@ class LevelOptimizer(torch.optim.Optimizer):
         return None
 
     @torch.no_grad()
+    def quantizations(self) -> dict[nn.Parameter, Quantization]:
+        """:meth:`quantization` of every quantised parameter."""
+        return {p: views.quantization(self, group, p) for group, p in views.quantised_params(self)}
+
+    @torch.no_grad()
     def metrics(self) -> list[dict[str, Any]]:
         """One dict per group: "bits" and "numel", and for quantised groups (of sharded parameters, this rank's shard)
 
         - "fraction_feasible": fraction of the weights in their interval, |t| >= t* (0.995 where there is no epsilon)
         - "sign_flips": how many weights of the projection changed sign since the last call (0 at the first)
         - "distance": mean distance of the weights to their nearest level, in half-steps of the grid, 0..1
-        - "scale": mean scale
+        - "scale": mean scale of the weights
         """
         return [views.metrics(self, group) for group in self.param_groups]
 

@@ -63,9 +63,10 @@ class BinaryConnect(_LatentClipped):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
         return 0.5
@@ -78,17 +79,19 @@ class BinaryConnect(_LatentClipped):
         if group["stochastic"] and group["bits"] != 1:
             raise ValueError(f"stochastic=True needs bits=1, not bits={group['bits']!r}")
 
+    def adds_to_step(self, group: dict[str, Any]) -> bool:
+        return bool(group["stochastic"])
+
     @torch.no_grad()
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        if group["stochastic"]:
-            for p in params:
-                state = self.state[p]
-                u = state["latent"]
-                if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
-                    u = u / (group["clip"] * spread_over(state["sigma"], u))
-                drawn = spread_over(state["scale"], p) * stochastic_sign(u)
-                found_inf = getattr(self, "found_inf", None)
-                p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
+        for p in params:
+            state = self.state[p]
+            u = state["latent"]
+            if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
+                u = u / (group["clip"] * spread_over(state["sigma"], u))
+            drawn = spread_over(state["scale"], p) * stochastic_sign(u)
+            found_inf = getattr(self, "found_inf", None)
+            p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
 
 
 class BinaryRelax(_LatentClipped):
@@ -125,9 +128,10 @@ class BinaryRelax(_LatentClipped):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
         return 0.3
@@ -183,9 +187,10 @@ class ProxQuant(LevelOptimizer):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
         return 0.1

@@ -55,7 +55,8 @@ def whole(least: int, end: int | None, text: str) -> Check:
     """An int in [least, end)."""
 
     def check(key: str, value: Any) -> None:
-        if not isinstance(value, int) or value < least or (end is not None and value >= end):
+        good = isinstance(value, int) and not isinstance(value, bool)
+        if not good or value < least or (end is not None and value >= end):
             raise ValueError(f"{key}={value!r}: must be {text}")
 
     return check
@@ -120,6 +121,11 @@ SHARED = tuple(key for key, option in OPTIONS.items() if option.default is not N
 SCHEDULED = tuple(key for key, option in OPTIONS.items() if option.scheduled)
 # Options that are read on one base alone. A group on another has no such key: torch's schedulers look for them.
 BASE_OPTIONS = {"sgd": ("momentum",), "adam": ("betas", "eps"), "given": ()}
+# The position of an Anneal: no options, but keys that a quantised group has once an Anneal drives it.
+POSITION: dict[str, Check] = {
+    "anneal_step": whole(0, 2**63, "an int of at least 0"),  # updates of the optimizer since the anneal began
+    "anneal_total": whole(1, 2**63, "an int of at least 1"),  # how many there will be
+}
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +137,9 @@ def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
     """Checks the options of a group, of which an optimizer has those ``known``. Raises ValueError naming the key, its
     value and the remedy. Keys of the user are not looked at."""
     known = set(known)
+    for key, check in POSITION.items():
+        if key in group:
+            check(key, group[key])
     for key, option in OPTIONS.items():
         if key in group and key not in known:
             raise ValueError(f"{key}={group[key]!r}: this optimizer has no such option; use another name")
@@ -146,9 +155,42 @@ def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
         )
 
 
+def keep_position(own: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> str | None:
+    """Puts into the groups of a state_dict what ``own`` have of an anneal and they lack. The length of the anneal that
+    is attached stays. Returns what its user should know of that."""
+    message = None
+    for present, group in zip(own, loaded, strict=True):
+        if "anneal_step" not in present:
+            continue
+        step, total = group.get("anneal_step"), group.get("anneal_total")
+        group["anneal_step"] = present["anneal_step"] if step is None else step
+        group["anneal_total"] = present["anneal_total"]
+        if step is None:
+            message = (
+                "state_dict has no position of the anneal (quantopt 0.1.0 saved it with the Anneal alone), which stays "
+                f"at step {present['anneal_step']}: load the state_dict of the Anneal too, or make it with last_step="
+            )
+        elif total != present["anneal_total"]:
+            message = (
+                f"state_dict is at step {step} of an anneal of {total} steps, which goes on at step {step} of the "
+                f"{present['anneal_total']} of the present Anneal: load its state_dict too to go on with {total}"
+            )
+    return message
+
+
 def scheduled_value(group: Mapping[str, Any], key: str) -> Any:
     """A scheduled value of a group: the tensor itself if the group is capturable, else a float."""
     return group[key] if group["capturable"] else float(group[key])
+
+
+def one_device(group: Mapping[str, Any]) -> torch.device:
+    """The device of the parameters of a capturable group. Raises ValueError if there are several."""
+    device: torch.device = group["params"][0].device
+    if any(p.device != device for p in group["params"]):
+        raise ValueError(
+            "capturable=True: the parameters of a group must be on one device; make a group for each"
+        )
+    return device
 
 
 def place_scheduled(group: dict[str, Any], present: Mapping[str, Any] | None = None) -> None:
@@ -159,18 +201,14 @@ def place_scheduled(group: dict[str, Any], present: Mapping[str, Any] | None = N
     """
     if not group["capturable"] or not group["params"]:
         return
-    device = group["params"][0].device
-    if any(p.device != device for p in group["params"]):
-        raise ValueError(
-            "capturable=True: the parameters of a group must be on one device; make a group for each"
-        )
+    device = one_device(group)
     for key in SCHEDULED:
         value = group.get(key)
         if value is None:
             continue
         before = (present or {}).get(key)
         if isinstance(before, Tensor) and before.device == device:
-            group[key] = before.copy_(torch.as_tensor(value))
+            group[key] = before.copy_(torch.as_tensor(value, dtype=torch.float64))
         elif present is None and isinstance(value, Tensor) and value.device != device:
             raise ValueError(
                 f"{key} is a tensor on {value.device}; with capturable=True it must be on {device}, as the parameters"

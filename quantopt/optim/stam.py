@@ -92,9 +92,10 @@ class STAM(LevelOptimizer):
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
+        fused_amp: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(params, from_arguments(locals()), backend)
+        super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
     def _rule(self, group: dict[str, Any]) -> str:
         return str(group["form"])

@@ -7,6 +7,7 @@ which ``momentum_dtype`` says it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from quantopt.levels import level_count
 from quantopt.optim.sharded import check_flat_shard, gathered, is_sharded, local, shard_like
 from quantopt.reference import levels as grid
 from quantopt.rules import RULES, Rule
+from quantopt.wrappers import plain_names
 
 if TYPE_CHECKING:
     from quantopt.optim.base import LevelOptimizer
@@ -85,7 +87,8 @@ def with_gradients(group: dict[str, Any]) -> list[int]:
 
 def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None = None) -> None:
     """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
-    what is of another dtype converted, what nobody updates any more dropped. All or nothing."""
+    what is of another dtype converted, what nobody updates any more dropped, and what others have written to the
+    parameter taken up. All or nothing."""
     made: dict[nn.Parameter, dict[str, Any]] = {}
     for i in range(len(group["params"])) if indices is None else indices:
         p = group["params"][i]
@@ -100,6 +103,8 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         present = opt.state.get(p, {})
         facts = facts_of(opt, group, p.dtype)
         wanted = required(facts)
+        if present.keys() & {"latent", "master"} & set(wanted):
+            opt._written.take_up(opt, group, p)
         if present.keys() - {SIGNS} == set(wanted) and all(present[k].dtype == d for k, d in wanted.items()):
             continue
         first = _Initial(opt, group, p.detach(), name, facts)
@@ -113,6 +118,7 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():
         opt.state[p] = state
+        opt._written.note(p)
 
 
 class _Initial:
@@ -161,6 +167,85 @@ class _Initial:
 
 
 # ---- state_dicts -------------------------------------------------------------------------------------------------
+
+
+def in_own_order(opt: LevelOptimizer, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the groups of a state_dict, whose parameters are in the order of the optimizer's.
+
+    They are matched by name, within the group at the same position, where both sides have names; else by position, as
+    also where they go by their full names, since torch.distributed.checkpoint has matched those. The copies have the
+    optimizer's own names. Raises ValueError where names differ."""
+    ours = _names_of(opt.param_groups, "this optimizer")
+    by_position = [all(isinstance(i, str) for i in group["params"]) for group in given]
+    theirs = _names_of(
+        [
+            {**group, "param_names": None} if skip else group
+            for group, skip in zip(given, by_position, strict=True)
+        ],
+        "the state_dict",
+    )
+    copies = []
+    for i, (own, group) in enumerate(zip(opt.param_groups, given, strict=True)):
+        copy = {key: value for key, value in group.items() if key != "param_names"}
+        if "param_names" in own:
+            copy["param_names"] = own["param_names"]
+        wanted, present = ours[i], theirs[i]
+        if wanted is not None and present is not None and wanted != present:
+            _check_names(i, ours, theirs)
+            of_name = dict(zip(present, group["params"], strict=True))
+            copy["params"] = [of_name[name] for name in wanted]
+        copies.append(copy)
+    return copies
+
+
+def _names_of(groups: list[dict[str, Any]], whose: str) -> list[list[str] | None]:
+    """The names of each group, without the parts that wrappers add; None for a group that has none."""
+    found = [group.get("param_names") for group in groups]
+    for i, (names, group) in enumerate(zip(found, groups, strict=True)):
+        if names is not None and (
+            not isinstance(names, list | tuple)
+            or len(names) != len(group["params"])
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(
+                f"param_names of group {i} of {whose} is not a list of one name for each of its "
+                f"{len(group['params'])} parameters"
+            )
+    plain = iter(plain_names(name for names in found for name in names or ()))
+    return [None if names is None else list(islice(plain, len(names))) for names in found]
+
+
+def _check_names(i: int, ours: list[list[str] | None], theirs: list[list[str] | None]) -> None:
+    """Raises ValueError unless group ``i`` has the same names on both sides, in any order."""
+    own, given = ours[i] or [], theirs[i] or []
+    if len(set(own)) < len(own) or len(set(given)) < len(given):
+        raise ValueError(
+            f"state_dict: group {i} has a name twice and another order than this optimizer: which parameter is meant "
+            "cannot be told; give every parameter a name of its own"
+        )
+    missing = [name for name in own if name not in given]
+    extra = [name for name in given if name not in own]
+    if not missing and not extra:
+        return
+    for names, side, there in ((missing, theirs, "state_dict"), (extra, ours, "this optimizer")):
+        for j, others in enumerate(side):
+            moved = [name for name in names if name in (others or ())]
+            if moved:
+                here = "this optimizer" if side is theirs else "state_dict"
+                raise ValueError(
+                    f"state_dict: {_few(moved)} is in group {j} of {there}, but in group {i} of {here}: make the "
+                    "groups as they were when the state was saved"
+                )
+    differ = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(extra)}, unknown here"] * bool(extra)
+    raise ValueError(
+        f"state_dict: group {i} {' and '.join(differ)}: is it of another model? If parameters were renamed, rename "
+        "them in the 'param_names' of its groups, or delete those to go by position"
+    )
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def flat_states(opt: LevelOptimizer, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict[str, Any]]]:

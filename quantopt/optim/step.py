@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from quantopt.levels import level_count
 from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.optim.sharded import is_sharded, local, local_gradient
 from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
+from quantopt.optim.written import mark
 from quantopt.rules import HYPER, StepRecord
 
 if TYPE_CHECKING:
@@ -59,9 +61,11 @@ class GroupStep:
         self.layout_values = tuple(group[key] for key in self.layout_keys)
         self.group_size = len(group)
         self.has_momentum = bool(group.get("momentum"))
+        self.adds_to_step = group["bits"] != 0 and opt.adds_to_step(group)
         self.all_params = list(group["params"])
         self.params = [group["params"][i] for i in indices]
         self.is_current = True  # False: valid() is False from now on
+        self.has_stepped = False
         self.hyper: Tensor  # float64, in the order of HYPER; in capturable groups on the device
         self.written: dict[str, float]  # the floats that `hyper` holds; empty where that is not known
         self.replayed: bool  # whether the replay of a graph writes floats into `hyper`
@@ -101,6 +105,22 @@ class GroupStep:
                 return False
         return not (self.looks_at_left_out and any(p.grad is not None and p.numel() for p in self.left_out))
 
+    @functools.cached_property
+    def _places(self) -> dict[nn.Parameter, tuple[Bucket, int]]:
+        return {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
+
+    def wrote(self, p: nn.Parameter) -> bool:
+        """Whether ``p`` was written by this step, last of all steps, with the numbers in ``hyper``: not at lr = 0."""
+        return self.is_current and self.has_stepped and p in self._places and bool(self.hyper[0] != 0)
+
+    def was_written(self, p: nn.Parameter) -> bool:
+        """Whether somebody else has written to ``p`` since."""
+        bucket, i = self._places[p]
+        return bucket.was_written(i)
+
+    def rule_of(self, p: nn.Parameter) -> str:
+        return self._places[p][0].record.rule
+
     def step(self, opt: LevelOptimizer) -> None:
         """The update; nothing is checked here but that a graph may be captured."""
         if not self.buckets:
@@ -118,8 +138,11 @@ class GroupStep:
         grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
         for bucket in self.buckets:
             bucket.step(grad_scale, found_inf, opt.backend)
-        if self.group["bits"] != 0:
+        self.has_stepped = True
+        if self.adds_to_step:
             opt._after_step(self.group, self.params)
+            for bucket in self.buckets:
+                bucket.note_writes()
 
     def _write(self, values: dict[str, float]) -> None:
         """Floats that have changed, into `hyper`; on a device as the arguments of kernels, as a copy would wait."""
@@ -175,16 +198,26 @@ class Bucket:
         ]
         self.plan: Any = None
         self.finds_gradients = False
-        self.watch: Any = None  # without a plan: whether weights and state lie in memory as they did
+        self.watch: Any = (
+            None  # whether weights and state lie in memory as they did, and nobody has written to them
+        )
+        # Where p is a function of other tensors, a value that somebody else has written to it is taken up by those.
+        self.counted = bool(self.record.latents)
+        counted: list[Tensor] = []
+        if self.counted:
+            counted = [*params, *self.shards] if self.sharded else list(params)
+        self.marks = list(map(mark, params)) if self.counted else []  # where no `watch` counts
+        self.addresses = [shard.data_ptr() for shard in self.shards] if self.counted else []
         if choose("fused_step", self.device, self.dtype, opt.backend).name == self.device.type:
-            self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out)
+            self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out, counted)
+            self.watch = self.plan.watched
             plain = all(type(p) in (nn.Parameter, Tensor) for p in params) and not self.copied
             self.finds_gradients = plain and self.plan.valid()
         elif _extension.TensorWatch is not None and all(
             type(t) in (nn.Parameter, Tensor) for t in self.shards
         ):
             tensors = [local(value) for values in self.state_values for value in values]
-            self.watch = _extension.TensorWatch([*self.shards, *tensors])
+            self.watch = _extension.TensorWatch([*self.shards, *tensors], counted)
 
     def _record(
         self, opt: LevelOptimizer, group: dict[str, Any], group_index: int, hyper: Tensor
@@ -242,7 +275,10 @@ class Bucket:
             return False
         if self.finds_gradients:
             return bool(self.plan.valid())
-        if self.watch is not None and not self.watch.unchanged():
+        if self.watch is not None:
+            if self.plan is None and not self.watch.unchanged():
+                return False
+        elif self.counted and list(map(mark, self.params)) != self.marks:
             return False
         grads = None
         if _extension.find_gradients is not None:
@@ -298,6 +334,23 @@ class Bucket:
                 tensor.copy_(copy)
         self.grads = []
         torch.autograd.graph.increment_version(self.params)
+        self.note_writes()
+
+    def note_writes(self) -> None:
+        """The parameters hold what the optimizer wrote."""
+        if self.watch is not None:
+            self.watch.note_writes()
+        elif self.counted:
+            self.marks = list(map(mark, self.params))
+
+    def was_written(self, i: int) -> bool:
+        """Whether somebody else has written to a parameter since the last step, or put another tensor in its place."""
+        if not self.counted:
+            return False
+        if self.watch is None:
+            return mark(self.params[i]) != self.marks[i]
+        versions, n = self.watch.versions(), len(self.params)
+        return mark(self.params[i]) != (*versions[i::n], self.addresses[i])
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from quantopt.levels import Quantization, level_count
 from quantopt.ops.weights import pack_signs
 from quantopt.optim import state
 from quantopt.optim.sharded import gathered, local, reshard
+from quantopt.optim.written import mark
 from quantopt.reference import levels as grid
 from quantopt.reference.askew import t_star
 
@@ -54,20 +56,39 @@ def swapped(
     opt: LevelOptimizer, weight_of: Callable[[dict[str, Any], nn.Parameter], Tensor]
 ) -> Iterator[None]:
     """Context in which every quantised parameter holds ``weight_of(group, p)``."""
+    record = opt._written
     with torch.no_grad():
-        shown = list(quantised_params(opt))
-        pairs = [(local(p.detach()), weight_of(group, p).to(p.dtype)) for group, p in shown]
-        saved = [p.clone() for p, _ in pairs]
-        for p, w in pairs:
-            p.copy_(w)
+        params = [(group, p) for group, p in quantised_params(opt)]
+        shown = [weight_of(group, p).to(p.dtype) for group, p in params]
+        saved = [local(p.detach()).clone() for _, p in params]
+        held = record.views == 0  # whether the parameters hold the weights of the training
+        record.views += 1
+        for (_, p), w in zip(params, shown, strict=True):
+            local(p.detach()).copy_(w)
+        marks = [mark(p) for _, p in params]
     try:
-        reshard(p for _, p in shown)
+        reshard(p for _, p in params)
         yield
     finally:
         with torch.no_grad():
-            for (p, _), w in zip(pairs, saved, strict=True):
-                p.copy_(w)
-        reshard(p for _, p in shown)
+            record.views -= 1
+            for (group, p), w, before, marked in zip(params, shown, saved, marks, strict=True):
+                now = local(p.detach())
+                if mark(p) != marked and not torch.equal(now, w):
+                    _warn_of_write(opt, group, p)
+                now.copy_(before)
+                if held:
+                    record.note(p)
+        reshard(p for _, p in params)
+
+
+def _warn_of_write(opt: LevelOptimizer, group: dict[str, Any], p: nn.Parameter) -> None:
+    name = opt.name_of(group, next(i for i, own in enumerate(group["params"]) if own is p))
+    warnings.warn(
+        f"{name} was written to inside quantized() or latent(); the weights from before are restored now, and what was "
+        "written is lost. Write outside of the context",
+        stacklevel=4,
+    )
 
 
 def quantization(opt: LevelOptimizer, group: dict[str, Any], p: nn.Parameter) -> Quantization:
@@ -98,10 +119,11 @@ def metrics(opt: LevelOptimizer, group: dict[str, Any]) -> dict[str, Any]:
         own = opt.state[p]
         hi = local(max_level(opt, group, p))
         w = local(own.get("master", p.detach())).to(hi.dtype)
-        _, _, t = grid.cell(w, grid.spread_over(hi, w, group["group_size"]), levels)
+        hi = grid.spread_over(hi, w, group["group_size"])
+        _, _, t = grid.cell(w, hi, levels)
         feasible += float((t.abs() >= smallest).sum())
         distance += float((1 - t.abs()).abs().clamp(max=1).sum())
-        scale += float(hi.mean()) / grid.level_factor(levels) * w.numel()
+        scale += float(hi.expand_as(w).sum()) / grid.level_factor(levels)
         signs = pack_signs(local(operand(opt, p)).reshape(-1))
         if state.SIGNS in own:
             flips += _count_bits(signs ^ own[state.SIGNS])

@@ -4,12 +4,13 @@ Constraint of each weight: h(t) = e - u^2 >= 0, u = (1-|t|)(1+|t|); feasible iff
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from quantopt.reference.levels import cell, sign
-from quantopt.reference.rule import Weights, gradient, rule
+from quantopt.reference.levels import cell, project, sign
+from quantopt.reference.rule import Weights, ends, gradient, rule
 
 
 def t_star(epsilon: float) -> float:
@@ -120,3 +121,11 @@ def _memory(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
     h = x.hyper
     latent = latent_step(x.w, d, x.hi, lr=h.lr, weight_decay=h.weight_decay, bound=h.bound)
     return latent, feasible_projection(latent, x.p, x.hi, x.levels, epsilon=h.epsilon, rate=h.rate, cap=h.cap)
+
+
+@ends("askew_memory")
+def _memory_ends(latent: Tensor, hi: Tensor, levels: int, h: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    if math.isinf(h.rate):
+        p = feasible_projection(latent, latent, hi, levels, epsilon=h.epsilon, rate=h.rate, cap=h.cap)
+        return p, p
+    return cell(latent, hi, levels)[1], project(latent, hi, levels)  # it depends on the weight before

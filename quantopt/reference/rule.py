@@ -26,8 +26,14 @@ class Weights:
 Step = Callable[[Weights, Tensor], tuple[Tensor | None, Tensor]]
 Gradient = Callable[[Weights, Tensor], Tensor]
 
+# Of a latent, with its outer level, K and the numbers: the ends between which its weight lies. They are equal where the
+# weight depends on nothing else.
+Ends = Callable[[Tensor, Tensor, int, SimpleNamespace], tuple[Tensor, Tensor]]
+
 STEPS: dict[str, Step] = {}
 GRADIENTS: dict[str, Gradient] = {}  # what a rule does to the gradient before the base; most do nothing
+
+ENDS: dict[str, Ends] = {}
 
 
 def rule(name: str) -> Callable[[Step], Step]:
@@ -45,6 +51,16 @@ def gradient(name: str) -> Callable[[Gradient], Gradient]:
 
     def register(function: Gradient) -> Gradient:
         GRADIENTS[name] = function
+        return function
+
+    return register
+
+
+def ends(name: str) -> Callable[[Ends], Ends]:
+    """Registers the function as what is known of the weight of a latent."""
+
+    def register(function: Ends) -> Ends:
+        ENDS[name] = function
         return function
 
     return register

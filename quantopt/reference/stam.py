@@ -5,12 +5,13 @@ an infinite one is a branch. Source: docs/algorithms.md, section 3.
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from quantopt.reference.levels import project
-from quantopt.reference.rule import Weights, rule
+from quantopt.reference.rule import Weights, ends, rule
 
 
 def relax(x: Tensor, q: Tensor, kappa: float) -> Tensor:
@@ -76,3 +77,15 @@ def _alternating(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
         x.w, d, x.hi, x.levels, lr=h.lr, weight_decay=h.weight_decay, lam=h.lam, limit=x.latent_limit
     )
     return latent, alternating_weight(latent, x.rescale(latent), x.levels, kappa=h.kappa)
+
+
+@ends("splitting")
+def _splitting_ends(x: Tensor, hi: Tensor, levels: int, h: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    y = box(x, hi, lr=h.lr, weight_decay=h.weight_decay)
+    return y, y
+
+
+@ends("alternating")
+def _alternating_ends(u: Tensor, hi: Tensor, levels: int, h: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    p = alternating_weight(u, hi, levels, kappa=h.kappa)
+    return p, p

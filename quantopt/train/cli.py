@@ -60,13 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out",
         metavar="DIR",
-        help="directory to write to; an earlier run in it is replaced (runs/RECIPE or runs/OPTIMIZER)",
+        help="directory to write to; an earlier run in it is replaced when the first epoch is done (runs/RECIPE or "
+        "runs/OPTIMIZER)",
     )
     command.add_argument(
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"
     )
     add_option(command, _MINUTES)
     command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.add_argument("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)  # of a sweep
     command.set_defaults(run=commands.train)
 
     command = subparsers.add_parser(
@@ -139,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 def guarded(program: str, run: Callable[[], int]) -> int:
     """The exit status of `run()`; errors that the user can correct become a line on stderr and a status."""
     try:
-        return run()
+        status = run()
+        print(end="", flush=True)  # a full disk is noticed here, not at the interpreter's end
+        return status
     except OutOfTime as stop:
         print(f"{program}: {stop}; `--resume` continues", file=sys.stderr)
         return OUT_OF_TIME
@@ -147,10 +151,11 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
+        _drop_output()
         return 2
     except torch.OutOfMemoryError as error:
         print(f"{program}: error: --batch-size: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -158,6 +163,14 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; `--resume` continues a training run", file=sys.stderr)
         return 130
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written, drops what is left of it: the interpreter would try again at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ from quantopt.train.directory import (
     MODEL,
     REPORT,
     check_out,
+    held,
     read_checkpoint,
     read_report,
     write_run,
 )
-from quantopt.train.errors import InputError
+from quantopt.train.errors import InputError, writing
 from quantopt.train.optimizers import FLOAT
 
 
@@ -42,17 +46,36 @@ def train(arguments: argparse.Namespace) -> int:
     recipe = recipes.load(arguments.recipe or arguments.optimizer or Config.optimizer)
     out = Path(arguments.out or Path("runs") / Path(arguments.recipe or recipe["optimizer"]).stem)
     check_out(out)
+    if arguments.until_stdin_ends:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    with held(out):
+        return _train(arguments, recipe, out)
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path) -> int:
     device = resolve_device(arguments.device)
     dataset = data.load(arguments.data, progress=not arguments.quiet)
     config = _config(arguments, recipe, device, dataset)
-    result = loop.train(
-        config,
-        dataset,
-        out=out,
-        resume=arguments.resume,
-        progress=not arguments.quiet,
-        minutes=arguments.minutes,
-    )
+    try:
+        result = loop.train(
+            config,
+            dataset,
+            out=out,
+            resume=arguments.resume,
+            progress=not arguments.quiet,
+            minutes=arguments.minutes,
+        )
+    except InputError as error:
+        name = error.argument.removeprefix("--").replace("-", "_")
+        if arguments.recipe is None or name not in recipe.keys() - given(arguments).keys():
+            raise
+        raise InputError("--recipe", f"{arguments.recipe}: {error}") from None  # a setting of the recipe
     write_run(out, result)
     print(report.table({config.optimizer: result.report}))
     speed, share = result.report["images_per_second"], result.report["optimizer_share"]
@@ -62,8 +85,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    check_out(Path(arguments.out))
-    return runs.sweep(arguments, resolve_device(arguments.device))
+    out = Path(arguments.out)
+    check_out(out)
+    device = resolve_device(arguments.device)
+    with held(out):
+        return runs.sweep(arguments, device)
 
 
 def _why_unpacked(optimizer: str) -> str:
@@ -79,7 +105,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     source = Path(arguments.model)
     file = source / MODEL if source.is_dir() else source
     described = file.parent / REPORT
-    known = read_report(described) if described.is_file() and arguments.arch is None else None
+    known = None
+    if described.is_file() and arguments.arch is None:
+        known = read_report(described, "--model")["config"]
     if known is not None and known["optimizer"] in FLOAT and not file.exists():
         raise InputError("--model", f"{source} holds no packed network: {_why_unpacked(known['optimizer'])}")
     if not file.is_file():
@@ -92,11 +120,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     dataset = data.load(arguments.data if known is None or arguments.data is not None else known["data"])
     name = known["model"] if known is not None else arguments.arch or "any of " + ", ".join(models.MODELS)
     shape, classes = dataset.shape, len(dataset.classes)
-    if known is not None and (shape, classes) != (known["images"], known["classes"]):
+    if known is not None and (list(shape), classes) != (known["images"], known["classes"]):
         raise InputError(
             "--data",
-            f"{dataset.name} has images {shape} in {classes} classes; the network was trained on {known['images']} in "
-            f"{known['classes']}",
+            f"{dataset.name} has images {shape} in {classes} classes; the network was trained on "
+            f"{tuple(known['images'])} in {known['classes']}",
         )
     settings = {"activations": 0, "skip": ["first", "last"], **(known or {}), **given(arguments)}
     packed = None
@@ -134,21 +162,26 @@ def pack(arguments: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise InputError("--out", f"the directory {out.parent} does not exist")
     check_out(out.parent)
+    config = Config(**{name: value for name, value in state["config"].items() if name in OPTIONS})
+    config = dataclasses.replace(config, device=device, data=arguments.data or config.data)
     try:
-        config = Config(**{name: value for name, value in state["config"].items() if name in OPTIONS})
-        config = dataclasses.replace(config, device=device, data=arguments.data or config.data)
         config.check()
-    except (TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError("--run", f"{checkpoint} has a configuration that cannot be used: {error}") from None
     if config.optimizer in FLOAT:
         raise InputError("--run", f"{source} cannot be packed: {_why_unpacked(config.optimizer)}")
-    trainer = loop.Trainer(config, data.load(config.data))
-    trainer.load_weights(state, "--run")
+    dataset = data.load(config.data)
+    try:
+        trainer = loop.Trainer(config, dataset)
+    except InputError as error:
+        raise InputError("--run", f"{checkpoint} is of another run: {error}") from None
+    trainer.load_weights(state, "--run", checkpoint)
     result = trainer.finish()
     packed = result.packed
     if packed is None:
         raise InputError("--run", f"{source} has no quantised weights")
-    quantopt.save(packed, out)
+    with writing(out):
+        quantopt.save(packed, out)
     print(report.table({config.optimizer: result.report}))
     print(f"\nepoch {trainer.epoch} of {config.epochs}; written: {out}")
     return 0

@@ -13,7 +13,7 @@ import torch
 
 from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, models
-from quantopt.train.errors import InputError
+from quantopt.train.errors import InputError, shown
 from quantopt.train.optimizers import FLOAT, OPTIMIZERS
 
 
@@ -21,8 +21,10 @@ from quantopt.train.optimizers import FLOAT, OPTIMIZERS
 class Option:
     """A row of the table.
 
+    types, elements: of the value, and of the elements of a list or the values of a dictionary (an int is also a float).
     choices: the accepted values. least: the smallest accepted integer; remark: why. positive: only finite numbers above
-    0 are accepted. Values that none of these bound are checked where they are used.
+    0 are accepted. most: only finite numbers from 0 to `most` are. Values that none of these bound are checked where
+    they are used.
     recipe: "run" if a recipe may set the option, "hyperparameter" if the recipe of every optimizer does.
     commands: those that have an argument for it. offered, argument_default: choices and default of that argument where
     they differ from `choices` and `default`. otherwise: what its help says of the default, if that is not `default`.
@@ -34,6 +36,7 @@ class Option:
     least: int | None = None
     remark: str = ""
     positive: bool = False
+    most: float | None = None
     recipe: Literal["", "run", "hyperparameter"] = ""
     commands: tuple[str, ...] = ()
     offered: tuple[Any, ...] | None = None
@@ -41,6 +44,7 @@ class Option:
     otherwise: str = ""
     name: str = ""
     types: tuple[type, ...] = ()
+    elements: tuple[type, ...] = ()
     default: Any = None
 
     @property
@@ -49,14 +53,35 @@ class Option:
         return f"--{self.name.replace('_', '-')}"
 
     def expected(self, value: Any) -> str | None:
-        """What is required of a number that is out of range, None for one in range."""
+        """What the option must be, where `value` is not accepted; None where it is."""
+        if self.types and not any(_is_a(value, kind) for kind in self.types):
+            return f"of type {' or '.join(kind.__name__ for kind in self.types)}"
+        if isinstance(value, list | dict):
+            values = value.values() if isinstance(value, dict) else value
+            if not all(any(_is_a(element, kind) for kind in self.elements) for element in values):
+                kinds = " or ".join(getattr(kind, "__name__", "") for kind in self.elements)
+                return f"a {type(value).__name__} of values of type {kinds}"
+        if self.choices is not None and value not in self.choices:
+            return f"one of {_listed(self.choices)}"
+        if isinstance(value, int) and abs(value) >= 2**63:
+            return "below 2^63"
         if self.least is not None and value < self.least:
             return f"at least {self.least}{self.remark}"
-        if self.least is not None and value >= 2**63:
-            return "below 2^63"
         if self.positive and not (math.isfinite(value) and value > 0):
             return "a positive finite number"
+        if self.most is not None and not (math.isfinite(value) and 0 <= value <= self.most):
+            return "a finite number of at least 0" + (
+                "" if math.isinf(self.most) else f", at most {self.most:g}"
+            )
         return None
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(_is_a(element, get_args(kind)[0]) for element in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _option(default: Any, help: str, **row: Any) -> Any:
@@ -167,16 +192,23 @@ class Config:
         recipe="hyperparameter",
         commands=_TRAIN,
     )
-    weight_decay: float | None = _option(None, "of the quantised weights", recipe="hyperparameter")
-    momentum: float | None = _option(None, "of all weights; Adam has betas", recipe="hyperparameter")
+    weight_decay: float | None = _option(
+        None, "of the quantised weights", most=math.inf, recipe="hyperparameter"
+    )
+    momentum: float | None = _option(None, "of all weights; Adam has betas", most=1, recipe="hyperparameter")
     warmup: float | None = _option(
         None,
         "fraction of the steps in which the learning rate rises linearly, before it falls by a cosine to 0",
+        most=1,
         recipe="hyperparameter",
     )
-    float_lr: float | None = _option(None, "learning rate of the other parameters", recipe="hyperparameter")
-    float_weight_decay: float | None = _option(None, "of the other parameters", recipe="hyperparameter")
-    options: dict[str, Any] | None = _option(  # noqa: RUF009
+    float_lr: float | None = _option(
+        None, "learning rate of the other parameters", positive=True, recipe="hyperparameter"
+    )
+    float_weight_decay: float | None = _option(
+        None, "of the other parameters", most=math.inf, recipe="hyperparameter"
+    )
+    options: dict[str, bool | float | str | list[float]] | None = _option(  # noqa: RUF009
         None, "further arguments of the optimizer's class", recipe="hyperparameter"
     )
     anneal: dict[str, float] | None = _option(  # noqa: RUF009
@@ -233,10 +265,8 @@ class Config:
             value = getattr(self, name)
             if value is None and option.default is None:
                 continue
-            if option.choices is not None:
-                self._require(name, value in option.choices, f"choose from {_listed(option.choices)}")
             expected = option.expected(value)
-            self._require(name, expected is None, expected)
+            self._require(name, expected is None, f"must be {expected}")
         self._require("cuda_graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
         if self.optimizer in FLOAT:
             bits = FLOAT[self.optimizer]
@@ -250,7 +280,7 @@ class Config:
 
     def _require(self, name: str, holds: bool, expected: str | None) -> None:
         if not holds:
-            raise InputError(OPTIONS[name].flag, f"{getattr(self, name)!r} is not accepted: {expected}")
+            raise InputError(OPTIONS[name].flag, f"{shown(getattr(self, name))} is not accepted: {expected}")
 
 
 def _listed(values: tuple[Any, ...]) -> str:
@@ -264,7 +294,13 @@ def _table() -> dict[str, Option]:
         hint = hints[f.name]
         parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = tuple(get_origin(part) or part for part in parts if part is not types.NoneType)
-        rows[f.name] = replace(f.metadata["option"], name=f.name, types=kinds)
+        elements = [get_args(part)[-1] for part in parts if get_args(part)]
+        rows[f.name] = replace(
+            f.metadata["option"],
+            name=f.name,
+            types=kinds,
+            elements=get_args(elements[0]) or (elements[0],) if elements else (),
+        )
     return rows
 
 

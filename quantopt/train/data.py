@@ -2,41 +2,45 @@
 
 | format | recognised by |
 |---|---|
-| MNIST, Fashion-MNIST (IDX files, plain or .gz) | the IDX header |
+| MNIST, Fashion-MNIST (IDX files) | the IDX header |
 | CIFAR-10, CIFAR-100 for Python (pickles of Python 2 or 3) | the pickle header and its keys; see `unpickle.py` |
 | CIFAR-10, CIFAR-100 binary batches | records of 3073 or 3074 bytes with valid labels |
-| image folders `train/CLASS/*` and `test/CLASS/*` | the folders; files in any format that Pillow reads |
+| image folders `train/CLASS/` and `test/CLASS/` | the folders; all that Pillow reads but EPS, at any depth below |
 
-Each may lie in a directory or in a .tar (plain, gz, bz2, xz) or .zip archive, below any other folders.
+Each may lie in a directory or in a .tar (plain, gz, bz2, xz) or .zip archive, below any other folders, and each file
+may be compressed by itself (gz, bz2, xz). A source holds one data set, whole: pieces of two, missing batches, damaged
+files, labels out of range, the same images in two files, and links in archives are errors. In a directory links are
+followed. What is left out is said: hidden folders and files, files of no known format, images outside the folders of
+classes.
+
+Images are taken as torchvision's ImageFolder takes them: the first frame, without alpha channel, with rows as stored
+(an EXIF rotation is not applied, which is said). Not seen: images that belong to another class or data set of the same
+shape, and changed bytes where a format has no checksum (tar, binary batches, IDX).
+
 Decoded data is cached in `$XDG_CACHE_HOME/quantopt` (else `~/.cache/quantopt`).
 """
 
 import hashlib
-import io
+import importlib.metadata
 import json
 import os
-import pickle
 import sys
-import warnings
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from quantopt.files import atomic_write
-from quantopt.train import sources, unpickle
+from quantopt.train import formats, sources
 from quantopt.train.errors import InputError
+from quantopt.train.formats.folders import describe
+from quantopt.train.formats.parts import Parts
+from quantopt.train.left_out import TEST, TRAINING, LeftOut
 
-Array = NDArray[Any]
-
-_CACHE_VERSION = "1"
-_MAX_PIXELS = 1 << 33  # bytes of decoded images held in memory
+_CACHE_VERSION = "2"  # of the readers: another number wherever they read another data set from a source
 _DIGITS_TEST = 5  # every fifth image of a class is a test image
 
 
@@ -50,6 +54,8 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    left_out: str = ""
+    """What the source holds and the data set does not, and classes without images, in words."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,7 +81,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the contents, wherever they were read from."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogatepass"))
         for tensor in self._tensors().values():
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
@@ -125,18 +131,20 @@ class Dataset:
 def load(source: str | Path, *, progress: bool = True) -> Dataset:
     """The data set `source`: "digits", or the path of a directory, an archive or a file.
 
-    Raises InputError, which names --data and the file, for anything that cannot be read. `progress` shows a
-    bar on stderr while images are decoded.
+    Raises InputError, which names --data, the source and the file in it, for anything that cannot be read or does not
+    fit the rest. What is left out is said in a line on stderr, also when the data comes from the cache. `progress`
+    shows a bar there while images are decoded, and the number of images if nothing is left out, too.
     """
     if str(source) == "digits":
         return digits()
     path = Path(source)
+    left_out = LeftOut()
     try:
-        key = hashlib.sha256(f"{_CACHE_VERSION}\n{sources.fingerprint(path)}".encode()).hexdigest()[:32]
-        cached = _cache_directory() / f"{key}.safetensors"
-        dataset = _read_cache(cached, path.name)
+        cached = _cache_directory() / f"{_key(path)}.safetensors"
+        name = path.name or path.resolve().name
+        dataset = _read_cache(cached, name)
         if dataset is None:
-            dataset = _decode(path, progress)
+            dataset = _dataset(name, formats.read(path, left_out, progress), left_out)
             _write_cache(cached, dataset)
     except FileNotFoundError as error:
         if Path(error.filename or "") == path:
@@ -144,8 +152,15 @@ def load(source: str | Path, *, progress: bool = True) -> Dataset:
                 "--data", f'{path} does not exist (give "digits", a directory or an archive)'
             ) from None
         raise InputError("--data", f"{path} cannot be read: {error}") from None
-    except sources.READ_ERRORS as error:
+    except OSError as error:
         raise InputError("--data", f"{path} cannot be read: {error}") from None
+    except sources.DataError as error:
+        said = f" ({left_out})" if str(left_out) else ""
+        raise InputError("--data", _printable(f"{path}: {error}{said}")) from None
+    if progress or dataset.left_out:
+        read = len(dataset.train_labels) + len(dataset.test_labels)
+        said = f"; {dataset.left_out}" if dataset.left_out else ""
+        print(f"{dataset.name}: {read:,} images read{said}", file=sys.stderr)
     return dataset
 
 
@@ -166,261 +181,37 @@ def digits() -> Dataset:
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[by_class[::_DIGITS_TEST]] = True
     classes = tuple(str(digit) for digit in range(10))
-    return _dataset(
-        "digits", classes, (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
-    )
+    train, test = ((images[mask], labels[mask]) for mask in (~is_test, is_test))
+    return _dataset("digits", Parts(classes, train, test), LeftOut())
 
 
-# ------------------------------------------------------------------------------------------------ decoding
-
-
-@dataclass
-class _Found:
-    """What was recognised in the members of a source."""
-
-    # split, class, name, pixels [C, H, W]
-    images: list[tuple[str, str, str, Array]] = field(default_factory=list)
-    # name, pixels [N, H, W] or labels [N]
-    idx: list[tuple[str, Array]] = field(default_factory=list)
-    # is a test batch, pixels [N, 3, 32, 32], labels [N]
-    pickles: list[tuple[bool, Array, Array]] = field(default_factory=list)
-    binaries: list[tuple[bool, Array, Array]] = field(default_factory=list)
-    classes: tuple[str, ...] = ()
-    pixels: int = 0
-
-    def count(self, pixels: int) -> None:
-        self.pixels += pixels
-        if self.pixels > _MAX_PIXELS:
-            raise InputError("--data", f"the images need more than {_MAX_PIXELS >> 30} GiB of memory")
-
-
-def _decode(path: Path, progress: bool) -> Dataset:
-    found = _Found()
-    with tqdm(
-        desc=f"decoding {path.name}", unit=" files", disable=not progress, leave=False, delay=0.5
-    ) as bar:
-        for member in sources.members(path):
-            _recognise(member, found)
-            bar.update()
-    kinds = {
-        "image folders": found.images,
-        "CIFAR pickles": found.pickles,
-        "CIFAR binary batches": found.binaries,
-        "IDX files": found.idx,
-    }
-    present = [kind for kind, items in kinds.items() if items]
-    if not present:
-        raise InputError(
-            "--data",
-            f"no data found in {path}: expected IDX (MNIST) files, CIFAR pickles or binary batches, or "
-            "images in train/CLASS/ and test/CLASS/",
-        )
-    if len(present) > 1:
-        raise InputError("--data", f"{path} holds more than one data set: {' and '.join(present)}")
-    if found.images:
-        return _from_folders(path.name, found)
-    if found.idx:
-        return _from_idx(path.name, found)
-    return _from_batches(path.name, found.pickles or found.binaries, found.classes)
-
-
-def _recognise(member: sources.Member, found: _Found) -> None:
-    parts = [part for part in member.name.split("/") if part not in ("", ".")]
-    if (
-        not parts
-        or parts[-1].startswith(".")
-        or "__MACOSX" in parts
-        or parts[-1] in ("Thumbs.db", "desktop.ini")
-    ):
-        return
-    name = "/".join(parts)
-    if len(parts) >= 3 and parts[-3] in ("train", "test"):
-        pixels = _read_image(name, member.read())
-        if found.images:
-            _, _, other, expected = found.images[0]
-            if pixels.shape != expected.shape:
-                raise InputError(
-                    "--data",
-                    f"images differ in size or colour: {other} is {_describe(expected)}, {name} is {_describe(pixels)}",
-                )
-        found.count(pixels.size)
-        found.images.append((parts[-3], parts[-2], name, pixels))
-        return
-    data = member.read()
-    if data[:2] == b"\x1f\x8b":
-        data = sources.gunzip(name, data)
-    if data[:2] == b"\0\0" and len(data) > 4 and data[3] in (1, 3) and data[2] >= 8:
-        array = _read_idx(name, data)
-        found.count(array.size)
-        found.idx.append((name, array))
-    elif data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        _read_pickle(name, data, found)
-    elif data and (len(data) % 3073 == 0 or len(data) % 3074 == 0):
-        _read_binary(name, data, found)
-
-
-def _describe(pixels: Array) -> str:
-    channels, height, width = pixels.shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
-
-
-def _read_image(name: str, data: bytes) -> Array:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError("--data", f"image folders need Pillow ({error}): pip install pillow") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                    raise InputError(
-                        "--data", f"{name} has more than 8 bits per pixel, which is not supported"
-                    )
-                mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-                pixels = np.array(image.convert(mode))
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises nearly anything on a broken file
-        raise InputError("--data", f"{name} is not an image that can be read: {error}") from None
-    return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _from_folders(name: str, found: _Found) -> Dataset:
-    found.images.sort(key=lambda item: item[:3])
-    classes = tuple(sorted({item[1] for item in found.images if item[0] == "train"}))
-    extra = {item[1] for item in found.images} - set(classes)
-    if classes and extra:
-        raise InputError("--data", f"the class {sorted(extra)[0]!r} has test images but no training images")
-    splits = []
-    for split in ("train", "test"):
-        chosen = [item for item in found.images if item[0] == split]
-        if not chosen:
-            raise InputError("--data", f"{name} has no images in {split}/CLASS/")
-        labels = np.array([classes.index(item[1]) for item in chosen], dtype=np.int64)
-        splits.append((np.stack([item[3] for item in chosen]), labels))
-    return _dataset(name, classes, splits[0], splits[1])
-
-
-def _read_idx(name: str, data: bytes) -> Array:
-    dimensions = data[3]
-    if data[2] != 8:
-        raise InputError(
-            "--data", f"{name} is an IDX file of type 0x{data[2]:02x}; only bytes (0x08) are supported"
-        )
-    header = 4 + 4 * dimensions
-    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
-    expected = header + int(np.prod(shape, dtype=object))
-    if len(data) != expected:
-        raise InputError("--data", f"{name} is damaged: {len(data)} bytes where its header says {expected}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def _from_idx(name: str, found: _Found) -> Dataset:
-    def is_test(file: str) -> bool:
-        base = file.rsplit("/", 1)[-1].lower()
-        return "t10k" in base or "test" in base
-
-    splits = []
-    for test in (False, True):
-        chosen = [(file, array) for file, array in found.idx if is_test(file) == test]
-        images = [item for item in chosen if item[1].ndim == 3]
-        labels = [item for item in chosen if item[1].ndim == 1]
-        if len(images) != 1 or len(labels) != 1:
-            raise InputError(
-                "--data",
-                f"{name} needs one IDX file of images and one of labels for {'testing' if test else 'training'} "
-                f"(with t10k or test in the name{'' if test else ' of the others'}); it has {len(images)} and "
-                f"{len(labels)}",
-            )
-        if len(images[0][1]) != len(labels[0][1]):
-            raise InputError(
-                "--data",
-                f"{images[0][0]} has {len(images[0][1])} images, {labels[0][0]} has {len(labels[0][1])} labels",
-            )
-        splits.append((images[0][1][:, None], labels[0][1].astype(np.int64)))
-    return _dataset(name, None, splits[0], splits[1])
-
-
-def _read_pickle(name: str, data: bytes, found: _Found) -> None:
-    try:
-        contents = unpickle.loads(data)
-    except pickle.UnpicklingError as error:
-        raise InputError("--data", f"the pickle {name} cannot be read: {error}") from None
-    names = contents.get("fine_label_names", contents.get("label_names"))
-    if isinstance(names, list | tuple):
-        found.classes = tuple(_text(item) for item in names)
-        return
-    pixels = contents.get("data")
-    labels = contents.get("fine_labels", contents.get("labels"))
-    if not isinstance(pixels, np.ndarray) or not isinstance(labels, list | tuple):
-        raise InputError("--data", f"the pickle {name} has no `data` array with `labels` or `fine_labels`")
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072 or len(labels) != len(pixels):
-        raise InputError(
-            "--data",
-            f"the pickle {name} is not CIFAR: data is {pixels.dtype} {list(pixels.shape)} with {len(labels)} labels",
-        )
-    if any(type(label) is not int for label in labels):
-        raise InputError("--data", f"the pickle {name} has labels that are not integers")
-    found.count(pixels.size)
-    is_test = "test" in _text(contents.get("batch_label", name)).lower()
-    found.pickles.append((is_test, pixels.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)))
-
-
-def _text(value: Any) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
-
-
-def _read_binary(name: str, data: bytes, found: _Found) -> None:
-    raw = np.frombuffer(data, np.uint8)
-    if len(raw) % 3073 == 0:
-        records = raw.reshape(-1, 3073)
-        if records[:, 0].max() < 10:
-            _add_binary(name, records[:, 1:], records[:, 0], found)
-            return
-    if len(raw) % 3074 == 0:
-        records = raw.reshape(-1, 3074)
-        if records[:, 0].max() < 20 and records[:, 1].max() < 100:
-            _add_binary(name, records[:, 2:], records[:, 1], found)
-
-
-def _add_binary(name: str, pixels: Array, labels: Array, found: _Found) -> None:
-    found.count(pixels.size)
-    is_test = "test" in name.rsplit("/", 1)[-1].lower()
-    found.binaries.append((is_test, pixels.reshape(-1, 3, 32, 32), labels.astype(np.int64)))
-
-
-def _from_batches(name: str, batches: list[tuple[bool, Array, Array]], classes: tuple[str, ...]) -> Dataset:
-    splits = []
-    for test in (False, True):
-        chosen = [batch for batch in batches if batch[0] == test]
-        if not chosen:
-            raise InputError("--data", f"{name} has no {'test' if test else 'training'} batch")
-        splits.append((np.concatenate([b[1] for b in chosen]), np.concatenate([b[2] for b in chosen])))
-    return _dataset(name, classes or None, splits[0], splits[1])
-
-
-def _dataset(
-    name: str, classes: tuple[str, ...] | None, train: tuple[Array, Array], test: tuple[Array, Array]
-) -> Dataset:
-    for split, (images, labels) in (("training", train), ("test", test)):
+def _dataset(name: str, parts: Parts, left_out: LeftOut) -> Dataset:
+    classes, train, test = parts
+    for split, (images, _) in (("training", train), ("test", test)):
         if len(images) == 0:
-            raise InputError("--data", f"{name} has no {split} images")
-        if classes is not None and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise InputError("--data", f"{name} has {split} labels outside 0..{len(classes) - 1}")
+            raise sources.DataError(f"has no {split} images")
     if train[0].shape[1:] != test[0].shape[1:]:
-        shapes = f"{_describe(train[0][0])} and {_describe(test[0][0])}"
-        raise InputError("--data", f"training and test images of {name} differ: {shapes}")
+        shapes = f"{describe(train[0][0])} and {describe(test[0][0])}"
+        raise sources.DataError(f"training and test images differ: {shapes}")
     if classes is None:
         highest = max(int(train[1].max()), int(test[1].max()))
         classes = tuple(str(label) for label in range(highest + 1))
     if len(classes) < 2:
-        raise InputError("--data", f"{name} has a single class; at least 2 are needed")
+        raise sources.DataError("has a single class; at least 2 are needed")
+    for kind, labels in ((TRAINING, train[1]), (TEST, test[1])):
+        for label in (np.bincount(labels, minlength=len(classes)) == 0).nonzero()[0]:
+            left_out.add(kind, classes[label])
     # np.array: frombuffer's arrays are read-only, torch's tensors are not
     train_images, train_labels, test_images, test_labels = (
-        torch.from_numpy(np.array(a)) for a in (*train, *test)
+        torch.from_numpy(np.array(array)) for array in (*train, *test)
     )
-    return Dataset(name, classes, train_images, train_labels, test_images, test_labels)
+    said = _printable(str(left_out))
+    return Dataset(name, classes, train_images, train_labels, test_images, test_labels, said)
+
+
+def _printable(text: str) -> str:
+    """`text`, which may hold names of files, in one line: a terminal must not obey it, and JSON must hold it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 # ------------------------------------------------------------------------------------------------ cache
@@ -431,8 +222,14 @@ def _cache_directory() -> Path:
     return Path(home) / "quantopt"
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    value = 0
+def _key(path: Path) -> str:
+    """What a cached data set is found by; it changes with the source, the reader and the decoder of images."""
+    state = f"{_CACHE_VERSION}\n{importlib.metadata.version('pillow')}\n{sources.fingerprint(path)}"
+    return hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    value = zlib.crc32(text.encode())
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].contiguous().numpy().data, value)
     return f"{value:08x}"
@@ -448,9 +245,10 @@ def _read_cache(path: Path, name: str) -> Dataset | None:
         with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        if metadata["checksum"] != _checksum(tensors):
+        if metadata["checksum"] != _checksum(metadata["text"], tensors):
             return None
-        return Dataset(name=name, classes=tuple(json.loads(metadata["classes"])), **tensors)
+        text = json.loads(metadata["text"])
+        return Dataset(name=name, classes=tuple(text["classes"]), left_out=text["left_out"], **tensors)
     except Exception:  # a file with any fault is rebuilt
         return None
 
@@ -459,7 +257,8 @@ def _write_cache(path: Path, dataset: Dataset) -> None:
     from safetensors.torch import save
 
     tensors = dataset._tensors()
-    metadata = {"classes": json.dumps(dataset.classes), "checksum": _checksum(tensors)}
+    text = json.dumps({"classes": dataset.classes, "left_out": dataset.left_out})
+    metadata = {"text": text, "checksum": _checksum(text, tensors)}
 
     def write(file: Path) -> None:
         file.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata))

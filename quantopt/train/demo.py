@@ -16,7 +16,7 @@ from quantopt.train import augment, data, report
 from quantopt.train.arguments import add_options, given
 from quantopt.train.cli import guarded
 from quantopt.train.config import Config, default_batch_size, resolve_device
-from quantopt.train.directory import check_out, write_run
+from quantopt.train.directory import check_out, held, write_run
 from quantopt.train.environment import versions
 from quantopt.train.loop import Trainer, train
 from quantopt.train.measure import weight_bytes
@@ -31,9 +31,14 @@ _SMALL = 1 << 20
 def run(arguments: argparse.Namespace) -> int:
     """Trains with each of `OPTIMIZERS` in turn; writes report.json, curves.png and weights.png in --out, and a folder
     for each run."""
-    started = time.perf_counter()
     out = Path(arguments.out)
     check_out(out)
+    with held(out):
+        return _run(arguments, out)
+
+
+def _run(arguments: argparse.Namespace, out: Path) -> int:
+    started = time.perf_counter()
     device = resolve_device(arguments.device)
     dataset = data.load(arguments.data)
     if dataset.train_images.numel() < _SMALL:
@@ -58,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
                 )
                 bar.update()
 
-            result = train(config, dataset, out=out / name, progress=False, on_epoch=advance)
-        write_run(out / name, result)
+            with held(out / name):
+                result = train(config, dataset, out=out / name, progress=False, on_epoch=advance)
+                write_run(out / name, result)
         reports[name] = result.report
         if result.packed is not None:
             before, after = weight_bytes(result.model, result.packed)

@@ -1,18 +1,32 @@
-"""The result of a run and its directory: the names of the files, and how they are read and written."""
+"""The result of a run and its directory: the names of the files, how they are read and written, and by whom.
 
+A report, packed model or figure in the directory always belongs to the checkpoint there: each new checkpoint removes
+them, and a run writes them at its end, the report last. So a run with a report is finished, and one that was killed
+continues from its checkpoint. A run that starts anew leaves an earlier one as it is until its own first checkpoint is
+complete; if it is killed before, the earlier run is still there, and `--resume` continues that one (or says in what it
+differs). If it is killed in the instant between, the earlier run's checkpoint is there, from which `--resume` makes the
+results again.
+"""
+
+import contextlib
+import fcntl
 import json
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import quantopt
-from quantopt.train import report
-from quantopt.train.errors import InputError
+from quantopt.files import atomic_write
+from quantopt.train import checkpoint, report
+from quantopt.train.config import OPTIONS
+from quantopt.train.errors import InputError, shown, writing
 
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
@@ -42,12 +56,71 @@ def check_out(out: Path) -> None:
         raise InputError("--out", f"{out} is not writable: {existing}: {error.strerror or error}") from None
 
 
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Holds the directory `out`, which is made if need be, for one run: InputError if another process holds it.
+
+    The hold is a lock of the kernel on the directory (flock), which ends with the process however that ends, and leaves
+    no file. Where the file system has no such locks (some network ones) the run goes on without, and says so. A
+    directory that was made and stayed empty is removed again.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(handle)
+            who = "another process" if holder is None else f"process {holder}"
+            raise InputError(
+                "--out", f"{out} is in use by {who}: wait for it, or give another directory"
+            ) from None
+        except OSError as error:
+            print(f"warning: {out} is not locked against other runs: {error.strerror}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):  # not empty
+                    path.rmdir()
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> int | None:
+    """The process that holds the lock on an open file, if the kernel tells (Linux)."""
+    found = os.fstat(handle)
+    inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    try:
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return None
+    return next((int(lock[4]) for lock in locks if lock[1:2] == ["FLOCK"] and lock[5] == inode), None) or None
+
+
+def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
+    """Replaces the checkpoint in `out`, and removes the results that were measured at the one before."""
+    path = out / CHECKPOINT
+
+    def write(file: Path) -> None:
+        file.write_bytes(checkpoint.encode(state))
+        # The new one is complete and not there yet: at no moment does a report lie beside another run's checkpoint.
+        for stale in (REPORT, MODEL, report.CURVES_PNG, report.WEIGHTS_PNG):
+            (out / stale).unlink(missing_ok=True)
+
+    with writing(path):
+        atomic_write(path, write)
+
+
 def write_run(out: Path, result: Result) -> None:
     """Writes a finished run's model.safetensors, plots and report.json, the report last."""
     name = result.report["config"]["optimizer"]
     packed = result.packed
     if packed is not None:
-        quantopt.save(packed, out / MODEL)
+        with writing(out / MODEL):
+            quantopt.save(packed, out / MODEL)
     report.plot_curves(out / report.CURVES_PNG, {name: result.report["curves"]})
     report.plot_weights(out / report.WEIGHTS_PNG, {name: result.histograms})
     report.write_json(out / REPORT, result.report)
@@ -58,32 +131,65 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(argument, f"{path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged or hostile file
-        raise InputError(
-            argument,
-            f"{path} is damaged, or holds more than the tensors, numbers and texts of a checkpoint "
-            f"({type(error).__name__}); no code in it was run",
-        ) from None
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise InputError(argument, f"{path} is not a checkpoint of quantopt")
-    return state
+        state = checkpoint.decode(path.read_bytes())
+        checkpoint.check_parts(state)
+    except OSError as error:
+        raise InputError(argument, f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(argument, f"{path} {error}") from None
+    return state  # type: ignore[no-any-return]
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """What a report.json says of the network and its data. InputError naming --model if it is bad."""
+def read_report(path: Path, argument: str) -> dict[str, Any]:
+    """A run's report.json, of which the network and its data are checked. InputError naming `argument` if it is bad."""
+    with _refusals(path, argument):
+        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = contents["config"]
+        for name in ("model", "optimizer", "data", "activations", "skip"):
+            if expected := OPTIONS[name].expected(config[name]):
+                raise ValueError(f"config.{name} is {shown(config[name])} and must be {expected}")
+        if not isinstance(config["images"], list) or len(config["images"]) != 3:
+            raise ValueError(f"config.images is {shown(config['images'])}, not channels, height and width")
+        for size in (*config["images"], config["classes"]):
+            checkpoint.check_number(size, "a size in config.images or config.classes", 1, 2**63, kind=int)
+    return contents
+
+
+def read_results(path: Path, argument: str) -> dict[str, Any]:
+    """As `read_report`; what a run measured is checked too."""
+    contents = read_report(path, argument)
+    with _refusals(path, argument):
+        config, curves = contents["config"], contents["curves"]
+        for name in ("bits", "epochs", "limit", "validation"):
+            if config[name] is not None and (expected := OPTIONS[name].expected(config[name])):
+                raise ValueError(f"config.{name} is {shown(config[name])} and must be {expected}")
+        names = ["accuracy_latent" if config["optimizer"] == "sgd" else "accuracy_quantized"]
+        if contents["accuracy_packed"] is not None:
+            names += ["accuracy_packed", "bytes_float", "bytes_packed"]
+            names += ["images_per_second_float", "images_per_second_packed"]
+        for name in names:
+            low, high = (0, 100) if name.startswith("accuracy") else (1e-9, 2**63)
+            checkpoint.check_number(contents[name], name, low, high, kind=(int, float))
+        for name in ("device", "bytes_float", "bytes_packed"):
+            contents[name]
+        for name, *_ in report.PANELS:
+            if not isinstance(curves[name], list) or len(curves[name]) != config["epochs"]:
+                raise ValueError(
+                    f"the curve of {name} is not one value for each of {config['epochs']} epochs"
+                )
+            for value in curves[name]:
+                if value is not None:
+                    checkpoint.check_number(
+                        value, f"a value of the curve of {name}", high=2**63, kind=(int, float)
+                    )
+    return contents
+
+
+@contextmanager
+def _refusals(path: Path, argument: str) -> Iterator[None]:
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        config: dict[str, Any] = contents["config"]
-        channels, height, width = (int(size) for size in config["images"])
-        return {
-            "model": str(config["model"]),
-            "images": (channels, height, width),
-            "classes": int(config["classes"]),
-            "data": str(config["data"]),
-            "optimizer": str(config["optimizer"]),
-            "activations": int(config["activations"]),
-            "skip": [str(pattern) for pattern in config["skip"]],
-        }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError("--model", f"{path} cannot be read as a run's report: {error}") from None
+        yield
+    except KeyError as error:
+        raise InputError(argument, f"{path} cannot be read as a run's report: it lacks {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(argument, f"{path} cannot be read as a run's report: {error}") from None

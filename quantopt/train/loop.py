@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.files import atomic_write, remove_temporaries
-from quantopt.train import augment, models, optimizers, recipes
+from quantopt.files import remove_temporaries
+from quantopt.train import augment, checkpoint, models, optimizers, recipes
+from quantopt.train.checkpoint import CURVES
 from quantopt.train.config import Config
 from quantopt.train.data import Dataset
-from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, Result, read_checkpoint
+from quantopt.train.directory import CHECKPOINT, Result, read_checkpoint, write_checkpoint
 from quantopt.train.environment import versions
-from quantopt.train.errors import InputError, OutOfTime, TrainingError
+from quantopt.train.errors import InputError, OutOfTime, TrainingError, shown, writing
 from quantopt.train.graph import Graphed
 from quantopt.train.measure import (
     Stopwatch,
@@ -30,20 +31,6 @@ from quantopt.train.measure import (
     reestimate_batch_norm,
     tensor_bytes,
 )
-
-CURVES = (
-    "loss",
-    "accuracy",
-    "test_accuracy",
-    "epsilon",
-    "kappa",
-    "reg_strength",
-    "fraction_feasible",
-    "sign_flips",
-)
-"""Keys of `report["curves"]`: lists with a value per epoch, None where the optimizer has no such quantity. accuracy: of
-the training images at the step that used them. test_accuracy: of the network as it runs in training, with its running
-batch-norm statistics, after the epoch (None in epochs that `Config.test_every` leaves out)."""
 
 
 class Trainer:
@@ -88,12 +75,9 @@ class Trainer:
         except ValueError as error:
             raise InputError("--model", str(error)) from None
         if initial is not None:
-            try:
+            with checkpoint.refusals("--init", config.init):
+                checkpoint.check_model(initial, self.model.state_dict())
                 self.model.load_state_dict(initial)
-            except (RuntimeError, TypeError, AttributeError) as error:
-                raise InputError(
-                    "--init", f"its network is not this one: {str(error).splitlines()[-1].strip()}"
-                ) from None
         self.model.to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -108,7 +92,7 @@ class Trainer:
             )
         except BackendError as error:
             raise InputError("--backend", str(error)) from None
-        except ValueError as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise InputError("--optimizer", str(error)) from None
         self.run_model = torch.compile(self.model) if config.compile else self.model
         self._graphed: Graphed | None = None
@@ -170,6 +154,8 @@ class Trainer:
         accuracy = 100 * int(self._correct) / seen
         if not math.isfinite(loss_mean):
             raise TrainingError(f"the loss became {loss_mean} in epoch {self.epoch + 1}: try a smaller --lr")
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            raise TrainingError(f"the weights became infinite in epoch {self.epoch + 1}: try a smaller --lr")
         self.curves["loss"].append(loss_mean)
         self.curves["accuracy"].append(accuracy)
         self.update_seconds += self._stopwatch.read()
@@ -179,8 +165,8 @@ class Trainer:
 
     def test(self) -> None:
         """Appends the test accuracy after an epoch to the curves, None in epochs that are not measured."""
-        every, accuracy = self.config.test_every, None
-        if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
+        accuracy = None
+        if self._has_value("test_accuracy", self.epoch):
             with self._autocast():
                 accuracy = evaluate(self.model, self.test_images, self.test_labels)
         self.curves["test_accuracy"].append(accuracy)
@@ -244,50 +230,64 @@ class Trainer:
             "histograms": self.histograms,
         }
 
-    def load_state_dict(self, state: dict[str, Any], argument: str = "--resume") -> None:
-        """Continues from `state`. Raises InputError, naming what differs, if it is of another configuration."""
-        self.load_weights(state, argument)
-        try:
-            self.generator.set_state(state["generator"])
-            torch.set_rng_state(state["rng"])
+    def load_state_dict(
+        self, state: dict[str, Any], argument: str = "--resume", source: object = "the checkpoint"
+    ) -> None:
+        """Continues from `state`. Raises InputError, naming `argument`, `source` and what differs, if it is not a state
+        of this run; the trainer is not to be used then."""
+        with checkpoint.refusals(argument, source):
+            own = {"generator": self.generator.get_state(), "rng": torch.get_rng_state()}
+            for name, value in own.items():
+                checkpoint.check_tensor(state[name], value, name)
+            torch.Generator(self.device).set_state(state["generator"])  # refuses what no generator has
+            torch.Generator().set_state(state["rng"])
             if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(argument, f"the checkpoint does not fit: {error}") from None
+                checkpoint.check_tensor(state["cuda_rng"], torch.cuda.get_rng_state(self.device), "cuda_rng")
+            elif state["cuda_rng"] is not None:
+                raise ValueError("cuda_rng is not None in a run on the CPU")
+        self.load_weights(state, argument, source)
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def load_weights(self, state: dict[str, Any], argument: str) -> None:
+    def load_weights(self, state: dict[str, Any], argument: str, source: object) -> None:
         """As `load_state_dict`, without the random state, which depends on the kind of device."""
-        present = self.describe()
-        saved = state.get("config")
-        if not isinstance(saved, dict):
-            raise InputError(argument, "this is not a checkpoint of quantopt")
+        present, saved = self.describe(), state["config"]
         free = ("data", "device") if argument != "--resume" else ("data",)
         differing = [
-            f"{key} is {saved.get(key)!r} in the checkpoint and {present.get(key)!r} now"
+            f"{key} is {shown(saved.get(key))} in the checkpoint and {shown(present.get(key))} now"
             for key in sorted(present.keys() | saved.keys())
             if key not in free and saved.get(key) != present.get(key)
         ]
         if differing:
-            raise InputError(argument, f"the checkpoint is of another run: {'; '.join(differing)}")
-        try:
+            more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
+            raise InputError(argument, f"{source} is of another run: {'; '.join(differing[:6])}{more}")
+        with checkpoint.refusals(argument, source):
+            epoch = state["epoch"]
+            checkpoint.check_number(epoch, "epoch", 0, self.config.epochs, kind=int)
+            for name in ("seconds", "update_seconds"):
+                checkpoint.check_number(state[name], name)
+            checkpoint.check_model(state["model"], self.model.state_dict())
+            checkpoint.check_curves(state["curves"], epoch, self._has_value)
+            histograms = state["histograms"]
+            checkpoint.check_tensor(histograms, self.histograms[:1].expand(epoch + 1, -1), "histograms")
+            if not bool(((histograms >= 0) & histograms.isfinite()).all()):
+                raise ValueError("histograms are not counts")
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state)
-            self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
-            self.update_seconds = float(state["update_seconds"])
-            if not 0 <= self.epoch <= self.config.epochs:
-                raise ValueError(f"epoch {self.epoch} is not in 0..{self.config.epochs}")
-            self.curves = {name: list(state["curves"][name]) for name in CURVES}
-            for name, values in self.curves.items():
-                if len(values) != self.epoch or not all(
-                    v is None or isinstance(v, int | float) for v in values
-                ):
-                    raise ValueError(f"the curve of {name} is not one number per epoch")
-            histograms = torch.as_tensor(state["histograms"])
-            if histograms.shape != (self.epoch + 1, self.histograms.shape[1]):
-                raise ValueError(f"histograms have shape {tuple(histograms.shape)}")
-            self.histograms = histograms
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(argument, f"the checkpoint does not fit: {error}") from None
+            self.optimizer.load_state_dict(state, epoch * self.steps_per_epoch)
+        self.epoch, self.seconds, self.update_seconds = epoch, state["seconds"], state["update_seconds"]
+        self.curves = {name: list(state["curves"][name]) for name in CURVES}
+        self.histograms = histograms
+
+    def _has_value(self, curve: str, epoch: int) -> bool:
+        """Whether a curve has a value in an epoch, 1..epochs, and not None."""
+        if curve == "test_accuracy":
+            every = self.config.test_every
+            return bool(every) and (epoch % every == 0 or epoch == self.config.epochs)
+        if curve in ("fraction_feasible", "sign_flips"):
+            return self.quantised
+        return curve in ("loss", "accuracy", self.optimizer.relaxation)
 
     def describe(self) -> dict[str, Any]:
         """The configuration with everything resolved; `fingerprint` identifies the data by content."""
@@ -362,28 +362,28 @@ def train(
 ) -> Result:
     """Trains, with a checkpoint in `out` after every epoch, and measures; see `Result`.
 
-    out: a directory, made after the arguments are checked; None writes nothing. resume: continue from the checkpoint in
-    `out`, if there is one. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: the run
-    stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad value or
-    checkpoint, TrainingError if the loss is not finite, OutOfTime if the minutes are over.
+    out: a directory, made after the arguments are checked; None writes nothing. The caller keeps others out of it
+    (`directory.held`). resume: continue from the checkpoint in `out`, if there is one; without, an earlier run in `out`
+    stays until the first checkpoint. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes:
+    the run stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad
+    value or checkpoint and on a file that cannot be written, TrainingError if the loss is not finite, OutOfTime if the
+    minutes are over.
     """
     started = time.monotonic()
-    checkpoint = None if out is None else out / CHECKPOINT
-    resuming = resume and checkpoint is not None and checkpoint.exists()
+    file = Path() if out is None else out / CHECKPOINT
+    resuming = resume and out is not None and file.exists()
     initial = None
     if config.init is not None and not resuming:
         source = Path(config.init)
         state = read_checkpoint(source / CHECKPOINT if source.is_dir() else source, "--init")
-        initial = state.get("model", {})
+        initial = state["model"]
     trainer = Trainer(config, dataset, initial)
-    if resuming and checkpoint is not None:
-        trainer.load_state_dict(read_checkpoint(checkpoint, "--resume"))
-    elif out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in (CHECKPOINT, REPORT, MODEL):
-            (out / stale).unlink(missing_ok=True)
+    if resuming:
+        trainer.load_state_dict(read_checkpoint(file, "--resume"), "--resume", file)
     if out is not None:
-        remove_temporaries(out)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(out)
     longest = 0.0
     while trainer.epoch < config.epochs:
         begun = time.monotonic()
@@ -398,9 +398,8 @@ def train(
         ) as bar:
             trainer.train_epoch(bar)
         trainer.test()
-        if checkpoint is not None:
-            state = trainer.state_dict()
-            atomic_write(checkpoint, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
+        if out is not None:
+            write_checkpoint(out, trainer.state_dict())
         if on_epoch is not None:
             on_epoch(trainer)
         longest = max(longest, time.monotonic() - begun)

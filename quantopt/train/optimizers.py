@@ -18,6 +18,8 @@ import quantopt
 from quantopt.backends import choose
 from quantopt.optim.base import LevelOptimizer
 from quantopt.optim.options import SCHEDULED
+from quantopt.train import checkpoint
+from quantopt.train.errors import shown
 
 # The classes of quantopt.optim go by their names in small letters, but for these.
 _SPELLED = {"AskewSGD": "askew", "AskewAdam": "askew-adam"}
@@ -39,6 +41,12 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     },
     "luq": (torch.optim.SGD, None),
 }
+_OF_THE_STEP = (
+    "capturable",
+    "differentiable",
+    "foreach",
+    "fused",
+)  # arguments of the classes that no recipe sets
 FLOAT = {"sgd": 0, "luq": 4}
 """Optimizers of torch, which have no levels: the bits of their recipes."""
 
@@ -59,6 +67,8 @@ class Optimizer:
     scheduler: torch.optim.lr_scheduler.LambdaLR
     anneal: Any | None
     relaxation: str | None
+    has_own_rate: bool = False
+    """Whether the rate of the quantised weights depends on the weights that training started from (scale "none")."""
 
     def update(self) -> None:
         """One step of the weights from their gradients."""
@@ -77,14 +87,61 @@ class Optimizer:
             "anneal": None if self.anneal is None else self.anneal.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+    def seek(self, step: int) -> None:
+        """Puts the schedules where `step` calls of `advance` put them."""
+        factors = [factor(step) for factor in self.scheduler.lr_lambdas]
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, factors, strict=True
+        ):
+            if isinstance(group["lr"], torch.Tensor):  # in place: a captured graph reads it
+                group["lr"].fill_(float(base * factor))
+            else:
+                group["lr"] = base * factor
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        position = {
+            "last_epoch": step,
+            "_step_count": step + 1,
+            "_last_lr": [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates],
+        }
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **position})
+        if self.anneal is not None:
+            self.anneal.load_state_dict({"last_step": step, "total_steps": self.anneal.total_steps})
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Takes up a `state_dict` that was made after `step` steps.
+
+        The schedules follow from the step and are not read; where the state has them otherwise, or is of another
+        optimizer, ValueError is raised, and the schedules are those of the step."""
+        saved = state["optimizer"]
+        groups = saved.get("param_groups") if isinstance(saved, dict) else None
+        if (
+            not isinstance(groups, list)
+            or not all(isinstance(group, dict) for group in groups)
+            or saved.keys() != {"state", "param_groups"}
+        ):
+            raise ValueError(f"optimizer is {shown(saved)}, not the state and the groups of an optimizer")
+        checkpoint.check_optimizer_state(self.optimizer, saved["state"], step)
+        if self.has_own_rate:
+            rate = groups[0]["initial_lr"]
+            self._set_rate(rate.item() if isinstance(rate, torch.Tensor) else rate)
+        self.seek(step)
+        own = self.state_dict()
+        for part in ("scheduler", "anneal"):
+            checkpoint.check_same(state[part], own[part], part)
+        own_groups = own["optimizer"]["param_groups"]
+        checkpoint.check_same(groups, own_groups, "optimizer.param_groups")
+        complete = [{**mine, **group} for mine, group in zip(own_groups, groups, strict=True)]
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": complete})
         for group in self.optimizer.param_groups:  # torch leaves a rate that is a tensor where the state was
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"] = group["lr"].to(group["params"][0].device)
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.anneal is not None:
-            self.anneal.load_state_dict(state["anneal"])
+
+    def _set_rate(self, rate: float) -> None:
+        """Sets the learning rate of the quantised weights. Their weight decay follows it inversely, as in `build`."""
+        checkpoint.check_number(rate, "optimizer.param_groups[0].initial_lr", 1e-30, 1e30)
+        group = self.optimizer.param_groups[0]
+        group["weight_decay"] *= float(group["initial_lr"]) / rate
+        group["initial_lr"] = self.scheduler.base_lrs[0] = rate
 
 
 def build(
@@ -113,8 +170,16 @@ def build(
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
     known = make([nn.Parameter(torch.ones(1))]).defaults
+    known = {key: value for key, value in known.items() if key not in settings and key not in _OF_THE_STEP}
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
+    if name in FLOAT:  # torch looks at them at the first step
+        for key, value in options.items():
+            kind = bool if known[key] is None or isinstance(known[key], bool) else int | float
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{key}={value!r}: must be {'True or False' if kind is bool else 'a number'}"
+                )
     if name == "luq":
         quantopt.nn.luq(model, skip=skip, repeat=repeat)
     elif settings["activations"]:
@@ -148,7 +213,8 @@ def build(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
     )
-    return Optimizer(optimizer, scheduler, anneal, relaxation)
+    has_own_rate = name not in FLOAT and settings["scale"] == "none"
+    return Optimizer(optimizer, scheduler, anneal, relaxation, has_own_rate)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantopt.train.config import HYPERPARAMETERS, OPTIONS, Config
-from quantopt.train.errors import InputError
+from quantopt.train.errors import InputError, shown
 from quantopt.train.optimizers import OPTIMIZERS
 
 _DIRECTORY = resources.files("quantopt") / "recipes"
@@ -48,16 +48,14 @@ def load(name: str) -> dict[str, Any]:
     if base is not None:
         if base not in list(OPTIMIZERS):
             raise InputError(
-                "--recipe", f"{name}: base = {base!r} must be a recipe of the package without a base"
+                "--recipe", f"{name}: base = {shown(base)} must be a recipe of the package without a base"
             )
         settings = {**_parse(base), **settings}
     for key, value in settings.items():
         if key not in _KEYS:
-            raise InputError("--recipe", f"{name}: unknown key {key!r}; known: {', '.join(_KEYS)}")
-        kinds = OPTIONS[key].types
-        if isinstance(value, bool) != (kinds == (bool,)) or not isinstance(value, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise InputError("--recipe", f"{name}: {key} = {value!r} must be of type {expected}")
+            raise InputError("--recipe", f"{name}: unknown key {shown(key)}; known: {', '.join(_KEYS)}")
+        if expected := OPTIONS[key].expected(value):
+            raise InputError("--recipe", f"{name}: {key} = {shown(value)} must be {expected}")
     if settings.get("optimizer") not in OPTIMIZERS:
         raise InputError("--recipe", f"{name}: optimizer must be one of {', '.join(OPTIMIZERS)}")
     return settings
@@ -71,8 +69,10 @@ def _parse(name: str) -> dict[str, Any]:
         raise InputError(
             "--recipe", f"{name} is neither a recipe of the package nor a readable file ({error})"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of numbers with thousands of digits
         raise InputError("--recipe", f"{name} is not TOML: {error}") from None
+    except RecursionError:
+        raise InputError("--recipe", f"{name} is not a recipe: it is nested too deeply") from None
 
 
 def complete(config: Config) -> Config:

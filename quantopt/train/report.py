@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from quantopt.files import atomic_write
+from quantopt.train.errors import writing
 from quantopt.train.measure import HISTOGRAM_LIMIT
 
 CURVES_PNG = "curves.png"
@@ -37,7 +38,8 @@ PANELS = (
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     """Writes strict JSON (no NaN or Infinity), atomically."""
     text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
-    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+    with writing(path):
+        atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def mean_curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float | None]]:
@@ -128,7 +130,8 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG, atomically."""
     options: dict[str, Any] = {"format": "png", "dpi": 90, "pil_kwargs": {"optimize": True}}
-    atomic_write(path, lambda file: figure.savefig(file, **options))
+    with writing(path):
+        atomic_write(path, lambda file: figure.savefig(file, **options))
 
 
 _COLUMNS = (

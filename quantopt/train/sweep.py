@@ -1,7 +1,9 @@
-"""Recipes x seeds: each run is a process `quantopt train` in OUT/RECIPE-SEED, which can be stopped and continued."""
+"""Recipes x seeds: each run is a process `quantopt train` in OUT/RECIPE-SEED, which can be stopped and continued.
+
+The runs end with the sweep, however it ends: by a signal, or killed. The same command continues them.
+"""
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 
 from quantopt.train import environment, recipes, report
 from quantopt.train.arguments import passed_on
-from quantopt.train.directory import REPORT
+from quantopt.train.directory import REPORT, read_results
 from quantopt.train.errors import OUT_OF_TIME, InputError
 
 RESULTS = "accuracy.json"
@@ -105,7 +107,7 @@ def sweep(arguments: argparse.Namespace, device: str) -> int:
         unfinished += missing
         if missing:
             continue
-        reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        reports = [read_results(file, "--out") for file in files]
         configs = [{**r["config"], "seed": None, "data": None} for r in reports]
         if any(config != configs[0] for config in configs):
             raise InputError(
@@ -146,12 +148,17 @@ def _train(waiting: list[tuple[str, int, Path]], arguments: argparse.Namespace) 
                 if left is not None:
                     command += ["--minutes", f"{left:.4f}"]
                 print(f"{directory.name} ...", file=sys.stderr, flush=True)
-                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+                # Its standard input ends when this process does, in whatever way: the run ends with it.
+                process = subprocess.Popen(
+                    [*command, "--until-stdin-ends"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+                )
+                running.append(process)
             time.sleep(0.05)
             statuses |= {status for process in running if (status := process.poll()) is not None}
             running = [process for process in running if process.returncode is None]
     finally:
         for process in running:
             process.terminate()
+        for process in running:
             process.wait()
     return statuses <= {0, OUT_OF_TIME}

@@ -7,6 +7,7 @@ and builds the array itself. Everything else is refused.
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ class _Dtype(_Ndarray):
 
     def __init__(self, code: Any = "", align: Any = False, copy: Any = False) -> None:
         code = code.decode("latin1") if isinstance(code, bytes) else code
-        if code not in _DTYPES:
-            raise pickle.UnpicklingError(f"arrays of type {code!r} are refused")
+        if not isinstance(code, str) or code not in _DTYPES:
+            # only text is shown: lists that hold one list twice, which does so too, have a text without bound
+            shown = repr(code[:20]) if isinstance(code, str) else type(code).__name__
+            raise pickle.UnpicklingError(f"arrays of type {shown} are refused")
         self.code: str = code
         self.order = "<"
 
@@ -66,7 +69,7 @@ class _Encode(bytes):
 
     def __new__(cls, text: Any, encoding: Any) -> Any:
         if encoding not in ("latin1", b"latin1"):
-            raise pickle.UnpicklingError(f"the encoding {encoding!r} is refused")
+            raise pickle.UnpicklingError("an encoding other than latin1 is refused")
         return text.encode("latin1")
 
 
@@ -102,6 +105,42 @@ class _Call:
         raise pickle.UnpicklingError("it changes a function")
 
 
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+_CONSUMED = ("REDUCE", "BUILD")
+_NO_STEP = ("PROTO", "FRAME")
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
+_GETS = ("GET", "BINGET", "LONG_BINGET")
+_SHARED = (
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
+    *("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE", *_GETS),
+)
+"""Opcodes whose result may be used again: none leaves a tuple that holds something."""
+_MAX_TUPLES = 100  # an array has two beside the arguments of calls
+
+
+def _check_tuples(data: bytes) -> None:
+    """Raises UnpicklingError for tuples that are used twice or too many.
+
+    A tuple that is the key of a dictionary is hashed while the pickle is read, with all that it holds: nested deeply it
+    overflows the stack of the process, and if each holds another twice it takes time without bound.
+    """
+    tuples, last = 0, ""
+    memo: dict[int, bool] = {}  # whether what was stored may be used again
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _PUTS:
+            memo[len(memo) if name == "MEMOIZE" else argument] = last in _SHARED
+            continue
+        if name in _NO_STEP:
+            continue
+        tuples += last in _TUPLES and name not in _CONSUMED
+        if tuples > _MAX_TUPLES or name == "DUP" or (name in _GETS and not memo.get(argument, False)):
+            raise pickle.UnpicklingError("it nests or repeats tuples, which is refused")
+        last = name
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         target = _ALLOWED.get((module, name))
@@ -116,6 +155,7 @@ def loads(data: bytes) -> dict[str, Any]:
     Reads what Python 2 and 3 write. Raises pickle.UnpicklingError on anything else, whatever is wrong with it.
     """
     try:
+        _check_tuples(data)
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except pickle.UnpicklingError:
         raise
@@ -125,7 +165,10 @@ def loads(data: bytes) -> dict[str, Any]:
         raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not a dictionary")
     contents: dict[str, Any] = {}
     for key, item in value.items():
-        contents[key.decode("latin1") if isinstance(key, bytes) else str(key)] = (
-            item.value if isinstance(item, _Array) else item
-        )
+        if not isinstance(key, bytes | str):
+            raise pickle.UnpicklingError(f"it has a key that is a {type(key).__name__}, not text")
+        text = key.decode("latin1") if isinstance(key, bytes) else key
+        if text in contents:
+            raise pickle.UnpicklingError(f"it has the key {text!r} twice")
+        contents[text] = item.value if isinstance(item, _Array) else item
     return contents

@@ -1,0 +1,231 @@
+"""The format of a checkpoint, and the checks of its contents before a run takes them up.
+
+A checkpoint is a file of torch.save, an archive whose comment is the SHA-256 of all bytes before it. torch.load reads
+it as any other. A file without the comment, as version 0.1.0 wrote and torch.save writes, is read without that check.
+"""
+
+import hashlib
+import io
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantopt.optim.base import LevelOptimizer
+from quantopt.optim.state import SIGNS, STATE, facts_of, required
+from quantopt.train.errors import InputError, shown
+
+_COMMENT = b"quantopt sha256 "
+_COMMENT_BYTES = len(_COMMENT) + 64
+
+_PARTS = (
+    "epoch seconds update_seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms"
+)
+KEYS = frozenset(["config", *_PARTS.split()])
+"""What a checkpoint holds."""
+
+
+# ---------------------------------------------------------------------------------------------------- the file
+
+
+def encode(state: dict[str, Any]) -> bytes:
+    """The contents of a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    # The last two bytes of an archive without a comment are the comment's length, 0.
+    body = bytes(data[:-2]) + struct.pack("<H", _COMMENT_BYTES)
+    return body + _COMMENT + hashlib.sha256(body).hexdigest().encode()
+
+
+def decode(data: bytes) -> Any:
+    """What is in the contents of a file, tensors on the CPU. Runs no code of it. Raises ValueError if it is bad."""
+    comment = data[-_COMMENT_BYTES:]
+    if re.fullmatch(re.escape(_COMMENT) + rb"[0-9a-f]{64}", comment):
+        digest = hashlib.sha256(memoryview(data)[:-_COMMENT_BYTES]).hexdigest()
+        if digest.encode() != comment[len(_COMMENT) :]:
+            raise ValueError("is damaged: its bytes are not those that were written (SHA-256)")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged or hostile file
+        raise ValueError(
+            "is damaged, or holds more than the tensors, numbers and texts of a checkpoint "
+            f"({type(error).__name__}); no code in it was run"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------- its contents
+
+
+@contextmanager
+def refusals(argument: str, source: object) -> Iterator[None]:
+    """Around checks of a checkpoint: an error becomes an InputError that names the argument and the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(argument, f"{source} does not fit: {reason[:300]}") from None
+
+
+def check_parts(state: Any) -> None:
+    """Raises ValueError unless `state` has the parts of a checkpoint and a configuration of plain values."""
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise ValueError("is not a checkpoint of quantopt")
+    if state.keys() != KEYS:
+        missing, unknown = KEYS - state.keys(), state.keys() - KEYS
+        parts = [f"lacks {key}" for key in sorted(missing)] + [f"has {shown(key)}" for key in unknown]
+        raise ValueError(f"is not a checkpoint of quantopt: it {', '.join(parts[:3])}")
+    for key, value in state["config"].items():
+        if not isinstance(key, str) or not _is_plain(value, 3):
+            raise ValueError(f"has a configuration that cannot be used: {shown(key)} is {shown(value)}")
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    if isinstance(value, list | dict) and depth:
+        values = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(_is_plain(element, depth - 1) for element in values)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def check_number(
+    value: Any,
+    name: str,
+    low: float = 0,
+    high: float = math.inf,
+    *,
+    kind: type | tuple[type, ...] = float,
+    infinite: bool = False,
+) -> None:
+    """Raises ValueError unless `value` is a number of `kind`, float or int or both, from `low` to `high`."""
+    good = isinstance(value, kind) and isinstance(value, int | float) and not isinstance(value, bool)
+    good = good and low <= value <= high
+    if not good or (value == math.inf and not infinite):
+        text = "a whole number" if kind is int else "a number"
+        end = "" if math.isinf(high) else f" and at most {high}"
+        raise ValueError(f"{name} is {shown(value)}, not {text} of at least {low}{end}")
+
+
+def check_tensor(value: Any, like: Tensor, name: str) -> None:
+    """Raises ValueError unless `value` is a dense tensor on the CPU of the shape and dtype of `like`."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {shown(value)}, not a tensor")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError(f"{name} is a tensor without values in memory ({value.layout}, {value.device})")
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and {value.dtype}, not {tuple(like.shape)} and {like.dtype}"
+        )
+
+
+def check_model(values: Any, like: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless `values` has the names of `like`, each with a tensor as there, and all are finite."""
+    if not isinstance(values, dict):
+        raise ValueError(f"model is {shown(values)}, not a dictionary of tensors")
+    if values.keys() != like.keys():
+        differing = sorted(map(str, values.keys() ^ like.keys()))
+        raise ValueError(f"model has other tensors than this network: {', '.join(map(shown, differing[:3]))}")
+    for key, tensor in like.items():
+        check_tensor(values[key], tensor, f"model: {key}")
+        if not bool(values[key].isfinite().all()):
+            raise ValueError(f"model: {key} has values that are not finite")
+
+
+CURVES: dict[str, tuple[float, float]] = {
+    "loss": (0, math.inf),
+    "accuracy": (0, 100),
+    "test_accuracy": (0, 100),
+    "epsilon": (0, 1),
+    "kappa": (0, math.inf),
+    "reg_strength": (0, math.inf),
+    "fraction_feasible": (0, 1),
+    "sign_flips": (0, 2**63),
+}
+"""Keys of `report["curves"]`, with the range of their values: lists with a value per epoch, None where the optimizer
+has no such quantity. accuracy: of the training images at the step that used them. test_accuracy: of the network as it
+runs in training, with its running batch-norm statistics, after the epoch (None in epochs that `Config.test_every`
+leaves out)."""
+
+
+def check_curves(curves: Any, epochs: int, has_value: Callable[[str, int], bool]) -> None:
+    """Raises ValueError unless each curve has a value in its range for each of 1..`epochs` in which it has one, and
+    else None."""
+    if not isinstance(curves, dict) or curves.keys() != CURVES.keys():
+        raise ValueError(f"curves is not a dictionary of {', '.join(CURVES)}")
+    for name, (low, high) in CURVES.items():
+        curve = curves[name]
+        if not isinstance(curve, list) or len(curve) != epochs:
+            raise ValueError(f"the curve of {name} is not one value for each of {epochs} epochs")
+        for epoch, value in enumerate(curve, 1):
+            where = f"the curve of {name} in epoch {epoch}"
+            if has_value(name, epoch):
+                infinite = name in ("kappa", "reg_strength")
+                kind = int if name == "sign_flips" else float
+                check_number(value, where, low, high, kind=kind, infinite=infinite)
+            elif value is not None:
+                raise ValueError(f"{where} is {shown(value)}, but this run has no such value then")
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: Any, steps: int) -> None:
+    """Raises ValueError unless `saved`, part of a state_dict, has what `optimizer` keeps after `steps` steps of all its
+    parameters. Shapes in the state of an optimizer of quantopt are left to its load_state_dict."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"optimizer.state is {shown(saved)}, not a dictionary")
+    places = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    if unknown := saved.keys() - set(range(len(places))):
+        raise ValueError(f"optimizer.state has {shown(next(iter(unknown)))}, which is no parameter")
+    for index, (group, p) in enumerate(places):
+        state = saved.get(index, {})
+        where = f"optimizer.state of parameter {index}"
+        if not isinstance(state, dict):
+            raise ValueError(f"{where} is {shown(state)}, not a dictionary")
+        if isinstance(optimizer, LevelOptimizer):
+            needed = set(required(facts_of(optimizer, group, p.dtype)))
+            needed |= {SIGNS} & optimizer.state.get(p, {}).keys()  # sign flips are counted
+            known = STATE.keys() | {SIGNS}
+        else:
+            needed = known = {"momentum_buffer"} if group["momentum"] else set()
+        if steps and p.numel() and (missing := needed - state.keys()):
+            raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
+        for key, value in state.items():
+            if key not in known:
+                raise ValueError(f"{where} has {shown(key)}, which this optimizer does not keep")
+            like = p if not isinstance(optimizer, LevelOptimizer) else value
+            check_tensor(value, like, f"{where}: {key}")
+            if key == "step" and (value.numel() != 1 or value.item() != steps):
+                raise ValueError(f"{where}: step is not {steps}")
+
+
+def check_same(saved: Any, own: Any, name: str) -> None:
+    """Raises ValueError unless `saved` is what this run has: numbers to 9 digits, as other machines compute them.
+
+    Keys that a dictionary lacks are those that an earlier version did not have."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        for key, value in saved.items():
+            if key not in own:
+                raise ValueError(f"{name} has {shown(key)}, which this run does not have")
+            check_same(value, own[key], f"{name}.{key}")
+    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and len(saved) == len(own):
+        for i, (value, expected) in enumerate(zip(saved, own, strict=True)):
+            check_same(value, expected, f"{name}[{i}]")
+    elif not _is_same(saved, own):
+        raise ValueError(f"{name} is {shown(saved)} and not {shown(own)}, as it is at that epoch")
+
+
+def _is_same(saved: Any, own: Any) -> bool:
+    if isinstance(own, bool | str | None) or isinstance(saved, bool | str | None):
+        return type(saved) is type(own) and bool(saved == own)
+    numbers = []
+    for value in (saved, own):
+        if isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point:
+            value = value.item()  # a rate of a captured step
+        if not isinstance(value, int | float) or (abs(value) > 2**63 and not math.isinf(value)):
+            return False
+        numbers.append(float(value))
+    return math.isclose(*numbers, rel_tol=1e-9)
