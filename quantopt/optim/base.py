@@ -46,7 +46,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
         self.backend = backend
-        self._options = {key: OPTIONS[key].default for key in SHARED} | options | dict(self.extra_options)
+        shared = {key: OPTIONS[key].default for key in SHARED}
+        self._options = {"bits": None} | shared | options | dict(self.extra_options)
         self._forget_steps()
         super().__init__(params, self._completed({}))
 
@@ -112,6 +113,12 @@ class LevelOptimizer(torch.optim.Optimizer):
         (``memory``, ``form``, ``base``). Raises ValueError naming the key, its value and the remedy; nothing is added
         then."""
         completed = self._completed(param_group)
+        if completed["bits"] is None:
+            raise ValueError(
+                "bits=None: a group, or the constructor, must say which weights are quantised. "
+                "quantopt.param_groups(model) makes the groups; else pass bits=1, 2, 3, 4 or 'ternary', or 0 for full "
+                "precision"
+            )
         self._check(self.whole(completed))
         super().add_param_group(completed)
         try:
