@@ -161,7 +161,9 @@ def nothing_left(choices: list[Choice], what: str) -> str:
     for fault, names in faults.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         by_skip = fault in ("first", "last") or fault.startswith("skip=")
-        parts.append(f"{shown}: {fault}{' (pass skip=() to quantise it)' if by_skip else ways.get(fault, '')}")
+        parts.append(
+            f"{shown}: {fault}{' (pass skip=() to quantise it)' if by_skip else ways.get(fault, '')}"
+        )
     return f"no weight is left to quantise: {'; '.join(parts)}. Or {what}"
 
 
@@ -191,7 +193,9 @@ def _adapters(model: nn.Module) -> set[nn.Parameter]:
         for name, child in module.named_children():
             if name.startswith("lora_") or name in own:
                 found.update(child.parameters())
-        found.update(p for name, p in module._parameters.items() if p is not None and name.startswith("lora_"))
+        found.update(
+            p for name, p in module._parameters.items() if p is not None and name.startswith("lora_")
+        )
     return found
 
 

@@ -63,7 +63,9 @@ def param_groups(
     if not quantised and (bits != 0 or filter_fn is not None):
         what = "train all in full precision: pass bits=0"
         raise ValueError(selection.nothing_left(choices, what))
-    transposed = [choice for choice in quantised if choice.bits != 0 and selection.is_transposed(choice.layer)]
+    transposed = [
+        choice for choice in quantised if choice.bits != 0 and selection.is_transposed(choice.layer)
+    ]
     if transposed and scale in ("channel", "group"):
         raise ValueError(
             f"scale={scale!r}: {transposed[0].names[0]} is the [in, out] weight of a Conv1D, whose scales would be per "

@@ -97,7 +97,9 @@ def _quantised_by(model: nn.Module, opt: _Optimizer) -> dict[nn.Parameter, _Code
         params = [p for p in params if p in quantised]
     found = {p: _checked(p, q) for p in params if (q := opt.quantization(p)) is not None}
     if not found:
-        raise ValueError("opt quantises no parameter of the model; make its groups with quantopt.param_groups(model)")
+        raise ValueError(
+            "opt quantises no parameter of the model; make its groups with quantopt.param_groups(model)"
+        )
     return found
 
 
@@ -164,7 +166,9 @@ def pack(
     quantised = _on_levels(model) if opt is None else _quantised_by(model, opt)
     layers = _packable(model, quantised, read=opt is None)
     foldable = [layer for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
-    chains = {id(c.layer): c for c in folding.find_chains(model, foldable)} if fold_batchnorm and foldable else {}
+    chains = (
+        {id(c.layer): c for c in folding.find_chains(model, foldable)} if fold_batchnorm and foldable else {}
+    )
     tensors: dict[Tensor, Tensor] = {}
     replaced: dict[int, Any] = {}  # deepcopy's memo: it takes the packed layer wherever the layer occurs
     for module in layers:

@@ -162,7 +162,9 @@ def _fit_block(x: Tensor, levels: int, tolerance: float) -> _Fit | None:
     multiples = torch.zeros_like(size)
     step = torch.zeros_like(least)
     open_ = (~zero).nonzero().flatten()
-    for first in (2,) if levels == 3 else range(1, levels, 2):  # the multiple that the least of a slice may be
+    for first in (
+        (2,) if levels == 3 else range(1, levels, 2)
+    ):  # the multiple that the least of a slice may be
         if open_.numel() == 0:
             break
         guess = least[open_] / first
