@@ -16,7 +16,7 @@ FilterFn = Callable[[nn.Module, str], int | str | None]
 
 FROZEN = "frozen (requires_grad=False)"
 ADAPTER = "low-rank adapter"
-EMBEDDING = "embedding"
+EMBEDDING, TIED = "embedding", "tied to an embedding"
 OTHER_KIND = "not the weight of a linear or convolution layer"
 FILTERED = "filter_fn"
 
@@ -129,7 +129,7 @@ def choose(
         left_out = (
             (not p.requires_grad and FROZEN)
             or (p in adapters and ADAPTER)
-            or (EMBEDDING in faults and EMBEDDING)
+            or (EMBEDDING in faults and (TIED if layers else EMBEDDING))
             or (not layers and faults[0])
             or skipped.get(p, "")
         )
@@ -155,7 +155,7 @@ def nothing_left(choices: list[Choice], what: str) -> str:
         FROZEN: " (call requires_grad_(True) on those to train)",
         FILTERED: " (filter_fn returns their bits)",
         ADAPTER: " (never quantised)",
-        EMBEDDING: " (never quantised)",
+        TIED: " (never quantised)",
     }
     parts = []
     for fault, names in faults.items():

@@ -226,18 +226,22 @@ def _packable(model: nn.Module, quantised: dict[nn.Parameter, _Codes], read: boo
             fault = fault_of(module) if key == "weight" else "not the weight of a layer"
             if not fault and not read and is_transposed(module) and quantised[p].scale.numel() > 1:
                 fault = (
-                    "a Conv1D with a scale for each input; call quantopt.nn.conv1d_to_linear(model) before the optimizer "
-                    "is made"
+                    "a Conv1D with a scale for each input (call quantopt.nn.conv1d_to_linear(model) before the optimizer "
+                    "is made)"
                 )
             if fault:
                 faults.setdefault(p, fault)
             else:
                 layers.append(module)
     packed = {layer._parameters["weight"] for layer in layers}
-    left = "; ".join(f"{names[p]}: {fault}" for p, fault in faults.items() if p not in packed)
+    left: dict[str, list[str]] = {}
+    for p, fault in faults.items():
+        if p not in packed:
+            left.setdefault(fault, []).append(names[p])
+    reasons = "; ".join(f"{', '.join(named)}: {fault}" for fault, named in left.items())
     if not layers:
-        raise ValueError(f"no quantised weight of the model can be packed: {left}")
+        raise ValueError(f"no quantised weight of the model can be packed: {reasons}")
     if left:
-        kept = "" if read else ", and get their projected values"
-        warnings.warn(f"pack leaves quantised weights as they are{kept}: {left}", stacklevel=3)
+        kept = "stay as they are" if read else "keep their type and get their projected values"
+        warnings.warn(f"these quantised weights are not packed and {kept}: {reasons}", stacklevel=3)
     return layers
