@@ -104,8 +104,8 @@ def choose(
 
     Left out are frozen parameters, low-rank adapters (of peft), embeddings and weights tied to them, parameters of less
     than two dimensions, all that is not the weight of a linear or convolution layer, and what ``skip`` and
-    ``filter_fn`` name; see :func:`quantopt.param_groups`. Raises ValueError for a pattern that matches no parameter, and
-    for bits that are none.
+    ``filter_fn`` name; see :func:`quantopt.param_groups`. Raises ValueError for a pattern that matches no parameter,
+    and for bits that are none.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     level_count(bits)

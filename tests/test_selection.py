@@ -194,7 +194,7 @@ def test_refusals_lead_out() -> None:
     assert "skip" not in str(caught.value)
     for empty in (nn.Embedding(4, 4), nn.LayerNorm(4)):
         for skip in ((), ("first", "last")):
-            with pytest.raises(ValueError, match="no linear or convolution layer.* pass bits=0") as caught:
+            with pytest.raises(ValueError, match=r"no linear or convolution layer.* pass bits=0") as caught:
                 quantopt.param_groups(empty, skip=skip)
             assert "skip" not in str(caught.value)
         assert [group["bits"] for group in quantopt.param_groups(empty, bits=0)] == [0]

@@ -27,7 +27,8 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
                 if weight not in weights:
                     turned = weight.detach().t().contiguous()
                     weights[weight] = nn.Parameter(turned, requires_grad=weight.requires_grad)
-                linear = nn.Linear(*weight.shape, bias=bias is not None, device="meta")
+                inputs, outputs = weight.shape
+                linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
                 linear.weight = weights[weight]
                 if bias is not None:
                     linear.bias = bias

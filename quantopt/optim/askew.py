@@ -48,7 +48,7 @@ class AskewSGD(LevelOptimizer):
             the momentum. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead.
         bits: 0, 1, 2, 3, 4 or "ternary", of the groups that do not say it; there is no default. scale: "none",
             "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the levels, the
-            standard deviation of the weights when first seen, frozen; of weights that lie on such levels already, theirs.
+            standard deviation of the weights when first seen, frozen; weights on such levels already keep theirs.
         base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
             torch.optim.Adam, in place of momentum) or "given" (d is the gradient as the caller left it, for directions
             of other optimizers).

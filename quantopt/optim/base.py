@@ -47,7 +47,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
         self.backend = backend
         shared = {key: OPTIONS[key].default for key in SHARED}
-        self._options = {"bits": None} | shared | options | dict(self.extra_options)
+        self._options: dict[str, Any] = {"bits": None} | shared | options | dict(self.extra_options)
         self._forget_steps()
         super().__init__(params, self._completed({}))
 

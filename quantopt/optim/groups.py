@@ -32,8 +32,8 @@ def param_groups(
     ("none", "tensor", "channel", "group"). There is a group for each number of bits, the fewest levels first. The last
     group has every other parameter that is trained, with ``bits=0``: the plain base rule.
 
-    ``print(param_groups(model).table)`` shows each parameter of the model: layer, shape, bits, scale, and why it is left
-    out. Never quantised are embeddings and weights tied to one, biases and other 1-d parameters, and the low-rank
+    ``print(param_groups(model).table)`` shows each parameter of the model: layer, shape, bits, scale, and why it is
+    left out. Never quantised are embeddings and weights tied to one, biases and other 1-d parameters, and the low-rank
     matrices of peft. A parameter with requires_grad=False is in no group: to train it later, use
     ``opt.add_param_group``.
 
@@ -48,9 +48,9 @@ def param_groups(
         filter_fn: ``filter_fn(module, name)`` gives the bits of each layer that is not left out for another reason, or
             None to leave it out; it takes the place of ``bits``.
 
-    The Conv1D of the transformers library has a weight [in, out]: ``scale`` must be "tensor" or "none", since scales per
-    row would be per input. So they are with BinaryConnect and the binary forms of STAM and BinaryRelax, which have a
-    scale per row in any case, and such a layer is not packed. :func:`quantopt.nn.conv1d_to_linear` is the way out.
+    The Conv1D of the transformers library has a weight [in, out]: ``scale`` must be "tensor" or "none", since scales
+    per row would be per input. So they are with BinaryConnect and the binary forms of STAM and BinaryRelax, which have
+    a scale per row in any case, and such a layer is not packed. :func:`quantopt.nn.conv1d_to_linear` is the way out.
 
     Raises:
         ValueError: ``bits``, ``scale`` or an answer of ``filter_fn`` unknown, a pattern that matches nothing, a Conv1D

@@ -4,8 +4,8 @@ A file is safetensors and holds the state_dict of the packed model: bits, scales
 Each tensor is stored once. The metadata:
 
 - "format": "quantopt", "version": "1"
-- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv1d" | "BinaryConv2d", "levels", "scale", "group_size", "compute",
-  "activation", "bias" (true or false), and "in_features", "out_features" or "in_channels", "out_channels",
+- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv1d" | "BinaryConv2d", "levels", "scale", "group_size",
+  "compute", "activation", "bias" (true or false), and "in_features", "out_features" or "in_channels", "out_channels",
   "kernel_size"}}
 - "folded": JSON {name of a module that was folded into the layer before it: its type, e.g. "BatchNorm2d"}
 - "aliases": JSON {name: name of the stored tensor it shares memory with}
@@ -94,9 +94,8 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         if fault := _fault(layer.row_length, layer.bits, layer.scale):
             raise ValueError(f"tensor {_key(name, fault[0])}: {fault[1]}, which load refuses")
-        if layer.scale.dtype != torch.float32 or (
-            layer.bias is not None and layer.bias.dtype != torch.float32
-        ):
+        bias = layer._buffers["bias"]
+        if layer.scale.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
             raise ValueError(f"layer {name}: scale and bias must be float32 to be saved")
     stored: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}

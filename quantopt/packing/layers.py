@@ -59,16 +59,17 @@ def skeleton(layer: nn.Module, *, bias: bool, **options: Any) -> BinaryLinear | 
     """
     if fault := fault_of(layer):
         raise TypeError(fault)
-    kind, packed = _packed_type(layer), None
+    kind: Any = _packed_type(layer)
+    packed: BinaryLinear | BinaryConv2d
+    weight = layer._parameters["weight"]
+    assert weight is not None
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        assert kind is not None and issubclass(kind, BinaryConv2d)
         packed = kind.like(layer, bias=bias, **options)
     else:
-        assert kind is not None and issubclass(kind, BinaryLinear)
-        outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.t().shape
+        outputs, inputs = weight.t().shape if is_transposed(layer) else weight.shape
         packed = kind(inputs, outputs, bias, device="meta", **options)
     if isinstance(packed, BinaryOutProjection):
-        packed.dtype = layer.weight.dtype
+        packed.dtype = weight.dtype
     for hooks in _HOOKS:
         setattr(packed, hooks, getattr(layer, hooks).copy())
     return packed.train(layer.training)

@@ -12,6 +12,7 @@ from quantopt.ops.inputs import compute_mode
 from quantopt.ops.weights import pack_signs, plane_weights_of
 from quantopt.packing import folding
 from quantopt.packing.layers import fault_of, skeleton
+from quantopt.reference.levels import rows as matrix
 from quantopt.reference.levels import spread_over
 from quantopt.reference.reading import MIN_WEIGHTS, read_levels
 from quantopt.selection import is_transposed
@@ -45,7 +46,7 @@ def _checked(weight: Tensor, quantization: Quantization) -> _Codes:
         )
     if codes.numel() and int(codes.max()) >= levels:
         raise ValueError(f"opt.quantization gives the code {int(codes.max())} of only {levels} levels")
-    rows, length = codes.flatten(1).shape
+    rows, length = matrix(codes).shape
     groups = -(-length // quantization.group_size) if quantization.group_size else 0
     if list(max_level.shape) not in ([[rows, groups]] if groups else [[1], [rows]]):
         raise ValueError(
@@ -77,30 +78,29 @@ def _projected(p: Tensor, weight: _Codes) -> Tensor:
     return (spread_over(weight.scale, odd, weight.group_size) * odd).to(p.dtype)
 
 
-def _quantised_by(model: nn.Module, opt: _Optimizer) -> dict[nn.Parameter, _Codes]:
-    """The parameters of ``model`` that ``opt`` quantises, each asked for once. Raises ValueError if there are none."""
-    groups = getattr(opt, "param_groups", None)
+def _quantised_by(model: nn.Module, opt: Any) -> dict[nn.Parameter, _Codes]:
+    """The parameters of ``model`` that ``opt`` quantises. Raises ValueError if there are none."""
     params = list(model.parameters())
-    if groups is not None:
-        if all(group["bits"] == 0 for group in groups):
-            raise ValueError(
-                "opt quantises nothing: all its groups have bits=0; make them with quantopt.param_groups(model)"
-            )
-        trained = {p for group in groups for p in group["params"]}
-        if trained.isdisjoint(params):
-            raise ValueError(
-                "opt holds none of the parameters of the model, which is a copy, an average or a loaded model. Load its "
-                "weights into the model that opt trains, and pack that; or call pack(model) without opt, if the "
-                "weights lie on levels"
-            )
-        quantised = {p for group in groups if group["bits"] != 0 for p in group["params"]}
-        params = [p for p in params if p in quantised]
-    found = {p: _checked(p, q) for p in params if (q := opt.quantization(p)) is not None}
+    every = opt.quantizations() if hasattr(opt, "quantizations") else {}  # in one pass over the groups
+    found = {p: every[p] for p in params if p in every}
     if not found:
+        found = {p: q for p in params if (q := opt.quantization(p)) is not None}
+    if found:
+        return {p: _checked(p, quantization) for p, quantization in found.items()}
+    groups = getattr(opt, "param_groups", [])
+    if groups and all(group["bits"] == 0 for group in groups):
         raise ValueError(
-            "opt quantises no parameter of the model; make its groups with quantopt.param_groups(model)"
+            "opt quantises nothing: all its groups have bits=0; make them with quantopt.param_groups(model)"
         )
-    return found
+    if groups and {p for group in groups for p in group["params"]}.isdisjoint(params):
+        raise ValueError(
+            "opt holds none of the parameters of the model, which is a copy, an average or a loaded model. Load its "
+            "weights into the model that opt trains and pack that; or, if its weights lie on levels, call pack(model) "
+            "without opt"
+        )
+    raise ValueError(
+        "opt quantises no parameter of the model; make its groups with quantopt.param_groups(model)"
+    )
 
 
 def _on_levels(model: nn.Module) -> dict[nn.Parameter, _Codes]:
@@ -115,8 +115,8 @@ def _on_levels(model: nn.Module) -> dict[nn.Parameter, _Codes]:
             found[p] = _Codes(reading.levels, reading.codes, reading.step, reading.group_size)
     if not found:
         raise ValueError(
-            f"no weight of the model lies on 2, 3, 4, 8 or 16 levels, with {MIN_WEIGHTS} weights or more for each scale: "
-            "pass the optimizer that trains it, pack(model, opt), or save the weights inside opt.quantized()"
+            f"no weight of the model lies on 2, 3, 4, 8 or 16 levels, with {MIN_WEIGHTS} weights or more for each "
+            "scale: pass the optimizer that trains it, pack(model, opt), or save the weights inside opt.quantized()"
         )
     return found
 
@@ -128,11 +128,11 @@ def pack(
 
     Args:
         model: any module, itself a Linear included; it is not changed.
-        opt: the optimizer of this package that trains ``model``, also in the wrappers of accelerate and Lightning. None:
-            the levels are read off the weights, for models whose weights were stored inside ``opt.quantized()``: what
-            lies on 2, 3, 4, 8 or 16 uniform levels, with one scale for the tensor, a row or a group of a row and at
-            least 8 weights for each, is packed with the fewest levels, and the rest stays as it is
-            (:func:`quantopt.reference.reading.read_levels`).
+        opt: the optimizer of this package that trains ``model``, also in the wrappers of accelerate and Lightning.
+            None: the levels are read off the weights, for models whose weights were stored inside
+            ``opt.quantized()``. What lies on 2, 3, 4, 8 or 16 uniform levels, with one scale for the tensor, a row or
+            a group of a row, at least 8 weights for each and weights of both signs, is packed with the fewest levels;
+            the rest stays as it is (:func:`quantopt.reference.reading.read_levels`).
         compute: "auto" (which is "exact"), "exact", "bf16" or "int8", for all packed layers.
         fold_batchnorm: fold a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into the
             layer's scale and bias, and a following ReLU, GELU or SiLU module into its epilogue. A folded module is
@@ -141,8 +141,9 @@ def pack(
             optional arguments of forward, and follows nothing else. So a ReLU after an addition, a shared one, and one
             that is called as a function are not folded. torch.fx does not see calls from other methods than forward,
             nor tests by isinstance.
-            A BatchNorm1d folded into a Linear takes [batch, features] only: other inputs are then an error. Nothing is
-            folded into a Conv1d. A model that torch.fx cannot trace is not folded, with a warning that gives the reason.
+            A BatchNorm1d folded into a Linear takes [batch, features] only: other inputs are then an error. A model
+            that torch.fx cannot trace is not folded, with a warning that gives the reason. Nothing is folded into a
+            Conv1d.
 
     Subclasses that keep the forward of their base are packed too, as out_proj of MultiheadAttention, and the Conv1D of
     the transformers library if it has one scale. Shared layers and shared weights stay shared, and hooks of a layer are
@@ -226,8 +227,8 @@ def _packable(model: nn.Module, quantised: dict[nn.Parameter, _Codes], read: boo
             fault = fault_of(module) if key == "weight" else "not the weight of a layer"
             if not fault and not read and is_transposed(module) and quantised[p].scale.numel() > 1:
                 fault = (
-                    "a Conv1D with a scale for each input (call quantopt.nn.conv1d_to_linear(model) before the optimizer "
-                    "is made)"
+                    "a Conv1D with a scale for each input (call quantopt.nn.conv1d_to_linear(model) before the "
+                    "optimizer is made)"
                 )
             if fault:
                 faults.setdefault(p, fault)
