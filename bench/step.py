@@ -120,7 +120,9 @@ def whole_step(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """`opt.step()` of AskewSGD, every tensor quantised, against torch.optim.SGD on the same list."""
-    ours = quantopt.AskewSGD(parameters(shapes, dtype), lr=LR, weight_decay=DECAY, epsilon=EPSILON, **options)
+    ours = quantopt.AskewSGD(
+        parameters(shapes, dtype), bits=1, lr=LR, weight_decay=DECAY, epsilon=EPSILON, **options
+    )
     theirs = parameters(shapes, dtype)
     sgd = torch.optim.SGD(theirs, lr=LR, momentum=BETA, fused=True)
     functions: dict[str, Callable[[], object]] = {"ours": ours.step, "SGD(fused=True)": sgd.step}
@@ -165,9 +167,9 @@ def paths() -> list[dict[str, Any]]:
     timed without the arithmetic of the reference: what is left are the lists."""
     shapes = [(256,)] * 62
     options: dict[str, Any] = dict(lr=LR, weight_decay=DECAY, epsilon=EPSILON)
-    plan = quantopt.AskewSGD(parameters(shapes, torch.float32), **options)
-    reference = quantopt.AskewSGD(parameters(shapes, torch.float32), backend="reference", **options)
-    sharded = quantopt.AskewSGD(sharded_parameters(shapes), **options)
+    plan = quantopt.AskewSGD(parameters(shapes, torch.float32), bits=1, **options)
+    reference = quantopt.AskewSGD(parameters(shapes, torch.float32), bits=1, backend="reference", **options)
+    sharded = quantopt.AskewSGD(sharded_parameters(shapes), bits=1, **options)
 
     def without_arithmetic() -> None:
         group_step.fused_step = lambda *_: None
@@ -209,7 +211,7 @@ def parq_row() -> list[dict[str, Any]]:
     from torchao.prototype.parq.quant import LSBQuantizer
 
     shape = [(4096, 4096)]
-    ours = quantopt.AskewSGD(parameters(shape, torch.float32), lr=LR, epsilon=EPSILON)
+    ours = quantopt.AskewSGD(parameters(shape, torch.float32), bits=1, lr=LR, epsilon=EPSILON)
     sgd = torch.optim.SGD(
         [{"params": parameters(shape, torch.float32), "quant_bits": 1}], lr=LR, momentum=BETA, fused=True
     )

@@ -203,7 +203,7 @@ def whole_steps(case: str, shapes: Sequence[tuple[int, ...]], targets: dict[str,
         return [make(parameters(shapes, torch.float32)).step for _ in range(copies)]
 
     functions: Functions = {
-        "ours": steps(lambda ps: quantopt.AskewSGD(ps, lr=LR, weight_decay=DECAY, epsilon=EPSILON)),
+        "ours": steps(lambda ps: quantopt.AskewSGD(ps, bits=1, lr=LR, weight_decay=DECAY, epsilon=EPSILON)),
         "SGD(fused=True)": steps(lambda ps: torch.optim.SGD(ps, lr=LR, momentum=BETA, fused=True)),
         "SGD(foreach=True)": steps(lambda ps: torch.optim.SGD(ps, lr=LR, momentum=BETA, foreach=True)),
     }

@@ -241,7 +241,7 @@ def test_odd_layouts_step_as_plain_ones() -> None:
         assert q.grad is not None
         p.grad = q.grad.contiguous()
     for params in (odd, plain):
-        opt = quantopt.AskewSGD(params, lr=0.05, scale="none", capturable=True)
+        opt = quantopt.AskewSGD(params, bits=1, lr=0.05, scale="none", capturable=True)
         for _ in range(3):
             opt.step()
     assert same([p.detach() for p in odd], [p.detach() for p in plain])
@@ -250,11 +250,11 @@ def test_odd_layouts_step_as_plain_ones() -> None:
 def test_refusals_name_the_remedy_and_add_nothing() -> None:
     model = network()
     with pytest.raises(ValueError, match="error_if_nonfinite"):
-        quantopt.AskewSGD(model.parameters(), capturable=True, error_if_nonfinite=True)
+        quantopt.AskewSGD(model.parameters(), bits=1, capturable=True, error_if_nonfinite=True)
     with pytest.raises(ValueError, match="lr is a tensor on cpu"):
         elsewhere = [torch.nn.Parameter(torch.ones(2, device="meta"))]
-        quantopt.AskewSGD(elsewhere, lr=torch.tensor(0.1), capturable=True)
-    opt = quantopt.AskewSGD(model.parameters(), capturable=True)
+        quantopt.AskewSGD(elsewhere, bits=1, lr=torch.tensor(0.1), capturable=True)
+    opt = quantopt.AskewSGD(model.parameters(), bits=1, capturable=True)
     mixed = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device="meta"))]
     with pytest.raises(ValueError, match="one device"):
         opt.add_param_group({"params": mixed})
@@ -410,7 +410,7 @@ def test_odd_layouts_in_a_replayed_graph(backend: str) -> None:
     results = []
     for graphed in (False, True):
         params = odd_layouts("cuda")
-        opt = quantopt.AskewSGD(params, lr=0.05, scale="none", capturable=True, backend=backend)
+        opt = quantopt.AskewSGD(params, bits=1, lr=0.05, scale="none", capturable=True, backend=backend)
         opt.step()
         if graphed:
             graph = torch.cuda.CUDAGraph()

@@ -165,7 +165,7 @@ def test_a_checkpoint_goes_to_the_cpu_and_back() -> None:
             for shape in ((7, 33), (64, 32), (129,))
         ]
         # no scale of the weights: its sums are taken in another order on each device
-        return params, quantopt.AskewSGD(params, lr=0.1, scale="none", epsilon=0.4)
+        return params, quantopt.AskewSGD(params, bits=1, lr=0.1, scale="none", epsilon=0.4)
 
     def step(params: list[torch.nn.Parameter], opt: quantopt.AskewSGD, k: int) -> None:
         generator = torch.Generator().manual_seed(k)

@@ -38,11 +38,11 @@ from quantopt.optim.options import OPTIONS, SHARED
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        quantopt.AskewSGD([nn.Parameter(torch.randn(4))], **options)
+        quantopt.AskewSGD([nn.Parameter(torch.randn(4))], **{"bits": 1, **options})
 
 
 def test_bad_groups_are_refused_and_not_added() -> None:
-    opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4))])
+    opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4))], bits=1)
     for group, named in [
         (dict(lr=math.nan), "lr"),
         (dict(bits=7), "bits=7"),
@@ -60,7 +60,7 @@ def test_bad_groups_are_refused_and_not_added() -> None:
         (quantopt.BinaryConnect, dict(clip=math.nan), "clip"),
     ]:
         with pytest.raises(ValueError, match=named):
-            make([nn.Parameter(torch.randn(4, 4))], **options)
+            make([nn.Parameter(torch.randn(4, 4))], **{"bits": 1, **options})
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex", "zero scale", "nan scale"])
@@ -73,7 +73,7 @@ def test_a_refused_step_changes_nothing(kind: str) -> None:
         bad, error = nn.Parameter(torch.zeros(5, 3)), ValueError
     elif kind == "nan scale":
         bad, error = nn.Parameter(torch.full((5, 3), math.nan)), ValueError
-    opt = quantopt.AskewSGD([{"params": [good, bad], "param_names": ["good", "bad.weight"]}])
+    opt = quantopt.AskewSGD([{"params": [good, bad], "param_names": ["good", "bad.weight"]}], bits=1)
     good.grad = torch.randn(5, 3)
     bad.grad = torch.eye(5, 3).to_sparse() if kind == "sparse" else torch.ones_like(bad)
     before = good.detach().clone()
@@ -107,7 +107,7 @@ def test_unused_frozen_empty_and_late_parameters() -> None:
         nn.Parameter(torch.randn(4, 4)),
         nn.Parameter(torch.zeros(0, 4)),
     )
-    opt = quantopt.STAM([used, unused, empty])
+    opt = quantopt.STAM([used, unused, empty], bits=1)
     before = unused.detach().clone()
     used.grad, empty.grad = torch.randn(4, 4), torch.zeros(0, 4)
     opt.step()
@@ -128,19 +128,24 @@ def test_defaults_are_those_of_the_document() -> None:
     def keys(opt: Any, *names: str) -> list[Any]:
         return [opt.param_groups[0][name] for name in names]
 
-    assert keys(quantopt.AskewSGD(p), "lr", "momentum", "rate", "cap", "weight_decay") == [
+    assert keys(quantopt.AskewSGD(p, bits=1), "lr", "momentum", "rate", "cap", "weight_decay") == [
         0.3,
         0.9,
         0.1,
         0.25,
         0.0,
     ]
-    assert keys(quantopt.AskewSGD(p, memory=True), "lr", "rate", "bound") == [1.0, math.inf, 2.0]
-    assert keys(quantopt.AskewSGD([{"params": p, "memory": True}]), "rate") == [math.inf]
-    assert keys(quantopt.STAM(p), "lr", "weight_decay", "form", "lam") == [1.0, 3e-3, "alternating", 0.0]
-    assert keys(quantopt.STAM(p, form="splitting"), "lr", "weight_decay") == [0.3, 0.0]
-    assert keys(quantopt.BinaryConnect(p), "lr", "clip") == [0.5, 1.0]
-    assert keys(quantopt.BinaryRelax(p), "lr", "clip") == [0.3, 1.0]
+    assert keys(quantopt.AskewSGD(p, bits=1, memory=True), "lr", "rate", "bound") == [1.0, math.inf, 2.0]
+    assert keys(quantopt.AskewSGD([{"params": p, "memory": True}], bits=1), "rate") == [math.inf]
+    assert keys(quantopt.STAM(p, bits=1), "lr", "weight_decay", "form", "lam") == [
+        1.0,
+        3e-3,
+        "alternating",
+        0.0,
+    ]
+    assert keys(quantopt.STAM(p, bits=1, form="splitting"), "lr", "weight_decay") == [0.3, 0.0]
+    assert keys(quantopt.BinaryConnect(p, bits=1), "lr", "clip") == [0.5, 1.0]
+    assert keys(quantopt.BinaryRelax(p, bits=1), "lr", "clip") == [0.3, 1.0]
 
 
 CLASSES = (
@@ -155,14 +160,14 @@ CLASSES = (
 )
 def test_unknown_keywords_are_refused(make: Any, wrong: str) -> None:
     with pytest.raises(TypeError, match=wrong):
-        make([nn.Parameter(torch.randn(4))], **{wrong: 1})
+        make([nn.Parameter(torch.randn(4))], bits=1, **{wrong: 1})
 
 
 @pytest.mark.parametrize("make", CLASSES)
 def test_constructors_show_every_option_with_its_default(make: Any) -> None:
     shown = inspect.signature(make).parameters
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
-    opt = make([nn.Parameter(torch.randn(4))])
+    opt = make([nn.Parameter(torch.randn(4))], bits=1)
     whole = opt.whole(opt.param_groups[0])
     assert set(shown) == {*whole, "params", "fused_amp", "backend"} - {"initial_lr"}
     for key in SHARED:
@@ -180,11 +185,11 @@ def test_keys_of_the_user_are_saved_and_ignored() -> None:
         torch.manual_seed(1)
         p = nn.Parameter(torch.randn(4, 4))
         group = {"params": [p], "name": "body", "lr_scale": 0.1, "tags": ["a"]}
-        return p, quantopt.STAM([group], lr=0.1)
+        return p, quantopt.STAM([group], bits=1, lr=0.1)
 
     p, opt = start()
     plain = nn.Parameter(p.detach().clone())
-    other = quantopt.STAM([plain], lr=0.1)
+    other = quantopt.STAM([plain], bits=1, lr=0.1)
     for q, o in ((p, opt), (plain, other)):
         for i in range(3):
             q.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
@@ -200,7 +205,7 @@ def test_keys_of_the_user_are_saved_and_ignored() -> None:
 def test_a_group_takes_the_defaults_of_its_form() -> None:
     def group(make: Any, *names: str, **options: Any) -> list[Any]:
         constructor = options.pop("constructor", {})
-        opt = make([{"params": [nn.Parameter(torch.randn(4, 4))], **options}], **constructor)
+        opt = make([{"params": [nn.Parameter(torch.randn(4, 4))], **options}], bits=1, **constructor)
         return [opt.param_groups[0][name] for name in names]
 
     names = ("lr", "weight_decay")
@@ -215,19 +220,19 @@ def test_a_group_takes_the_defaults_of_its_form() -> None:
     assert group(quantopt.STAM, *names, form="splitting", constructor=dict(lr=0.7)) == [0.7, 0.0]
     for make in CLASSES:
         with pytest.raises(ValueError, match="lr=None: base='given'"):
-            make([nn.Parameter(torch.randn(4))], base="given")
+            make([nn.Parameter(torch.randn(4))], bits=1, base="given")
         assert group(make, "lr", base="given", lr=0.2) == [0.2]
 
 
 def test_askew_adam_is_askew_sgd_on_adam() -> None:
     params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2)]
-    opts = [quantopt.AskewAdam(params[:1]), quantopt.AskewSGD(params[1:], base="adam")]
+    opts = [quantopt.AskewAdam(params[:1], bits=1), quantopt.AskewSGD(params[1:], bits=1, base="adam")]
     for opt, p in zip(opts, params, strict=True):
         for i in range(3):
             p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(i))
             opt.step()
     assert torch.equal(*params)
-    assert quantopt.AskewAdam(params, base="sgd").param_groups[0]["lr"] == 0.3
+    assert quantopt.AskewAdam(params, bits=1, base="sgd").param_groups[0]["lr"] == 0.3
 
 
 def test_star_imports_bind_public_names_alone() -> None:
@@ -242,10 +247,10 @@ def test_groups_of_one_optimizer_may_have_different_bases() -> None:
     params = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
     bases = ("sgd", "adam", "given")
     opt = quantopt.AskewSGD(
-        [{"params": [p], "base": base, "lr": 0.1} for p, base in zip(params, bases, strict=True)]
+        [{"params": [p], "base": base, "lr": 0.1} for p, base in zip(params, bases, strict=True)], bits=1
     )
     alone = [nn.Parameter(p.detach().clone()) for p in params]
-    others = [quantopt.AskewSGD([p], lr=0.1, base=base) for p, base in zip(alone, bases, strict=True)]
+    others = [quantopt.AskewSGD([p], bits=1, lr=0.1, base=base) for p, base in zip(alone, bases, strict=True)]
     for i in range(3):
         for p, q in zip(params, alone, strict=True):
             p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
@@ -267,8 +272,8 @@ def test_a_given_direction_is_the_gradient_as_it_is(name: str) -> None:
     """That of SGD with momentum, computed by the caller: the same steps."""
     ours, theirs = nn.Parameter(torch.randn(6, 5)), None
     theirs = nn.Parameter(ours.detach().clone())
-    given = MAKERS[name]([ours], lr=0.05, weight_decay=0.0, base="given")
-    sgd = MAKERS[name]([theirs], lr=0.05, weight_decay=0.0, momentum=0.9)
+    given = MAKERS[name]([ours], bits=1, lr=0.05, weight_decay=0.0, base="given")
+    sgd = MAKERS[name]([theirs], bits=1, lr=0.05, weight_decay=0.0, momentum=0.9)
     buffer = torch.zeros(6, 5)
     for i in range(5):
         g = torch.randn(6, 5, generator=torch.Generator().manual_seed(i))
@@ -278,7 +283,7 @@ def test_a_given_direction_is_the_gradient_as_it_is(name: str) -> None:
         sgd.step()
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="nesterov"):
-        MAKERS[name]([ours], lr=0.05, base="given", nesterov=True)
+        MAKERS[name]([ours], bits=1, lr=0.05, base="given", nesterov=True)
 
 
 def test_options_of_another_class_and_none_are_refused() -> None:
@@ -292,14 +297,14 @@ def test_options_of_another_class_and_none_are_refused() -> None:
         (quantopt.AskewSGD, {"base": "lion"}, "base='lion'"),
     ]:
         with pytest.raises(ValueError, match=re.escape(named)):
-            make([{"params": [p], **group}], lr=0.5)
+            make([{"params": [p], **group}], bits=1, lr=0.5)
     with pytest.raises(ValueError, match="base='foo'"):
-        quantopt.AskewSGD([p], base="foo")
+        quantopt.AskewSGD([p], bits=1, base="foo")
 
 
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 def test_schedulers_that_cycle_momentum_find_it(base: str) -> None:
-    opt = quantopt.STAM([nn.Parameter(torch.randn(4, 4))], lr=0.1, base=base)
+    opt = quantopt.STAM([nn.Parameter(torch.randn(4, 4))], bits=1, lr=0.1, base=base)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
     values = []
     for _ in range(5):
@@ -321,7 +326,7 @@ def test_groups_have_the_keys_of_the_first_version() -> None:
 
 def test_a_changed_option_is_checked_before_state_is_made() -> None:
     p = nn.Parameter(torch.randn(4, 4))
-    opt = quantopt.AskewSGD([p], lr=0.1)
+    opt = quantopt.AskewSGD([p], bits=1, lr=0.1)
     p.grad = torch.ones(4, 4)
     opt.step()
     before = {key: value.clone() for key, value in opt.state[p].items()}
@@ -338,7 +343,7 @@ def test_a_subclass_of_the_base_class_needs_no_default_of_lr() -> None:
             return "prox"
 
     p = nn.Parameter(torch.randn(4, 4))
-    opt = Plain([p], {"lr": 0.5, "weight_decay": 0.0, "momentum": 0.0})
+    opt = Plain([p], {"bits": 1, "lr": 0.5, "weight_decay": 0.0, "momentum": 0.0})
     before = p.detach().clone()
     p.grad = torch.ones(4, 4)
     opt.step()

@@ -17,7 +17,9 @@ def test_a_parameter_of_another_layout_at_the_same_address(change: str) -> None:
     for backend in ("auto", "reference"):
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(8, 8))
-        opt = quantopt.AskewSGD([p], lr=0.1, momentum=0.0, scale="channel", epsilon=0.5, backend=backend)
+        opt = quantopt.AskewSGD(
+            [p], bits=1, lr=0.1, momentum=0.0, scale="channel", epsilon=0.5, backend=backend
+        )
         for i in range(3):
             set_grads([p], i)
             opt.step()
@@ -46,7 +48,7 @@ class Twisted(quantopt.AskewSGD):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_an_option_of_a_subclass_takes_effect(backend: str) -> None:
     p = nn.Parameter(torch.linspace(-1, 1, 16).view(4, 4))
-    opt = Twisted([p], lr=0.1, epsilon=0.01, backend=backend)
+    opt = Twisted([p], bits=1, lr=0.1, epsilon=0.01, backend=backend)
     p.grad = torch.full_like(p, 0.1)
     opt.step()
     for value in ("b", "a", "b"):
@@ -63,7 +65,7 @@ def test_an_option_of_a_subclass_takes_effect(backend: str) -> None:
 def test_lists_stay_where_no_plan_finds_the_gradients(case: str) -> None:
     p = nn.Parameter(torch.randn(6, 5) if case != "layout of a parameter" else torch.randn(6, 8)[:, :5])
     backend = "reference" if case == "reference" else "auto"
-    opt = quantopt.STAM([p], lr=0.1, backend=backend)
+    opt = quantopt.STAM([p], bits=1, lr=0.1, backend=backend)
     steps = set()
     for i in range(4):
         g = torch.randn(6, 5, generator=torch.Generator().manual_seed(i))
@@ -82,7 +84,7 @@ def test_lists_stay_where_no_plan_finds_the_gradients(case: str) -> None:
 
 def test_keys_of_the_user_do_not_lay_out_the_step_again() -> None:
     p = nn.Parameter(torch.randn(4, 4))
-    opt = quantopt.AskewSGD([{"params": [p], "counter": object()}], lr=0.1)
+    opt = quantopt.AskewSGD([{"params": [p], "counter": object()}], bits=1, lr=0.1)
     steps = set()
     for i in range(3):
         set_grads([p], i)
@@ -95,7 +97,7 @@ def test_keys_of_the_user_do_not_lay_out_the_step_again() -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_momentum_that_becomes_bfloat16_in_place(backend: str) -> None:
     p = nn.Parameter(torch.randn(4, 4))
-    opt = quantopt.AskewSGD([p], lr=0.1, backend=backend)
+    opt = quantopt.AskewSGD([p], bits=1, lr=0.1, backend=backend)
     for i in range(2):
         set_grads([p], i)
         opt.step()

@@ -177,7 +177,7 @@ def test_quantised_activations_before_packed_layers(tmp_path, fold):
     ("convert", "arguments", "message"),
     [
         (luq, {"repeat": 0}, "repeat=0: must be"),
-        (luq, {"skip": ("first", "last", "2.*", "6.*")}, "luq: skip=.* leaves no layer"),
+        (luq, {"skip": ("first", "last", "2.*", "6.*")}, "luq: no weight is left to quantise"),
         (quantize_activations, {"skip": ("nothing.*",)}, "skip='nothing.*' matches no parameter"),
     ],
 )

@@ -47,7 +47,7 @@ def test_groups_with_zero_bits_are_torch_adam(decoupled: bool) -> None:
     settings = dict(lr=0.01, weight_decay=0.1)
     a, b = network(), network()
     group = {"params": list(a.parameters()), "bits": 0, "decoupled_weight_decay": decoupled}
-    train(a, quantopt.AskewAdam([group], **settings), 5)
+    train(a, quantopt.AskewAdam([group], bits=1, **settings), 5)
     train(b, torch.optim.Adam(b.parameters(), decoupled_weight_decay=decoupled, **settings), 5)
     for x, y in zip(weights(a), weights(b), strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
@@ -135,7 +135,9 @@ def test_memory_layouts_do_not_change_the_result(name: str, scale: str) -> None:
     results = {}
     for layout, (w, g) in layouts.items():
         p = nn.Parameter(w)
-        opt = MAKERS[name]([{"params": [p], "scale": scale, "group_size": 5}], lr=0.1, weight_decay=0.01)
+        opt = MAKERS[name](
+            [{"params": [p], "scale": scale, "group_size": 5}], bits=1, lr=0.1, weight_decay=0.01
+        )
         for i in range(2):
             p.grad = g.clone() if layout != "expanded gradient" else g
             torch.manual_seed(i)
@@ -291,7 +293,7 @@ def test_closure_and_zero_grad() -> None:
 
 def test_in_place_changes_are_seen_by_autograd() -> None:
     p = nn.Parameter(torch.randn(4, 4))
-    opt = quantopt.AskewSGD([p])
+    opt = quantopt.AskewSGD([p], bits=1)
     for _ in range(3):
         p.grad = torch.randn(4, 4)
         version = p._version

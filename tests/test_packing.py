@@ -221,18 +221,6 @@ def test_the_model_may_be_a_single_layer(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "m", nn.Linear(20, 30))(x), packed(x))
 
 
-def test_other_kinds_of_layers_keep_their_type_and_get_the_projected_values() -> None:
-    class Mine(nn.Linear):
-        pass
-
-    model = nn.Sequential(Mine(8, 8), nn.ConvTranspose2d(2, 3, 3), nn.Linear(8, 8))
-    opt = Fake([model[0].weight, model[1].weight])
-    packed = pack(model, opt)
-    assert [type(m) for m in packed] == [Mine, nn.ConvTranspose2d, nn.Linear]
-    for a, b in zip(packed.parameters(), opt.project(model).parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_a_transformer_layer_runs_packed() -> None:
     """Its fast path reads linear1.weight itself."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()

@@ -33,7 +33,7 @@ def compare(
     results = []
     for backend in ("cpu", "reference"):
         params = parameters([(8, 6), (5,), (4, 3)])
-        opt = make(params, weight_decay=0.01, backend=backend)
+        opt = make(params, bits=1, weight_decay=0.01, backend=backend)
         for i in range(2 * steps):
             if i == steps:
                 change(opt)
@@ -104,7 +104,7 @@ def test_memory_may_end() -> None:
 def test_a_group_without_a_plan_is_laid_out_once() -> None:
     """Until another parameter has a gradient, one has another dtype, or a gradient is sparse."""
     a, b = nn.Parameter(torch.randn(4, 8)[:, :4]), parameters([(4, 4)])[0]  # a is not dense
-    opt = quantopt.AskewSGD([a, b], lr=0.1)
+    opt = quantopt.AskewSGD([a, b], bits=1, lr=0.1)
     set_grads([a], 0)
     opt.step()
     first = opt._group_steps[0]
@@ -130,7 +130,7 @@ def test_a_group_without_a_plan_is_laid_out_once() -> None:
 
 def test_groups_may_be_removed() -> None:
     a, b = parameters([(4, 4)]), parameters([(3, 3)])
-    opt = quantopt.AskewSGD([{"params": a}, {"params": b}], lr=0.1)
+    opt = quantopt.AskewSGD([{"params": a}, {"params": b}], bits=1, lr=0.1)
     set_grads(a + b, 0)
     opt.step()
     before = a[0].detach().clone(), b[0].detach().clone()
@@ -142,7 +142,7 @@ def test_groups_may_be_removed() -> None:
 
 def test_a_parameter_may_be_replaced_and_an_empty_one_filled() -> None:
     params = parameters([(4, 4), (4, 4), (0, 3)])
-    opt = quantopt.AskewSGD(params, lr=0.1)
+    opt = quantopt.AskewSGD(params, bits=1, lr=0.1)
     set_grads(params, 0)
     opt.step()
     old, new = params[1], parameters([(4, 4)])[0]
@@ -174,7 +174,7 @@ def test_a_negated_view_is_read_as_what_it_is() -> None:
 
 def test_a_model_that_becomes_float32_leaves_no_stale_master() -> None:
     (p,) = parameters([(16, 16)], torch.bfloat16)
-    opt = quantopt.AskewSGD([p], lr=0.3)
+    opt = quantopt.AskewSGD([p], bits=1, lr=0.3)
     for i in range(2):
         set_grads([p], i)
         opt.step()
@@ -192,13 +192,13 @@ def test_a_model_that_becomes_float32_leaves_no_stale_master() -> None:
 @pytest.mark.parametrize("key", ["momentum_buffer", "latent", "scale"])
 def test_state_of_any_floating_dtype_is_taken_up(key: str) -> None:
     (p,) = parameters([(8, 8)])
-    opt = quantopt.AskewSGD([p], memory=True)
+    opt = quantopt.AskewSGD([p], bits=1, memory=True)
     set_grads([p], 0)
     opt.step()
     saved = opt.state_dict()
     saved["state"][0][key] = saved["state"][0][key].double()
     (q,) = parameters([(8, 8)])
-    other = quantopt.AskewSGD([q], memory=True)
+    other = quantopt.AskewSGD([q], bits=1, memory=True)
     other.load_state_dict(saved)
     q.data.copy_(p.data)
     for o, w in ((opt, p), (other, q)):
@@ -210,7 +210,7 @@ def test_state_of_any_floating_dtype_is_taken_up(key: str) -> None:
 
 def test_hooks_of_load_state_dict_have_the_last_word() -> None:
     (p,) = parameters([(4, 4)])
-    opt = quantopt.AskewSGD([p])
+    opt = quantopt.AskewSGD([p], bits=1)
     set_grads([p], 0)
     opt.step()
     saved = opt.state_dict()
@@ -232,7 +232,7 @@ def test_hooks_of_load_state_dict_have_the_last_word() -> None:
 @pytest.mark.parametrize("options", [dict(error_if_nonfinite=True), dict()])
 def test_autograd_sees_the_step_without_a_plan(options: dict[str, Any]) -> None:
     a, b = parameters([(4, 4)])[0], nn.Parameter(torch.randn(8, 4).t()[:, :4])  # b is not dense
-    opt = quantopt.AskewSGD([a, b], lr=0.1, **options)
+    opt = quantopt.AskewSGD([a, b], bits=1, lr=0.1, **options)
     set_grads([a, b], 0)
     versions = a._version, b._version
     opt.step()
@@ -241,7 +241,7 @@ def test_autograd_sees_the_step_without_a_plan(options: dict[str, Any]) -> None:
 
 def test_a_gradient_that_is_not_finite_at_the_first_step_makes_no_state() -> None:
     params = parameters([(4, 4), (3,)])
-    opt = quantopt.AskewSGD(params, error_if_nonfinite=True)
+    opt = quantopt.AskewSGD(params, bits=1, error_if_nonfinite=True)
     set_grads(params, 0)
     for bad in (math.inf, -math.inf, math.nan):
         assert params[1].grad is not None
@@ -253,7 +253,7 @@ def test_a_gradient_that_is_not_finite_at_the_first_step_makes_no_state() -> Non
 
 def test_grad_scaler_skips_before_error_if_nonfinite() -> None:
     (p,) = parameters([(4, 4)])
-    opt = quantopt.AskewSGD([p], error_if_nonfinite=True, fused_amp=True)
+    opt = quantopt.AskewSGD([p], bits=1, error_if_nonfinite=True, fused_amp=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale((p * math.inf).sum()).backward()
     before = p.detach().clone()
@@ -301,7 +301,7 @@ def test_groups_draw_different_random_numbers() -> None:
     torch.manual_seed(2)
     w, g = torch.randn(4096).bfloat16(), torch.randn(4096).bfloat16() * 1e-3
     params = [nn.Parameter(w.clone()), nn.Parameter(w.clone())]
-    opt = quantopt.AskewSGD([{"params": [p]} for p in params], lr=0.1, rounding="stochastic")
+    opt = quantopt.AskewSGD([{"params": [p]} for p in params], bits=1, lr=0.1, rounding="stochastic")
     for p in params:
         p.grad = g.clone()
     opt.step()
@@ -315,7 +315,7 @@ def test_stochastic_rounding_is_the_same_beyond_a_chunk_and_for_any_threads() ->
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         p = nn.Parameter(torch.randn(100_003).bfloat16())
-        opt = quantopt.AskewSGD([p], lr=0.1, rounding="stochastic", backend=backend)
+        opt = quantopt.AskewSGD([p], bits=1, lr=0.1, rounding="stochastic", backend=backend)
         for i in range(2):
             set_grads([p], i)
             opt.step()
@@ -328,17 +328,17 @@ def test_stochastic_rounding_is_the_same_beyond_a_chunk_and_for_any_threads() ->
 
 def test_refusals() -> None:
     (half,) = parameters([(4, 4)], torch.float16)
-    opt = quantopt.AskewSGD([half], rounding="stochastic")
+    opt = quantopt.AskewSGD([half], bits=1, rounding="stochastic")
     set_grads([half], 0)
     with pytest.raises(ValueError, match="bfloat16"):
         opt.step()
     with pytest.raises(ValueError, match="nesterov"):
-        quantopt.AskewAdam([{"params": parameters([(2, 2)]), "nesterov": True}])
+        quantopt.AskewAdam([{"params": parameters([(2, 2)]), "nesterov": True}], bits=1)
 
 
 def test_hard_proxquant_keeps_levels_where_the_step_overflows() -> None:
     p: Tensor = nn.Parameter(torch.tensor([[0.5, -0.5, 0.25, -0.25]]))
-    opt = quantopt.ProxQuant([p], momentum=0.0, reg_strength=math.inf)
+    opt = quantopt.ProxQuant([p], bits=1, momentum=0.0, reg_strength=math.inf)
     p.grad = torch.tensor([[math.inf, -math.inf, 0.0, 0.0]])
     opt.step()
     scale = opt.state[p]["scale"]
@@ -347,7 +347,7 @@ def test_hard_proxquant_keeps_levels_where_the_step_overflows() -> None:
 
 def test_tensor_lr_of_one_element_is_capturable() -> None:
     (p,) = parameters([(4, 4)])
-    opt = quantopt.AskewSGD([p], lr=torch.tensor([0.1]), capturable=True)
+    opt = quantopt.AskewSGD([p], bits=1, lr=torch.tensor([0.1]), capturable=True)
     set_grads([p], 0)
     opt.step()
     assert p._version > 0
@@ -356,7 +356,7 @@ def test_tensor_lr_of_one_element_is_capturable() -> None:
 def test_the_numbers_of_a_capturable_group_stay_where_they_are() -> None:
     """A captured graph reads them: new parameters and changed options must not move them."""
     params = parameters([(4, 4), (3, 3)])
-    opt = quantopt.AskewSGD(params, capturable=True)
+    opt = quantopt.AskewSGD(params, bits=1, capturable=True)
     set_grads(params[:1], 0)
     opt.step()
     at = opt._group_steps[0].hyper.data_ptr()
@@ -374,7 +374,7 @@ def test_the_numbers_of_a_capturable_group_stay_where_they_are() -> None:
 @pytest.mark.parametrize("make", [quantopt.BinaryConnect, quantopt.BinaryRelax])
 def test_a_vector_is_one_channel_with_one_bound(make: Any) -> None:
     (p,) = parameters([(16,)])
-    opt = make([p], scale="channel")
+    opt = make([p], bits=1, scale="channel")
     set_grads([p], 0)
     opt.step()
     assert opt.state[p]["sigma"].numel() == opt.state[p]["scale"].numel() == 1
@@ -446,7 +446,7 @@ def test_what_is_kept_between_steps_notices_changes(change: Callable[[nn.Module,
 
 def test_a_step_sees_gradients_that_come_and_go() -> None:
     a, b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
-    opt = quantopt.AskewSGD([a, b])
+    opt = quantopt.AskewSGD([a, b], bits=1)
     for present in ((a,), (a,), (a, b), (b,), (a, b), ()):
         before = {p: p.detach().clone() for p in (a, b)}
         opt.zero_grad()

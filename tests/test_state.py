@@ -63,7 +63,7 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
     wrong_shape, wrong_lr = copy.deepcopy(before), copy.deepcopy(before)
     wrong_shape["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
     wrong_lr["param_groups"][0]["lr"] = math.nan
-    one_group = quantopt.AskewSGD(model.parameters()).state_dict()
+    one_group = quantopt.AskewSGD(model.parameters(), bits=1).state_dict()
     missing, listed, scale, nan = (copy.deepcopy(before) for _ in range(4))
     del missing["state"][0]["momentum_buffer"]
     listed["state"][0]["momentum_buffer"] = [1.0]
@@ -112,7 +112,7 @@ def test_an_optimizer_pickled_by_the_first_version() -> None:
 
 def test_adam_counts_from_its_first_step() -> None:
     p = nn.Parameter(torch.randn(8, 8).bfloat16())
-    opt = quantopt.AskewSGD([p], lr=0.01, rounding="stochastic")
+    opt = quantopt.AskewSGD([p], bits=1, lr=0.01, rounding="stochastic")
     for _ in range(3):
         p.grad = torch.ones_like(p)
         opt.step()

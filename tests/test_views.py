@@ -91,25 +91,25 @@ def annealed(opt: Any, total: int, key: str) -> list[float]:
 
 def test_schedules_are_those_of_the_document() -> None:
     p = [nn.Parameter(torch.randn(4, 4))]
-    e = annealed(quantopt.AskewSGD(p), 100, "epsilon")
+    e = annealed(quantopt.AskewSGD(p, bits=1), 100, "epsilon")
     assert e[:71] == [1.0] * 71 and e[100] == e[90] == pytest.approx((1 - 0.995**2) ** 2)
     assert math.sqrt(1 - math.sqrt(e[80])) == pytest.approx(0.995 / 2)
-    e = annealed(quantopt.AskewSGD(p, memory=True), 100, "epsilon")
+    e = annealed(quantopt.AskewSGD(p, bits=1, memory=True), 100, "epsilon")
     assert e[50] == 1.0 and e[51] < 1.0 and e[80] == 0.0 == e[100]
     assert math.sqrt(1 - math.sqrt(e[65])) == pytest.approx(0.5)
-    k = annealed(quantopt.STAM(p), 100, "kappa")
+    k = annealed(quantopt.STAM(p, bits=1), 100, "kappa")
     assert k[0] == pytest.approx(0.01) and k[40] == pytest.approx(1.0) and k[79] < 100 and math.isinf(k[80])
-    k = annealed(quantopt.STAM(p, form="splitting"), 100, "kappa")
+    k = annealed(quantopt.STAM(p, bits=1, form="splitting"), 100, "kappa")
     assert k[69] == 0.0 and k[70] == pytest.approx(1e-3) and k[94] < 1.0 and math.isinf(k[95])
-    k = annealed(quantopt.BinaryRelax(p), 100, "kappa")
+    k = annealed(quantopt.BinaryRelax(p, bits=1), 100, "kappa")
     assert k[0] == pytest.approx(1.0) and k[40] == pytest.approx(10.0) and math.isinf(k[80])
-    r = annealed(quantopt.ProxQuant(p, reg=0.01), 100, "reg_strength")
+    r = annealed(quantopt.ProxQuant(p, bits=1, reg=0.01), 100, "reg_strength")
     assert r[0] == pytest.approx(0.01) and r[49] == pytest.approx(0.5) and math.isinf(r[80])
 
 
 def test_schedules_take_settings() -> None:
     p = [nn.Parameter(torch.randn(4, 4))]
-    opt: Any = quantopt.AskewSGD(p, memory=True)
+    opt: Any = quantopt.AskewSGD(p, bits=1, memory=True)
     anneal = quantopt.Anneal(opt, 10, hold=0.2, last=0.5)  # the end stays at 0.8
     values = []
     for _ in range(10):
@@ -117,31 +117,31 @@ def test_schedules_take_settings() -> None:
         anneal.step()
         values.append(opt.param_groups[0]["epsilon"])
     assert values[:2] == [1.0, 1.0] and values[2] < 1 and set(values[7:]) == {(1 - 0.5**2) ** 2}
-    opt = quantopt.STAM(p)
+    opt = quantopt.STAM(p, bits=1)
     quantopt.Anneal(opt, 10, first=1.0)
     assert opt.param_groups[0]["kappa"] == 1.0
-    opt = quantopt.ProxQuant(p)
+    opt = quantopt.ProxQuant(p, bits=1)
     anneal = quantopt.Anneal(opt, 10, end=0.1)
     opt.step()
     anneal.step()
     assert math.isinf(opt.param_groups[0]["reg_strength"])
     for bad in ({"hold": 0.9, "end": 0.9}, {"last": 1.5}):
         with pytest.raises(ValueError, match="must be 0 <= hold < end <= 1"):
-            quantopt.Anneal(quantopt.AskewSGD(p), 10, **bad)
+            quantopt.Anneal(quantopt.AskewSGD(p, bits=1), 10, **bad)
     with pytest.raises(ValueError, match="must be 0 <= start < end <= 1 and 0 < first <= last < inf"):
-        quantopt.Anneal(quantopt.BinaryRelax(p), 10, first=0.0)
+        quantopt.Anneal(quantopt.BinaryRelax(p, bits=1), 10, first=0.0)
     with pytest.raises(ValueError, match="must be 0 < end <= 1"):
-        quantopt.Anneal(quantopt.ProxQuant(p), 10, end=0.0)
+        quantopt.Anneal(quantopt.ProxQuant(p, bits=1), 10, end=0.0)
     with pytest.raises(ValueError, match=r"hold=0\.5: the schedule of STAM has end, first, last, start"):
-        quantopt.Anneal(quantopt.STAM(p), 10, hold=0.5)
+        quantopt.Anneal(quantopt.STAM(p, bits=1), 10, hold=0.5)
     with pytest.raises(ValueError, match=r"end=0\.5: the schedule of BinaryConnect has no settings"):
-        quantopt.Anneal(quantopt.BinaryConnect(p), 10, end=0.5)
+        quantopt.Anneal(quantopt.BinaryConnect(p, bits=1), 10, end=0.5)
     with pytest.raises(ValueError, match="leave out schedule="):
-        quantopt.Anneal(quantopt.STAM(p), 10, quantopt.STAM(p).annealed, end=0.5)
+        quantopt.Anneal(quantopt.STAM(p, bits=1), 10, quantopt.STAM(p, bits=1).annealed, end=0.5)
 
 
 def test_anneal_takes_a_schedule_and_refuses_nonsense() -> None:
-    opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4, 4))])
+    opt = quantopt.AskewSGD([nn.Parameter(torch.randn(4, 4))], bits=1)
     anneal = quantopt.Anneal(
         opt, 100, schedule=lambda group, step, total: {"epsilon": min(1.0, 0.5 ** (step // 10 - 2))}
     )

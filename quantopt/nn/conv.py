@@ -1,8 +1,8 @@
-"""BinaryConv2d."""
+"""BinaryConv2d, and BinaryConv1d over it."""
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class BinaryConv2d(BinaryModule):
     @classmethod
     def like(
         cls,
-        conv: nn.Conv2d,
+        conv: nn.Conv1d | nn.Conv2d,
         *,
         levels: int = 2,
         scale: str = "channel",
@@ -159,3 +159,51 @@ class BinaryConv2d(BinaryModule):
             f"{self._activation_repr()}"
         ]
         return ", ".join(parts)
+
+
+class BinaryConv1d(BinaryConv2d):
+    """activation(conv1d) with W [out_channels, in_channels/groups, k], x [B, C, L] or [C, L].
+
+    Arguments as in nn.Conv1d and :class:`BinaryConv2d`. It runs as a convolution of images of height 1, and its
+    kernel_size, stride, padding and dilation are those of that convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            (1, *_single(kernel_size)),
+            (1, *_single(stride)),
+            padding if isinstance(padding, str) else (0, *_single(padding)),
+            (1, *_single(dilation)),
+            groups,
+            bias,
+            padding_mode,
+            **options,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """W as fp32 [N, C/groups, k], built at each access."""
+        return super().weight.squeeze(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, L], batched or not, not {list(x.shape)}")
+        return super().forward(x.unsqueeze(-2)).squeeze(-2)
+
+
+def _single(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)

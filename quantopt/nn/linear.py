@@ -165,10 +165,10 @@ class BinaryModule(nn.Module):
         self.prepare()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {"scale": self.scale, "bias": self.bias}
+        before = {name: self._buffers[name] for name in ("scale", "bias")}
         super()._apply(fn, recurse)
         for name, old in before.items():  # scale and bias stay fp32 when a model is moved to bf16
-            new = getattr(self, name)
+            new = self._buffers[name]
             if new is not None and new.dtype != torch.float32 and not new.is_meta:
                 setattr(self, name, old.to(device=new.device))  # type: ignore[union-attr]
         self.prepare()  # of the bits where they are now
@@ -251,3 +251,25 @@ class BinaryLinear(BinaryModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"levels={self.levels}, scale={self.scale_kind}{group}, compute={self.compute}{self._activation_repr()}"
         )
+
+
+class BinaryOutProjection(BinaryLinear):
+    """The out_proj of an nn.MultiheadAttention, which reads weight and bias of the layer and never calls it.
+
+    It is packed in memory and in files, but its weight is built at each call of the attention. Weight and bias are
+    given in ``dtype``, that of the float layer, which follows ``.to(dtype)`` of the model.
+    """
+
+    dtype = torch.float32
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight.to(self.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return value.to(self.dtype) if name == "bias" and value is not None else value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)

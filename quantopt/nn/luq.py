@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from quantopt.selection import select_weights
+from quantopt.selection import choose, nothing_left
 
 SAWB_BITS = 4
 _SAWB = (12.1, 12.2)  # the fit of the best clip for 4 bits by the first two moments
@@ -138,7 +138,8 @@ def _inner_layers(
     model: nn.Module, skip: Iterable[str], function: str
 ) -> list[tuple[nn.Module, str, nn.Module]]:
     """(parent, attribute, layer) of the layers to be converted; all are nn.Linear or nn.Conv2d."""
-    chosen = select_weights(model, skip)
+    choices = choose(model, 1, skip)
+    chosen = {id(choice.parameter) for choice in choices if not choice.left_out}
     found = []
     for parent_name, parent in model.named_modules():
         for name, layer in parent.named_children():
@@ -152,9 +153,7 @@ def _inner_layers(
                 )
             found.append((parent, name, layer))
     if not found:
-        raise ValueError(
-            f"{function}: skip={tuple(skip)!r} leaves no layer to convert; pass skip=() to convert all"
-        )
+        raise ValueError(f"{function}: {nothing_left(choices, 'train the model as it is')}")
     return found
 
 

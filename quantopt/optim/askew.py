@@ -46,8 +46,9 @@ class AskewSGD(LevelOptimizer):
         lr: eta; default 0.3, with memory 1, on Adam 1e-3; none on a given direction.
         momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD; weight decay is part of the velocity, not of
             the momentum. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead.
-        bits: 0, 1, 2, 3, 4 or "ternary". scale: "none", "tensor", "channel", "group" (of ``group_size`` consecutive
-            elements of a row): sigma of the levels, the standard deviation of the weights when first seen, frozen.
+        bits: 0, 1, 2, 3, 4 or "ternary", of the groups that do not say it; there is no default. scale: "none",
+            "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the levels, the
+            standard deviation of the weights when first seen, frozen; weights on such levels already keep theirs.
         base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
             torch.optim.Adam, in place of momentum) or "given" (d is the gradient as the caller left it, for directions
             of other optimizers).
@@ -90,7 +91,7 @@ class AskewSGD(LevelOptimizer):
         eps: float = 1e-8,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        bits: int | str = 1,
+        bits: int | str | None = None,
         scale: str = "tensor",
         group_size: int = 128,
         rounding: str = "master",
@@ -177,7 +178,7 @@ class AskewAdam(AskewSGD):
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        bits: int | str = 1,
+        bits: int | str | None = None,
         scale: str = "tensor",
         group_size: int = 128,
         rounding: str = "master",

@@ -59,7 +59,8 @@ class LevelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
         self.backend = backend
         self._step_supports_amp_scaling = fused_amp  # torch.amp.GradScaler asks for it
-        self._options = {key: OPTIONS[key].default for key in SHARED} | options | dict(self.extra_options)
+        shared = {key: OPTIONS[key].default for key in SHARED}
+        self._options: dict[str, Any] = {"bits": None} | shared | options | dict(self.extra_options)
         self._forget_steps()
         super().__init__(params, self._completed({}))
 
@@ -132,6 +133,12 @@ class LevelOptimizer(torch.optim.Optimizer):
         (``memory``, ``form``, ``base``). Raises ValueError naming the key, its value and the remedy; nothing is added
         then."""
         completed = self._completed(param_group)
+        if completed["bits"] is None:
+            raise ValueError(
+                "bits=None: a group, or the constructor, must say which weights are quantised. "
+                "quantopt.param_groups(model) makes the groups; else pass bits=1, 2, 3, 4 or 'ternary', or 0 for full "
+                "precision"
+            )
         self._check(self.whole(completed))
         super().add_param_group(completed)
         try:

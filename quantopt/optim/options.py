@@ -92,7 +92,7 @@ OPTIONS: dict[str, Option] = {
     "decoupled_weight_decay": Option(flag, False),
     "maximize": Option(flag, False),
     # the levels
-    "bits": Option(_bits, 1),
+    "bits": Option(_bits),  # has no default: what is quantised is said
     "scale": Option(choice(*SCALES, "channel-mean"), "tensor"),
     "group_size": Option(whole(1, None, "a positive int"), 128),
     # numbers in memory, and what is done with them

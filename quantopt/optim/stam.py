@@ -84,7 +84,7 @@ class STAM(LevelOptimizer):
         eps: float = 1e-8,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        bits: int | str = 1,
+        bits: int | str | None = None,
         scale: str = "tensor",
         group_size: int = 128,
         rounding: str = "master",

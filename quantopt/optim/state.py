@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantopt.levels import level_count
 from quantopt.optim.sharded import check_flat_shard, gathered, is_sharded, local, shard_like
 from quantopt.reference import levels as grid
+from quantopt.reference.reading import scale_of_levels
 from quantopt.rules import RULES, Rule
 from quantopt.wrappers import plain_names
 
@@ -144,7 +145,7 @@ class _Initial:
     def scale(self) -> Tensor:
         kind = self.group["scale"]
         exact = gathered(self.w).to(self.facts.dtype)  # sharded parameters are gathered once, for their scale
-        frozen = grid.frozen_scale(exact, kind.replace("channel-mean", "channel"), self.group["group_size"])
+        frozen = self.sigma(exact, kind.replace("channel-mean", "channel"))
         scale = grid.mean_magnitude(exact) if self.dynamic and kind != "channel-mean" else frozen
         for value in (frozen, scale):
             if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
@@ -163,7 +164,13 @@ class _Initial:
             kind = "tensor"
         exact = gathered(self.w).to(self.facts.dtype)
         factor = grid.level_factor(level_count(self.group["bits"]))
-        return (grid.frozen_scale(exact, kind) * factor).contiguous()
+        return (self.sigma(exact, kind) * factor).contiguous()
+
+    def sigma(self, w: Tensor, kind: str) -> Tensor:
+        """The frozen scale; of weights that lie on the levels that the group asks for, the one of these levels."""
+        levels, group_size = level_count(self.group["bits"]), self.group["group_size"]
+        on_levels = scale_of_levels(w, levels, kind, group_size)
+        return grid.frozen_scale(w, kind, group_size) if on_levels is None else on_levels
 
 
 # ---- state_dicts -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """From a trained model to packed layers (`pack`), to a file (`save`) and back (`load`)."""
 
 from quantopt.packing.file import PackedFileError, load, save
+from quantopt.packing.layers import table
 from quantopt.packing.pack import pack
 
-__all__ = ["PackedFileError", "load", "pack", "save"]
+__all__ = ["PackedFileError", "load", "pack", "save", "table"]

@@ -4,8 +4,8 @@ A file is safetensors and holds the state_dict of the packed model: bits, scales
 Each tensor is stored once. The metadata:
 
 - "format": "quantopt", "version": "1"
-- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv2d", "levels", "scale", "group_size", "compute",
-  "activation", "bias" (true or false), and "in_features", "out_features" or "in_channels", "out_channels",
+- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv1d" | "BinaryConv2d", "levels", "scale", "group_size",
+  "compute", "activation", "bias" (true or false), and "in_features", "out_features" or "in_channels", "out_channels",
   "kernel_size"}}
 - "folded": JSON {name of a module that was folded into the layer before it: its type, e.g. "BatchNorm2d"}
 - "aliases": JSON {name: name of the stored tensor it shares memory with}
@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from quantopt.files import atomic_write
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.packing import folding
-from quantopt.packing.pack import skeleton
+from quantopt.packing.layers import fault_of, skeleton
 
 FORMAT, VERSION = "quantopt", "1"
 
-# Each packed layer: the layer it replaces, and the fields that both must agree in.
-_LAYER_FIELDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "BinaryLinear": (nn.Linear, ("in_features", "out_features")),
-    "BinaryConv2d": (nn.Conv2d, ("in_channels", "out_channels", "kernel_size")),
+# Each packed layer: the fields in which it must agree with the one that takes the place of the model's layer.
+_LAYER_FIELDS: dict[str, tuple[str, ...]] = {
+    "BinaryLinear": ("in_features", "out_features"),
+    "BinaryConv1d": ("in_channels", "out_channels", "kernel_size"),
+    "BinaryConv2d": ("in_channels", "out_channels", "kernel_size"),
 }
-# Arguments of pack.skeleton.
+# Arguments of layers.skeleton.
 _OPTIONS = ("levels", "scale", "group_size", "compute", "activation", "bias")
 
 
@@ -51,10 +52,10 @@ def _binary_layers(model: nn.Module) -> dict[str, BinaryLinear | BinaryConv2d]:
 
 
 def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
-    kind = "BinaryLinear" if isinstance(module, BinaryLinear) else "BinaryConv2d"
+    kind = _type_of(module)
     return {
         "type": kind,
-        **{field: getattr(module, field) for field in _LAYER_FIELDS[kind][1]},
+        **{field: getattr(module, field) for field in _LAYER_FIELDS[kind]},
         "levels": module.levels,
         "scale": module.scale_kind,
         "group_size": module.group_size,
@@ -62,6 +63,11 @@ def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
         "activation": module.activation,
         "bias": module.bias is not None,
     }
+
+
+def _type_of(module: nn.Module) -> str:
+    """The type that a file gives a packed layer."""
+    return next(kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _LAYER_FIELDS)
 
 
 def _fault(row_length: int, bits: Tensor, scale: Tensor) -> tuple[str, str] | None:
@@ -88,9 +94,8 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         if fault := _fault(layer.row_length, layer.bits, layer.scale):
             raise ValueError(f"tensor {_key(name, fault[0])}: {fault[1]}, which load refuses")
-        if layer.scale.dtype != torch.float32 or (
-            layer.bias is not None and layer.bias.dtype != torch.float32
-        ):
+        bias = layer._buffers["bias"]
+        if layer.scale.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
             raise ValueError(f"layer {name}: scale and bias must be float32 to be saved")
     stored: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
@@ -159,8 +164,8 @@ class _Reader:
     ) -> tuple[nn.Module, BinaryLinear | BinaryConv2d]:
         """The layer of ``model`` called ``name``, and the packed module on the meta device that ``entry`` describes."""
         if not isinstance(entry, dict) or entry.get("type") not in list(_LAYER_FIELDS):
-            raise self.fail(f"layer {name}: not described as BinaryLinear or BinaryConv2d")
-        kind, fields = _LAYER_FIELDS[entry["type"]]
+            raise self.fail(f"layer {name}: not described as one of {', '.join(_LAYER_FIELDS)}")
+        fields = _LAYER_FIELDS[entry["type"]]
         if set(entry) != {"type", *_OPTIONS, *fields}:
             raise self.fail(f"layer {name}: its description has the fields {sorted(entry)}")
         try:
@@ -169,24 +174,25 @@ class _Reader:
             raise self.fail(f"layer {name}: the model has no such layer") from None
         if isinstance(layer, BinaryLinear | BinaryConv2d):
             raise self.fail(f"layer {name}: the model is packed already; pass the float model")
-        if type(layer) is not kind:
-            raise self.fail(
-                f"layer {name}: a {entry['type']} in the file, {type(layer).__name__} in the model"
-            )
-        for field in fields:
-            ours = getattr(layer, field)
-            ours = list(ours) if isinstance(ours, tuple) else ours
-            if entry[field] != ours or isinstance(entry[field], bool):
-                raise self.fail(f"layer {name}: {field} is {entry[field]!r} in the file, {ours} in the model")
         if not isinstance(entry["bias"], bool):
             raise self.fail(f"layer {name}: bias={entry['bias']!r} is not true or false")
         levels, group_size = entry["levels"], entry["group_size"]
         if type(levels) is not int or type(group_size) is not int or not 0 <= group_size < 2**31:
             raise self.fail(f"layer {name}: levels={levels!r}, group_size={group_size!r} are not sizes")
         try:
-            return layer, skeleton(layer, **{key: entry[key] for key in _OPTIONS})
+            packed = None if fault_of(layer) else skeleton(layer, **{key: entry[key] for key in _OPTIONS})
         except (TypeError, ValueError) as error:
             raise self.fail(f"layer {name}: {error}") from None
+        if packed is None or _type_of(packed) != entry["type"]:
+            raise self.fail(
+                f"layer {name}: a {entry['type']} in the file, {type(layer).__name__} in the model"
+            )
+        for field in fields:
+            ours = getattr(packed, field)
+            ours = list(ours) if isinstance(ours, tuple) else ours
+            if entry[field] != ours or isinstance(entry[field], bool):
+                raise self.fail(f"layer {name}: {field} is {entry[field]!r} in the file, {ours} in the model")
+        return layer, packed
 
     def folded(self, model: nn.Module, name: str, kind: Any) -> nn.Module:
         """The module of ``model`` called ``name``, which the file says is folded."""

@@ -169,7 +169,7 @@ def build(
     anneal = None
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
-    known = make([nn.Parameter(torch.ones(1))]).defaults
+    known = make([{"params": [nn.Parameter(torch.ones(1))], "bits": 0}]).defaults
     known = {key: value for key, value in known.items() if key not in settings and key not in _OF_THE_STEP}
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
