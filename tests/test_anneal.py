@@ -172,7 +172,7 @@ def test_a_late_group_takes_up_the_position() -> None:
     anneal = quantopt.Anneal(opt, TOTAL)
     train(model, opt, 8, anneal=anneal)
     late = nn.Parameter(torch.randn(4, 4))
-    opt.add_param_group({"params": [late], "param_names": ["late"], "bits": 0})
+    opt.add_param_group({"params": [late], "param_names": ["late"], "bits": 1})
     opt.param_groups[1]["bits"] = 1  # quantised late
     train(model, opt, 1, first=8, anneal=anneal)
     for group in opt.param_groups:
