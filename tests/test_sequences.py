@@ -21,7 +21,9 @@ SCALES = ("tensor", "channel", "group")
 
 
 def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 7), nn.Linear(7, 3))
+    return nn.Sequential(
+        nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 7), nn.Linear(7, 3)
+    )
 
 
 class Session:
@@ -49,7 +51,9 @@ class Session:
 
     def state(self) -> bytes:
         file = io.BytesIO()
-        torch.save([self.model.state_dict(), self.opt.state_dict(), self.anneal.state_dict(), len(self.extra)], file)
+        torch.save(
+            [self.model.state_dict(), self.opt.state_dict(), self.anneal.state_dict(), len(self.extra)], file
+        )
         return file.getvalue()
 
     def data(self, rng: random.Random) -> Tensor:
@@ -135,7 +139,9 @@ class Session:
             p.data = p.data.clone()
 
     def copied(self, rng: random.Random) -> Any:
-        self.model, self.opt, self.extra, self.anneal = copy.deepcopy((self.model, self.opt, self.extra, self.anneal))
+        self.model, self.opt, self.extra, self.anneal = copy.deepcopy(
+            (self.model, self.opt, self.extra, self.anneal)
+        )
 
     def add_group(self, rng: random.Random) -> Any:
         if len(self.extra) < 2:
@@ -144,7 +150,9 @@ class Session:
             self.extra.append(p)
 
     def add_bad_group(self, rng: random.Random) -> Any:
-        option = rng.choice([{"bits": 5}, {"scale": "row"}, {"lr": -1.0}, {"momentum": 1.0}, {"group_size": 0}])
+        option = rng.choice(
+            [{"bits": 5}, {"scale": "row"}, {"lr": -1.0}, {"momentum": 1.0}, {"group_size": 0}]
+        )
         self.opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "bits": 1, **option})
 
     def bad_option(self, rng: random.Random) -> Any:
@@ -186,7 +194,9 @@ class Session:
         elif kind == 1:
             state["param_groups"][0]["lr"] = -1.0
         elif kind == 2:
-            state["param_groups"] = [{k: v for k, v in g.items() if k != "bits"} for g in state["param_groups"]]
+            state["param_groups"] = [
+                {k: v for k, v in g.items() if k != "bits"} for g in state["param_groups"]
+            ]
         else:
             state["state"] = {i: {k: v[None] for k, v in s.items()} for i, s in state["state"].items()}
         try:
@@ -235,7 +245,11 @@ class Session:
             raise ValueError(str(error).replace(self.backend, "")) from None
 
 
-ACTIONS = [name for name, f in vars(Session).items() if callable(f) and name not in ("__init__", "optimizer", "state")]
+ACTIONS = [
+    name
+    for name, f in vars(Session).items()
+    if callable(f) and name not in ("__init__", "optimizer", "state")
+]
 ACTIONS = [name for name in ACTIONS if name not in ("data", "quantised")] + ["train"] * 6
 
 
@@ -268,4 +282,6 @@ def test_sequences(chunk: int, tmp_path: Path) -> None:
             where = f"sequence {sequence}: {name}, {bits=}, {scale=}, after {done}"
             assert said == said_by_reference, where
             for value, right in zip(values, expected, strict=True):
-                torch.testing.assert_close(value, right, rtol=1e-3, atol=1e-4, msg=lambda m, w=where: f"{w}: {m}")
+                torch.testing.assert_close(
+                    value, right, rtol=1e-3, atol=1e-4, msg=lambda m, w=where: f"{w}: {m}"
+                )

@@ -164,6 +164,13 @@ def pack(
     compute_mode(compute)
     if not isinstance(fold_batchnorm, bool):
         raise TypeError(f"fold_batchnorm must be True or False, not {fold_batchnorm!r}")
+    for name, p in model.named_parameters():
+        if hasattr(p, "to_local"):
+            raise ValueError(
+                f"{name} is sharded over ranks (DTensor), and a packed model is on one: inside opt.quantized() take the "
+                "whole state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True), load it into a model that is not sharded, and call pack(model) on that"
+            )
     quantised = _on_levels(model) if opt is None else _quantised_by(model, opt)
     layers = _packable(model, quantised, read=opt is None)
     foldable = [layer for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
