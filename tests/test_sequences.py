@@ -1,4 +1,4 @@
-"""What users do with an optimizer, in random order: on the CPU kernels as on the reference, equal results or the same error."""
+"""What users do with an optimizer, in random order: the CPU kernels give what the reference gives, or the same error."""
 
 import copy
 import io

@@ -167,8 +167,8 @@ def pack(
     for name, p in model.named_parameters():
         if hasattr(p, "to_local"):
             raise ValueError(
-                f"{name} is sharded over ranks (DTensor), and a packed model is on one: inside opt.quantized() take the "
-                "whole state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                f"{name} is sharded over ranks (DTensor), and a packed model is on one: inside opt.quantized() take "
+                "the whole state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True), load it into a model that is not sharded, and call pack(model) on that"
             )
     quantised = _on_levels(model) if opt is None else _quantised_by(model, opt)
