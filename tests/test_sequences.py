@@ -1,4 +1,4 @@
-"""What users do with an optimizer, in random order: the CPU kernels give what the reference gives, or the same error."""
+"""What users do with an optimizer, in random order: the CPU kernels do what the reference does, errors included."""
 
 import copy
 import io
