@@ -42,7 +42,7 @@ def checksum(*parts: str | bytes | Tensor) -> str:
         if isinstance(part, Tensor):
             kind = f"{part.dtype} {list(part.shape)}"
             dense = part.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            data = memoryview(dense.reshape(-1).view(torch.uint8).numpy())
+            data = memoryview(dense.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         else:
             kind = type(part).__name__
             data = memoryview(part.encode() if isinstance(part, str) else part)

@@ -1,11 +1,13 @@
-"""What frameworks wrap around models and optimizers: names without the wrappers' parts, and optimizers without wrappers."""
+"""What frameworks wrap around models and optimizers: names without the wrappers' parts, and what is wrapped."""
 
 from collections.abc import Iterable
 from typing import Any
 
 # Parts that torch.compile, FSDP1 and activation checkpointing add to the names of parameters, at any depth.
 _NAME_PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-_PARALLEL = "module"  # added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names
+_PARALLEL = (
+    "module"  # added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names
+)
 
 
 def plain_names(names: Iterable[str]) -> list[str]:
@@ -16,6 +18,16 @@ def plain_names(names: Iterable[str]) -> list[str]:
     while parts and all(len(name) > 1 and name[0] == _PARALLEL for name in parts):
         parts = [name[1:] for name in parts]
     return [".".join(name) for name in parts]
+
+
+def unwrapped_model(model: Any) -> Any:
+    """The model within the wrappers that put "module." or "_orig_mod." in front of all its names."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "OptimizedModule" in kinds:
+        return unwrapped_model(model._orig_mod)
+    if kinds & {"DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine"}:
+        return unwrapped_model(model.module)
+    return model
 
 
 def unwrapped(optimizer: Any) -> Any:
