@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quantopt.nn import BinaryConv2d, BinaryLinear
+from quantopt.packed_weight import check_memory
 from quantopt.wrappers import plain_names
 
 # What the header of the file calls the dtypes that safetensors both writes and reads.
@@ -114,12 +115,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:
             raise ValueError(f"two tensors are called {name} without the parts of wrappers: rename one")
         if value.is_meta:
             raise ValueError(f"tensor {name} is on the meta device: it has no values to save")
-        if value.numel() and value.untyped_storage().nbytes() < value.itemsize * (
-            value.storage_offset()
-            + 1
-            + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-        ):
-            raise ValueError(f"tensor {name} has no memory: its storage was freed or resized")
+        check_memory(f"tensor {name}", value)
         tensors[name] = value.detach().resolve_conj().resolve_neg()
     versions: dict[str, int] = {}
     known: dict[str, dict[str, Any]] = getattr(state, "_metadata", {})
