@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "memory.h"
+
 namespace quantopt {
 namespace {
 
@@ -22,6 +24,7 @@ at::Tensor check_bits(const at::Tensor& bits, int64_t in_features) {
   TORCH_CHECK_VALUE(bits.dim() == 2 || bits.size(0) > 0, "quantopt: bits have no planes");
   TORCH_CHECK_VALUE(bits.size(-1) == (in_features + 7) / 8, "quantopt: bits have ", bits.size(-1),
                     " bytes per row, in_features=", in_features, " needs ", (in_features + 7) / 8);
+  check_memory(bits, "quantopt", "bits");
   return bits.contiguous();
 }
 
@@ -40,7 +43,8 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
   w.outputs = w.bits.size(-2);
   w.inputs = in_features;
   w.group_size = group_size;
-  TORCH_CHECK_VALUE(group_size >= 0, "quantopt: group_size must be at least 0, not ", group_size);
+  TORCH_CHECK_VALUE(group_size >= 0 && group_size <= INT32_MAX,
+                    "quantopt: group_size must be in 0..2^31-1, not ", group_size);
   w.groups = group_size > 0 ? in_features / group_size + (in_features % group_size != 0) : 1;
   TORCH_CHECK_TYPE(
       x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
@@ -55,12 +59,15 @@ BinaryArguments check_binary(const at::Tensor& x, const at::Tensor& bits, const 
     TORCH_CHECK_VALUE(scale.dim() == 1 && (scale.size(0) == 1 || scale.size(0) == w.outputs),
                       "quantopt: scale must be [1] or [", w.outputs, "], not ", scale.sizes());
   }
+  check_memory(x, "quantopt", "x");
+  check_memory(scale, "quantopt", "scale");
   w.scale = scale.contiguous();
   if (bias) {
     TORCH_CHECK_TYPE(at::isFloatingType(bias->scalar_type()), "quantopt: bias must be floating, not ",
                      bias->scalar_type());
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == w.outputs, "quantopt: bias must be [", w.outputs,
                       "], not ", bias->sizes());
+    check_memory(*bias, "quantopt", "bias");
     w.bias = as_type(*bias, at::kFloat).contiguous();
   }
   w.quantize = compute == "int8";  // "auto" is exact: what loses accuracy is asked for by name
@@ -136,12 +143,15 @@ ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::
   return c;
 }
 
-void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups) {
+void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
+                     int64_t group_size) {
   TORCH_CHECK_VALUE(channels >= 0 && channels <= INT32_MAX && taps >= 1 && taps <= INT32_MAX,
                     "quantopt: channels must be in 0..2^31-1 and taps in 1..2^31-1, not ", channels, " and ",
                     taps);
   TORCH_CHECK_VALUE(bits.dim() >= 2 && groups >= 1 && bits.size(-2) % groups == 0,
                     "quantopt: groups=", groups, " must be at least 1 and divide the rows of bits");
+  TORCH_CHECK_VALUE(group_size >= 0 && group_size <= INT32_MAX,
+                    "quantopt: group_size must be in 0..2^31-1, not ", group_size);
 }
 
 }  // namespace quantopt

@@ -72,6 +72,7 @@ ConvArguments check_conv(const at::Tensor& x, const at::Tensor& bits, const at::
                          c10::string_view compute, const std::optional<at::Tensor>& tiles,
                          c10::string_view activation);
 // What binary_conv_tiles is called with.
-void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups);
+void check_conv_form(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
+                     int64_t group_size);
 
 }  // namespace quantopt

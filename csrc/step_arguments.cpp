@@ -3,11 +3,13 @@
 #include <ATen/core/TensorBody.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <iterator>
 #include <string>
 #include <string_view>
 
 #include "dtype.h"
+#include "memory.h"
 
 namespace quantopt {
 namespace {
@@ -36,6 +38,11 @@ void check_count(at::TensorList list, size_t count, const char* what, bool optio
                     list.size(), " tensors for ", count, " parameters");
 }
 
+void check_element_memory(const at::Tensor& tensor, const char* what, size_t i) {
+  TORCH_CHECK_VALUE(has_memory(tensor), "fused_step: ", what, "[", i,
+                    "] has no memory: its storage was freed or resized");
+}
+
 // A companion of the parameter: same elements in the same places.
 void check_like(const at::Tensor& tensor, const at::Tensor& param, const char* what, size_t i) {
   TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), "fused_step: ", what, "[", i, "] has shape ",
@@ -46,6 +53,7 @@ void check_like(const at::Tensor& tensor, const at::Tensor& param, const char* w
                     param.strides());
   TORCH_CHECK_VALUE(tensor.device() == param.device(), "fused_step: ", what, "[", i, "] is on ",
                     tensor.device(), ", its parameter on ", param.device());
+  check_element_memory(tensor, what, i);
 }
 
 void check_float(const at::Tensor& tensor, const at::Tensor& param, const char* what, size_t i) {
@@ -69,6 +77,7 @@ StepOptions step_options(const StepRecord& r) {
                         (!on_device || (!r.params.empty() && r.hyper.device() == r.params[0].device())),
                     "fused_step: hyper must be a contiguous float64 tensor of ", kHyperCount,
                     " numbers, on the CPU or on the device of params");
+  check_memory(r.hyper, "fused_step", "hyper");
   const auto* hyper = static_cast<const Hyper*>(r.hyper.const_data_ptr());
   if (on_device) {
     o.device_hyper = hyper;
@@ -122,6 +131,7 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
                      "; pass one dtype at a time");
     TORCH_CHECK_VALUE(param.is_non_overlapping_and_dense(), "fused_step: params[", i,
                       "] is not dense in memory");
+    check_element_memory(param, "params", i);
     check_like(r.grads[i], param, "grads", i);
     TORCH_CHECK_TYPE(r.grads[i].scalar_type() == param.scalar_type(), "fused_step: grads[", i, "] is ",
                      r.grads[i].scalar_type(), ", its parameter ", param.scalar_type());
@@ -152,6 +162,7 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
                        "] must be one float32 number");
       TORCH_CHECK_VALUE(step.device() == device, "fused_step: steps[", i, "] is on ", step.device(),
                         ", not on ", device);
+      check_element_memory(step, "steps", i);
     }
     if (s.numel == 0) continue;
     const int64_t channels = channels_of(param);
@@ -159,9 +170,10 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
       const at::Tensor& scale = r.scales[i];
       TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.device() == device,
                        "fused_step: scales[", i, "] must be contiguous float32 on ", device);
+      check_element_memory(scale, "scales", i);
       const bool one = scale.numel() == 1;
       s.row = one ? s.numel : s.numel / channels;
-      s.group = !one && scale.dim() == 2 ? r.group_size : s.row;
+      s.group = !one && scale.dim() == 2 ? std::min(r.group_size, s.row) : s.row;
       TORCH_CHECK_VALUE(s.group > 0, "fused_step: group_size must be positive, not ", r.group_size);
       s.scales_per_row = (s.row + s.group - 1) / s.group;
       TORCH_CHECK_VALUE(scale.numel() == s.numel / s.row * s.scales_per_row, "fused_step: scales[", i,
@@ -180,6 +192,7 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
                            bound.device() == device && (bound.numel() == 1 || bound.numel() == channels),
                        "fused_step: latent_bounds[", i, "] must be float32, one or one per channel, on ",
                        device);
+      check_element_memory(bound, "latent_bounds", i);
       s.latent_bound = static_cast<const float*>(bound.const_data_ptr());
       s.bound_row = s.numel / bound.numel();
     }

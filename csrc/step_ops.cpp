@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/step_ops.h"
+#include "memory.h"
 #include "step_arguments.h"
 #ifdef QUANTOPT_WITH_CUDA
 #include "cuda/step_ops.h"
@@ -17,6 +18,7 @@ void check_number(const std::optional<at::Tensor>& tensor, const char* name, at:
   TORCH_CHECK_VALUE(
       !tensor || (tensor->device() == device && tensor->scalar_type() == at::kFloat && tensor->numel() == 1),
       "fused_step: ", name, " must be one float32 number on ", device);
+  if (tensor) check_memory(*tensor, "fused_step", name);
 }
 
 // The arguments of the schema, as one record for what follows.

@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 
+#include "memory.h"
+
 namespace quantopt {
 
 // What tiles were made for: the length of a row, kernel positions and groups.
@@ -29,6 +31,7 @@ at::Tensor tiles_or_derived(const at::Tensor* tiles, const at::Tensor& bits, con
   TORCH_CHECK_VALUE(tiles->device() == bits.device() && tiles->scalar_type() == type &&
                         tiles->is_contiguous() && tiles->numel() == size,
                     "quantopt: tiles do not belong to these bits; derive them from the bits again");
+  check_memory(*tiles, "quantopt", "tiles");
   return tiles_fit(*tiles, bits, form) ? *tiles : derive();
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class PackedWeight(NamedTuple):
@@ -42,9 +42,9 @@ class PackedWeight(NamedTuple):
     def check(self) -> None:
         """Raises TypeError or ValueError naming the field that does not fit the others."""
         check_bits(self.bits, self.in_features, (2, 3))
-        if not isinstance(self.group_size, int) or self.group_size < 0:
+        if not isinstance(self.group_size, int) or not 0 <= self.group_size < 2**31:
             raise ValueError(
-                f"group_size must be an integer of at least 0 (0: no groups), not {self.group_size!r}"
+                f"group_size must be an integer in 0..2^31-1 (0: no groups), not {self.group_size!r}"
             )
         if not isinstance(self.scale, Tensor) or not self.scale.is_floating_point():
             raise TypeError("scale must be a floating tensor")
@@ -74,6 +74,13 @@ class PackedWeight(NamedTuple):
         for name, tensor in (("bits", self.bits), ("scale", self.scale), ("bias", self.bias)):
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
+
+    def check_memory(self, x: Tensor) -> None:
+        """Raises ValueError unless the memory of ``x`` and of all that is multiplied with it is there: what
+        csrc/binary_arguments.cpp asks for the compiled kernels."""
+        for name, tensor in (("x", x), ("bits", self.bits), ("scale", self.scale), ("bias", self.bias)):
+            if tensor is not None:
+                check_memory(name, tensor)
 
 
 class ConvGeometry(NamedTuple):
@@ -114,6 +121,26 @@ def planes_of(bits: Tensor) -> int:
 def kind_of(value: object) -> str:
     """What an error message calls an argument: the dtype of a tensor, else its class."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a plain tensor reaches to its last element: torch lets it be freed or resized.
+
+    Reading a tensor without memory ends the process. True for subclasses and for what a transform of torch wraps."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0:
+        return True
+    try:
+        size = tensor.untyped_storage().nbytes()
+    except NotImplementedError:  # wrapped by torch.func
+        return True
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return size >= (tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raises ValueError naming the argument unless its memory is there."""
+    if not has_memory(tensor):
+        raise ValueError(f"{name} has no memory: its storage was freed or resized")
 
 
 def check_bits(bits: Tensor, in_features: int, dims: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ every base, on every backend. csrc/core/{rules,base,hyper}.h say the same for th
 tests/test_rules.py holds the two equal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -81,3 +81,20 @@ class StepRecord(NamedTuple):
     seed: int = -1  # at least 0: rounds bfloat16 params stochastically; -1: to nearest
     grad_scale: Tensor | None = None  # one float32, of torch.amp.GradScaler: gradients are divided by it
     found_inf: Tensor | None = None  # one float32: where not 0, nothing is changed
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors with the names that errors give them."""
+        for field, value in zip(self._fields, self, strict=True):
+            if isinstance(value, Tensor):
+                yield field, value
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                yield from ((f"{field}[{i}]", tensor) for i, tensor in enumerate(value))
+
+    def check_meta(self) -> None:
+        """Raises ValueError if one tensor is on the meta device and another is not; ``hyper`` may be on the CPU."""
+        on_meta = bool(self.params) and self.params[0].is_meta
+        for name, tensor in self.tensors():
+            if tensor.is_meta != on_meta and not (name == "hyper" and on_meta):
+                raise ValueError(
+                    f"fused_step: {name} is on {tensor.device}, params[0] on {self.params[0].device}"
+                )

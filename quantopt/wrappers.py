@@ -1,4 +1,4 @@
-"""What frameworks wrap around models and optimizers: names without the wrappers' parts, optimizers without wrappers."""
+"""What frameworks wrap around models and optimizers: names without the wrappers' parts, and what is wrapped."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +18,16 @@ def plain_names(names: Iterable[str]) -> list[str]:
     while parts and all(len(name) > 1 and name[0] == _PARALLEL for name in parts):
         parts = [name[1:] for name in parts]
     return [".".join(name) for name in parts]
+
+
+def unwrapped_model(model: Any) -> Any:
+    """The model within the wrappers that put "module." or "_orig_mod." in front of all its names."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "OptimizedModule" in kinds:
+        return unwrapped_model(model._orig_mod)
+    if kinds & {"DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine"}:
+        return unwrapped_model(model.module)
+    return model
 
 
 # Classes whose `optimizer` is the one within. Those of Lightning are bases of classes made for each optimizer.

@@ -1,6 +1,7 @@
 """binary_conv2d against torch's convolution in float64."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -476,3 +477,21 @@ def test_shapes_of_tiles() -> None:
             assert fake.shape == tiles.shape and fake.dtype == tiles.dtype
             empty.add(tiles.numel() == 0)
     assert empty == {False, True}
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_one_channel_whatever_its_stride(compute: str) -> None:
+    """torch's own convolution of one channel is wrong for some geometries with the strides of channels last."""
+    choice = random.Random(0)
+    cases = [((3, 1, 2, 2), (2, 2), (1, 3), (1, 1))]
+    for _ in range(400):
+        sizes = [choice.randint(1, n) for n in (3, 5, 5, 3, 3, 2, 3)]
+        b, h, w, *kernel, down, right = sizes
+        padding = choice.choice([(1, 0), (1, 1), (2, 0)])
+        if h + 2 * padding[0] >= kernel[0] and w + 2 * padding[1] >= kernel[1]:
+            cases.append(((b, 1, h, w), (kernel[0], kernel[1]), (down, right), padding))
+    for (b, _, h, w), (kh, kw), stride, padding in cases:
+        x = torch.empty_strided((b, 1, h, w), (h * w, 1, w, 1)).copy_(torch.randn(b, 1, h, w))
+        signs, scale = torch.randn(2, 1, kh, kw), torch.rand(2, -(-kh * kw // 3))
+        for image in (x, x.detach().requires_grad_()):
+            check(image, signs, scale, None, compute, 3, stride=stride, padding=padding)

@@ -91,7 +91,7 @@ def test_reference_when_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch
         ({"scale": torch.ones(4, 2)}, ValueError, "scales per group need group_size"),
         ({"scale": torch.ones(4, dtype=torch.int32)}, TypeError, "scale must be a floating tensor"),
         ({"group_size": 4}, ValueError, r"scale must have shape \[4, 3\]"),
-        ({"group_size": -1}, ValueError, "group_size must be an integer of at least 0"),
+        ({"group_size": -1}, ValueError, "group_size must be an integer in"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must have shape \[4\]"),
         ({"compute": "fp8"}, ValueError, 'compute must be "auto", "exact", "bf16" or "int8"'),
         (

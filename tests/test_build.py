@@ -1,5 +1,6 @@
 """The build and the package: what is installed, which instruction sets are compiled, how a build fails."""
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -77,7 +78,58 @@ def test_without_the_extension() -> None:
         "assert choice.name == 'reference' and 'QUANTOPT_DISABLE_EXTENSION' in choice.why\n"
     )
     environment = os.environ | {"QUANTOPT_DISABLE_EXTENSION": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
+
+
+BROKEN = {
+    "missing": (None, "is not built; run `pip install"),
+    "damaged": (b"\x7fELF and nothing more", r"does not load with torch .*; run `pip install"),
+    "of another version": (b"StepPlan = None\n", r"is of another version of quantopt .*; run `pip install"),
+}
+
+
+@pytest.mark.parametrize("state", BROKEN)
+def test_an_extension_that_does_not_load_is_one_warning(tmp_path: Path, state: str) -> None:
+    """In a copy of the package whose extension is `state`: the reason and the remedy, and the package works."""
+    content, reason = BROKEN[state]
+    package = tmp_path / "quantopt"
+    shutil.copytree(
+        Path(quantopt.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*", "__pycache__")
+    )
+    if content is not None:
+        suffix = ".py" if content.startswith(b"Step") else importlib.machinery.EXTENSION_SUFFIXES[0]
+        (package / f"_C{suffix}").write_bytes(content)
+    alone = (  # without what an editable install adds, which finds the real extension
+        f"sys.path.insert(0, {str(tmp_path)!r}); "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
+    )
+    code = (
+        f"import sys, warnings; {alone}\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import quantopt, quantopt.train\n"
+        f"assert quantopt.__file__.startswith({str(tmp_path)!r})\n"
+        "ours = [w for w in caught if 'quantopt' in str(w.message)]\n"
+        "assert [w.category for w in ours] == [RuntimeWarning]\n"
+        "import torch; assert quantopt.pack_signs(torch.ones(1, 3)).item() == 7\n"
+        "print(ours[0].message)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "QUANTOPT_DISABLE_EXTENSION"}
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        rf"slower: .*quantopt\._C {reason}.*QUANTOPT_DISABLE_EXTENSION=1", result.stdout, re.DOTALL
+    )
+    # Where warnings are errors, so is this one, until it is said that no extension is wanted.
+    code = f"import sys; {alone}; import quantopt"
+    run = [sys.executable, "-W", "error::RuntimeWarning", "-c", code]
+    assert (
+        "RuntimeWarning: quantopt runs in pure"
+        in subprocess.run(run, capture_output=True, text=True, env=environment).stderr
+    )
+    environment["QUANTOPT_DISABLE_EXTENSION"] = "1"
+    assert subprocess.run(run, capture_output=True, env=environment).returncode == 0
 
 
 @needs_extension

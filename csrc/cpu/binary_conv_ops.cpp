@@ -52,7 +52,7 @@ at::Tensor derive_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t t
 
 at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
                              int64_t group_size) {
-  check_conv_form(bits, channels, taps, groups);
+  check_conv_form(bits, channels, taps, groups, group_size);
   if (!conv_takes_tiles(bits.size(-2) / groups, channels, taps, groups, group_size))
     return at::empty({0}, at::TensorOptions().dtype(at::kShort));
   if (group_size > 0) {
@@ -113,7 +113,9 @@ at::Tensor conv_by_aten(const at::Tensor& x, const ConvArguments& conv, const at
   const BinaryArguments& w = conv.weights;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // it would round
   const at::Tensor weight = dense(w).view({w.outputs, conv.channels, conv.kernel[0], conv.kernel[1]});
-  at::Tensor y = at::conv2d(x, weight, {}, conv.stride, conv.padding, conv.dilation, conv.groups);
+  // The stride of a single channel says nothing, but that of channels last misleads torch 2.13's convolution.
+  const at::Tensor image = x.size(1) == 1 ? x.reshape({-1}).view(x.sizes()) : x;
+  at::Tensor y = at::conv2d(image, weight, {}, conv.stride, conv.padding, conv.dilation, conv.groups);
   at::Tensor factor;  // as the kernels multiply: one product of both scales
   if (w.group_size == 0) factor = w.scale.view({-1, 1, 1});
   if (x_scale.defined()) {

@@ -38,7 +38,7 @@ at::Tensor make_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t tap
 
 at::Tensor binary_conv_tiles(const at::Tensor& bits, int64_t channels, int64_t taps, int64_t groups,
                              int64_t group_size) {
-  check_conv_form(bits, channels, taps, groups);
+  check_conv_form(bits, channels, taps, groups, group_size);
   if (group_size > 0) return at::empty({0}, bits.options().dtype(at::kInt));  // see unsupported
   const at::Tensor dense = check_bits(bits, channels * taps);
   const c10::DeviceGuard guard(dense.device());

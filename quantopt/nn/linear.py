@@ -162,7 +162,8 @@ class BinaryModule(nn.Module):
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.prepare()
+        if any(prefix + name in state_dict for name in ("bits", "scale", "bias")):
+            self.prepare()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in ("scale", "bias")}

@@ -119,6 +119,8 @@ def run_conv2d(
         differentiated=forward_mode or needs_gradient(x, weight.bias),
     )
     chosen = backends.choose("binary_conv2d", x.device, x.dtype, product=product).name
+    if chosen not in ("cpu", "cuda"):
+        weight.check_memory(x)
     if chosen == "reference":
         dtype = x.dtype
         if compute != "exact" and (forward_mode or (torch.is_grad_enabled() and x.requires_grad)):

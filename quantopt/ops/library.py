@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantopt import _extension
 from quantopt.packed_weight import ConvGeometry, PackedWeight, planes_of
+from quantopt.rules import StepRecord
 
 # torch.library.custom_op would import triton with this module.
 _library = torch.library.Library("quantopt", "FRAGMENT")
@@ -108,8 +109,9 @@ def _empty_layout(bits: Tensor, matrices: int, outputs: int, inputs: int) -> Ten
     return bits.new_empty([matrices, rows * -(-inputs // 16) * 32], dtype=torch.int16)
 
 
-def _no_result(*_: Any) -> None:
-    """Of fused_step, which changes its arguments alone."""
+def _no_result(*arguments: Any) -> None:
+    """Of fused_step, which changes its arguments alone. A single meta tensor leads here, where nothing is stepped."""
+    StepRecord(*arguments).check_meta()
 
 
 torch.library.register_fake("quantopt::binary_linear_triton", _empty_linear)

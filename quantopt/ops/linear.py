@@ -84,6 +84,8 @@ def _forward(x: Tensor, weight: PackedWeight, compute: str, activation: str) -> 
     compute = compute_mode(compute)
     product = backends.Product(weight.planes, weight.group_size, compute)
     backend = backends.choose("binary_linear", x.device, x.dtype, product=product).name
+    if backend not in ("cpu", "cuda"):
+        weight.check_memory(x)
     if backend == "reference":
         return reference.binary_linear(x, weight, compute, activation)
     bits, _, bias, in_features, plane_weights, group_size, tiles = weight
@@ -111,6 +113,7 @@ def run_linear(x: Tensor, weight: PackedWeight, compute: str, activation: str) -
             f"x must have in_features={weight.in_features} as its last dimension, not shape {list(x.shape)}"
         )
     if forward_mode:
+        weight.check_memory(x)
         mode, dtype = compute_mode(compute), x.dtype
         if mode != "exact":
             x, mode = straight_through(x, 1, mode), "exact"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantopt.packed_weight import PackedWeight, check_bits, kind_of
+from quantopt.packed_weight import PackedWeight, check_bits, check_memory, kind_of
 from quantopt.reference import binary as reference
 
 
@@ -27,12 +27,14 @@ def pack_signs(w: Tensor) -> Tensor:
         raise TypeError(f"w must be a floating tensor, not {kind_of(w)}")
     if w.dim() == 0:
         raise ValueError("w must have at least one dimension: its last one is packed")
+    check_memory("w", w)
     return reference.pack_signs(w.detach())
 
 
 def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of :func:`pack_signs`: uint8 [..., ceil(K/8)] -> ±1 [..., K] of ``dtype``, K = ``in_features``."""
     check_bits(bits, in_features, range(1, 65))
+    check_memory("bits", bits)
     return reference.unpack_signs(bits, in_features, dtype)
 
 

@@ -1,7 +1,7 @@
 """Files of packed models.
 
 A file is safetensors and holds the state_dict of the packed model: bits, scales and the tensors that are not quantised.
-Each tensor is stored once. The metadata:
+Each tensor is stored once, under its name without the parts that wrappers (torch.compile, ...) add. The metadata:
 
 - "format": "quantopt", "version": "1"
 - "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv1d" | "BinaryConv2d", "levels", "scale", "group_size",
@@ -9,11 +9,19 @@ Each tensor is stored once. The metadata:
   "kernel_size"}}
 - "folded": JSON {name of a module that was folded into the layer before it: its type, e.g. "BatchNorm2d"}
 - "aliases": JSON {name: name of the stored tensor it shares memory with}
+- "versions": JSON {name of a module: its version in the state_dict}, which modules ask for when they load
+- "checksums": JSON {name of a stored tensor: files.checksum of it}
+- "checksum": files.checksum of all the metadata above
+
+Files of quantopt 0.1.0 lack the last three: their modules are given no versions, and damage to their tensors is seen
+only where it makes values that are refused.
 """
 
 import copy
 import json
 import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +30,22 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from quantopt.files import atomic_write
+from quantopt.files import atomic_write, checksum
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.packing import folding
+from quantopt.packing.contents import (
+    DTYPES,
+    first_on_meta,
+    in_place_of_meta,
+    key_of,
+    kind_fault,
+    modules_of,
+    plain_keys,
+    state_of,
+    value_fault,
+)
 from quantopt.packing.layers import fault_of, skeleton
+from quantopt.wrappers import plain_names, unwrapped_model
 
 FORMAT, VERSION = "quantopt", "1"
 
@@ -43,14 +63,6 @@ class PackedFileError(ValueError):
     """A packed file that is damaged, not of this format, or does not belong to the model."""
 
 
-def _binary_layers(model: nn.Module) -> dict[str, BinaryLinear | BinaryConv2d]:
-    return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, BinaryLinear | BinaryConv2d)
-    }
-
-
 def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
     kind = _type_of(module)
     return {
@@ -61,7 +73,7 @@ def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
         "group_size": module.group_size,
         "compute": module.compute,
         "activation": module.activation,
-        "bias": module.bias is not None,
+        "bias": module._buffers["bias"] is not None,
     }
 
 
@@ -70,75 +82,53 @@ def _type_of(module: nn.Module) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _LAYER_FIELDS)
 
 
-def _fault(row_length: int, bits: Tensor, scale: Tensor) -> tuple[str, str] | None:
-    """(name of the tensor, what is wrong with its values), or None if the weights are valid."""
-    spare = -row_length % 8
-    if spare and bits.numel() and bool((bits[..., -1] >> (8 - spare)).any()):
-        return "bits", "the spare bits of its rows are not 0"
-    if not bool(scale.isfinite().all()):
-        return "scale", "not finite"
-    if bool((scale < 0).any()):
-        return "scale", "negative"
-    return None
-
-
 def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a packed model to ``path`` (safetensors), atomically.
 
-    Raises ValueError if nothing in ``packed`` is packed or :func:`load` would refuse a tensor, OSError if the file
-    cannot be written.
+    What wraps the model (DistributedDataParallel, torch.compile, ...) is not saved.
+
+    Raises ValueError if nothing in ``packed`` is packed, and ValueError naming what :func:`load` would refuse: entries
+    of the state_dict that are no tensors (get_extra_state), tensors of kinds that safetensors does not hold, and values
+    that are not finite in the scales and biases of packed layers and in norms. OSError if the file cannot be written.
     """
-    layers = _binary_layers(packed)
+    packed = unwrapped_model(packed)
+    modules = modules_of(packed)
+    layers = {name: m for name, m in modules.items() if isinstance(m, BinaryLinear | BinaryConv2d)}
     if not layers:
         raise ValueError("the model has no packed layers: call quantopt.pack(model, opt) first")
     for name, layer in layers.items():
-        if fault := _fault(layer.row_length, layer.bits, layer.scale):
-            raise ValueError(f"tensor {_key(name, fault[0])}: {fault[1]}, which load refuses")
         bias = layer._buffers["bias"]
         if layer.scale.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
             raise ValueError(f"layer {name}: scale and bias must be float32 to be saved")
+    state, versions = state_of(packed)
+    if fault := value_fault(layers, modules, state):
+        raise ValueError(f"{fault}, which load refuses")
     stored: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in packed.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} in the state_dict is not a tensor: it cannot be saved in a packed file")
+    for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() > 0 and key in stored:
             aliases[name] = stored[key]
             continue
         stored[key] = name
-        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    folded = {name: m.kind for name, m in modules.items() if isinstance(m, folding.Folded)}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "layers": json.dumps({name: _describe(layer) for name, layer in layers.items()}),
-        "folded": json.dumps(
-            {
-                name: module.kind
-                for name, module in packed.named_modules(remove_duplicate=False)
-                if isinstance(module, folding.Folded)
-            }
-        ),
+        "folded": json.dumps(folded),
         "aliases": json.dumps(aliases),
+        "versions": json.dumps(versions),
+        "checksums": json.dumps({name: checksum(tensor) for name, tensor in tensors.items()}),
     }
-    data = serialize(tensors, metadata)
+    data = serialize(tensors, metadata | {"checksum": _metadata_checksum(metadata)})
     atomic_write(Path(path), lambda file: file.write_bytes(data))
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+def _metadata_checksum(metadata: Mapping[str, str]) -> str:
+    return checksum(*(part for key in sorted(metadata) if key != "checksum" for part in (key, metadata[key])))
 
 
 class _Reader:
@@ -159,19 +149,72 @@ class _Reader:
             raise self.fail(f'the metadata "{key}" is not an object')
         return value
 
+    def metadata(self, file: Any) -> dict[str, str]:
+        """The metadata, of this format and undamaged."""
+        metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise self.fail("a safetensors file, but not one that quantopt.save wrote")
+        if metadata.get("version") != VERSION:
+            raise self.fail(f"its version is {metadata.get('version')!r}, this quantopt reads {VERSION!r}")
+        if "checksum" in metadata and metadata["checksum"] != _metadata_checksum(metadata):
+            raise self.fail("damaged or edited: the checksum of its metadata does not match")
+        if "checksums" in metadata and set(self.json_object(metadata, "checksums")) != set(file.keys()):
+            raise self.fail("damaged or edited: it does not hold the tensors that were saved")
+        return metadata
+
+    def tensors(self, file: Any, metadata: dict[str, str], names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names, undamaged."""
+        checksums = self.json_object(metadata, "checksums") if "checksums" in metadata else None
+        tensors = {}
+        for name in names:
+            tensors[name] = file.get_tensor(name).clone()  # a file that is mapped might change later
+            if checksums is not None and checksums[name] != checksum(tensors[name]):
+                raise self.fail(f"damaged or edited: the checksum of tensor {name} does not match")
+        return tensors
+
+    def versions(self, model: nn.Module, metadata: dict[str, str]) -> dict[str, dict[str, int]] | None:
+        """What a state_dict of ``model`` carries as _metadata; None from a file without versions."""
+        if "versions" not in metadata:
+            return None
+        versions = self.json_object(metadata, "versions")
+        for name, version in versions.items():
+            if type(version) is not int:
+                raise self.fail(f"module {name}: its version {version!r} is no whole number")
+        named = dict(model.named_modules(remove_duplicate=False))
+        plain = zip(named, plain_names(named), strict=True)
+        return {own: {"version": versions[name]} for own, name in plain if name in versions}
+
+    def layers(
+        self, modules: Mapping[str, nn.Module], metadata: dict[str, str]
+    ) -> tuple[dict[str, BinaryLinear | BinaryConv2d], dict[int, Any]]:
+        """({name: packed layer}, {id of a module: what takes its place}), without memory."""
+        replaced: dict[int, Any] = {}
+        layers: dict[str, BinaryLinear | BinaryConv2d] = {}
+        for name, entry in self.json_object(metadata, "layers").items():
+            layer, packed = self.skeleton(modules, name, entry)
+            packed.train(layer.training)
+            if id(layer) in replaced and _describe(replaced[id(layer)]) != _describe(packed):
+                raise self.fail(f"layer {name}: described in two ways")
+            layers[name] = replaced.setdefault(id(layer), packed)
+        if not layers:
+            raise self.fail("it holds no packed layers")
+        for name, kind in self.json_object(metadata, "folded").items():
+            module = self.folded(modules, name, kind)
+            replaced.setdefault(id(module), folding.Folded(module))
+        return layers, replaced
+
     def skeleton(
-        self, model: nn.Module, name: str, entry: Any
+        self, modules: Mapping[str, nn.Module], name: str, entry: Any
     ) -> tuple[nn.Module, BinaryLinear | BinaryConv2d]:
-        """The layer of ``model`` called ``name``, and the packed module on the meta device that ``entry`` describes."""
+        """The layer called ``name``, and the packed module on the meta device that ``entry`` describes."""
         if not isinstance(entry, dict) or entry.get("type") not in list(_LAYER_FIELDS):
             raise self.fail(f"layer {name}: not described as one of {', '.join(_LAYER_FIELDS)}")
         fields = _LAYER_FIELDS[entry["type"]]
         if set(entry) != {"type", *_OPTIONS, *fields}:
             raise self.fail(f"layer {name}: its description has the fields {sorted(entry)}")
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            raise self.fail(f"layer {name}: the model has no such layer") from None
+        layer = modules.get(name)
+        if layer is None:
+            raise self.fail(f"layer {name}: the model has no such layer")
         if isinstance(layer, BinaryLinear | BinaryConv2d):
             raise self.fail(f"layer {name}: the model is packed already; pass the float model")
         if not isinstance(entry["bias"], bool):
@@ -194,15 +237,32 @@ class _Reader:
                 raise self.fail(f"layer {name}: {field} is {entry[field]!r} in the file, {ours} in the model")
         return layer, packed
 
-    def folded(self, model: nn.Module, name: str, kind: Any) -> nn.Module:
-        """The module of ``model`` called ``name``, which the file says is folded."""
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise self.fail(f"folded {name}: the model has no such module") from None
+    def folded(self, modules: Mapping[str, nn.Module], name: str, kind: Any) -> nn.Module:
+        """The module called ``name``, which the file says is folded."""
+        module = modules.get(name)
+        if module is None:
+            raise self.fail(f"folded {name}: the model has no such module")
         if type(module).__name__ != kind or type(module) is not folding.FOLDABLE.get(kind):
             raise self.fail(f"folded {name}: {kind!r} in the file, {type(module).__name__} in the model")
         return module
+
+    def kept(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], replaced: Mapping[int, nn.Module]
+    ) -> dict[str, tuple[str, Tensor]]:
+        """{plain name: (key, tensor)} of the state_dict of ``model`` without the modules that are replaced."""
+        gone = {name for name, module in modules.items() if id(module) in replaced}
+        state = model.state_dict()
+        kept: dict[str, tuple[str, Tensor]] = {}
+        for key, name in plain_keys(model, state).items():
+            parts = name.split(".")
+            if any(".".join(parts[:i]) in gone for i in range(len(parts))):
+                continue
+            if fault := kind_fault(name, state[key]):
+                raise self.fail(f"the model does not fit a packed file: {fault}")
+            if name in kept:
+                raise self.fail(f"the model has two tensors {name} without the parts of wrappers: rename one")
+            kept[name] = (key, state[key])
+        return kept
 
     def check_layout(self, file: Any, expected: dict[str, Tensor], aliases: dict[str, Any]) -> None:
         """Names, dtypes and shapes, before any tensor is read."""
@@ -222,7 +282,7 @@ class _Reader:
             )
         for name, tensor in expected.items():
             header = file.get_slice(aliases.get(name, name))
-            shape, dtype = list(header.get_shape()), _DTYPES.get(header.get_dtype())
+            shape, dtype = list(header.get_shape()), DTYPES.get(header.get_dtype())
             if shape != list(tensor.shape) or dtype != tensor.dtype:
                 raise self.fail(
                     f"tensor {name}: {header.get_dtype()} {shape} in the file, "
@@ -235,78 +295,64 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: a file that :func:`save` wrote.
-        model: the float model; it gives the architecture, the device and the mode (training or evaluation), and is not
-            changed.
+        model: the float model; it gives the architecture, the devices and the mode (training or evaluation), and is not
+            changed. What of it is on the meta device is filled on the CPU, so that the float weights need no memory.
+            What wraps it (DistributedDataParallel, AveragedModel, torch.compile) is not in the result; names in the
+            file and in the model are compared without the parts of wrappers.
 
-    The header, the names, types and shapes of all tensors, and the values of bits and scales are checked before the
-    packed copy is made. Raises :class:`PackedFileError` (a ValueError) naming the file and the tensor, OSError if the
-    file cannot be read.
+    The checksums, the header, the names, types and shapes of all tensors, and the values of packed layers and norms are
+    checked before the packed copy is made. Raises :class:`PackedFileError` (a ValueError) naming the file and the
+    tensor, OSError if the file cannot be read. Refused too: a tensor on the meta device that the file does not hold (a
+    buffer with persistent=False, a tensor that is a plain attribute of a module; those within lists are not seen).
     """
-    file_path = Path(path)
-    reader = _Reader(file_path)
-    with open(file_path, "rb"):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model = unwrapped_model(model)
+    modules = modules_of(model)
+    reader = _Reader(Path(path))
+    with open(reader.path, "rb"):
         pass  # a missing or unreadable file is an OSError
     try:
-        with safetensors.safe_open(str(file_path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise reader.fail("a safetensors file, but not one that quantopt.save wrote")
-            if metadata.get("version") != VERSION:
-                raise reader.fail(
-                    f"its version is {metadata.get('version')!r}, this quantopt reads {VERSION!r}"
-                )
-            replaced: dict[int, Any] = {}
-            layers: dict[str, BinaryLinear | BinaryConv2d] = {}
-            for name, entry in reader.json_object(metadata, "layers").items():
-                layer, packed = reader.skeleton(model, name, entry)
-                packed.train(layer.training)
-                if id(layer) in replaced and _describe(replaced[id(layer)]) != _describe(packed):
-                    raise reader.fail(f"layer {name}: described in two ways")
-                layers[name] = replaced.setdefault(id(layer), packed)
-            if not layers:
-                raise reader.fail("it holds no packed layers")
-            for name, kind in reader.json_object(metadata, "folded").items():
-                module = reader.folded(model, name, kind)
-                replaced.setdefault(id(module), folding.Folded(module))
+        with safetensors.safe_open(str(reader.path), framework="pt", device="cpu") as file:
+            metadata = reader.metadata(file)
+            layers, replaced = reader.layers(modules, metadata)
             aliases = reader.json_object(metadata, "aliases")
-            expected = _expected(model, replaced)
+            kept = reader.kept(model, modules, replaced)
+            packed_state = {
+                key_of(name, key): tensor
+                for name, m in modules.items()
+                if id(m) in replaced
+                for key, tensor in replaced[id(m)].state_dict().items()
+            }
+            expected = {name: value for name, (_, value) in kept.items()} | packed_state
             reader.check_layout(file, expected, aliases)
-            stored = {name: file.get_tensor(name).clone() for name in set(expected) - set(aliases)}
+            stored = reader.tensors(file, metadata, set(expected) - set(aliases))
     except safetensors.SafetensorError as error:
         raise reader.fail(f"damaged or not a safetensors file ({error})") from None
-    tensors = {name: stored[aliases.get(name, name)] for name in expected}
-    for name, packed in layers.items():
-        if fault := _fault(packed.row_length, tensors[_key(name, "bits")], tensors[_key(name, "scale")]):
-            raise reader.fail(f"tensor {_key(name, fault[0])}: {fault[1]}")
+    tensors = {name: stored[aliases[name] if name in aliases else name] for name in expected}
+    others = {name: module for name, module in modules.items() if id(module) not in replaced}
+    if fault := value_fault(layers, others, tensors):
+        raise reader.fail(fault)
 
-    result: nn.Module = copy.deepcopy(model, replaced)
-    parts = ("bits", "scale", "bias")
-    packed_names = {_key(name, part) for name in layers for part in parts}
-    others = {name: tensor for name, tensor in tensors.items() if name not in packed_names}
-    result.load_state_dict(others, strict=False)  # the packed layers are still on the meta device
     for packed, name in {packed: name for name, packed in layers.items()}.items():
-        device = model.get_submodule(name).weight.device
-        bits, scale, bias = (tensors.get(_key(name, part)) for part in parts)
-        assert bits is not None and scale is not None
-        packed.set_weights(bits.to(device), scale.to(device), None if bias is None else bias.to(device))
+        weight: Any = modules[name].weight
+        device = "cpu" if weight.is_meta else weight.device
+        parts = {key: tensors[key_of(name, key)].to(device) for key in packed.state_dict()}
+        packed.set_weights(parts["bits"], parts["scale"], parts.get("bias"))
+    result: nn.Module = copy.deepcopy(model, replaced | in_place_of_meta(others, tensors))
+    values = OrderedDict((own, tensors[name]) for name, (own, _) in kept.items())
+    values._metadata = reader.versions(model, metadata)  # type: ignore[attr-defined]
+    try:
+        missing, unexpected = result.load_state_dict(values, strict=False)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:  # the model's own code may run
+        raise reader.fail(f"the model does not take the tensors: {error}") from None
+    left = sorted((set(plain_keys(result, missing).values()) - set(packed_state)) | set(unexpected))
+    if left:
+        raise reader.fail(f"the model does not take the tensors {left}")
+    on_meta = first_on_meta(result)
+    if on_meta is not None:
+        raise reader.fail(
+            f"the model's tensor {on_meta} is on the meta device, and the file does not hold it (persistent=False?): "
+            "make it on a device before load"
+        )
     return result
-
-
-def _key(module: str, tensor: str) -> str:
-    """The name of a tensor of ``module`` in the state_dict."""
-    return f"{module}.{tensor}" if module else tensor
-
-
-def _expected(model: nn.Module, replaced: dict[int, nn.Module]) -> dict[str, Tensor]:
-    """The state_dict of the packed model: names, and tensors that have its types and shapes."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    packed = {name: replaced[id(module)] for name, module in modules.items() if id(module) in replaced}
-
-    def is_replaced(key: str) -> bool:
-        parts = key.split(".")
-        return any(".".join(parts[:i]) in packed for i in range(len(parts)))
-
-    expected = {key: tensor for key, tensor in model.state_dict().items() if not is_replaced(key)}
-    for name, module in packed.items():
-        expected |= {_key(name, key): tensor for key, tensor in module.state_dict().items()}
-    return expected

@@ -38,7 +38,8 @@ def dense_weight(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """W = scale * sum_i plane_weights[i] * (±1 of plane i), [N, K]."""
     scale = weight.scale.to(dtype)
     if weight.group_size:
-        scale = scale.repeat_interleave(weight.group_size, dim=1)[:, : weight.in_features]
+        group = min(weight.group_size, weight.in_features)
+        scale = scale.repeat_interleave(group, dim=1)[:, : weight.in_features]
     else:
         scale = scale.unsqueeze(-1)
     return scale * expand_planes(weight, dtype)
@@ -147,6 +148,9 @@ def binary_conv2d(
         dense = dense.view(weight.outputs, channels, *kernel_size)
         if channels == 0:  # torch's convolution would return no outputs either
             values, dense = F.pad(values, (0, 0, 0, 0, 0, groups)), F.pad(dense, (0, 0, 0, 0, 0, 1))
+        if values.shape[-3] == 1:
+            # The stride of a single channel says nothing, but that of channels last misleads torch 2.13.
+            values = values.reshape(-1).view(values.shape)
         y = F.conv2d(values, dense, None, stride, padding, dilation, groups)
         if factor is not None:
             y = y * factor

@@ -56,7 +56,8 @@ def spread_over(scale: Tensor, w: Tensor, group_size: int = 128) -> Tensor:
         return scale.reshape(())
     if scale.dim() == 1:
         return scale.reshape(-1, *[1] * (w.dim() - 1))
-    return scale.repeat_interleave(group_size, dim=1)[:, : rows(w).shape[1]].reshape(w.shape)
+    length = rows(w).shape[1]
+    return scale.repeat_interleave(min(group_size, length), dim=1)[:, :length].reshape(w.shape)
 
 
 def cell(w: Tensor, hi: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
