@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include "memory.h"
 #include "step_arguments.h"
 #include "step_ops.h"
 
@@ -53,6 +54,7 @@ bool StepPlan::valid(std::optional<std::vector<at::Tensor>> grads) {
 void StepPlan::step(const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK(has_gradients_, "StepPlan.step: call valid() before each step; it takes up the gradients");
   has_gradients_ = false;
+  check_memory(hyper_, "StepPlan.step", "hyper");
   if (options_.device_hyper == nullptr) options_.hyper = *static_cast<const Hyper*>(hyper_.const_data_ptr());
   run_step(options_, segments_, dynamic_scale_, steps_, grad_scale, found_inf, params_[0]);
   grads_.clear();

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import quantopt
 import step_cases
 from conftest import force_isa
 from quantopt import _extension
@@ -327,3 +328,17 @@ def test_gradients_are_found_where_kernels_can_read_them() -> None:
     assert find([sharded], [shard], [shard]) is None  # a sum that its ranks have yet to form
     assert find([Wrapped(shard)], [shard], [shard]) is None
     assert find([object()], [shard], [shard]) is None
+
+
+def test_a_gradient_without_memory_is_refused() -> None:
+    """The plan would read what is not there."""
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    opt = quantopt.AskewSGD([{"params": [p], "bits": 1}])
+    for freed in (False, True):
+        p.grad = torch.ones(4, 4)
+        if freed:
+            p.grad.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match="memory of a gradient"):
+                opt.step()
+        else:
+            opt.step()

@@ -375,7 +375,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         self._step_states = list(self.state.values())
         for i, group in zip(stale, groups, strict=True):
             if not steps[i].valid(self, group):
-                raise RuntimeError("a parameter or its state changed while its step was laid out")
+                raise RuntimeError(
+                    "a step cannot be laid out: a parameter or its state changed meanwhile, or the memory of a gradient "
+                    "was freed or resized"
+                )
         return self._group_steps
 
     # A compiled training step breaks its graph here: the update is one call of a compiled kernel as it is, and numbers
