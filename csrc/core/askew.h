@@ -97,7 +97,7 @@ struct AskewVelocity : Constraint<Binary> {
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     const AskewConstants& c = this->c;
     if (c.shrink != 1.0f) w = w * c.shrink;
     const F v = -c.lr * (d + c.decay * w);
@@ -124,7 +124,7 @@ struct AskewGradient : Constraint<Binary> {
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     const AskewConstants& c = this->c;
     w = w * c.shrink;
     return clamp(w - c.lr * (d + c.decay * w), -this->grid.hi, this->grid.hi);
@@ -146,7 +146,7 @@ struct AskewMemory : Constraint<Binary> {
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F l, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F l, F d, F) const {
     const float limit = this->c.bound * this->grid.hi;
     return clamp(l * this->c.shrink - this->c.lr * d, -limit, limit);
   }

@@ -23,7 +23,7 @@ from quantopt.optim.options import (
 )
 from quantopt.optim.sharded import local
 from quantopt.optim.step import GroupStep, same
-from quantopt.rules import BASES
+from quantopt.rules import BASES, RULES
 
 
 class LevelOptimizer(torch.optim.Optimizer):
@@ -112,7 +112,14 @@ class LevelOptimizer(torch.optim.Optimizer):
         (``memory``, ``form``, ``base``). Raises ValueError naming the key, its value and the remedy; nothing is added
         then."""
         completed = self._completed(param_group)
-        self._check(self.whole(completed))
+        whole = self.whole(completed)
+        self._check(whole)
+        # Not of a loaded group: versions up to 0.1.0 took it.
+        if whole["decoupled_weight_decay"] and RULES[self.rule_of(whole)].latent:
+            raise ValueError(
+                "decoupled_weight_decay=True: weight decay of a latent weight is decoupled as it is; leave it out of "
+                "the group and the constructor, and set it in the groups with bits=0 alone"
+            )
         super().add_param_group(completed)
         try:
             place_scheduled(self.param_groups[-1])

@@ -80,15 +80,19 @@ class BinaryConnect(_LatentClipped):
 
     @torch.no_grad()
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        if group["stochastic"]:
+        lr, found_inf = scheduled_value(group, "lr"), getattr(self, "found_inf", None)
+        stays = lr == 0  # as the fused step leaves the weights; a tensor in capturable groups
+        if group["stochastic"] and stays is not True:
             for p in params:
                 state = self.state[p]
                 u = state["latent"]
                 if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
                     u = u / (group["clip"] * spread_over(state["sigma"], u))
                 drawn = spread_over(state["scale"], p) * stochastic_sign(u)
-                found_inf = getattr(self, "found_inf", None)
-                p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
+                for flag in (stays, found_inf):
+                    if isinstance(flag, Tensor):
+                        drawn = torch.where(flag.to(p.device) != 0, p, drawn)
+                p.copy_(drawn)
 
 
 class BinaryRelax(_LatentClipped):

@@ -99,7 +99,9 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         present = opt.state.get(p, {})
         facts = facts_of(opt, group, p.dtype)
         wanted = required(facts)
-        if present.keys() - {SIGNS} == set(wanted) and all(present[k].dtype == d for k, d in wanted.items()):
+        by_row = "sigma" in present and present["sigma"].dim() < present["scale"].dim()  # of 0.1.0
+        as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row
+        if as_wanted and all(present[k].dtype == d for k, d in wanted.items()):
             continue
         first = _Initial(opt, group, p.detach(), name, facts)
         made[p] = {
@@ -108,6 +110,8 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         }
         if "exp_avg" in wanted and "exp_avg" not in present:  # Adam's correction counts from its first step
             made[p]["step"] = first.value("step")
+        if by_row and "sigma" in wanted:
+            made[p]["sigma"] = made[p]["scale"] * grid.level_factor(level_count(group["bits"]))
         if SIGNS in present:
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():
@@ -150,13 +154,15 @@ class _Initial:
         return scale.contiguous()
 
     def latent_bound(self) -> Tensor:
-        """The frozen scale times max_level, per tensor or per row."""
-        kind = "channel" if self.group["scale"] == "group" else self.group["scale"]
+        """The frozen scale times max_level: the outer levels, or of levels that move those of the first weights."""
+        kind = self.group["scale"]
+        if self.dynamic and kind == "group":  # the levels are per channel
+            kind = "channel"
         if self.dynamic and self.w.dim() < 2:  # one channel, as its level
             kind = "tensor"
         exact = gathered(self.w).to(self.facts.dtype)
         factor = grid.level_factor(level_count(self.group["bits"]))
-        return (grid.frozen_scale(exact, kind) * factor).contiguous()
+        return (grid.frozen_scale(exact, kind, self.group["group_size"]) * factor).contiguous()
 
 
 # ---- state_dicts -------------------------------------------------------------------------------------------------
