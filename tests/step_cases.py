@@ -268,8 +268,8 @@ def bits_of(t: Tensor) -> Tensor:
 def in_float64(record: StepRecord) -> StepRecord:
     """For the float64 reference. It reads the point of the splitting; of 16 bits it follows from the state."""
     exact = map_lists(record, Tensor.double, keep=("steps",))._replace(seed=-1)
-    if record.rule == "splitting" and record.params[0].dtype != F32:
-        h = dict(zip(HYPER, record.hyper.tolist(), strict=True))
+    h = dict(zip(HYPER, record.hyper.tolist(), strict=True))
+    if record.rule == "splitting" and record.params[0].dtype != F32 and h["lr"] != 0.0:
         for p, x, scale in zip(exact.params, exact.latents, exact.scales, strict=True):
             hi = grid.level_factor(record.levels) * grid.spread_over(scale, x, record.group_size)
             p.copy_(stam.box(x, hi, lr=h["lr"], weight_decay=h["weight_decay"]))

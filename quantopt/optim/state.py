@@ -141,7 +141,8 @@ class _Initial:
     def scale(self) -> Tensor:
         kind = self.group["scale"]
         exact = gathered(self.w).to(self.facts.dtype)  # sharded parameters are gathered once, for their scale
-        frozen = grid.frozen_scale(exact, kind.replace("channel-mean", "channel"), self.group["group_size"])
+        granularity = kind.replace("channel-mean", "tensor" if self.w.dim() < 2 else "channel")
+        frozen = grid.frozen_scale(exact, granularity, self.group["group_size"])
         scale = grid.mean_magnitude(exact) if self.dynamic and kind != "channel-mean" else frozen
         for value in (frozen, scale):
             if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):

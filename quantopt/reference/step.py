@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantopt.reference import base
-from quantopt.reference.levels import GAUSSIAN_STEP, level_factor, mean_magnitude, spread_over
+from quantopt.reference.levels import GAUSSIAN_STEP, level_factor, rows, spread_over
 from quantopt.reference.rounding import stochastic_bfloat16
 from quantopt.reference.rule import GRADIENTS, STEPS, Weights
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
@@ -83,7 +83,8 @@ def _step_one(record: StepRecord, hyper: SimpleNamespace, i: int) -> None:
     def rescale(point: Tensor) -> Tensor:
         if record.dynamic_scale:
             scale = record.scales[i]
-            scale.copy_(point.abs().mean().reshape(1) if scale.numel() == 1 else mean_magnitude(point))
+            slices = point.reshape(1, -1) if scale.numel() == 1 else rows(point)
+            scale.copy_(slices.abs().mean(dim=1))
         return outer_level()
 
     bounds = record.latent_bounds
