@@ -307,8 +307,13 @@ def relax(x, point, level):
 
 
 @triton.jit
+def clamp(w, hi):
+    return maximum(minimum(w, hi), -hi)
+
+
+@triton.jit
 def box(x, latent, hi):
-    return maximum(minimum(latent * x.h.shrink, hi), -hi)
+    return clamp(latent * x.h.shrink, hi)
 
 
 @triton.jit
@@ -317,7 +322,7 @@ def differentiated_at(x):
     y = box(x, x.w, x.before.hi)
     if x.param_ptr.dtype.element_ty == tl.float32:  # the rounding of others would add up in x - y
         if x.h.weight_decay != 0.0:
-            y = network_weight(x)
+            y = clamp(network_weight(x), x.before.hi)
     return y
 
 

@@ -47,9 +47,9 @@ QUANTOPT_HOST_DEVICE F relax(F x, F level, const StamConstants& c) {
 //   ex = x - y;  r = y - lr d - ex;  q = project(r);  x <- relax(r, q) + ex
 //   the network runs with y = clamp(x / (1 + lr wd), -hi, hi) of the new x.
 // The y of a step is what the network ran with, which was made with the lr of the step before: with weight
-// decay it is read. Without, it follows from x (`before` is the grid that it was clamped with; it differs
-// from `grid` only when the levels move). Weights of 16 bits are rounded, and their rounding would add up in
-// ex: their y follows from x too.
+// decay it is read (and clamped, as the first weights may lie anywhere). Without, it follows from x (`before`
+// is the grid that it was clamped with; it differs from `grid` only when the levels move). Weights of 16 bits
+// are rounded, and their rounding would add up in ex: their y follows from x too.
 template <bool Binary, bool ReadsPoint>
 struct StamSplitting {
   static constexpr bool kLatent = true;
@@ -71,7 +71,7 @@ struct StamSplitting {
   template <class F>
   QUANTOPT_HOST_DEVICE F differentiated_at(F x, F p) const {
     if constexpr (ReadsPoint) {
-      return p;
+      return clamp(p, -before.hi, before.hi);
     } else {
       return box(x, before);
     }

@@ -60,8 +60,12 @@ def alternating_weight(u: Tensor, hi: Tensor, levels: int, *, kappa: float) -> T
 @rule("splitting")
 def _splitting(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
     h = x.hyper
-    # With weight decay p is the y of the lr that made it. Rounding to 16 bits would add up in ex.
-    y = x.p if h.weight_decay and x.exact else box(x.w, x.hi, lr=h.lr, weight_decay=h.weight_decay)
+    if (
+        h.weight_decay and x.exact
+    ):  # p is the y of the lr that made it; rounding to 16 bits would add up in ex
+        y = torch.clamp(x.p, -x.hi, x.hi)
+    else:
+        y = box(x.w, x.hi, lr=h.lr, weight_decay=h.weight_decay)
     r, ex = splitting_point(x.w, y, d, lr=h.lr)
     hi = x.rescale(r)
     latent = splitting_step(r, ex, hi, x.levels, kappa=h.kappa)
