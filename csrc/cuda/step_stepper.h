@@ -219,11 +219,6 @@ struct Stepper {
   __device__ __forceinline__ void update_and_store(const R& rule, const Elements<N>& e, const Floats<N>& w,
                                                    const Floats<N>& d, int64_t i, bool full,
                                                    int count) const {
-    if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, full, count);
-    if constexpr (Direction::kAdam) {
-      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
-    }
-    if (frozen) return;
     const Floats<N> before = ran_with(e);
     Floats<N> weight, next;
 #pragma unroll
@@ -235,6 +230,11 @@ struct Stepper {
         weight.at[n] = next.at[n];
       }
     }
+    if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, full, count);
+    if constexpr (Direction::kAdam) {
+      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
+    }
+    if (frozen) return;
     if (has_latent()) {
       store_raw(Dtype::kFloat32, narrow(Dtype::kFloat32, next), t.latent, i, full, count);
     }

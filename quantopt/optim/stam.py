@@ -57,10 +57,10 @@ class STAM(LevelOptimizer):
         x &\leftarrow (r + \kappa\,\mathrm{project}(r)) / (1 + \kappa) + e_x, \quad
         p = y = \mathrm{clamp}(x / (1 + \eta\,wd), -hi, hi)
 
-    The y of a step is the p that its gradient belongs to, also where lr has changed since (in the first step x clamped).
-    Without weight decay, and for weights of 16 bits, whose rounding would add up in x, it is computed from x. The
-    levels are frozen, or with ``scale="channel-mean"`` follow mean|r| per channel (the standard deviation before the
-    first step; a 1-d parameter is one channel).
+    The y of a step is the p that its gradient belongs to, also where lr has changed since (in the first step x,
+    clamped). Without weight decay, and for weights of 16 bits, whose rounding would add up in x, it is computed from x.
+    The levels are frozen, or with ``scale="channel-mean"`` follow mean|r| per channel (the standard deviation before
+    the first step; a 1-d parameter is one channel).
 
     Bytes moved per float32 parameter: 24, 4 more in the splitting with weight decay, and 12 more read for the
     per-channel mean where a channel does not fit the cache.
