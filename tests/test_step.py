@@ -351,6 +351,7 @@ MISFITS: list[tuple[type[Exception], str, Change]] = [
     (TypeError, r"grads\[1\].*dtype|grads.*Double", put("grads", torch.zeros(7, dtype=torch.float64))),
     (ValueError, r"scales\[1\].*shape", put("scales", torch.ones(3))),
     (ValueError, r"grads\[0\] has strides", put("grads", torch.zeros(5, 6).t(), 0)),
+    (TypeError, r"latent_bounds\[0\] must be float32, one,", replace(latent_bounds=[torch.ones(4), torch.ones(1)])),
     (ValueError, "levels must be", replace(levels=5)),
     (ValueError, "'given'.*pass no momentum_buffers", replace(base="given")),
     (ValueError, "'sgd'.*pass no exp_avg_sqs", replace(exp_avg_sqs=TWO)),

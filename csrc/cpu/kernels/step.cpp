@@ -144,6 +144,7 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
   int64_t begin = 0;
   if constexpr (sizeof(P) == 2) {
     if (writing.key != nullptr) {
+      writing.frozen = false;  // nothing would be rounded
       uint16_t halves[kRandomBlock];
       while (begin < n) {
         const int64_t lead = (first + begin) % 8;
