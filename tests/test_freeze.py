@@ -133,11 +133,13 @@ def test_resuming_by_torch_changes_no_weight(name: str) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("rounding", ["master", "nearest", "stochastic"])
 @every
-def test_saving_a_fresh_optimizer_changes_no_weight(name: str, rounding: str) -> None:
+def test_saving_a_fresh_optimizer_changes_no_weight(name: str, rounding: str, capturable: bool) -> None:
     model = network(torch.bfloat16)
-    opt = MAKERS[name](quantopt.param_groups(model), lr=0.05, weight_decay=0.01, rounding=rounding)
+    options = dict(rounding=rounding, capturable=capturable)
+    opt = MAKERS[name](quantopt.param_groups(model), lr=0.05, weight_decay=0.01, **options)
     before = weights(model)
     assert get_optimizer_state_dict(model, opt)["state"]
     assert same(weights(model), before)
