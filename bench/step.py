@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from common import compare, report, row
-from step_problems import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
+from step_problems import BETA, CAP, DECAY, DEFAULTS, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
 import quantopt
@@ -49,9 +49,9 @@ def compiled_reference(rule: str, epsilon: float) -> Callable[..., None]:
 
     def step_splitting(p: Tensor, g: Tensor, m: Tensor, x: Tensor) -> None:
         d, m_new = base.sgd_direction(g, m, BETA, False)
-        r, ex = stam.splitting_point(x, d, hi, lr=LR, weight_decay=DECAY)
+        r, ex = stam.splitting_point(x, stam.box(x, hi, lr=LR, weight_decay=0.0), d, lr=LR)
         new = stam.splitting_step(r, ex, hi, 2, kappa=0.1)
-        p.copy_(stam.box(new, hi, lr=LR, weight_decay=DECAY))
+        p.copy_(stam.box(new, hi, lr=LR, weight_decay=0.0))
         x.copy_(new)
         m.copy_(m_new)
 
@@ -68,7 +68,7 @@ def flat(rule: str, n: int, eager: bool = False, epsilon: float = EPSILON) -> li
     if rule != "askew":
         latent = p.clone()
     latents = [] if rule == "askew" else [latent]
-    numbers = HYPER | {"epsilon": epsilon} | ({"rate": float("inf")} if rule == "askew_memory" else {})
+    numbers = HYPER | {"epsilon": epsilon} | DEFAULTS.get(rule, {})
     empty: list[Tensor] = []
     record = StepRecord(
         rule, "sgd", [p], [g], [m], empty, latents, [torch.ones(1)], empty, empty, hyper_tensor(**numbers)

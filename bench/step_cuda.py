@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from common import missing, report, row, write_json
-from step_problems import BETA, CAP, DECAY, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
+from step_problems import BETA, CAP, DECAY, DEFAULTS, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
 import quantopt
@@ -91,7 +91,7 @@ def flat_record(
     g = torch.randn(n, device=DEVICE).mul_(0.1).to(dtype).view(shape or n)
     m = torch.zeros(shape or n, device=DEVICE, dtype=momentum_dtype)
     latent = RULES[rule].latent
-    numbers = HYPER | ({"rate": float("inf")} if rule == "askew_memory" else {})
+    numbers = HYPER | DEFAULTS.get(rule, {})
     record = StepRecord(
         rule=rule,
         base="sgd",

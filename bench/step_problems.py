@@ -4,6 +4,8 @@ LR, BETA, DECAY, EPSILON, RATE, CAP = 0.1, 0.9, 1e-4, 0.5, 0.1, 0.25
 HYPER = dict(
     lr=LR, momentum=BETA, weight_decay=DECAY, epsilon=EPSILON, rate=RATE, cap=CAP, bound=2.0, kappa=0.1
 )
+# Numbers of a rule that differ: the defaults of its form.
+DEFAULTS = {"askew_memory": {"rate": float("inf")}, "splitting": {"weight_decay": 0.0}}
 RESNET18 = [
     (64, 3, 3, 3), *[(64, 64, 3, 3)] * 4, (128, 64, 3, 3), *[(128, 128, 3, 3)] * 3, (128, 64, 1, 1), (256, 128, 3, 3),
     *[(256, 256, 3, 3)] * 3, (256, 128, 1, 1), (512, 256, 3, 3), *[(512, 512, 3, 3)] * 3, (512, 256, 1, 1),

@@ -188,13 +188,15 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
     }
     if (!r.latent_bounds.empty()) {
       const at::Tensor& bound = r.latent_bounds[i];
+      const bool by_row = bound.numel() == 1 || bound.numel() == channels;
       TORCH_CHECK_TYPE(bound.scalar_type() == at::kFloat && bound.is_contiguous() &&
-                           bound.device() == device && (bound.numel() == 1 || bound.numel() == channels),
-                       "fused_step: latent_bounds[", i, "] must be float32, one or one per channel, on ",
-                       device);
+                           bound.device() == device &&
+                           (by_row || (facts.quantised && bound.sizes() == r.scales[i].sizes())),
+                       "fused_step: latent_bounds[", i,
+                       "] must be float32, one, one per channel or one per scale, on ", device);
       check_element_memory(bound, "latent_bounds", i);
       s.latent_bound = static_cast<const float*>(bound.const_data_ptr());
-      s.bound_row = s.numel / bound.numel();
+      s.bound_row = by_row ? s.numel / bound.numel() : 0;
     }
     segments.push_back(s);
   }

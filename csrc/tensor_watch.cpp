@@ -19,6 +19,10 @@ int64_t version_of(const at::Tensor& tensor) {
   return version.enabled() ? static_cast<int64_t>(version.current_version()) : -1;
 }
 
+const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
+
 }  // namespace
 
 void TensorWatch::add(at::TensorList tensors) {
@@ -32,6 +36,10 @@ void TensorWatch::add(at::TensorList tensors) {
 
 void TensorWatch::count_writes(at::TensorList tensors) {
   counted_ = tensors.vec();
+  storages_.clear();
+  for (const at::Tensor& tensor : counted_) {
+    storages_.push_back(tensor.unsafeGetTensorImpl()->unsafe_storage().getWeakStorageImpl());
+  }
   note_writes();
 }
 
@@ -42,7 +50,10 @@ void TensorWatch::note_writes() {
 
 bool TensorWatch::unchanged() const {
   for (size_t i = 0; i < counted_.size(); ++i) {
-    if (version_of(counted_[i]) != versions_[i]) return false;
+    if (version_of(counted_[i]) != versions_[i] ||
+        storage_of(counted_[i]) != storages_[i]._unsafe_get_target()) {
+      return false;
+    }
   }
   const int64_t* layout = layouts_.data();
   for (const Watched& watched : watched_) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
 #include <vector>
@@ -16,8 +18,8 @@ class TensorWatch {
   // Counts the writes to the tensors from now on, as torch does for autograd: all but those through .data and
   // by kernels that know the address alone.
   void count_writes(at::TensorList tensors);
-  // Whether all are as they were when they were added, and have not been written to since the last
-  // note_writes().
+  // Whether all are as they were when they were added, and the counted ones have the same storage and have
+  // not been written to since the last note_writes().
   bool unchanged() const;
   // The writes until now are known.
   void note_writes();
@@ -34,6 +36,9 @@ class TensorWatch {
   std::vector<int64_t> layouts_;  // of each tensor its number of dimensions, sizes, strides
   std::vector<at::Tensor> counted_;
   std::vector<int64_t> versions_;
+  // Weak, so that memory that is given up is freed. A storage made later is another one, though it may have
+  // the address of the memory before.
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_;
 };
 
 // Whether kernels may read a gradient along with its weight: same dtype, device, sizes and strides, dense,

@@ -307,21 +307,38 @@ def relax(x, point, level):
 
 
 @triton.jit
+def clamp(w, hi):
+    return maximum(minimum(w, hi), -hi)
+
+
+@triton.jit
 def box(x, latent, hi):
-    return maximum(minimum(latent * x.h.shrink, hi), -hi)
+    return clamp(latent * x.h.shrink, hi)
+
+
+@triton.jit
+def differentiated_at(x):
+    """The y of the splitting: what the network ran with, where weight decay made it with the lr of the step before."""
+    y = box(x, x.w, x.before.hi)
+    if x.param_ptr.dtype.element_ty == tl.float32:  # the rounding of others would add up in x - y
+        if x.h.weight_decay != 0.0:
+            y = clamp(network_weight(x), x.before.hi)
+    return y
 
 
 @triton.jit
 def splitting_point(x, d):
     """STAM, form = "splitting": r."""
-    y = box(x, x.w, x.before.hi)
+    y = differentiated_at(x)
     return y - x.h.lr * d - (x.w - y)
 
 
 @triton.jit
 def splitting_step(x, d):
-    r = splitting_point(x, d)
-    return relax(x, r, project(r, x.grid)) + (x.w - box(x, x.w, x.before.hi))
+    y = differentiated_at(x)
+    ex = x.w - y
+    r = y - x.h.lr * d - ex
+    return relax(x, r, project(r, x.grid)) + ex
 
 
 @triton.jit

@@ -1,11 +1,10 @@
 """The fused optimizer step in Triton, for GPUs without the compiled CUDA kernels.
 
 A list of tensors takes few launches: each program finds its tensor and its chunk in a table on the device. Rules and
-bases are in rules.py, tables in step_tables.py.
+bases are in rules.py, checks in step_arguments.py, tables in step_tables.py.
 """
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from quantopt.kernels.elements import read, stochastic_bfloat16, write
 from quantopt.kernels.rules import (
-    LEVELS,
     Grid,
     Numbers,
     Weights,
@@ -29,10 +27,10 @@ from quantopt.kernels.rules import (
     point,
     step,
 )
+from quantopt.kernels.step_arguments import DTYPES, check
 from quantopt.kernels.step_tables import BLOCK, CHUNK, ROW_BLOCK, Row, Table, plan_of
-from quantopt.rules import BASES, HYPER, RULES, StepRecord
+from quantopt.rules import HYPER, RULES, StepRecord
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ROW_WIDTH = tl.constexpr(len(Row._fields))
 LENGTH = tl.constexpr(Row._fields.index("length"))
 FIRST_PROGRAM = tl.constexpr(Row._fields.index("first_program"))
@@ -85,11 +83,14 @@ def gradient_factor_of(grad_scale_ptr, sign):
 
 
 @triton.jit
-def latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND: tl.constexpr):
+def latent_limit_of(row, i, at, inside, h, HAS_LATENT_BOUND: tl.constexpr):
+    """``at``: the index of the scale of each element."""
     limit = float("inf")
     if HAS_LATENT_BOUND:
-        bound_ptr = pointer(row.latent_bound, tl.float32, False)
-        limit = h.bound * tl.load(bound_ptr + i // row.bound_length, mask=inside, other=1.0)
+        bound = tl.where(row.bound_length == 0, at, i // tl.maximum(row.bound_length, 1))
+        limit = h.bound * tl.load(
+            pointer(row.latent_bound, tl.float32, False) + bound, mask=inside, other=1.0
+        )
     return limit
 
 
@@ -112,16 +113,28 @@ def read_state(
 
 @triton.jit
 def write_state(
-    row, i, inside, m, v, latent,
-    BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_LATENT: tl.constexpr, MOMENTUM_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+    row, i, inside, m, v,
+    BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     if HAS_MOMENTUM:
         write(pointer(row.momentum_buffer, MOMENTUM_TYPE, ALIGNED), i, m, inside, WHOLE)
     if BASE == "adam":
         write(pointer(row.exp_avg_sq, tl.float32, ALIGNED), i, v, inside, WHOLE)
+
+
+@triton.jit
+def write_weights(
+    row, param_ptr, i, inside, latent, weight, first, steps_ptr, seed,
+    HAS_LATENT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     if HAS_LATENT:
         write(pointer(row.latent, tl.float32, ALIGNED), i, latent, inside, WHOLE)
+    if STOCHASTIC:
+        count = tl.load(steps_ptr + row.tensor_index).to(tl.int64).to(tl.uint32)
+        weight = stochastic_bfloat16(weight, first, count, row.tensor_index.to(tl.uint32), seed, BLOCK)
+    write(param_ptr, i, weight, inside, WHOLE)
 
 
 @triton.jit
@@ -177,6 +190,7 @@ def step_block(
         w = read(param_ptr, i, inside, WHOLE)
     grid = Grid(1.0, 1.0, 0.0, BINARY)  # not used by a rule without levels
     before = grid
+    at = 0
     if QUANTISED:
         at = scale_index(row, i, ONE_SCALE, SMALL)
         grid = load_grid(row.scale, at, inside, level_factor, intervals, BINARY, ONE_SCALE, WHOLE)
@@ -185,16 +199,17 @@ def step_block(
             before = load_grid(
                 row.scale_before, at, inside, level_factor, intervals, BINARY, ONE_SCALE, WHOLE
             )
-    limit = latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND)
+    limit = latent_limit_of(row, i, at, inside, h, HAS_LATENT_BOUND)
     x = Weights(w, grid, before, limit, h, param_ptr, i, inside, WHOLE)
     g = gradient(x, g, RULE)
     d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
     latent, weight = step(x, d, RULE)
-    write_state(row, i, inside, m, v, latent, BASE, HAS_MOMENTUM, HAS_LATENT, MOMENTUM_TYPE, ALIGNED, WHOLE)
-    if STOCHASTIC:
-        count = tl.load(steps_ptr + row.tensor_index).to(tl.int64).to(tl.uint32)
-        weight = stochastic_bfloat16(weight, first, count, row.tensor_index.to(tl.uint32), seed, BLOCK)
-    write(param_ptr, i, weight, inside, WHOLE)
+    write_state(row, i, inside, m, v, BASE, HAS_MOMENTUM, MOMENTUM_TYPE, ALIGNED, WHOLE)
+    if h.lr != 0.0:
+        write_weights(
+            row, param_ptr, i, inside, latent, weight, first, steps_ptr, seed,
+            HAS_LATENT, STOCHASTIC, ALIGNED, WHOLE, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "seed"])
@@ -274,7 +289,7 @@ def row_kernel(
     w = read(pointer(row.latent, tl.float32, ALIGNED), i, inside, False)
     scale_ptr = pointer(row.scale, tl.float32, False) + number
     before = make_grid(tl.load(scale_ptr), level_factor, intervals, BINARY)
-    limit = latent_limit_of(row, i, inside, h, HAS_LATENT_BOUND)
+    limit = latent_limit_of(row, i, number, inside, h, HAS_LATENT_BOUND)
     x = Weights(w, before, before, limit, h, param_ptr, i, inside, False)
     g = gradient(x, g, RULE)
     d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
@@ -284,15 +299,19 @@ def row_kernel(
         grid = make_grid(scale, level_factor, intervals, BINARY)
         x = Weights(w, grid, before, limit, h, param_ptr, i, inside, False)
         latent, weight = step(x, d, RULE)
-        write_state(row, i, inside, m, v, latent, BASE, HAS_MOMENTUM, True, MOMENTUM_TYPE, ALIGNED, False)
-        write(param_ptr, i, weight, inside, False)
-        tl.store(scale_ptr, scale)
+        write_state(row, i, inside, m, v, BASE, HAS_MOMENTUM, MOMENTUM_TYPE, ALIGNED, False)
+        if h.lr != 0.0:
+            write(pointer(row.latent, tl.float32, ALIGNED), i, latent, inside, False)
+            write(param_ptr, i, weight, inside, False)
+            tl.store(scale_ptr, scale)
     else:
         tl.store(pointer(row.partial_sums, tl.float32, False) + local, total)
 
 
 @triton.jit(do_not_specialize=["count"])
-def scale_epilogue_kernel(table_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl.constexpr):
+def scale_epilogue_kernel(
+    table_ptr, numbers_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program per long row: its scale is saved as scale_before and becomes the mean of the sums of its parts."""
     if skipped(found_inf_ptr):
         return
@@ -309,76 +328,11 @@ def scale_epilogue_kernel(table_ptr, found_inf_ptr, count, PART: tl.constexpr, B
         first += BLOCK
     scale_ptr = pointer(row.scale, tl.float32, False) + number
     tl.store(pointer(row.scale_before, tl.float32, False) + number, tl.load(scale_ptr))
-    tl.store(scale_ptr, (tl.reduce(total, 0, add) / row.length.to(tl.float64)).to(tl.float32))
+    if load_numbers(numbers_ptr).lr != 0.0:
+        tl.store(scale_ptr, (tl.reduce(total, 0, add) / row.length.to(tl.float64)).to(tl.float32))
 
 
 # ---- the op ------------------------------------------------------------------------------------------------------
-
-
-def _check(record: StepRecord) -> None:
-    rule = RULES.get(record.rule)
-    if rule is None:
-        raise ValueError(f"fused_step: unknown rule {record.rule!r}; use one of {list(RULES)}")
-    if record.base not in BASES:
-        raise ValueError(f"fused_step: unknown base {record.base!r}; use one of {BASES}")
-    if rule.quantised and record.levels not in LEVELS:
-        raise ValueError(f"fused_step: levels must be one of {LEVELS}, not {record.levels}")
-    if record.dynamic_scale and not rule.dynamic_scale:
-        raise ValueError(f"fused_step: rule {record.rule!r} has no dynamic scale")
-    adam = record.base == "adam"
-    if record.base == "given" and record.momentum_buffers:
-        raise ValueError("fused_step: base 'given' has no momentum_buffers; pass an empty list")
-    if record.exp_avg_sqs and not adam:
-        raise ValueError(f"fused_step: base {record.base!r} has no exp_avg_sqs; pass an empty list")
-    params = record.params
-    required = {
-        "grads": True,
-        "momentum_buffers": adam,
-        "exp_avg_sqs": adam,
-        "latents": rule.latent,
-        "scales": rule.quantised,
-        "latent_bounds": False,
-        "steps": adam or record.seed >= 0,
-    }
-    for name, needed in required.items():
-        count = len(getattr(record, name))
-        if count != len(params) and (needed or count):
-            raise ValueError(f"fused_step: {name} has {count} tensors for {len(params)} parameters")
-    _check_tensors("params", params, params, params[0].dtype)
-    _check_tensors("grads", record.grads, params, params[0].dtype)
-    momentum_dtype = record.momentum_buffers[0].dtype if record.momentum_buffers else torch.float32
-    _check_tensors("momentum_buffers", record.momentum_buffers, params, momentum_dtype)
-    _check_tensors("exp_avg_sqs", record.exp_avg_sqs, params, torch.float32)
-    _check_tensors("latents", record.latents, params, torch.float32)
-    for name in ("scales", "latent_bounds", "steps"):
-        for i, tensor in enumerate(getattr(record, name)):
-            _check_device(name, i, tensor, params[0].device)
-            if tensor.dtype != torch.float32:
-                raise TypeError(f"fused_step: {name}[{i}] must be float32, not {tensor.dtype}")
-    for dtype in (params[0].dtype, momentum_dtype):
-        if dtype not in DTYPES:
-            raise TypeError(f"fused_step: the Triton kernels take float32, bfloat16 and float16, not {dtype}")
-    if record.seed >= 0 and (params[0].dtype != torch.bfloat16 or record.latents):
-        raise ValueError(
-            "fused_step: stochastic rounding is for bfloat16 params without latents; pass seed=-1"
-        )
-
-
-def _check_device(name: str, i: int, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"fused_step: {name}[{i}] is on {tensor.device}, not {device}")
-
-
-def _check_tensors(
-    name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
-) -> None:
-    """Tensors with the elements of the parameters, in the same order in memory."""
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=False)):
-        _check_device(name, i, tensor, params[0].device)
-        if tensor.shape != param.shape or (tensor.stride() != param.stride() and param.numel() > 1):
-            raise ValueError(f"fused_step: {name}[{i}] has another shape or layout than its parameter")
-        if tensor.dtype != dtype:
-            raise TypeError(f"fused_step: {name}[{i}] has dtype {tensor.dtype}, not {dtype}")
 
 
 def fused_step(record: StepRecord) -> None:
@@ -398,7 +352,7 @@ def fused_step(record: StepRecord) -> None:
     if hyper.dtype != torch.float64 or hyper.shape != (len(HYPER),):
         raise ValueError(f"fused_step: hyper must be {len(HYPER)} numbers in float64; use hyper_tensor")
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        plan = plan_of(record, _check)
+        plan = plan_of(record, check)
         momentum_dtype = record.momentum_buffers[0].dtype if record.momentum_buffers else torch.float32
         counted, corrections = _count_step(record)
         shared: dict[str, Any] = {
@@ -428,10 +382,9 @@ def fused_step(record: StepRecord) -> None:
             _launch(
                 row_kernel, table, shared, ALIGNED=aligned, STEP=False, BLOCK=block, num_warps=_warps(block)
             )
+        epilogue = {name: shared[name] for name in ("numbers_ptr", "found_inf_ptr")}
         for table in plan.long.values():
-            _launch(
-                scale_epilogue_kernel, table, {"found_inf_ptr": record.found_inf}, PART=ROW_BLOCK, BLOCK=BLOCK
-            )
+            _launch(scale_epilogue_kernel, table, epilogue, PART=ROW_BLOCK, BLOCK=BLOCK)
         for (aligned, one_scale, small), table in plan.chunks.items():
             _launch(
                 step_kernel,

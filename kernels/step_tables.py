@@ -35,7 +35,7 @@ class Row(NamedTuple):
     length: int  # elements per row of a scale, or of a row of scales
     group: int  # elements per scale
     scales_per_row: int
-    bound_length: int  # elements per latent bound
+    bound_length: int  # elements per latent bound; 0: one for each scale
     tensor_index: int  # of the tensor in its list, for steps and random numbers
     first_program: int
 
@@ -64,6 +64,7 @@ def _row(record: StepRecord, index: int) -> Row:
     length = numel if one_scale else numel // (param.shape[0] if param.dim() else 1)
     group = record.group_size if scale is not None and scale.dim() == 2 and not one_scale else length
     bounds = record.latent_bounds
+    grouped = bool(bounds) and bounds[index].dim() == 2 and bounds[index].shape == record.scales[index].shape
     return Row(
         param=param.data_ptr(),
         grad=address(record.grads),
@@ -78,7 +79,7 @@ def _row(record: StepRecord, index: int) -> Row:
         length=length,
         group=group,
         scales_per_row=-(-length // group),
-        bound_length=numel // bounds[index].numel() if bounds else numel,
+        bound_length=0 if grouped else numel // bounds[index].numel() if bounds else numel,
         tensor_index=index,
         first_program=0,
     )
@@ -163,7 +164,7 @@ class Plan:
                 address = workspace.data_ptr()
                 row = row._replace(partial_sums=address, scale_before=address + 4 * row.parts)
                 long.setdefault(aligned and row.length % 16 == 0, []).append(row)
-            one_scale = row.length == row.numel
+            one_scale = row.group == row.numel
             chunks.setdefault((aligned, one_scale, row.numel < 2**31), []).append(row)
 
         def tables(groups: dict[Any, list[Row]], programs: Callable[[Row], int]) -> Any:

@@ -56,6 +56,7 @@ HYPER = (
 class StepRecord(NamedTuple):
     """The arguments of the op ``quantopt::fused_step``, in its order: one step of ``params`` in place.
 
+    At lr = 0 momentum and steps change alone: params, latents and scales stay as they are.
     Tensors of a list belong to the parameter at the same index. A list is empty where there is no such state.
     """
 
@@ -69,7 +70,9 @@ class StepRecord(NamedTuple):
     exp_avg_sqs: Sequence[Tensor]  # v of Adam, float32
     latents: Sequence[Tensor]  # l, x or u of a latent rule, else master weights, float32
     scales: Sequence[Tensor]  # float32, [1], [channels] or [channels, groups]; written where dynamic
-    latent_bounds: Sequence[Tensor]  # float32, [1] or [channels]: unit of `bound` in the alternating rule
+    latent_bounds: Sequence[
+        Tensor
+    ]  # float32, [1], [channels] or as scales: unit of `bound` in the alternating rule
     steps: Sequence[Tensor]  # number of the step, float32, counted up here; for Adam and stochastic rounding
     hyper: Tensor  # hyper_tensor(...), on the CPU (read now) or on the device of params (read by the kernels)
     levels: int = 2  # K of the grid

@@ -175,7 +175,10 @@ def steps() -> Digests:
 
 def _refused(optimizer: str, options: dict[str, Any]) -> bool:
     """Combinations that the optimizers do not take."""
-    return options.get("nesterov", False) and options.get("momentum") == 0.0
+    has_latent = optimizer.startswith(("stam", "binary")) or "memory" in optimizer
+    return (options.get("nesterov", False) and options.get("momentum") == 0.0) or (
+        options.get("decoupled_weight_decay", False) and has_latent
+    )
 
 
 def products() -> Digests:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from quantopt.ops.step import hyper_tensor
+from quantopt.reference import levels as grid
+from quantopt.reference import stam
 from quantopt.reference import step as reference
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
 
@@ -32,7 +34,7 @@ class Case:
     master: bool = False
     seed: int = -1
     dynamic_scale: bool = False
-    latent_bound: str = ""  # of the alternating rule: "tensor", "channel" or none
+    latent_bound: str = ""  # of the alternating rule: "tensor", "channel", "group" or none
     hyper_on_device: bool = False
     nesterov: bool = False
     decoupled: bool = False
@@ -85,7 +87,6 @@ def all_cases() -> Iterator[Case]:
         yield Case("askew", 2, "sgd", "tensor", epsilon=epsilon)
         yield Case("askew_memory", 2, "sgd", "tensor", epsilon=epsilon, rate=math.inf)
     yield Case("askew_memory", 4, "sgd", "group", nesterov=True, rate=math.inf, hyper_on_device=True)
-    yield Case("askew_gradient", 2, "sgd", "tensor", lr=0.0)
     for rule, (levels, scale) in itertools.product(
         ("splitting", "alternating"), ((2, "tensor"), (4, "channel"))
     ):
@@ -93,8 +94,13 @@ def all_cases() -> Iterator[Case]:
     for latent_bound in ("tensor", "channel"):
         yield Case("alternating", 2, "sgd", "tensor", latent_bound=latent_bound, lam=0.5)
         yield Case("alternating", 4, "sgd", "channel", latent_bound=latent_bound, kappa=math.inf)
+    for levels, latent_bound, dtype in ((4, "group", F32), (3, "group", BF16), (8, "channel", F32)):
+        yield Case("alternating", levels, "sgd", "group", dtype, latent_bound=latent_bound, bound=0.5)
+    for levels, base in ((2, "sgd"), (4, "adam")):
+        yield Case("splitting", levels, base, "channel", weight_decay=0.0)
     yield Case("prox", 4, "given", "group", threshold=math.inf)
     yield from dynamic_cases()
+    yield from frozen_cases()
 
 
 def typed_cases() -> Iterator[Case]:
@@ -125,6 +131,25 @@ def dynamic_cases() -> Iterator[Case]:
         )  # fmt: skip
     yield Case("alternating", 2, "given", "channel", latent_bound="channel", lam=0.5, dynamic_scale=True)
     yield Case("alternating", 2, "sgd", "channel", dynamic_scale=True, found_inf=1.0)
+
+
+def frozen_cases() -> Iterator[Case]:
+    """lr = 0, where everything else would move the weights."""
+    hard = dict(lr=0.0, kappa=math.inf, threshold=math.inf)
+    for rule, base in itertools.product(RULES, BASES):
+        yield Case(rule, 2, base, "tensor", **hard)
+        yield Case(rule, 4, base, "group", hyper_on_device=True, **hard)
+    for rule, dtype in itertools.product(RULES, (BF16, F16)):
+        yield Case(rule, 2, "sgd", "channel", dtype, BF16, hyper_on_device=dtype == F16, **hard)
+        if not RULES[rule].latent:
+            yield Case(rule, 4, "sgd", "channel", dtype, master=True, hyper_on_device=dtype == BF16, **hard)
+    for rule in RULES:
+        if not RULES[rule].latent:
+            yield Case(rule, 2, "adam", "tensor", BF16, seed=5, **hard)
+            yield Case(rule, 2, "sgd", "tensor", BF16, BF16, seed=5, hyper_on_device=True, **hard)
+    for rule, dtype in itertools.product(DYNAMIC, (F32, BF16)):
+        yield Case(rule, 2, "sgd", "channel", dtype, dynamic_scale=True, **hard)
+        yield Case(rule, 2, "adam", "channel", dtype, dynamic_scale=True, hyper_on_device=True, **hard)
 
 
 CASES = list(all_cases())
@@ -211,7 +236,9 @@ def op(record: StepRecord) -> None:
 
 def check(case: Case, got: StepRecord, before: StepRecord) -> None:
     """Compares ``got``, the record after a step, with the float64 reference from ``before``, the record before it."""
-    expected = map_lists(before, Tensor.double, keep=("steps",))._replace(seed=-1)
+    if case.lr == 0.0:
+        check_frozen(got, before)
+    expected = in_float64(before)
     reference.fused_step(expected)
     for ours, theirs in zip(changing(got), changing(expected), strict=True):
         if ours.dtype == F32:
@@ -223,6 +250,30 @@ def check(case: Case, got: StepRecord, before: StepRecord) -> None:
         pairs = zip(got.params, before.params, strict=True)
         changed = [not torch.equal(ours.cpu(), old) for ours, old in pairs if ours.numel()]
         assert all(changed), "the step changed nothing"
+
+
+def check_frozen(got: StepRecord, before: StepRecord) -> None:
+    """At lr = 0 weights, latents and scales keep their bits, and the momentum does not."""
+    for name in ("params", "latents", "scales"):
+        for ours, old in zip(getattr(got, name), getattr(before, name), strict=True):
+            assert torch.equal(bits_of(ours), bits_of(old)), name
+    for ours, old in zip(got.momentum_buffers, before.momentum_buffers, strict=True):
+        assert ours.numel() == 0 or not torch.equal(ours.cpu(), old)
+
+
+def bits_of(t: Tensor) -> Tensor:
+    return t.cpu().view({2: torch.int16, 4: torch.int32}[t.itemsize])
+
+
+def in_float64(record: StepRecord) -> StepRecord:
+    """For the float64 reference. It reads the point of the splitting; of 16 bits it follows from the state."""
+    exact = map_lists(record, Tensor.double, keep=("steps",))._replace(seed=-1)
+    h = dict(zip(HYPER, record.hyper.tolist(), strict=True))
+    if record.rule == "splitting" and record.params[0].dtype != F32 and h["lr"] != 0.0:
+        for p, x, scale in zip(exact.params, exact.latents, exact.scales, strict=True):
+            hi = grid.level_factor(record.levels) * grid.spread_over(scale, x, record.group_size)
+            p.copy_(stam.box(x, hi, lr=h["lr"], weight_decay=h["weight_decay"]))
+    return exact
 
 
 def same(ours: StepRecord, expected: StepRecord) -> bool:

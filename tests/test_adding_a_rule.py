@@ -36,7 +36,7 @@ struct ToyStep {
     return g;
   }
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     w = w * base.shrink;
     return clamp(w - base.lr * (d + base.decay * w), -grid.hi, grid.hi);
   }

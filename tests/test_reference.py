@@ -148,6 +148,17 @@ def test_both_modes_are_equal_without_momentum_and_decay(
     torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
+@given(t=st.floats(1.001, 4.0), g=directions, epsilon=st.floats(0.0, 1.0), count=st.sampled_from(GRIDS))
+def test_beyond_the_outer_levels_the_gradient_is_left_as_it_is(
+    t: float, g: float, epsilon: float, count: int
+) -> None:
+    """Although h < 0 from |t| = sqrt(1 + sqrt(e)) on; the clamp brings the weight back."""
+    settings = dict(lr=0.2, epsilon=epsilon, rate=0.3, cap=0.25)
+    for w in (double(1 + (t - 1) / (count - 1)), double(-1 - (t - 1) / (count - 1))):  # |t| in the outer cell
+        assert torch.equal(askew.constrained_gradient(double(g), w, one, count, **settings), double(g))
+        assert float(askew.gradient_step(w, double(g), one, lr=0.2, decay=0.0).abs()) <= 1.0
+
+
 @given(t=st.floats(-2.0, 2.0), epsilon=st.floats(0.0, 1.0), count=st.sampled_from(GRIDS))
 def test_memory_projects_onto_the_nearest_feasible_point(t: float, epsilon: float, count: int) -> None:
     hi = one * 0.9
@@ -181,7 +192,8 @@ def test_limited_memory_grows_by_at_most_k_or_cap(
 
 
 def splitting(x: float, d: float, kappa: float, count: int = 2, lr: float = 0.1, wd: float = 0.0) -> float:
-    r, ex = stam.splitting_point(double(x), double(d), one, lr=lr, weight_decay=wd)
+    y = stam.box(double(x), one, lr=lr, weight_decay=wd)
+    r, ex = stam.splitting_point(double(x), y, double(d), lr=lr)
     return float(stam.splitting_step(r, ex, one, count, kappa=kappa))
 
 

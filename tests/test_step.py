@@ -1,6 +1,7 @@
 """The op quantopt::fused_step on the CPU against the reference: every rule on every base, dtype, layout and
 instruction set."""
 
+import dataclasses
 import itertools
 import math
 import shutil
@@ -19,7 +20,19 @@ from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.reference import rounding
 from quantopt.reference.step import fused_step as reference_step
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
-from step_cases import BF16, DYNAMIC, F16, F32, QUANTISED, Case, changing, make, map_lists
+from step_cases import (
+    BF16,
+    DYNAMIC,
+    F16,
+    F32,
+    QUANTISED,
+    Case,
+    changing,
+    check_frozen,
+    frozen_cases,
+    make,
+    map_lists,
+)
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
@@ -95,7 +108,8 @@ def test_dynamic_scales(rule: str, base: str, latent_bound: str, isa: str) -> No
 
 
 @pytest.mark.parametrize(
-    "hyper", [dict(kappa=0.0), dict(kappa=math.inf), dict(kappa=1e4), dict(lam=0.5), dict(lr=0.0)]
+    "hyper",
+    [dict(kappa=0.0), dict(kappa=math.inf), dict(kappa=1e4), dict(lam=0.5), dict(weight_decay=0.0)],
 )
 @pytest.mark.parametrize("rule", ["splitting", "alternating"])
 def test_relaxation_extremes(rule: str, hyper: dict[str, Any]) -> None:
@@ -106,7 +120,7 @@ def test_relaxation_extremes(rule: str, hyper: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "hyper",
     [
-        dict(epsilon=0.0), dict(epsilon=1.0), dict(rate=0.0), dict(cap=0.5), dict(lr=0.0), dict(lr=1e6),
+        dict(epsilon=0.0), dict(epsilon=1.0), dict(rate=0.0), dict(cap=0.5), dict(lr=1e6),
         dict(epsilon=1e-8),
     ],
 )  # fmt: skip
@@ -121,6 +135,37 @@ def test_memory_with_an_infinite_rate_is_the_exact_projection() -> None:
     ours, _ = run_both(make(case, [(1000,)]))
     t = ours.params[0] / ours.scales[0]
     assert float(t.abs().min()) >= math.sqrt(1 - math.sqrt(0.3)) - 1e-6
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", list(frozen_cases()), ids=str)
+def test_a_step_with_lr_0_changes_momentum_alone(case: Case, backend: str) -> None:
+    """The same momentum as at another lr, but for the form that bends the gradient by rate / lr."""
+    shapes = [(5, 13, 3), (129,), (2, 20000)]
+    before = make(case, shapes)
+    frozen, moved = copied(before), make(dataclasses.replace(case, lr=0.1), shapes)
+    for record in (frozen, moved):
+        record.grads[0][0, 0, 0] = math.inf
+        fused_step(record, backend=backend)
+    check_frozen(frozen, before)
+    if case.rule != "askew_gradient":
+        for name in ("momentum_buffers", "exp_avg_sqs", "steps"):
+            for a, b in zip(getattr(frozen, name), getattr(moved, name), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_a_frozen_step_of_a_plan_leaves_the_next_one_as_it_was() -> None:
+    """Also where the scales are dynamic, whose new values lie in a buffer during a step."""
+    case = Case("alternating", 2, "sgd", "channel", dynamic_scale=True)
+    planned, plain = (make(case, [(5, 13, 3), (3, 20000)]) for _ in range(2))
+    plan = _extension.StepPlan(planned)
+    for lr in (0.1, 0.0, 0.1):
+        for record in (planned, plain):
+            record.hyper[HYPER.index("lr")] = lr
+        assert plan.valid(list(planned.grads))
+        plan.step()
+        fused_step(plain, backend="cpu")
+        assert all(map(torch.equal, changing(planned), changing(plain)))
 
 
 def test_prox_with_an_infinite_threshold_gives_levels() -> None:
@@ -306,6 +351,7 @@ MISFITS: list[tuple[type[Exception], str, Change]] = [
     (TypeError, r"grads\[1\].*dtype|grads.*Double", put("grads", torch.zeros(7, dtype=torch.float64))),
     (ValueError, r"scales\[1\].*shape", put("scales", torch.ones(3))),
     (ValueError, r"grads\[0\] has strides", put("grads", torch.zeros(5, 6).t(), 0)),
+    (TypeError, r"latent_bounds\[0\] must be float32, one,", replace(latent_bounds=[torch.ones(4), torch.ones(1)])),
     (ValueError, "levels must be", replace(levels=5)),
     (ValueError, "'given'.*pass no momentum_buffers", replace(base="given")),
     (ValueError, "'sgd'.*pass no exp_avg_sqs", replace(exp_avg_sqs=TWO)),

@@ -70,6 +70,13 @@ def test_dynamic_scales_of_short_and_long_rows(
     step_cases.check(case, ours, step_cases.make(case, shapes))
 
 
+def test_groups_of_one_channel(interpreted: ModuleType) -> None:
+    case = step_cases.Case("alternating", 4, "sgd", "group", latent_bound="group", bound=0.5)
+    ours = step_cases.make(case, [(1, 200)])
+    interpreted.fused_step(ours)
+    step_cases.check(case, ours, step_cases.make(case, [(1, 200)]))
+
+
 def test_hard_proxquant_keeps_levels_where_the_step_overflows(interpreted: ModuleType) -> None:
     case = step_cases.Case("prox", 2, "given", "tensor", threshold=math.inf)
     record = step_cases.make(case, [(1, 64)])
@@ -190,6 +197,7 @@ def three(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         ({"scales": []}, ValueError, "scales has 0"),
         ({"scales": [torch.ones(1, dtype=torch.float64)]}, TypeError, "scales"),
         ({"latent_bounds": three() + three()}, ValueError, "latent_bounds has 2"),
+        ({"latent_bounds": [torch.ones(2)]}, ValueError, r"latent_bounds\[0\] has shape \[2\]"),
         ({"seed": 1, "steps": three()}, ValueError, "stochastic rounding"),
         ({"hyper": torch.zeros(3, dtype=torch.float64)}, ValueError, "hyper must be"),
     ],

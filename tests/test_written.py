@@ -255,3 +255,20 @@ def test_weights_that_are_not_finite_are_taken_up() -> None:
         first(opt)[0] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         opt.quantization(first(opt))
+
+
+@latent
+@backends
+def test_memory_that_is_used_again_is_no_sign_of_the_same_weights(name: str, backend: str) -> None:
+    """A tensor that is put in the place of another may get the memory of the one before that."""
+    model, opt, _ = made(name, backend=backend)
+    p = first(opt)
+    addresses = set()
+    for i in range(20):
+        train(model, opt, 1, first=i)
+        addresses.add(p.data_ptr())
+        p.data = p.data.clone()
+        p.data = torch.full_like(p.data, -0.1)
+        addresses.add(p.data_ptr())
+        assert torch.equal(opt.quantization(p).codes, torch.zeros_like(p, dtype=torch.uint8))
+    assert len(addresses) < 40

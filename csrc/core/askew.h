@@ -21,8 +21,7 @@ struct AskewConstants {
   float t_star;   // sqrt(1 - sqrt(e)): feasible iff |t| >= t_star
   float rate;     // r
   float cap;
-  float bound;       // memory: the latent stays in [-bound hi, bound hi]
-  bool constrained;  // false at lr = 0 in the gradient form, where alpha = r / lr is undefined
+  float bound;  // memory: the latent stays in [-bound hi, bound hi]
 };
 
 // Weight decay of a latent is the same number in both forms; it acts before the step there.
@@ -36,7 +35,6 @@ QUANTOPT_HOST_DEVICE AskewConstants make_askew_constants(const Hyper& h, bool de
   c.rate = static_cast<float>(h.rate);
   c.cap = static_cast<float>(h.cap);
   c.bound = static_cast<float>(h.bound);
-  c.constrained = h.lr != 0.0;
   return c;
 }
 
@@ -97,7 +95,7 @@ struct AskewVelocity : Constraint<Binary> {
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     const AskewConstants& c = this->c;
     if (c.shrink != 1.0f) w = w * c.shrink;
     const F v = -c.lr * (d + c.decay * w);
@@ -118,13 +116,13 @@ struct AskewGradient : Constraint<Binary> {
 
   template <class F>
   QUANTOPT_HOST_DEVICE F gradient(F g, F w) const {
-    if (!this->c.constrained) return g;
+    if (this->c.lr == 0.0f) return g;  // alpha = r / lr is undefined
     const auto least = [this](F distance) { return this->restoring_step(distance) / this->c.lr; };  // |K|
     return -this->at_least(-g, this->offset(w * this->c.shrink), least);
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     const AskewConstants& c = this->c;
     w = w * c.shrink;
     return clamp(w - c.lr * (d + c.decay * w), -this->grid.hi, this->grid.hi);
@@ -146,7 +144,7 @@ struct AskewMemory : Constraint<Binary> {
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F l, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F l, F d, F) const {
     const float limit = this->c.bound * this->grid.hi;
     return clamp(l * this->c.shrink - this->c.lr * d, -limit, limit);
   }

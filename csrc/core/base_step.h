@@ -20,7 +20,7 @@ struct BaseStep {
     return g + decay * w;
   }
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     return w * shrink - lr * d;
   }
 };

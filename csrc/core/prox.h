@@ -28,8 +28,8 @@ struct ProxStep {
     return c.base.gradient(g, w);
   }
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F w, F d) const {
-    const F p = c.base.step(w, d);
+  QUANTOPT_HOST_DEVICE F step(F w, F d, F before) const {
+    const F p = c.base.step(w, d, before);
     const F q = project<Binary>(p, grid);
     if (c.threshold > 3.4e38f) return q;  // also of an infinite p
     const F gap = p - q;

@@ -34,9 +34,10 @@ struct Type {
 // Row of a rule, template <bool Binary> for grids of two levels:
 //   Constants, constants(hyper, decoupled): what is the same for all spans of a step.
 //   object<R>(constants, levels): the object that steps a span, with gradient(), step(), and, if it has a
-//   latent,
-//     weight(); with a dynamic scale also point(), whose mean magnitude becomes the scale.
-//   visit_object(constants, visit): calls visit(Type<R>) for the R that serves these constants.
+//     latent, weight(); with a dynamic scale also point(), whose mean magnitude becomes the scale. The last
+//     argument of the three is what the network ran with, read only if kReadsWeight.
+//   visit_object(constants, exact, visit): calls visit(Type<R>) for the R that serves these constants. exact:
+//     whether the network's weights are float32, not rounded to 16 bits.
 template <class RuleConstants, class RuleObject>
 struct RuleRow {
   static constexpr bool kQuantised = true;      // has levels, and so a scale
@@ -45,7 +46,7 @@ struct RuleRow {
   using Object = RuleObject;
 
   template <class Visit>
-  QUANTOPT_HOST_DEVICE static void visit_object(const Constants&, const Visit& visit) {
+  QUANTOPT_HOST_DEVICE static void visit_object(const Constants&, bool, const Visit& visit) {
     visit(Type<Object>{});
   }
 };
@@ -80,7 +81,7 @@ struct AskewGradientRow : AskewFamilyRow<AskewGradient<Binary>> {};
 template <bool Binary>
 struct AskewMemoryRow : AskewFamilyRow<AskewMemory<Binary, true>> {
   template <class Visit>
-  QUANTOPT_HOST_DEVICE static void visit_object(const AskewConstants& c, const Visit& visit) {
+  QUANTOPT_HOST_DEVICE static void visit_object(const AskewConstants& c, bool, const Visit& visit) {
     if (c.rate > FLT_MAX) {
       visit(Type<AskewMemory<Binary, false>>{});
     } else {
@@ -90,8 +91,16 @@ struct AskewMemoryRow : AskewFamilyRow<AskewMemory<Binary, true>> {
 };
 
 template <bool Binary>
-struct SplittingRow : RuleRow<StamConstants, StamSplitting<Binary>> {
+struct SplittingRow : RuleRow<StamConstants, StamSplitting<Binary, true>> {
   static constexpr bool kDynamicScale = true;
+  template <class Visit>
+  QUANTOPT_HOST_DEVICE static void visit_object(const StamConstants& c, bool exact, const Visit& visit) {
+    if (exact && c.decays) {
+      visit(Type<StamSplitting<Binary, true>>{});
+    } else {
+      visit(Type<StamSplitting<Binary, false>>{});
+    }
+  }
   QUANTOPT_HOST_DEVICE static StamConstants constants(const Hyper& h, bool) {
     return make_stam_constants(h, true);
   }

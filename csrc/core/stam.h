@@ -14,6 +14,7 @@ namespace quantopt {
 struct StamConstants {
   float lr;
   float shrink;  // splitting: 1 / (1 + lr wd); alternating: 1 - lr wd
+  bool decays;   // wd != 0
   float keep;    // 1 / (1 + kappa): what is left of the distance to the level
   float lam;     // alternating only
   float bound;   // alternating: latent clipped at bound * latent_bound; infinite: not clipped
@@ -26,6 +27,7 @@ QUANTOPT_HOST_DEVICE StamConstants make_stam_constants(const Hyper& h, bool spli
   const double decay = h.lr * h.weight_decay;
   c.lr = static_cast<float>(h.lr);
   c.shrink = static_cast<float>(splitting ? 1.0 / (1.0 + decay) : 1.0 - decay);
+  c.decays = h.weight_decay != 0.0;
   c.keep = static_cast<float>(1.0 / (1.0 + h.kappa));
   c.lam = static_cast<float>(h.lam);
   c.bound = static_cast<float>(h.bound);
@@ -42,13 +44,16 @@ QUANTOPT_HOST_DEVICE F relax(F x, F level, const StamConstants& c) {
 }
 
 // form = "splitting": stochastic three-operator splitting, state x.
-//   y = clamp(x / (1 + lr wd), -hi, hi);  ex = x - y;  r = y - lr d - ex;  q = project(r)
-//   x <- relax(r, q) + ex;   the network runs with the y of the new x.
-// `before` is the grid that y was clamped with; it differs from `grid` only when the levels move.
-template <bool Binary>
+//   ex = x - y;  r = y - lr d - ex;  q = project(r);  x <- relax(r, q) + ex
+//   the network runs with y = clamp(x / (1 + lr wd), -hi, hi) of the new x.
+// The y of a step is what the network ran with, which was made with the lr of the step before: with weight
+// decay it is read (and clamped, as the first weights may lie anywhere). Without, it follows from x (`before`
+// is the grid that it was clamped with; it differs from `grid` only when the levels move). Weights of 16 bits
+// are rounded, and their rounding would add up in ex: their y follows from x too.
+template <bool Binary, bool ReadsPoint>
 struct StamSplitting {
   static constexpr bool kLatent = true;
-  static constexpr bool kReadsWeight = false;
+  static constexpr bool kReadsWeight = ReadsPoint;
 
   StamConstants c;
   Grid before;
@@ -63,15 +68,23 @@ struct StamSplitting {
   QUANTOPT_HOST_DEVICE F box(F x, const Grid& levels) const {
     return clamp(x * c.shrink, -levels.hi, levels.hi);
   }
+  template <class F>
+  QUANTOPT_HOST_DEVICE F differentiated_at(F x, F p) const {
+    if constexpr (ReadsPoint) {
+      return clamp(p, -before.hi, before.hi);
+    } else {
+      return box(x, before);
+    }
+  }
   // Returns r. The mean of |r| over a row is its dynamic scale.
   template <class F>
-  QUANTOPT_HOST_DEVICE F point(F x, F d) const {
-    const F y = box(x, before);
+  QUANTOPT_HOST_DEVICE F point(F x, F d, F p) const {
+    const F y = differentiated_at(x, p);
     return y - c.lr * d - (x - y);
   }
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F x, F d) const {
-    const F y = box(x, before);
+  QUANTOPT_HOST_DEVICE F step(F x, F d, F p) const {
+    const F y = differentiated_at(x, p);
     const F ex = x - y;
     const F r = y - c.lr * d - ex;
     return relax(r, project<Binary>(r, grid), c) + ex;
@@ -101,11 +114,11 @@ struct StamAlternating {
   }
 
   template <class F>
-  QUANTOPT_HOST_DEVICE F point(F u, F d) const {
-    return step(u, d);
+  QUANTOPT_HOST_DEVICE F point(F u, F d, F p) const {
+    return step(u, d, p);
   }
   template <class F>
-  QUANTOPT_HOST_DEVICE F step(F u, F d) const {
+  QUANTOPT_HOST_DEVICE F step(F u, F d, F) const {
     F next = u * c.shrink - c.lr * d;
     if (c.lam != 0.0f) next += c.lr * c.lam * (project<Binary>(u, before) - u);
     return clamp(next, -limit, limit);

@@ -21,12 +21,12 @@ struct StepSegment {
   float* latent;              // l, x or u of the rule; for the other rules the fp32 master weights
   float* scale;               // one per span of `group` elements of a row
   float* next_scale;          // the scales after the step, where they are dynamic; else equal to scale
-  const float* latent_bound;  // alternating: bound of the latent per bound_row elements; null: not clipped
+  const float* latent_bound;  // alternating: bounds of the latent; null: not clipped
   int64_t numel;
   int64_t row;             // elements per row; a scale never spans two rows
   int64_t group;           // elements per scale inside a row
   int64_t scales_per_row;  // ceil(row / group)
-  int64_t bound_row;       // elements per latent bound
+  int64_t bound_row;       // elements per latent bound; 0: one for each scale
   double step;             // k of Adam
   uint32_t index;          // number of the tensor, for random numbers
 };
@@ -36,7 +36,7 @@ struct StepOptions {
   Base base;
   Dtype param_dtype;
   Dtype momentum_dtype;
-  Hyper hyper;
+  Hyper hyper;                // lr = 0: weights, latents and scales stay as they are
   const Hyper* device_hyper;  // CUDA: where not null, the numbers are read there when the kernels run
   int levels;                 // K; not used by kNone
   float level_factor;         // hi = level_factor * scale

@@ -144,9 +144,10 @@ void step_on_cpu(StepOptions options, std::vector<StepSegment>& segments, bool d
   for (const StepSegment& segment : segments) elements += segment.numel;
   options.stream = elements >= kStreamed;
   const StepContext context(options);
-  if (dynamic_scale) {
+  if (dynamic_scale && !context.frozen) {
     step_with_dynamic_scales(context, segments, kernels);
   } else {
+    for (StepSegment& segment : segments) segment.next_scale = segment.scale;  // not those of a step before
     step_with_fixed_scales(context, segments, kernels);
   }
 }

@@ -64,11 +64,13 @@ struct LongTable {
   int count;
 };
 
-// Copies the scale to `previous_scale` and replaces it by the mean over the sums of the chunks, in an order
-// that depends on their number alone.
+// Copies the scale to `previous_scale` and, unless frozen (lr = 0; of `hyper` on the device, where it is not
+// null), replaces it by the mean over the sums of the chunks, in an order that depends on their number alone.
 __global__ void __launch_bounds__(kThreads)
-    scale_epilogue_kernel(const __grid_constant__ LongTable table, const float* found_inf) {
+    scale_epilogue_kernel(const __grid_constant__ LongTable table, const float* found_inf, const Hyper* hyper,
+                          bool frozen) {
   if (found_inf != nullptr && *found_inf != 0.0f) return;
+  if (hyper != nullptr) frozen = hyper->lr == 0.0;
   int at = 0;
   while (at + 1 < table.count && table.first_block[at + 1] <= blockIdx.x) ++at;
   const LongTensor& t = table.tensors[at];
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x == 0) {
     t.previous_scale[row] = t.scale[row];
-    t.scale[row] = static_cast<float>(sums[0] / static_cast<double>(t.row));
+    if (!frozen) t.scale[row] = static_cast<float>(sums[0] / static_cast<double>(t.row));
   }
 }
 
@@ -226,7 +228,8 @@ class Launcher {
     const auto flush = [&] {
       if (table.count == 0) return cudaSuccess;
       const Launch how = launch_of(table.first_block[table.count], static_cast<cudaStream_t>(inputs_.stream));
-      const cudaError_t error = launch(how, scale_epilogue_kernel, table, inputs_.found_inf);
+      const cudaError_t error = launch(how, scale_epilogue_kernel, table, inputs_.found_inf,
+                                       options_.device_hyper, options_.hyper.lr == 0.0);
       table.count = 0;
       return error;
     };

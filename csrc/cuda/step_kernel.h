@@ -20,7 +20,7 @@ __device__ __forceinline__ void step_chunk(const StepParams& params, const StepT
   // Vectors that are loaded before the first is stepped: two where that is at most three arrays of float32.
   constexpr int kInFlight = S == Storage::kFloat32 && !R::kReadsWeight && !Direction::kAdam ? 2 : 1;
   constexpr int64_t kStride = kThreads * kVector;
-  const auto stepper = make_stepper<R, S>(params, t, constants.direction);
+  const auto stepper = make_stepper<R, S>(params, t, constants.direction, constants.frozen);
   const int64_t end = begin + kChunk < t.numel ? begin + kChunk : t.numel;
   const auto rule_of = [&](int64_t i) {
     return rule_at<Row, R>(constants, params, t, Row::kQuantised ? scale_index(t, i) : 0, i);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(S, Direction::k
   const StepTensor& t = table.tensors[at];
   const auto constants = block_constants<Row, Direction>(params, host_constants, t);
   const int64_t begin = (blockIdx.x - table.first_block[at]) * kChunk;
-  Row::visit_object(constants.rule, [&](auto type) {
+  Row::visit_object(constants.rule, is_exact<S>(params), [&](auto type) {
     step_chunk<Row, typename decltype(type)::type, S>(params, t, begin, constants);
   });
 }

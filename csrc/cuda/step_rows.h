@@ -31,25 +31,18 @@ __device__ __forceinline__ double sum_of_block(double x) {
   return total;
 }
 
-// A warp or a block holds a row in registers.
-template <class Row, class Direction, Storage S>
-__global__ void __launch_bounds__(kThreads, 2)
-    row_kernel(const __grid_constant__ StepTable table, const __grid_constant__ StepParams params,
-               const __grid_constant__ typename Row::Constants host_constants) {
-  using R = typename Row::Object;
+// A warp or a block holds a row in registers. `block` counts those of the tensor.
+template <class Row, class R, Storage S, class Direction>
+__device__ __forceinline__ void step_row(const StepParams& params, const StepTensor& t, int64_t block,
+                                         const BlockConstants<Row, Direction>& constants) {
   constexpr int kVector = vector_of(S);
   constexpr int kVectors = static_cast<int>(kRowPerThread) / kVector;
-  if (skipped(params)) return;
-  const int at = tensor_of_block(table);
-  const StepTensor& t = table.tensors[at];
-  const auto constants = block_constants<Row, Direction>(params, host_constants, t);
-  const auto stepper = make_stepper<R, S>(params, t, constants.direction);
+  const auto stepper = make_stepper<R, S>(params, t, constants.direction, constants.frozen);
 
   const bool by_warp = t.row <= kWarpRow;
   const int team = by_warp ? 32 : kThreads;
   const int lane = static_cast<int>(threadIdx.x) % team;
-  const int64_t row = static_cast<int64_t>(blockIdx.x - table.first_block[at]) * (kThreads / team) +
-                      static_cast<int>(threadIdx.x) / team;
+  const int64_t row = block * (kThreads / team) + static_cast<int>(threadIdx.x) / team;
   const int64_t start = row * t.row;
   if (start >= t.numel)
     return;  // all threads of a warp or of the block: the others wait at no barrier for them
@@ -78,9 +71,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (count > 0) {
       w[k] = stepper.weights(e[k]);
       d[k] = stepper.directions(old_rule, e[k], w[k]);
+      const Floats<kVector> before = stepper.ran_with(e[k]);
 #pragma unroll
       for (int n = 0; n < kVector; ++n) {
-        if (n < count) part += absolute(old_rule.point(w[k].at[n], d[k].at[n]));
+        if (n < count) part += absolute(old_rule.point(w[k].at[n], d[k].at[n], before.at[n]));
       }
     }
   }
@@ -95,23 +89,31 @@ __global__ void __launch_bounds__(kThreads, 2)
       stepper.update_and_store(rule, e[k], w[k], d[k], element_of(k), vectors && count == kVector, count);
     }
   }
-  if (lane == 0) t.scale[row] = scale;
+  if (lane == 0 && !constants.frozen) t.scale[row] = scale;
 }
 
-// The sum of |point| over a chunk of a row. Nothing is changed.
-template <class Row, class Direction>
+template <class Row, class Direction, Storage S>
 __global__ void __launch_bounds__(kThreads, 2)
-    magnitude_kernel(const __grid_constant__ StepTable table, const __grid_constant__ StepParams params,
-                     const __grid_constant__ typename Row::Constants host_constants) {
-  using R = typename Row::Object;
-  constexpr Storage S = Storage::kAny;
-  constexpr int kVector = vector_of(S);
+    row_kernel(const __grid_constant__ StepTable table, const __grid_constant__ StepParams params,
+               const __grid_constant__ typename Row::Constants host_constants) {
   if (skipped(params)) return;
   const int at = tensor_of_block(table);
   const StepTensor& t = table.tensors[at];
   const auto constants = block_constants<Row, Direction>(params, host_constants, t);
-  const auto stepper = make_stepper<R, S>(params, t, constants.direction);
-  const int64_t block = blockIdx.x - table.first_block[at], chunks = (t.row + kChunk - 1) / kChunk;
+  const int64_t block = blockIdx.x - table.first_block[at];
+  Row::visit_object(constants.rule, is_exact<S>(params), [&](auto type) {
+    step_row<Row, typename decltype(type)::type, S>(params, t, block, constants);
+  });
+}
+
+// The sum of |point| over a chunk of a row. Nothing is changed.
+template <class Row, class R, class Direction>
+__device__ __forceinline__ void sum_chunk(const StepParams& params, const StepTensor& t, int64_t block,
+                                          const BlockConstants<Row, Direction>& constants) {
+  constexpr Storage S = Storage::kAny;
+  constexpr int kVector = vector_of(S);
+  const auto stepper = make_stepper<R, S>(params, t, constants.direction, constants.frozen);
+  const int64_t chunks = (t.row + kChunk - 1) / kChunk;
   const int64_t row = block / chunks;
   const int64_t begin = row * t.row + (block - row * chunks) * kChunk;
   const int64_t row_end = (row + 1) * t.row, end = begin + kChunk < row_end ? begin + kChunk : row_end;
@@ -122,14 +124,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int count = end - i < kVector ? static_cast<int>(end - i) : kVector;
     auto e = stepper.template load<kVector>(i, t.access != Access::kElements && count == kVector, count);
     const Floats<kVector> w = stepper.weights(e);
-    const Floats<kVector> d = stepper.directions(rule, e, w);
+    const Floats<kVector> d = stepper.directions(rule, e, w), before = stepper.ran_with(e);
 #pragma unroll
     for (int n = 0; n < kVector; ++n) {
-      if (n < count) part += absolute(rule.point(w.at[n], d.at[n]));
+      if (n < count) part += absolute(rule.point(w.at[n], d.at[n], before.at[n]));
     }
   }
   const double sum = sum_of_block(part);
   if (threadIdx.x == 0) t.partial[block] = sum;
+}
+
+template <class Row, class Direction>
+__global__ void __launch_bounds__(kThreads, 2)
+    magnitude_kernel(const __grid_constant__ StepTable table, const __grid_constant__ StepParams params,
+                     const __grid_constant__ typename Row::Constants host_constants) {
+  if (skipped(params)) return;
+  const int at = tensor_of_block(table);
+  const StepTensor& t = table.tensors[at];
+  const auto constants = block_constants<Row, Direction>(params, host_constants, t);
+  const int64_t block = blockIdx.x - table.first_block[at];
+  Row::visit_object(constants.rule, is_exact<Storage::kAny>(params), [&](auto type) {
+    sum_chunk<Row, typename decltype(type)::type>(params, t, block, constants);
+  });
 }
 
 }  // namespace

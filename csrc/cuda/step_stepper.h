@@ -43,11 +43,14 @@ struct AdamBase {
 
 // ---- constants of a block
 
+__device__ __forceinline__ bool frozen(const Hyper& h) { return h.lr == 0.0; }
+
 template <class Row, class Direction>
 struct BlockConstants {
   typename Row::Constants rule;
   Direction direction;
   float bound;  // of the latent, in units of StepTensor::latent_bound
+  bool frozen;  // weights, latents and scales stay as they are
 };
 
 // `constants` are the launcher's, for hyper-parameters on the host. Adam's powers take long, and the
@@ -57,7 +60,7 @@ __device__ __forceinline__ BlockConstants<Row, Direction> block_constants(
     const StepParams& params, const typename Row::Constants& constants, const StepTensor& t) {
   const auto make = [&](const Hyper& h, const typename Row::Constants& rule) {
     return BlockConstants<Row, Direction>{rule, Direction::make(h, params.nesterov, t.step),
-                                          static_cast<float>(h.bound)};
+                                          static_cast<float>(h.bound), frozen(h)};
   };
   if (!Direction::kAdam && params.device_hyper == nullptr) return make(params.hyper, constants);
   __shared__ BlockConstants<Row, Direction> shared;
@@ -99,6 +102,12 @@ __device__ __forceinline__ Dtype momentum_type(const StepParams& params) {
                                    : Dtype::kFloat32;
 }
 
+// Whether the network's weights are not rounded to 16 bits.
+template <Storage S>
+__device__ __forceinline__ bool is_exact(const StepParams& params) {
+  return param_type<S>(params) == Dtype::kFloat32;
+}
+
 // ---- the levels of an element
 
 // The index of the scale of element i: the first group of a row begins with the row.
@@ -125,7 +134,9 @@ __device__ __forceinline__ SpanLevels levels_at(float bound, const StepParams& p
     levels.before = make_grid(t.previous_scale[scale], params.level_factor, params.levels);
   }
   if constexpr (R::kLatent) {
-    if (t.latent_bound != nullptr) levels.latent_limit = bound * t.latent_bound[element / t.bound_row];
+    if (t.latent_bound != nullptr) {
+      levels.latent_limit = bound * t.latent_bound[t.bound_row == 0 ? scale : element / t.bound_row];
+    }
   }
   return levels;
 }
@@ -151,6 +162,7 @@ struct Stepper {
   const StepParams& params;
   const StepTensor& t;
   Direction direction;
+  bool frozen;
   float factor;
   PhiloxKey key;
 
@@ -179,6 +191,13 @@ struct Stepper {
     return has_latent() ? widen(Dtype::kFloat32, e.latent) : widen(param_type<S>(params), e.param);
   }
 
+  // What the network ran with, where the rule reads it.
+  template <int N>
+  __device__ __forceinline__ Floats<N> ran_with(const Elements<N>& e) const {
+    if constexpr (R::kReadsWeight) return widen(param_type<S>(params), e.param);
+    return {};
+  }
+
   // Returns the direction d, and updates momentum and exp_avg_sq in e.
   template <int N>
   __device__ __forceinline__ Floats<N> directions(const R& rule, Elements<N>& e, const Floats<N>& w) const {
@@ -200,14 +219,13 @@ struct Stepper {
   __device__ __forceinline__ void update_and_store(const R& rule, const Elements<N>& e, const Floats<N>& w,
                                                    const Floats<N>& d, int64_t i, bool full,
                                                    int count) const {
-    Floats<N> weight, old_weight{};
-    Floats<N> next;
-    if constexpr (R::kReadsWeight) old_weight = widen(param_type<S>(params), e.param);
+    const Floats<N> before = ran_with(e);
+    Floats<N> weight, next;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      next.at[n] = rule.step(w.at[n], d.at[n]);
+      next.at[n] = rule.step(w.at[n], d.at[n], before.at[n]);
       if constexpr (R::kLatent) {
-        weight.at[n] = rule.weight(next.at[n], old_weight.at[n]);
+        weight.at[n] = rule.weight(next.at[n], before.at[n]);
       } else {
         weight.at[n] = next.at[n];
       }
@@ -216,6 +234,7 @@ struct Stepper {
     if constexpr (Direction::kAdam) {
       store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
     }
+    if (frozen) return;
     if (has_latent()) {
       store_raw(Dtype::kFloat32, narrow(Dtype::kFloat32, next), t.latent, i, full, count);
     }
@@ -239,10 +258,10 @@ struct Stepper {
 template <class R, Storage S, class Direction>
 __device__ __forceinline__ Stepper<R, Direction, S> make_stepper(const StepParams& params,
                                                                  const StepTensor& t,
-                                                                 const Direction& direction) {
+                                                                 const Direction& direction, bool frozen) {
   PhiloxKey key{params.seed_low, params.seed_high, 0, t.index};
   if (is_bfloat16(S) && params.stochastic_rounding) key.step = static_cast<uint32_t>(*t.step);
-  return {params, t, direction, gradient_factor(params), key};
+  return {params, t, direction, frozen, gradient_factor(params), key};
 }
 
 }  // namespace

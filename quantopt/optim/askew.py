@@ -25,8 +25,9 @@ class AskewSGD(LevelOptimizer):
     r"""Interval-constrained SGD whose intervals close on the levels.
 
     With :math:`t \in [-1, 1]` the coordinate of a weight in its cell of the grid (levels at :math:`\pm 1`) and
-    :math:`u = (1-|t|)(1+|t|)`, a weight is feasible iff :math:`u^2 \le e`; :math:`e` is annealed from 1
-    (all of the cell) to 0 (the levels), by :class:`quantopt.Anneal`. In each step
+    :math:`u = (1-|t|)(1+|t|)`, a weight is feasible iff :math:`u \le \sqrt e`, that is
+    :math:`|t| \ge t^* = \sqrt{1 - \sqrt e}`; :math:`e` is annealed from 1 (all of the cell) to 0 (the levels), by
+    :class:`quantopt.Anneal`. In each step
 
     .. math::
         m &\leftarrow \beta m + g, \quad v = -\eta (m + \lambda w) / \mathrm{half} \\
@@ -38,25 +39,30 @@ class AskewSGD(LevelOptimizer):
     by the base step, and the network runs with its projection onto the feasible interval, so that signs can still
     change when the intervals have separated. The recipes of the command line use it.
 
+    A step with lr = 0 updates momentum and step count alone, here and in every optimizer of this package.
+
     Bytes moved per float32 parameter: 20; with memory 24 (28 with a finite ``rate``).
 
     Args:
         params: parameters, or groups as from :func:`quantopt.param_groups`. A group may set every option but
             ``backend``, and have keys of its user's.
         lr: eta; default 0.3, with memory 1, on Adam 1e-3; none on a given direction.
-        momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD; weight decay is part of the velocity, not of
-            the momentum. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead.
+        momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD, but weight decay is part of the velocity, not
+            of the momentum; with ``memory`` it is l <- l (1 - lr wd) - lr d. Groups with ``bits=0`` have it in the
+            momentum, as torch. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead; refused with
+            ``memory``, whose weight decay is so as it is.
         bits: 0, 1, 2, 3, 4 or "ternary", of the groups that do not say it; there is no default. scale: "none",
             "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the levels, the
-            standard deviation of the weights when first seen, frozen; weights on such levels already keep theirs.
+            standard deviation of the weights when first seen, frozen; weights on such levels already keep theirs. A
+            1-d parameter has one element per channel, whose sigma is its magnitude.
         base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
             torch.optim.Adam, in place of momentum) or "given" (d is the gradient as the caller left it, for directions
             of other optimizers).
         epsilon: e in [0, 1]. rate: r, the restoring rate per step (default 0.1; with memory infinite, the exact
             projection). cap: largest restoring step in units of t. bound: with memory, the latent stays in
             [-bound hi, bound hi].
-        constrain: "velocity", or "gradient" for the authors' order (the constraint acts on the gradient, with
-            alpha = rate/lr, before momentum).
+        constrain: "velocity", or "gradient" for the authors' order (the constraint acts on the gradient of infeasible
+            weights, with alpha = rate/lr, before momentum; the clamp to [-hi, hi] comes last).
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"
             (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
         error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a

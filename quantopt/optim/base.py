@@ -27,7 +27,7 @@ from quantopt.optim.options import (
 )
 from quantopt.optim.step import GroupStep, same
 from quantopt.optim.written import Record
-from quantopt.rules import BASES
+from quantopt.rules import BASES, RULES
 from quantopt.wrappers import unwrapped
 
 
@@ -139,7 +139,14 @@ class LevelOptimizer(torch.optim.Optimizer):
                 "quantopt.param_groups(model) makes the groups; else pass bits=1, 2, 3, 4 or 'ternary', or 0 for full "
                 "precision"
             )
-        self._check(self.whole(completed))
+        whole = self.whole(completed)
+        self._check(whole)
+        # Not of a loaded group: versions up to 0.1.0 took it.
+        if whole["decoupled_weight_decay"] and RULES[self.rule_of(whole)].latent:
+            raise ValueError(
+                "decoupled_weight_decay=True: weight decay of a latent weight is decoupled as it is; leave it out of "
+                "the group and the constructor, and set it in the groups with bits=0 alone"
+            )
         super().add_param_group(completed)
         try:
             place_scheduled(self.param_groups[-1])

@@ -32,12 +32,17 @@ class BinaryConnect(_LatentClipped):
     r"""BinaryConnect (Courbariaux, Bengio, David, NeurIPS 2015), with a scale per channel.
 
     .. math::
-        u \leftarrow \mathrm{clamp}(u - \eta d, -clip\,\sigma, clip\,\sigma), \quad p = a\,\mathrm{sgn}(u),
-        \; a = \mathrm{mean}|u| \text{ per channel}
+        u \leftarrow \mathrm{clamp}(u (1 - \eta\,wd) - \eta d, -clip\,\sigma, clip\,\sigma), \quad
+        p = a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u| \text{ per channel}
 
-    ``scale="none"`` is the original: a = 1 and sigma = 1; the other scales set the granularity of sigma. With
-    ``stochastic=True`` the sign is +1 with probability clamp((u/(clip sigma) + 1)/2, 0, 1),
-    drawn from torch's generator.
+    a is that of the new u; sigma, the standard deviation of the first weights, has the granularity of ``scale`` (per
+    channel with "group", as a). ``scale="none"`` is the original: a = 1 and sigma = 1. More than two levels: the
+    projection onto the frozen grid in place of a sgn(u), and the latent clipped at ``clip`` times its outer level, that
+    of its group with ``scale="group"``. Weight decay, of which the original has none, does not enter the momentum;
+    decoupled_weight_decay is refused, as it is so.
+
+    With ``stochastic=True`` the sign is +1 with probability clamp((u/(clip sigma) + 1)/2, 0, 1), drawn from torch's
+    generator. A latent that is NaN gives a weight that is NaN, as in the other optimizers.
     """
 
     def __init__(
@@ -84,25 +89,29 @@ class BinaryConnect(_LatentClipped):
 
     @torch.no_grad()
     def _after_step(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        for p in params:
+        lr, found_inf = scheduled_value(group, "lr"), getattr(self, "found_inf", None)
+        stays = lr == 0  # as the fused step leaves the weights; a tensor in capturable groups
+        for p in params if stays is not True else ():
             state = self.state[p]
             u = state["latent"]
             if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
                 u = u / (group["clip"] * spread_over(state["sigma"], u))
             drawn = spread_over(state["scale"], p) * stochastic_sign(u)
-            found_inf = getattr(self, "found_inf", None)
-            p.copy_(drawn if found_inf is None else torch.where(found_inf.to(p.device) != 0, p, drawn))
+            for flag in (stays, found_inf):
+                if isinstance(flag, Tensor):
+                    drawn = torch.where(flag.to(p.device) != 0, p, drawn)
+            p.copy_(drawn)
 
 
 class BinaryRelax(_LatentClipped):
     r"""BinaryRelax (Yin, Zhang, Lyu, Osher, Qi, Xin, SIAM J. Imaging Sci. 2018), with a clipped latent.
 
     .. math::
-        u \leftarrow \mathrm{clamp}(u - \eta d, -clip\,\sigma, clip\,\sigma), \quad
+        u \leftarrow \mathrm{clamp}(u (1 - \eta\,wd) - \eta d, -clip\,\sigma, clip\,\sigma), \quad
         p = (\kappa\,a\,\mathrm{sgn}(u) + u) / (1 + \kappa)
 
-    kappa rises geometrically from 1 to 100 until 80 % of the training, then p is hard. More than two levels: the
-    projection onto the frozen grid in place of a sgn(u), and the latent clipped at ``clip`` hi, its outer level.
+    kappa rises geometrically from 1 to 100 until 80 % of the training, then p is hard. a, sigma, grids of more than two
+    levels and weight decay are as in :class:`BinaryConnect`.
     """
 
     def __init__(
@@ -161,7 +170,7 @@ class ProxQuant(LevelOptimizer):
         p \leftarrow q + \mathrm{sgn}(p - q) \max(|p - q| - \eta\,reg\,k, 0)
 
     at the k-th step; hard (p = q) from 80 % of the training. ``reg_strength`` is reg * k, which
-    :class:`quantopt.Anneal` sets.
+    :class:`quantopt.Anneal` sets. Weight decay is part of the gradient, and so of the momentum, as in torch.optim.
     """
 
     def __init__(

@@ -46,26 +46,31 @@ class STAM(LevelOptimizer):
         u &\leftarrow u (1 - \eta\,wd) - \eta d + \eta\,lam (q - u) \\
         q &= a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u| \text{ per channel}, \quad p = (u + \kappa q)/(1 + \kappa)
 
-    With ``lam=0`` this is BinaryRelax with a late geometric schedule and weight decay. ``scale="none"`` fixes a = 1;
-    the other scales all mean one a per channel here. Grids of more than two levels are frozen, at the granularity of
-    ``scale``. A 1-d parameter is one channel.
+    a is that of the new u; the pull's q is the level of the old one. With ``lam=0`` this is BinaryRelax with a late
+    geometric schedule and weight decay. ``scale="none"`` fixes a = 1; the other scales all mean one a per channel here.
+    Grids of more than two levels are frozen, at the granularity of ``scale``. A 1-d parameter is one channel.
 
     ``form="splitting"`` (three-operator splitting: box, minibatch loss, squared distance to the levels), state x:
 
     .. math::
-        y &= \mathrm{clamp}(x / (1 + \eta\,wd), -hi, hi), \quad e_x = x - y, \quad r = y - \eta d - e_x \\
-        x &\leftarrow (r + \kappa\,\mathrm{project}(r)) / (1 + \kappa) + e_x, \quad p = y
+        e_x &= x - y, \quad r = y - \eta d - e_x \\
+        x &\leftarrow (r + \kappa\,\mathrm{project}(r)) / (1 + \kappa) + e_x, \quad
+        p = y = \mathrm{clamp}(x / (1 + \eta\,wd), -hi, hi)
 
-    The levels are frozen, or with ``scale="channel-mean"`` follow mean|r| per channel.
+    The y of a step is the p that its gradient belongs to, also where lr has changed since (in the first step x,
+    clamped). Without weight decay, and for weights of 16 bits, whose rounding would add up in x, it is computed from x.
+    The levels are frozen, or with ``scale="channel-mean"`` follow mean|r| per channel (the standard deviation before
+    the first step; a 1-d parameter is one channel).
 
-    Bytes moved per float32 parameter: 24, and 12 more read for the per-channel mean where a channel does not fit the
-    cache.
+    Bytes moved per float32 parameter: 24, 4 more in the splitting with weight decay, and 12 more read for the
+    per-channel mean where a channel does not fit the cache.
 
     Args:
         lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting); lr to 1e-3 on Adam.
         form: "alternating" or "splitting". kappa: relaxation weight >= 0. lam: pull of the latent towards its level
             (alternating).
-        Others as in :class:`quantopt.AskewSGD`; weight decay never enters the momentum.
+        Others as in :class:`quantopt.AskewSGD`. Weight decay does not enter the momentum, and is decoupled as it is:
+            decoupled_weight_decay is refused but for groups with ``bits=0``, which have it as torch.
     """
 
     def __init__(

@@ -106,7 +106,9 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         wanted = required(facts)
         if present.keys() & {"latent", "master"} & set(wanted):
             opt._written.take_up(opt, group, p)
-        if present.keys() - {SIGNS} == set(wanted) and all(present[k].dtype == d for k, d in wanted.items()):
+        by_row = "sigma" in present and present["sigma"].dim() < present["scale"].dim()  # of 0.1.0
+        as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row
+        if as_wanted and all(present[k].dtype == d for k, d in wanted.items()):
             continue
         first = _Initial(opt, group, p.detach(), name, facts)
         made[p] = {
@@ -115,6 +117,8 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         }
         if "exp_avg" in wanted and "exp_avg" not in present:  # Adam's correction counts from its first step
             made[p]["step"] = first.value("step")
+        if by_row and "sigma" in wanted:
+            made[p]["sigma"] = made[p]["scale"] * grid.level_factor(level_count(group["bits"]))
         if SIGNS in present:
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():
@@ -145,7 +149,8 @@ class _Initial:
     def scale(self) -> Tensor:
         kind = self.group["scale"]
         exact = gathered(self.w).to(self.facts.dtype)  # sharded parameters are gathered once, for their scale
-        frozen = self.sigma(exact, kind.replace("channel-mean", "channel"))
+        granularity = kind.replace("channel-mean", "tensor" if self.w.dim() < 2 else "channel")
+        frozen = self.sigma(exact, granularity)
         scale = grid.mean_magnitude(exact) if self.dynamic and kind != "channel-mean" else frozen
         for value in (frozen, scale):
             if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
@@ -158,8 +163,10 @@ class _Initial:
         return scale.contiguous()
 
     def latent_bound(self) -> Tensor:
-        """The frozen scale times max_level, per tensor or per row."""
-        kind = "channel" if self.group["scale"] == "group" else self.group["scale"]
+        """The frozen scale times max_level: the outer levels, or of levels that move those of the first weights."""
+        kind = self.group["scale"]
+        if self.dynamic and kind == "group":  # the levels are per channel
+            kind = "channel"
         if self.dynamic and self.w.dim() < 2:  # one channel, as its level
             kind = "tensor"
         exact = gathered(self.w).to(self.facts.dtype)

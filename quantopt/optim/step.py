@@ -206,8 +206,7 @@ class Bucket:
         counted: list[Tensor] = []
         if self.counted:
             counted = [*params, *self.shards] if self.sharded else list(params)
-        self.marks = list(map(mark, params)) if self.counted else []  # where no `watch` counts
-        self.addresses = [shard.data_ptr() for shard in self.shards] if self.counted else []
+        self.marks = list(map(mark, params)) if self.counted else []  # a `watch` has later versions
         if choose("fused_step", self.device, self.dtype, opt.backend).name == self.device.type:
             self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out, counted)
             self.watch = self.plan.watched
@@ -349,8 +348,8 @@ class Bucket:
             return False
         if self.watch is None:
             return mark(self.params[i]) != self.marks[i]
-        versions, n = self.watch.versions(), len(self.params)
-        return mark(self.params[i]) != (*versions[i::n], self.addresses[i])
+        versions = tuple(self.watch.versions()[i :: len(self.params)])
+        return mark(self.params[i]) != self.marks[i]._replace(versions=versions)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """Weights that somebody else has written: what becomes of the latent or the master weights behind them.
 
 ``p.data`` is what the network runs with, so it counts. A latent and master weights are made anew where p is not what
-the optimizer wrote last. Writes are seen by torch's count of them (``p._version``), and by the address of p.
+the optimizer wrote last. Writes are seen by torch's count of them (``p._version``), and by the memory of p.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import functools
 import math
 import warnings
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from quantopt.levels import level_count
 from quantopt.optim.sharded import local
@@ -25,14 +26,23 @@ if TYPE_CHECKING:
     from quantopt.optim.base import LevelOptimizer
     from quantopt.optim.step import GroupStep
 
-Mark = tuple[int, ...]
+
+class Mark(NamedTuple):
+    """Changes with every write to a parameter that torch counts, and with its memory.
+
+    The storage is held weakly, so that memory that is given up is freed; one that is made later is another one, though
+    it may have the address of the memory before.
+    """
+
+    versions: tuple[int, ...]
+    storage: StorageWeakRef
+    address: int
 
 
 def mark(p: nn.Parameter) -> Mark:
-    """Changes with every write to ``p`` that torch counts, and with its address."""
     shard = local(p)
-    versions = (p, shard) if shard is not p else (p,)
-    return (*(-1 if t.is_inference() else t._version for t in versions), shard.data_ptr())
+    versions = tuple(-1 if t.is_inference() else t._version for t in ((p, shard) if shard is not p else (p,)))
+    return Mark(versions, StorageWeakRef(shard.untyped_storage()), shard.data_ptr())
 
 
 class Record:

@@ -23,9 +23,10 @@ def prox(p: Tensor, hi: Tensor, levels: int, *, threshold: float) -> Tensor:
 
 
 def stochastic_sign(u: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """+1 with probability clamp((u+1)/2, 0, 1), else -1 (BinaryConnect, section 2.3)."""
+    """+1 with probability clamp((u+1)/2, 0, 1), else -1 (BinaryConnect, section 2.3); NaN for NaN."""
     probability = ((u + 1) / 2).clamp(0, 1)
-    return 2 * torch.bernoulli(probability, generator=generator) - 1
+    drawn = 2 * torch.bernoulli(probability.nan_to_num(0.0), generator=generator) - 1
+    return torch.where(u.isnan(), u, drawn)
 
 
 gradient("prox")(decayed_gradient)

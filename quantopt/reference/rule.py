@@ -13,6 +13,7 @@ class Weights:
 
     w: Tensor  # the latent, the master weights, or the parameter itself
     p: Tensor  # what the network ran with
+    exact: bool  # p is not rounded to 16 bits
     hi: Tensor  # outer level, broadcast to the elements; with a dynamic scale that of the step before
     levels: int
     hyper: SimpleNamespace  # the numbers of quantopt.rules.HYPER by name

@@ -20,15 +20,12 @@ def relax(x: Tensor, q: Tensor, kappa: float) -> Tensor:
 
 
 def box(x: Tensor, hi: Tensor, *, lr: float, weight_decay: float) -> Tensor:
-    """y = clamp(x / (1 + gamma wd), lo, hi): the prox of wd/2 |.|^2 + box, where the network runs."""
+    """y = clamp(x / (1 + gamma wd), lo, hi): the prox of gamma (wd/2 |.|^2 + box), where the network runs."""
     return torch.clamp(x / (1 + lr * weight_decay), -hi, hi)
 
 
-def splitting_point(
-    x: Tensor, d: Tensor, hi: Tensor, *, lr: float, weight_decay: float
-) -> tuple[Tensor, Tensor]:
-    """(r, ex): ex = x - y; r = y - gamma d - ex."""
-    y = box(x, hi, lr=lr, weight_decay=weight_decay)
+def splitting_point(x: Tensor, y: Tensor, d: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
+    """(r, ex) of the y that the direction d belongs to: ex = x - y; r = y - gamma d - ex."""
     ex = x - y
     return y - lr * d - ex, ex
 
@@ -64,7 +61,13 @@ def alternating_weight(u: Tensor, hi: Tensor, levels: int, *, kappa: float) -> T
 @rule("splitting")
 def _splitting(x: Weights, d: Tensor) -> tuple[Tensor, Tensor]:
     h = x.hyper
-    r, ex = splitting_point(x.w, d, x.hi, lr=h.lr, weight_decay=h.weight_decay)
+    if (
+        h.weight_decay and x.exact
+    ):  # p is the y of the lr that made it; rounding to 16 bits would add up in ex
+        y = torch.clamp(x.p, -x.hi, x.hi)
+    else:
+        y = box(x.w, x.hi, lr=h.lr, weight_decay=h.weight_decay)
+    r, ex = splitting_point(x.w, y, d, lr=h.lr)
     hi = x.rescale(r)
     latent = splitting_step(r, ex, hi, x.levels, kappa=h.kappa)
     return latent, box(latent, hi, lr=h.lr, weight_decay=h.weight_decay)

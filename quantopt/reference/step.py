@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from quantopt.reference import base
-from quantopt.reference.levels import GAUSSIAN_STEP, level_factor, mean_magnitude, spread_over
+from quantopt.reference.levels import GAUSSIAN_STEP, level_factor, rows, spread_over
 from quantopt.reference.rounding import stochastic_bfloat16
 from quantopt.reference.rule import GRADIENTS, STEPS, Weights
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
 
 
 def fused_step(record: StepRecord) -> None:
-    """One step of all parameters of ``record`` in place."""
+    """One step of all parameters of ``record`` in place. At lr = 0 weights, latents and scales stay as they are."""
     _check(record)
     if record.found_inf is not None and bool(record.found_inf):
         return
@@ -83,24 +83,29 @@ def _step_one(record: StepRecord, hyper: SimpleNamespace, i: int) -> None:
     def rescale(point: Tensor) -> Tensor:
         if record.dynamic_scale:
             scale = record.scales[i]
-            scale.copy_(point.abs().mean().reshape(1) if scale.numel() == 1 else mean_magnitude(point))
+            slices = point.reshape(1, -1) if scale.numel() == 1 else rows(point)
+            scale.copy_(slices.abs().mean(dim=1))
         return outer_level()
 
     bounds = record.latent_bounds
     weights = Weights(
         w=record.latents[i].to(dtype) if record.latents else p,
         p=p,
+        exact=param.dtype == dtype,
         hi=outer_level() if rule.quantised else p.new_tensor(torch.inf),
         levels=record.levels,
         hyper=hyper,
         decay=0.0 if record.decoupled else hyper.weight_decay,
         shrink=1 - hyper.lr * hyper.weight_decay if record.decoupled else 1.0,
-        latent_limit=hyper.bound * spread_over(bounds[i].to(dtype), p) if bounds else None,
+        latent_limit=hyper.bound * spread_over(bounds[i].to(dtype), p, record.group_size) if bounds else None,
         rescale=rescale,
     )
     if record.rule in GRADIENTS:
         g = GRADIENTS[record.rule](weights, g)
-    latent, weight = STEPS[record.rule](weights, _direction(record, hyper, i, g))
+    d = _direction(record, hyper, i, g)
+    if hyper.lr == 0:
+        return  # weights, latents and scales stay as they are
+    latent, weight = STEPS[record.rule](weights, d)
     if record.latents:
         record.latents[i].copy_(weight if latent is None else latent)
     if record.seed >= 0:

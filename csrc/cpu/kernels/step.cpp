@@ -61,11 +61,19 @@ inline __attribute__((always_inline)) Vec load_some(const T* p, int64_t count) {
   return load(part);
 }
 
-// One vector of elements from i: the whole of the fused step. `stream` stores the weight past the caches.
+// How the weights of a span are written.
+struct Writing {
+  bool frozen;                     // not at all
+  bool stream = false;             // past the caches
+  const PhiloxKey* key = nullptr;  // rounded stochastically
+};
+
+// One vector of elements from i: the whole of the fused step.
 template <class P, class M, class Direction, class R>
 inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int64_t i, float factor,
                                                        const Direction& direction, const R& rule,
-                                                       const uint16_t* random, bool stream = false) {
+                                                       const Writing& writing,
+                                                       const uint16_t* random = nullptr) {
   const Vec w = R::kLatent ? load(s.latent + i) : load(s.param + i);
   Vec m{}, v{};
   if constexpr (Direction::kMomentum) m = load(s.momentum + i);
@@ -74,14 +82,16 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
   if (factor != 1.0f) g *= factor;
   g = rule.gradient(g, w);
   const Vec d = direction(g, m, v);
-  const Vec next = rule.step(w, d);
+  const Vec before = R::kReadsWeight ? load(s.param + i) : Vec{};
+  const Vec next = rule.step(w, d, before);
   if constexpr (Direction::kMomentum) store(s.momentum + i, m);
   if constexpr (Direction::kExpAvgSq) store(s.exp_avg_sq + i, v);
+  if (writing.frozen) return;
   if constexpr (R::kLatent) {
     store(s.latent + i, next);
-    const Vec weight = rule.weight(next, R::kReadsWeight ? load(s.param + i) : Vec{});
+    const Vec weight = rule.weight(next, before);
     if constexpr (std::is_same_v<P, float> && !R::kReadsWeight) {
-      if (stream) return store_past_caches(s.param + i, weight);
+      if (writing.stream) return store_past_caches(s.param + i, weight);
     }
     store(s.param + i, weight);
   } else if (sizeof(P) == 2 && random != nullptr) {
@@ -97,7 +107,7 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
 // The last elements of a span, in a padded copy.
 template <class P, class M, class Direction, class R>
 void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, const Direction& direction,
-               const R& rule, const uint16_t* random) {
+               const R& rule, const Writing& writing, const uint16_t* random = nullptr) {
   P param[kWidth] = {}, grad[kWidth] = {};
   M momentum[kWidth] = {};
   float exp_avg_sq[kWidth] = {}, latent[kWidth] = {};
@@ -115,7 +125,7 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
   in(latent, s.latent);
   in(halves, random);
   const Span<P, M> padded{param, grad, momentum, exp_avg_sq, latent};
-  step_vector(padded, 0, factor, direction, rule, random ? halves : nullptr);
+  step_vector(padded, 0, factor, direction, rule, Writing{writing.frozen}, random ? halves : nullptr);
   out(s.param, param);
   out(s.momentum, momentum);
   out(s.exp_avg_sq, exp_avg_sq);
@@ -125,23 +135,25 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
 // Steps the first n elements of a span; `first` is the number of its first element in its tensor.
 template <class P, class M, class Direction, class R>
 void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in,
-               const R& rule_in, bool prefetch, const PhiloxKey* key, int64_t first, bool stream_in = false) {
+               const R& rule_in, const Writing& writing_in, bool prefetch = false, int64_t first = 0) {
   const Span<P, M> span = span_in;  // local copies, so that the compiler keeps the constants in registers
   const Direction direction = direction_in;
   const R rule = rule_in;
-  const bool stream = stream_in && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  Writing writing = writing_in;
+  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   int64_t begin = 0;
   if constexpr (sizeof(P) == 2) {
-    if (key != nullptr) {
+    if (writing.key != nullptr) {
+      writing.frozen = false;  // nothing would be rounded
       uint16_t halves[kRandomBlock];
       while (begin < n) {
         const int64_t lead = (first + begin) % 8;
         const int64_t end = std::min(n, begin + kRandomBlock - lead);
-        random_halves(*key, first + begin - lead, halves);
+        random_halves(*writing.key, first + begin - lead, halves);
         const uint16_t* random = halves + lead - begin;
         for (; begin + kWidth <= end; begin += kWidth)
-          step_vector(span, begin, factor, direction, rule, random);
-        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, random);
+          step_vector(span, begin, factor, direction, rule, writing, random);
+        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, writing, random);
         begin = end;
       }
       return;
@@ -156,11 +168,12 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
       if constexpr (Direction::kExpAvgSq) prefetch_block(span.exp_avg_sq + begin);
     }
     for (int64_t i = begin; i < begin + kBlock; i += kWidth) {
-      step_vector(span, i, factor, direction, rule, nullptr, stream);
+      step_vector(span, i, factor, direction, rule, writing);
     }
   }
-  for (; begin + kWidth <= n; begin += kWidth) step_vector(span, begin, factor, direction, rule, nullptr);
-  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule, nullptr);
+  writing.stream = false;
+  for (; begin + kWidth <= n; begin += kWidth) step_vector(span, begin, factor, direction, rule, writing);
+  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule, writing);
 }
 
 // Sum of |rule.point| in an order that depends on n alone: 16 lanes, carried over to double.
@@ -185,7 +198,8 @@ double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, c
         if constexpr (Direction::kExpAvgSq) v = read(s.exp_avg_sq);
         const Vec w = read(s.latent);
         const Vec g = rule.gradient(read(s.grad) * factor, w);
-        Vec size = absolute(rule.point(w, direction(g, m, v)));
+        const Vec before = R::kReadsWeight ? read(s.param) : Vec{};
+        Vec size = absolute(rule.point(w, direction(g, m, v), before));
         for (int64_t lane = count; lane < kWidth; ++lane) size[lane] = 0.0f;
         sums[k] += size;
       }
@@ -274,9 +288,9 @@ void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int6
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
     const auto span = fill_stage(o, s, stage, at, n, R::kLatent, R::kReadsWeight);
-    step_span<float, float>(span, n, o.gradient_factor, direction, rule, false, nullptr, 0);
+    step_span<float, float>(span, n, o.gradient_factor, direction, rule, Writing{o.frozen});
     if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
-    write_from_float(o.param_dtype, span.param, s.param, at, n);
+    if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, at, n);
   }
 }
 
@@ -292,7 +306,7 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
         static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
         static_cast<float*>(s.momentum) + (s.momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0),
         s.latent + (s.latent ? begin : 0)};
-    return step_span(span, n, o.gradient_factor, direction, rule, o.prefetch, nullptr, 0, o.stream);
+    return step_span(span, n, o.gradient_factor, direction, rule, Writing{o.frozen, o.stream}, o.prefetch);
   }
   if constexpr (!R::kLatent) {
     const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
@@ -306,8 +320,8 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
         const Span<BFloat16, M> span{
             static_cast<BFloat16*>(s.param) + begin, static_cast<const BFloat16*>(s.grad) + begin,
             momentum + (momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), nullptr};
-        step_span(span, n, o.gradient_factor, direction, rule, o.prefetch,
-                  o.stochastic_rounding ? &key : nullptr, begin);
+        const Writing writing{o.frozen, false, o.stochastic_rounding && !o.frozen ? &key : nullptr};
+        step_span(span, n, o.gradient_factor, direction, rule, writing, o.prefetch, begin);
       };
       return bfloat_momentum ? run(static_cast<BFloat16*>(s.momentum)) : run(static_cast<float*>(s.momentum));
     }
@@ -328,8 +342,8 @@ void for_each_span(const StepContext& o, const StepSegment& s, int64_t begin, in
                       make_grid(s.scale[at], o.level_factor, o.levels),
                       std::numeric_limits<float>::infinity()};
     if (Latent && s.latent_bound != nullptr) {
-      const int64_t bound = begin / s.bound_row;
-      stop = std::min(stop, (bound + 1) * s.bound_row);
+      const int64_t bound = s.bound_row == 0 ? at : begin / s.bound_row;
+      if (s.bound_row != 0) stop = std::min(stop, (bound + 1) * s.bound_row);
       levels.latent_limit = static_cast<float>(o.hyper.bound) * s.latent_bound[bound];
     }
     visit(begin, stop, levels);
@@ -342,7 +356,7 @@ template <class Row, class Visit>
 void for_each_object(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                      const Visit& visit) {
   const auto& constants = *std::get_if<static_cast<size_t>(Row::kRule)>(&o.constants);
-  Row::visit_object(constants, [&](auto type) {
+  Row::visit_object(constants, o.param_dtype == Dtype::kFloat32, [&](auto type) {
     using R = typename decltype(type)::type;
     if constexpr (Row::kQuantised) {
       for_each_span<R::kLatent>(o, s, begin, end, [&](int64_t a, int64_t b, const SpanLevels& levels) {
@@ -377,7 +391,8 @@ template <class Direction, class R>
 double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                           const Direction& direction, const R& rule) {
   if (o.param_dtype == Dtype::kFloat32 && (!Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32)) {
-    const Span<float, float> span{nullptr, static_cast<const float*>(s.grad) + begin,
+    const Span<float, float> span{static_cast<float*>(s.param) + begin,
+                                  static_cast<const float*>(s.grad) + begin,
                                   static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
                                   s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), s.latent + begin};
     return magnitude_of_span(span, end - begin, o.gradient_factor, direction, rule);
@@ -386,7 +401,7 @@ double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t be
   Stage stage;
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
-    const auto span = fill_stage(o, s, stage, at, n, true, false);
+    const auto span = fill_stage(o, s, stage, at, n, true, R::kReadsWeight);
     total += magnitude_of_span(span, n, o.gradient_factor, direction, rule);
   }
   return total;

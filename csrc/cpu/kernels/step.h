@@ -20,12 +20,13 @@ using RuleConstants = decltype(constants_of(std::make_index_sequence<std::size(k
 
 // The options of a step and the constants that its rule derives from them, computed once for all pieces.
 struct StepContext : StepOptions {
-  explicit StepContext(const StepOptions& options) : StepOptions(options) {
+  explicit StepContext(const StepOptions& options) : StepOptions(options), frozen(hyper.lr == 0.0) {
     visit_rule<true>(rule, [this](auto row) {
       constants.emplace<static_cast<size_t>(row.kRule)>(row.constants(hyper, decoupled));
     });
   }
 
+  bool frozen;  // momentum and step numbers alone change: not weights, latents and scales
   RuleConstants constants;
 };
 
