@@ -47,8 +47,10 @@ def test_state_of_another_dtype_keeps_its_float32_latent() -> None:
     opt = quantopt.STAM(quantopt.param_groups(model))
     train(model, opt, 3)
     low = network(torch.bfloat16)
+    low.load_state_dict(model.state_dict())
     other = quantopt.STAM(quantopt.param_groups(low))
     other.load_state_dict(opt.state_dict())
+    other.metrics()
     for p, q in zip(opt.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
         assert torch.equal(opt.state[p]["latent"], other.state[q]["latent"])
     train(low, other, 1, 3)

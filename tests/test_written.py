@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import quantopt
 from optim_cases import MAKERS, network, same, train, weights
+from quantopt.levels import level_count
 from quantopt.optim import state
+from quantopt.reference import levels as grid
 
 LATENT = [n for n in MAKERS if "memory" in n or "stam" in n or "relax" in n or "connect" in n]
 LIMITED = (
@@ -272,3 +274,24 @@ def test_memory_that_is_used_again_is_no_sign_of_the_same_weights(name: str, bac
         addresses.add(p.data_ptr())
         assert torch.equal(opt.quantization(p).codes, torch.zeros_like(p, dtype=torch.uint8))
     assert len(addresses) < 40
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
+def test_a_latent_between_two_levels_belongs_to_either_side(bits: int | str) -> None:
+    """Kernels and the reference may round to different sides: the latents of a loaded state stay."""
+    levels = level_count(bits)
+    p = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    opt = quantopt.AskewSGD([{"params": [p], "bits": bits}], memory=True, epsilon=0.01, lr=0.0)
+    opt.metrics()
+    latent = opt.state[p]["latent"]
+    hi = opt.state[p]["scale"] * grid.level_factor(levels)
+    middles = hi * torch.tensor([(2 * j + 2 - levels) / (levels - 1) for j in range(levels - 1)])
+    for middle in middles:
+        for side in (-1, 1):
+            latent.fill_(float(middle)).add_(torch.linspace(-5e-8, 5e-8, 64) * hi)
+            with torch.no_grad():
+                p.copy_(middle + side * 0.95 * hi / (levels - 1))
+            opt._written.marks.clear()
+            before = latent.clone()
+            opt.metrics()
+            assert torch.equal(opt.state[p]["latent"], before)

@@ -383,8 +383,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         for i, group in zip(stale, groups, strict=True):
             if not steps[i].valid(self, group):
                 raise RuntimeError(
-                    "a step cannot be laid out: a parameter or its state changed meanwhile, or the memory of a gradient "
-                    "was freed or resized"
+                    "a step cannot be laid out: a parameter or its state changed meanwhile, or the memory of a "
+                    "gradient was freed or resized"
                 )
         return self._group_steps
 

@@ -124,13 +124,18 @@ def _changed(
             h | {"epsilon": 1.0, "kappa": 0.0, "weight_decay": 0.0},
             h | {"epsilon": 0.0, "kappa": math.inf, "weight_decay": 4 * h["weight_decay"]},
         ]
-    ends = [end for h in numbers for end in ENDS[rule](behind, hi, levels, SimpleNamespace(**h))]
+    rounding = 1e-6 * hi
+    around = (
+        behind - rounding,
+        behind + rounding,
+    )  # of a latent between two levels, rounding decides which is nearer
+    ends = [end for h in numbers for x in around for end in ENDS[rule](x, hi, levels, SimpleNamespace(**h))]
     if step is None:
         ends.append(behind)  # as before the first step
     if group.get("stochastic"):  # drawn, whatever the sign of the latent
         w, ends = w.abs(), [end.abs() for end in ends]
     low, high = functools.reduce(torch.minimum, ends), functools.reduce(torch.maximum, ends)
-    slack = 2 * precision * torch.maximum(low.abs(), high.abs()) + 1e-6 * hi
+    slack = 2 * precision * torch.maximum(low.abs(), high.abs()) + rounding
     changed = ~((w >= low - slack) & (w <= high + slack))
     if not bool(changed.any()):
         return None
