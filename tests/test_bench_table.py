@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CONTENDERS = (
@@ -22,7 +23,7 @@ CONTENDERS = (
 )
 
 
-MODULES = ("common", "gemm", "gemm_cuda", "packed_models", "llama")  # of bench/
+MODULES = ("common", "gemm", "gemm_cuda", "packed_models", "llama", "step", "step_problems")  # of bench/
 
 
 @pytest.fixture
@@ -118,3 +119,17 @@ def test_rows_of_several_thread_counts(
     assert used == [2, 1, 2]
     single, several = capsys.readouterr().out.split("ratio", 1)[1].split("ratio")
     assert "M=1, 1 thread " in several and "M=1, 2 threads" in several and "M=1, " not in single
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_peer_that_moves_no_weight_is_seen(
+    bench: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = importlib.import_module("step")
+    params = step.parameters([(33, 65), (7,)], dtype)
+    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True)
+    assert step.fault(sgd, params) is None
+    adam = torch.optim.Adam(params, lr=1e-3, fused=True)
+    assert step.fault(adam, params) is None
+    monkeypatch.setattr(sgd, "step", lambda: None)
+    assert "right for" in str(step.fault(sgd, params))

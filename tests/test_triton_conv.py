@@ -201,9 +201,7 @@ def test_operator_and_layer(interpreted: ModuleType, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(choose, "__wrapped__", choose, raising=False)  # what is traced
     monkeypatch.setitem(sys.modules, "quantopt.kernels.binary_conv", interpreted)
     package = importlib.import_module("quantopt.kernels")  # whose module another test may have imported
-    monkeypatch.setattr(
-        package, "binary_conv", interpreted, raising=False
-    )
+    monkeypatch.setattr(package, "binary_conv", interpreted, raising=False)
     with torch.library._scoped_library("quantopt", "IMPL") as registered:
         registered.impl("binary_conv2d_triton", run, "CPU")
         with torch.no_grad():
