@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <iterator>
@@ -257,7 +256,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_watch), py::arg("tensors"), py::arg("counted") = py::list())
       .def("unchanged", &quantopt::TensorWatch::unchanged)
       .def("note_writes", &quantopt::TensorWatch::note_writes)
-      .def("versions", &quantopt::TensorWatch::versions);
+      .def("version", &quantopt::TensorWatch::version);
   py::class_<quantopt::StepPlan>(m, "StepPlan",
                                  "The steps of one list of parameters, checked once; see csrc/step_plan.h.")
       .def(py::init(&make_plan), py::arg("record"), py::arg("left_out") = py::list(),

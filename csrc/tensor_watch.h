@@ -6,6 +6,7 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/util/intrusive_ptr.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -23,8 +24,8 @@ class TensorWatch {
   bool unchanged() const;
   // The writes until now are known.
   void note_writes();
-  // torch's count of the writes to each counted tensor at the last note_writes().
-  const std::vector<int64_t>& versions() const { return versions_; }
+  // torch's count of the writes to counted tensor i at the last note_writes().
+  int64_t version(size_t i) const { return versions_.at(i); }
 
  private:
   struct Watched {

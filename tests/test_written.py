@@ -72,23 +72,116 @@ def test_a_step_goes_on_from_what_was_written(name: str, backend: str, way: str)
     assert torch.equal(behind(opt, p), behind(other, q))
 
 
+WHEN: dict[str, Callable[[Any, Any], Any]] = {
+    "after a step": lambda model, opt: None,
+    "after a step with lr = 0": lambda model, opt: frozen_step(model, opt),
+    "after a step without its gradient": lambda model, opt: step_of_others(model, opt),
+    "after a load": lambda model, opt: opt.load_state_dict(copy.deepcopy(opt.state_dict())),
+    "after a step that was skipped on the device": lambda model, opt: skipped_step(model, opt),
+}
+
+
+def frozen_step(model: nn.Module, opt: Any) -> None:
+    rates = [group["lr"] for group in opt.param_groups]
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    train(model, opt, 1, first=9)
+    for group, lr in zip(opt.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def step_of_others(model: nn.Module, opt: Any) -> None:
+    opt.zero_grad()
+    model(torch.randn(4, 2, 6, 6).to(first(opt).dtype)).sum().backward()
+    first(opt).grad = None
+    opt.step()
+
+
+def skipped_step(model: nn.Module, opt: Any) -> None:
+    for group in opt.param_groups:
+        group["lr"] *= 2
+        for key in ("epsilon", "kappa"):
+            if key in group:
+                group[key] = 0.5
+    opt.found_inf = torch.tensor(1.0)
+    train(model, opt, 1, first=9)
+    del opt.found_inf
+
+
 @latent
-def test_only_what_was_written_changes(name: str) -> None:
-    """A mask of a tenth of the weights leaves the latents of the others as they are."""
-    _, opt, _ = made(name)
+@backends
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_what_was_written_changes(name: str, backend: str, when: str, dtype: torch.dtype) -> None:
+    """A mask of a tenth of the weights leaves the latents of the others as they are, and the scale."""
+    model, opt, _ = made(name, dtype=dtype, backend=backend)
+    WHEN[when](model, opt)
     p = first(opt)
-    before = behind(opt, p).clone()
+    before, scale = behind(opt, p).clone(), opt.state[p]["scale"].clone()
     mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) > 0.1
     with torch.no_grad():
         p.mul_(mask)
-    opt.metrics()
-    if name == LIMITED:
+    state.ensure(opt, opt.param_groups[0], stepping=True)
+    if name == LIMITED or "load" in when:  # what a latent of other numbers may give is not seen
         assert bool((behind(opt, p)[mask] == before[mask]).all())
     else:
         assert torch.equal(behind(opt, p), torch.where(mask, before, 0.0))
-    scale = opt.state[p]["scale"].clone()
-    opt.quantization(p)
     assert torch.equal(opt.state[p]["scale"], scale)
+
+
+@pytest.mark.parametrize("scale", ["none", "tensor"])
+@backends
+def test_drawn_signs_are_no_writes(scale: str, backend: str) -> None:
+    """And weights of the same magnitude that somebody else writes are."""
+    p = nn.Parameter(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 0.1)
+    opt = quantopt.BinaryConnect([p], bits=1, lr=0.05, stochastic=True, scale=scale, backend=backend)
+    for i in range(3):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        opt.step()
+    before, drawn = behind(opt, p).clone(), p.detach().clone()
+    assert not torch.equal(drawn > 0, before > 0)
+    with torch.no_grad():
+        p.copy_(drawn)
+    opt.metrics()
+    assert torch.equal(behind(opt, p), before)
+    best = torch.randn(p.shape, generator=torch.Generator().manual_seed(9)).sign() * drawn.abs()
+    with torch.no_grad():
+        p.copy_(best)
+    q = opt.quantization(p)
+    changed = best != drawn
+    assert q is not None and torch.equal((q.codes == 1)[changed], (best > 0)[changed])
+    assert torch.equal(behind(opt, p), torch.where(changed, best, before))
+
+
+@latent
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_converted_and_back_keeps_its_latents(name: str, dtype: torch.dtype) -> None:
+    model, opt, _ = made(name)
+    before = behind(opt, first(opt)).clone()
+    model.to(dtype)
+    model.float()
+    opt.metrics()
+    assert torch.equal(behind(opt, first(opt)), before)
+
+
+@latent
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_small_writes_count(name: str, dtype: torch.dtype, steps: int) -> None:
+    """By the last place or two of the weights' type, where their numbers are known."""
+    _, opt, _ = made(name, steps, dtype)
+    opt.metrics()
+    p = first(opt)
+    before, old = behind(opt, p).clone(), p.detach().clone()
+    with torch.no_grad():
+        p.mul_(1.01)
+    opt.metrics()
+    changed = behind(opt, p) != before
+    if name == LIMITED and steps:
+        return  # its weights depend on those before
+    assert torch.equal(behind(opt, p)[changed], p.detach()[changed].to(before.dtype))
+    moved = (p.detach().float() - old.float()).abs() > 1e-5
+    assert float(moved.float().mean()) > 0.5 and bool(changed[moved].all())
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -175,15 +268,43 @@ def test_a_resumed_run_keeps_its_latents(name: str, model_first: bool) -> None:
 
 @latent
 def test_a_state_without_its_weights_is_said(name: str) -> None:
-    """The weights count, and a warning names the parameter."""
-    _, opt, _ = made(name, 3)
-    model, fresh, _ = made(name, 0)
-    fresh.load_state_dict(opt.state_dict())
-    kept = weights(model)
-    with pytest.warns(UserWarning, match="weight' does not hold the weights"):
-        fresh.metrics()
-    assert torch.equal(behind(fresh, first(fresh)), first(fresh).detach())
-    assert same(weights(model), kept)
+    """A warning names the parameter, views show the weights, and a step makes the latents of them. Until then, the
+    weights of the state may still be loaded."""
+    trained, opt, _ = made(name, 3)
+    for late in (False, True):
+        model, fresh, _ = made(name, 0)
+        torch.manual_seed(5)
+        for w in model.parameters():
+            nn.init.normal_(w, std=0.1)
+        fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+        p, kept = first(fresh), weights(model)
+        loaded = behind(fresh, p).clone()
+        with pytest.warns(UserWarning, match="weight' does not hold the weights"):
+            fresh.metrics()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            q = fresh.quantization(p)
+        assert q is not None and torch.equal(q.codes == 1, p >= 0)
+        assert torch.equal(behind(fresh, p), loaded) and same(weights(model), kept)
+        if late:
+            model.load_state_dict(trained.state_dict())
+            q, right = fresh.quantization(p), opt.quantization(first(opt))
+            assert q is not None and right is not None and torch.equal(q.codes, right.codes)
+            train(model, fresh, 1, first=3)
+            train(trained, opt, 1, first=3)
+            assert same(weights(model), weights(trained))
+        else:
+            for group in fresh.param_groups:
+                group["lr"] = 0.0
+            train(model, fresh, 1)
+            assert torch.equal(behind(fresh, p), kept[2]) and same(weights(model), kept)
+
+
+@latent
+def test_no_state_is_loaded_inside_a_view(name: str) -> None:
+    _, opt, _ = made(name)
+    with opt.quantized(), pytest.raises(RuntimeError, match="leave the context first"):
+        opt.load_state_dict(opt.state_dict())
 
 
 @latent
@@ -291,7 +412,7 @@ def test_a_latent_between_two_levels_belongs_to_either_side(bits: int | str) -> 
             latent.fill_(float(middle)).add_(torch.linspace(-5e-8, 5e-8, 64) * hi)
             with torch.no_grad():
                 p.copy_(middle + side * 0.95 * hi / (levels - 1))
-            opt._written.marks.clear()
+            opt._written.forget()
             before = latent.clone()
             opt.metrics()
             assert torch.equal(opt.state[p]["latent"], before)

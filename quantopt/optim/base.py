@@ -11,7 +11,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from quantopt.backends import BACKENDS
 from quantopt.levels import Quantization
-from quantopt.optim import sharded, state, views
+from quantopt.optim import gradients, sharded, state, views
 from quantopt.optim.options import (
     ADAM_LR,
     BASE_OPTIONS,
@@ -210,6 +210,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         ) is not self:  # Lightning's wrapper, which would keep the state for itself
             optimizer.load_state_dict(state_dict)
             return
+        self._refuse_inside_views("load_state_dict()")
         groups, group_steps = self.param_groups, self._group_steps
         scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
         present = {
@@ -244,7 +245,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             for step in group_steps:
                 step.group, step.is_current = renewed.get(id(step.group), step.group), False
             self._group_steps = group_steps
-            self._written.marks.clear()
+            self._written.forget()
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -302,6 +303,13 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined] # torch wraps a step in its hooks and profiler, which we do if needed
 
+    def _refuse_inside_views(self, call: str) -> None:
+        if self._written.views:
+            raise RuntimeError(
+                f"{call} inside quantized() or latent(): the weights are not those of the training there; leave the "
+                "context first"
+            )
+
     def _is_watched(self) -> bool:
         """Whether a hook, a profiler or a compiler wants to see the step: else it goes straight to the kernels."""
         return bool(
@@ -328,17 +336,18 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         groups = self.param_groups
         if self._written.views:
-            raise RuntimeError(
-                "step() inside quantized() or latent(): the weights that it changes are not those of the training; "
-                "leave the context first"
-            )
+            self._refuse_inside_views("step()")
         for group in groups:
             if group["error_if_nonfinite"]:
-                self._check_finite(group)
+                gradients.check_finite(self, group)
         counts = bool(self.state) or not self._only_makes_state()
         steps = self._group_steps
         intact = len(steps) == len(groups) and same(list(self.state.values()), self._step_states)
-        stale = [i for i, group in enumerate(groups) if not (intact and steps[i].valid(self, group))]
+        stale = [
+            i
+            for i, group in enumerate(groups)
+            if not (intact and (steps[i].valid(self, group) or steps[i].took_up(self)))
+        ]
         if stale or len(steps) != len(groups):
             steps = self._laid_out(stale if intact else list(range(len(groups))))
         for step in steps:
@@ -370,10 +379,12 @@ class LevelOptimizer(torch.optim.Optimizer):
             ):  # the others may be tensors on a device, which checks would wait for
                 if key in OPTIONS:
                     OPTIONS[key].check(key, group[key])
-            self._check_grads(group)
+            gradients.check_kinds(self, group)
         indices = [state.with_gradients(group) for group in groups]
         for group, chosen in zip(groups, indices, strict=True):
-            state.ensure(self, group, chosen)
+            state.ensure(self, group, chosen, stepping=True)
+        for step in self._group_steps:
+            self._written.retire(step)
         steps: dict[int, GroupStep] = dict(enumerate(self._group_steps))
         for i, group, chosen in zip(stale, groups, indices, strict=True):
             before = next((step for step in self._group_steps if step.group is group), None)
@@ -391,30 +402,6 @@ class LevelOptimizer(torch.optim.Optimizer):
     # A compiled training step breaks its graph here: the update is one call of a compiled kernel as it is, and numbers
     # that change (lr, epsilon) cause no recompilation.
     _update_outside_of_graphs = torch._disable_dynamo(_update)  # type: ignore[attr-defined]
-
-    def _check_grads(self, group: dict[str, Any]) -> None:
-        for i, p in enumerate(group["params"]):
-            if p.grad is None or p.numel() == 0:
-                continue
-            kind = "sparse" if p.grad.layout != torch.strided else "complex" if p.grad.is_complex() else None
-            if kind is not None:
-                raise TypeError(
-                    f"{self.name_of(group, i)} has a {kind} gradient; only dense, real gradients are supported"
-                )
-
-    def _check_finite(self, group: dict[str, Any]) -> None:
-        """Raises FloatingPointError for the first gradient that is not finite, on all ranks that share the group."""
-        found_inf = getattr(self, "found_inf", None)
-        params = group["params"]
-        first = len(params)
-        if found_inf is None or not bool(found_inf):  # else GradScaler has seen it, and the step is skipped
-            first = _first_nonfinite(params)
-        first = sharded.least_over_ranks(params, first)
-        if first < len(params):
-            raise FloatingPointError(
-                f"{self.name_of(group, first)} has a gradient that is not finite; nothing was changed. Lower the "
-                "learning rate, clip the gradients, or use torch.amp.GradScaler"
-            )
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The numbers of :data:`quantopt.rules.HYPER` of a step: floats, and tensors if capturable."""
@@ -472,22 +459,6 @@ class LevelOptimizer(torch.optim.Optimizer):
 
 # Options that a state_dict may lack. Those of one base tell whether it is of another optimizer.
 _LATER = set(SHARED) - {key for keys in BASE_OPTIONS.values() for key in keys}
-
-
-def _first_nonfinite(params: list[Tensor]) -> int:
-    """Index of the first of ``params`` whose gradient is not finite on this rank; their number if there is none."""
-    grads = {i: sharded.local_gradient(p) for i, p in enumerate(params) if p.grad is not None}
-    grads = {i: grad for i, grad in grads.items() if grad.numel()}
-    sparse = any(grad.layout != torch.strided for grad in grads.values())  # which the step refuses
-    if sparse or not grads:
-        return len(params)
-    sizes = torch._foreach_norm(list(grads.values()), float("inf"))
-    together: dict[Any, list[Tensor]] = {}
-    for size in sizes:
-        together.setdefault((size.device, size.dtype), []).append(size)
-    if all(bool(torch.isfinite(torch.stack(part)).all()) for part in together.values()):
-        return len(params)
-    return next(i for i, size in zip(grads, sizes, strict=True) if not bool(torch.isfinite(size)))
 
 
 def _read_at_each_step(key: str) -> bool:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantopt.ops.weights import pack_signs
 from quantopt.optim.base import LevelOptimizer
 from quantopt.optim.options import from_arguments, scheduled_value
+from quantopt.optim.sharded import local
 from quantopt.optim.stam import geometric, mean_magnitude_moves
 from quantopt.reference.baselines import stochastic_sign
 from quantopt.reference.levels import spread_over
@@ -101,6 +103,7 @@ class BinaryConnect(_LatentClipped):
                 if isinstance(flag, Tensor):
                     drawn = torch.where(flag.to(p.device) != 0, p, drawn)
             p.copy_(drawn)
+            self._written.drawn[p] = pack_signs(local(p).reshape(-1))
 
 
 class BinaryRelax(_LatentClipped):

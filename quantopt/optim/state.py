@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantopt.levels import level_count
 from quantopt.optim.sharded import check_flat_shard, gathered, is_sharded, local, shard_like
+from quantopt.packed_weight import check_memory
 from quantopt.reference import levels as grid
 from quantopt.reference.reading import scale_of_levels
 from quantopt.rules import RULES, Rule
@@ -86,7 +87,9 @@ def with_gradients(group: dict[str, Any]) -> list[int]:
     return [i for i, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
 
 
-def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None = None) -> None:
+def ensure(
+    opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None = None, *, stepping: bool = False
+) -> None:
     """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
     what is of another dtype converted, what nobody updates any more dropped, and what others have written to the
     parameter taken up. All or nothing."""
@@ -97,6 +100,9 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
             continue
         name = opt.name_of(group, i)
         check_flat_shard(p, group, name)
+        check_memory(name, local(p))
+        for key, value in opt.state.get(p, {}).items():
+            check_memory(f"{key} of {name}", local(value))
         if p.is_complex() or not p.is_floating_point():
             raise TypeError(f"{name} has dtype {p.dtype}; only real floating-point parameters are trained")
         if group["rounding"] == "stochastic" and p.dtype == torch.float16:
@@ -105,7 +111,7 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         facts = facts_of(opt, group, p.dtype)
         wanted = required(facts)
         if present.keys() & {"latent", "master"} & set(wanted):
-            opt._written.take_up(opt, group, p)
+            opt._written.take_up(opt, group, p, stepping)
         by_row = "sigma" in present and present["sigma"].dim() < present["scale"].dim()  # of 0.1.0
         as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row
         if as_wanted and all(present[k].dtype == d for k, d in wanted.items()):
@@ -122,8 +128,10 @@ def ensure(opt: LevelOptimizer, group: dict[str, Any], indices: list[int] | None
         if SIGNS in present:
             made[p][SIGNS] = present[SIGNS]
     for p, state in made.items():
+        copied = state.keys() & {"latent", "master"} - opt.state.get(p, {}).keys()
         opt.state[p] = state
-        opt._written.note(p)
+        if copied:
+            opt._written.made(p)
 
 
 class _Initial:

@@ -15,7 +15,7 @@ from quantopt.levels import level_count
 from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.optim.sharded import is_sharded, local, local_gradient
 from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
-from quantopt.optim.written import mark
+from quantopt.optim.written import Mark, mark
 from quantopt.rules import HYPER, StepRecord
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class GroupStep:
         self.params = [group["params"][i] for i in indices]
         self.is_current = True  # False: valid() is False from now on
         self.has_stepped = False
+        self.used: Tensor | None = None  # the numbers that gave the weights, where `hyper` may be later ones
         self.hyper: Tensor  # float64, in the order of HYPER; in capturable groups on the device
         self.written: dict[str, float]  # the floats that `hyper` holds; empty where that is not known
         self.replayed: bool  # whether the replay of a graph writes floats into `hyper`
@@ -110,13 +111,28 @@ class GroupStep:
         return {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
 
     def wrote(self, p: nn.Parameter) -> bool:
-        """Whether ``p`` was written by this step, last of all steps, with the numbers in ``hyper``: not at lr = 0."""
-        return self.is_current and self.has_stepped and p in self._places and bool(self.hyper[0] != 0)
+        """Whether this is the last step that ``p`` took part in."""
+        return self.is_current and self.has_stepped and p in self._places
 
     def was_written(self, p: nn.Parameter) -> bool:
         """Whether somebody else has written to ``p`` since."""
         bucket, i = self._places[p]
         return bucket.was_written(i)
+
+    def numbers(self) -> tuple[float, ...] | None:
+        """The numbers that gave the weights, in the order of HYPER; None where only steps with lr = 0 were taken."""
+        numbers = (self.hyper if self.used is None else self.used).tolist()
+        return tuple(numbers) if self.has_stepped and numbers[0] > 0 else None
+
+    def took_up(self, opt: LevelOptimizer) -> bool:
+        """Whether writes of others are all that has changed. What they wrote is taken up then."""
+        if not (self.is_current and self.has_stepped and any(bucket.counted for bucket in self.buckets)):
+            return False
+        for bucket in self.buckets:
+            for i in bucket.written():
+                opt._written.take_up(opt, self.group, bucket.params[i], stepping=True)
+            bucket.note_writes()
+        return self.valid(opt, self.group)
 
     def rule_of(self, p: nn.Parameter) -> str:
         return self._places[p][0].record.rule
@@ -131,18 +147,34 @@ class GroupStep:
             values = {name: value for name, value in values.items() if name not in tensors}
         elif self.on_cuda:
             self._refuse_capture()
+        grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
+        stays = values.get("lr") == 0 or found_inf is not None  # the weights, or they may
+        if stays and self.used is None:
+            self.used = self.hyper.clone() if self.has_stepped else torch.zeros_like(self.hyper)
         if values != self.written:
             self._write(values)
         if tensors:  # on the device: a CUDA graph reads their values when it is replayed
             torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
-        grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
         for bucket in self.buckets:
             bucket.step(grad_scale, found_inf, opt.backend)
         self.has_stepped = True
+        if not stays:
+            self.used = None
+        elif self.used is not None:
+            self._keep_numbers(found_inf)
         if self.adds_to_step:
             opt._after_step(self.group, self.params)
             for bucket in self.buckets:
                 bucket.note_writes()
+
+    def _keep_numbers(self, found_inf: Tensor | None) -> None:
+        """The numbers of a step that has changed the weights, into `used`; without waiting for a device."""
+        device = self.hyper.device if found_inf is None else found_inf.device
+        used, hyper = self.used.to(device), self.hyper.to(device)  # type: ignore[union-attr]
+        stayed = hyper[0] == 0
+        if found_inf is not None:
+            stayed = stayed | (found_inf.reshape(()) != 0)
+        self.used = used.copy_(torch.where(stayed, used, hyper))
 
     def _write(self, values: dict[str, float]) -> None:
         """Floats that have changed, into `hyper`; on a device as the arguments of kernels, as a copy would wait."""
@@ -344,12 +376,20 @@ class Bucket:
 
     def was_written(self, i: int) -> bool:
         """Whether somebody else has written to a parameter since the last step, or put another tensor in its place."""
+        return self.counted and mark(self.params[i]) != self._mark(i)
+
+    def written(self) -> list[int]:
+        """The parameters for which :meth:`was_written` is true."""
         if not self.counted:
-            return False
+            return []
+        return [i for i in range(len(self.params)) if self.was_written(i)]
+
+    def _mark(self, i: int) -> Mark:
+        """The mark of a parameter after the last step."""
         if self.watch is None:
-            return mark(self.params[i]) != self.marks[i]
-        versions = tuple(self.watch.versions()[i :: len(self.params)])
-        return mark(self.params[i]) != self.marks[i]._replace(versions=versions)
+            return self.marks[i]
+        places = (i, i + len(self.params)) if self.sharded else (i,)
+        return self.marks[i]._replace(versions=tuple(map(self.watch.version, places)))
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -35,6 +35,8 @@ def quantised_params(opt: LevelOptimizer) -> Iterator[tuple[dict[str, Any], nn.P
 def operand(opt: LevelOptimizer, p: nn.Parameter) -> Tensor:
     """The full-precision tensor behind a quantised weight: its latent, its master weights, or itself."""
     own = opt.state[p]
+    if p in opt._written.strange:  # its state is of other weights
+        return p.detach().to(next(t for key in ("latent", "master") if (t := own.get(key)) is not None).dtype)
     value: Tensor = own.get("latent", own.get("master", p.detach()))
     return value
 
