@@ -249,3 +249,22 @@ def test_copies_go_on_apart() -> None:
     assert anneal.last_step == 4 and twin_anneal.last_step == 8
     train(model, opt, 4, first=4, anneal=anneal)
     assert same(weights(model), weights(twin))
+
+
+def test_a_copy_of_an_anneal_follows_the_loads_of_its_optimizer() -> None:
+    """Of a state_dict that was saved between optimizer.step() and step()."""
+    model, opt = start()
+    anneal = quantopt.Anneal(opt, TOTAL)
+    train(model, opt, TOTAL - 2, anneal=anneal)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["anneal_step"] = TOTAL - 1
+    _, copied, _ = copy.deepcopy((model, opt, anneal))
+    copied.load_state_dict(saved)
+    assert copied.param_groups[0]["epsilon"] == expected(copied, TOTAL - 1)
+
+
+def test_sequential_lr_is_refused_with_the_way_out() -> None:
+    _, opt = start()
+    rate = torch.optim.lr_scheduler.ConstantLR(opt)
+    with pytest.raises(TypeError, match="ChainedScheduler"):
+        torch.optim.lr_scheduler.SequentialLR(opt, [rate, quantopt.Anneal(opt, TOTAL)], [3])

@@ -99,14 +99,21 @@ class Anneal(LRScheduler):
                 stacklevel=2,
             )
         self._go_to(last_step)
-        # A state_dict may have been saved between optimizer.step() and step().
+        self._follow_loads()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._follow_loads()  # of the copied optimizer
+
+    def _follow_loads(self) -> None:
+        """A state_dict may have been saved between optimizer.step() and step()."""
         this = weakref.ref(self)
 
         def follow(_: torch.optim.Optimizer) -> None:
             if (anneal := this()) is not None:
                 anneal._go_to()
 
-        optimizer.register_load_state_dict_post_hook(follow)
+        self.optimizer.register_load_state_dict_post_hook(follow)
 
     @property
     def last_step(self) -> int:
@@ -157,6 +164,13 @@ class Anneal(LRScheduler):
     def last_epoch(self) -> int:  # type: ignore[override]
         """The position, under the name that torch's schedulers have for it."""
         return self.last_step
+
+    @last_epoch.setter
+    def last_epoch(self, _: int) -> None:
+        raise TypeError(
+            "the position of an Anneal is the optimizer's count of its updates: it has no place in a SequentialLR; call "
+            "its step() beside that scheduler's, or put both into a ChainedScheduler"
+        )
 
     def get_last_lr(self) -> list[Any]:
         """The present learning rates, which others set."""

@@ -61,6 +61,11 @@ def _check(record: StepRecord) -> None:
                 raise ValueError(
                     f"fused_step: {name}[{i}] has shape {list(tensor.shape)}, its parameter {list(param.shape)}"
                 )
+    for i, (scale, param) in enumerate(zip(record.scales, record.params, strict=False)):
+        if scale.numel() != 1 and param.numel() and scale.shape[0] != (param.shape[0] if param.dim() else 1):
+            raise ValueError(
+                f"fused_step: scales[{i}] has shape {list(scale.shape)} for a parameter of shape {list(param.shape)}"
+            )
     if stochastic and (record.latents or any(p.dtype != torch.bfloat16 for p in record.params)):
         raise ValueError(
             "fused_step: stochastic rounding is for bfloat16 parameters without latents; pass seed=-1"
