@@ -8,6 +8,14 @@
 
 namespace quantopt {
 
+// Of a tensor whose elements lie side by side.
+inline bool has_dense_memory(const at::Tensor& tensor) {
+  const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
+  const c10::StorageImpl* const storage = t.unsafe_storage().unsafeGetStorageImpl();
+  return storage != nullptr &&
+         storage->nbytes() >= static_cast<size_t>(t.storage_offset() + t.numel()) * t.itemsize();
+}
+
 // A few instructions, since a small product takes 2 us in all.
 inline bool has_memory(const at::Tensor& tensor) {
   const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();

@@ -74,7 +74,7 @@ bool gradient_fits(const at::Tensor& grad, const at::Tensor& weight) {
          equal(grad.sizes(), weight.sizes().data()) &&
          (equal(grad.strides(), weight.strides().data()) ||
           (grad.is_contiguous() && weight.is_contiguous())) &&
-         !grad.is_neg() && !grad.unsafeGetTensorImpl()->is_python_dispatch() && has_memory(grad);
+         !grad.is_neg() && !grad.unsafeGetTensorImpl()->is_python_dispatch() && has_dense_memory(grad);
 }
 
 }  // namespace quantopt

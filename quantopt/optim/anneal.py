@@ -168,8 +168,8 @@ class Anneal(LRScheduler):
     @last_epoch.setter
     def last_epoch(self, _: int) -> None:
         raise TypeError(
-            "the position of an Anneal is the optimizer's count of its updates: it has no place in a SequentialLR; call "
-            "its step() beside that scheduler's, or put both into a ChainedScheduler"
+            "the position of an Anneal is the optimizer's count of its updates: it has no place in a SequentialLR; "
+            "call its step() beside that scheduler's, or put both into a ChainedScheduler"
         )
 
     def get_last_lr(self) -> list[Any]:

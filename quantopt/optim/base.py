@@ -40,10 +40,11 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     ``p.data`` counts: where somebody else has written to a parameter that has state (a loaded checkpoint, averaged
     weights, a mask), its latent or master weights take the new value up at the next step or view; scale and momentum
-    stay. Of a weight that was not touched they stay too. After a load a warning tells where the weights are not those of
-    the loaded state; views show the weights then, and the next step changes the state. Writes are seen as torch counts them, with ``torch.no_grad()``
-    and ``p.copy_()``, and through ``p.data = x``. Not seen are those that torch does not count (``p.data.copy_(x)``, NumPy
-    arrays on the same memory, parameters made in inference mode), nor those between replays of a captured graph.
+    stay, and so do the latents of weights that were not touched. After a load a warning tells where the weights are not
+    those of the loaded state; views show the weights then, and the next step changes the state. Writes are seen as
+    torch counts them, with ``torch.no_grad()`` and ``p.copy_()``, and through ``p.data = x``. Not seen are those that
+    torch does not count (``p.data.copy_(x)``, NumPy arrays on the same memory, parameters made in inference mode), nor
+    those between replays of a captured graph.
 
     A group may have keys of its user's, which are saved and otherwise ignored; those of a subclass that influence its
     step are ``extra_options``. A step that is refused leaves weights and state as they were.

@@ -148,9 +148,11 @@ class GroupStep:
         elif self.on_cuda:
             self._refuse_capture()
         grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
-        stays = values.get("lr") == 0 or found_inf is not None  # the weights, or they may
-        if stays and self.used is None:
-            self.used = self.hyper.clone() if self.has_stepped else torch.zeros_like(self.hyper)
+        if found_inf is not None or values.get("lr") == 0:  # the weights stay, or may stay
+            if self.used is None:
+                self.used = self.hyper.clone() if self.has_stepped else torch.zeros_like(self.hyper)
+        elif self.used is not None:
+            self.used = None
         if values != self.written:
             self._write(values)
         if tensors:  # on the device: a CUDA graph reads their values when it is replayed
@@ -158,9 +160,7 @@ class GroupStep:
         for bucket in self.buckets:
             bucket.step(grad_scale, found_inf, opt.backend)
         self.has_stepped = True
-        if not stays:
-            self.used = None
-        elif self.used is not None:
+        if self.used is not None:
             self._keep_numbers(found_inf)
         if self.adds_to_step:
             opt._after_step(self.group, self.params)
@@ -170,7 +170,8 @@ class GroupStep:
     def _keep_numbers(self, found_inf: Tensor | None) -> None:
         """The numbers of a step that has changed the weights, into `used`; without waiting for a device."""
         device = self.hyper.device if found_inf is None else found_inf.device
-        used, hyper = self.used.to(device), self.hyper.to(device)  # type: ignore[union-attr]
+        assert self.used is not None
+        used, hyper = self.used.to(device), self.hyper.to(device)
         stayed = hyper[0] == 0
         if found_inf is not None:
             stayed = stayed | (found_inf.reshape(()) != 0)

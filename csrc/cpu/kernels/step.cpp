@@ -63,7 +63,6 @@ inline __attribute__((always_inline)) Vec load_some(const T* p, int64_t count) {
 
 // How the weights of a span are written.
 struct Writing {
-  bool frozen;                     // not at all
   bool stream = false;             // past the caches
   const PhiloxKey* key = nullptr;  // rounded stochastically
 };
@@ -86,7 +85,6 @@ inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int6
   const Vec next = rule.step(w, d, before);
   if constexpr (Direction::kMomentum) store(s.momentum + i, m);
   if constexpr (Direction::kExpAvgSq) store(s.exp_avg_sq + i, v);
-  if (writing.frozen) return;
   if constexpr (R::kLatent) {
     store(s.latent + i, next);
     const Vec weight = rule.weight(next, before);
@@ -125,7 +123,7 @@ void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, cons
   in(latent, s.latent);
   in(halves, random);
   const Span<P, M> padded{param, grad, momentum, exp_avg_sq, latent};
-  step_vector(padded, 0, factor, direction, rule, Writing{writing.frozen}, random ? halves : nullptr);
+  step_vector(padded, 0, factor, direction, rule, Writing{}, random ? halves : nullptr);
   out(s.param, param);
   out(s.momentum, momentum);
   out(s.exp_avg_sq, exp_avg_sq);
@@ -144,7 +142,6 @@ void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Directi
   int64_t begin = 0;
   if constexpr (sizeof(P) == 2) {
     if (writing.key != nullptr) {
-      writing.frozen = false;  // nothing would be rounded
       uint16_t halves[kRandomBlock];
       while (begin < n) {
         const int64_t lead = (first + begin) % 8;
@@ -251,11 +248,13 @@ void write_from_float(Dtype dtype, const float* from, void* to, int64_t at, int6
 }
 
 // bfloat16 momentum, or fp32 with bfloat16 parameters: everything that is not float is converted to float
-// arrays that stay in the first cache. The float kernel then does the work.
+// arrays that stay in the first cache. The float kernel then does the work. Weights and latents that stay as
+// they are, are stepped there too.
 struct Stage {
   alignas(64) float param[kStage];
   alignas(64) float grad[kStage];
   alignas(64) float momentum[kStage];
+  alignas(64) float latent[kStage];
 };
 
 Span<float, float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
@@ -268,12 +267,17 @@ Span<float, float> fill_stage(const StepContext& o, const StepSegment& s, Stage&
     span.momentum = stage.momentum;
   }
   if (s.exp_avg_sq != nullptr) span.exp_avg_sq = s.exp_avg_sq + at;
+  float* latent = s.latent != nullptr ? s.latent + at : nullptr;
+  if (o.frozen && latent != nullptr) {
+    std::memcpy(stage.latent, latent, static_cast<size_t>(n) * sizeof(float));
+    latent = stage.latent;
+  }
   if (latent_rule) {
-    span.latent = s.latent + at;
+    span.latent = latent;
     span.param = stage.param;
     if (reads_weight) read_as_float(o.param_dtype, s.param, at, stage.param, n);
-  } else if (s.latent != nullptr) {
-    span.param = s.latent + at;  // master weights are stepped in place
+  } else if (latent != nullptr) {
+    span.param = latent;  // master weights are stepped in place
   } else {
     span.param = stage.param;
     read_as_float(o.param_dtype, s.param, at, stage.param, n);
@@ -288,7 +292,7 @@ void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int6
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
     const auto span = fill_stage(o, s, stage, at, n, R::kLatent, R::kReadsWeight);
-    step_span<float, float>(span, n, o.gradient_factor, direction, rule, Writing{o.frozen});
+    step_span<float, float>(span, n, o.gradient_factor, direction, rule, Writing{});
     if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
     if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, at, n);
   }
@@ -301,12 +305,13 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
                 const Direction& direction, const R& rule) {
   const bool float_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32;
   const int64_t n = end - begin;
+  if (o.frozen) return step_staged(o, s, begin, end, direction, rule);
   if (o.param_dtype == Dtype::kFloat32 && float_momentum) {
     const Span<float, float> span{
         static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
         static_cast<float*>(s.momentum) + (s.momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0),
         s.latent + (s.latent ? begin : 0)};
-    return step_span(span, n, o.gradient_factor, direction, rule, Writing{o.frozen, o.stream}, o.prefetch);
+    return step_span(span, n, o.gradient_factor, direction, rule, Writing{o.stream}, o.prefetch);
   }
   if constexpr (!R::kLatent) {
     const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
@@ -320,7 +325,7 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
         const Span<BFloat16, M> span{
             static_cast<BFloat16*>(s.param) + begin, static_cast<const BFloat16*>(s.grad) + begin,
             momentum + (momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), nullptr};
-        const Writing writing{o.frozen, false, o.stochastic_rounding && !o.frozen ? &key : nullptr};
+        const Writing writing{false, o.stochastic_rounding ? &key : nullptr};
         step_span(span, n, o.gradient_factor, direction, rule, writing, o.prefetch, begin);
       };
       return bfloat_momentum ? run(static_cast<BFloat16*>(s.momentum)) : run(static_cast<float*>(s.momentum));
