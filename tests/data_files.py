@@ -74,7 +74,9 @@ def folder_files() -> dict[str, bytes]:
     for split, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
             for i in range(count):
-                files[f"pets/{split}/{name}/{i}.img"] = png(np.full((6, 5, 3), 100 * label + i, np.uint8))
+                files[f"pets/{split}/{name}/{i}.img"] = png(
+                    np.full((6, 5, 3), 100 * label + 10 * count + i, np.uint8)
+                )
     return files
 
 

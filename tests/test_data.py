@@ -192,6 +192,41 @@ def test_files_of_torch_are_no_batches(tmp_path):
     assert dataset.left_out == "left out: 1 file of no known format (processed/training.pt)"
 
 
+def idx_files(train: list[int], test: list[int]) -> dict[str, bytes]:
+    files = {}
+    for split, labels in (("train", train), ("t10k", test)):
+        files[f"{split}-images-idx3-ubyte"] = idx(RNG.integers(0, 256, (len(labels), 5, 4), dtype=np.uint8))
+        files[f"{split}-labels-idx1-ubyte"] = idx(np.array(labels, np.uint8))
+    return files
+
+
+@pytest.mark.parametrize("split", ["train", "t10k"])
+def test_a_wild_label_is_no_class(tmp_path, split):
+    digits = list(range(10))
+    wild = [*digits[:4], 200, *digits[5:]]
+    files = idx_files(*((wild, digits) if split == "train" else (digits, wild)))
+    expected = "image 4 has the label 200, and only 11 of the labels 0..200 have images"
+    assert f"{split}-labels-idx1-ubyte: {expected}" in refused(write_files(tmp_path / "s", "zip", files))
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 47), (0, 62), (1, 27)])  # balanced, byclass, letters
+def test_the_labels_of_emnist(tmp_path, first, end):
+    labels = list(range(first, end))
+    dataset = load(write_files(tmp_path / "s", "zip", idx_files(labels, labels)))
+    assert len(dataset.classes) == end and dataset.train_labels.tolist() == labels
+
+
+def test_images_of_both_splits_are_counted(tmp_path, capsys):
+    files = idx_files([0, 1, 0], [1, 0])
+    names = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+    train, test = (np.frombuffer(files[name], np.uint8).copy() for name in names)
+    test[-20:] = train[16:36]  # the last test image is the first training image
+    files[names[1]] = test.tobytes()
+    dataset = load(write_files(tmp_path / "s", "zip", files))
+    assert dataset.left_out == "in both splits: 1 test image that is a training image (number 1)"
+    assert dataset.left_out in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ image folders
 
 
@@ -204,8 +239,8 @@ def test_image_folders(tmp_path, kind):
     dataset = load(write_files(tmp_path / "source", kind, files))
     assert dataset.classes == ("cat", "dog") and dataset.shape == (3, 6, 5)
     assert dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert dataset.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
-    assert dataset.test_images[:, 2, 5, 4].tolist() == [0, 1, 100, 101]
+    assert dataset.train_images[:, 0, 0, 0].tolist() == [30, 31, 32, 130, 131, 132]
+    assert dataset.test_images[:, 2, 5, 4].tolist() == [20, 21, 120, 121]
 
 
 def test_channel_order_and_palettes(tmp_path):

@@ -171,6 +171,22 @@ def binary10(count: int = 2) -> dict[str, bytes]:
     return {f"cifar-10-batches-bin/{name}": batch() for name in names}
 
 
+def titled(label: bytes | None, contents: bytes, first_label: int = 0) -> bytes:
+    """A copy of a batch with another title, None for none, and another label of its first image."""
+    batch = pickle.loads(contents)
+    batch.pop(b"batch_label", None)
+    batch |= {b"labels": [first_label, *batch[b"labels"][1:]]} | ({b"batch_label": label} if label else {})
+    return pickle.dumps(batch, 2)
+
+
+def untitled10() -> dict[str, bytes]:
+    return {
+        name: titled(b"testing batch 1 of 1" if "test" in name else None, contents)
+        for name, contents in cifar10().items()
+        if "batch_" in name or "test" in name
+    }
+
+
 def binary100(count: int = 2) -> dict[str, bytes]:
     files = {}
     for name in ("train.bin", "test.bin"):
@@ -241,7 +257,7 @@ B, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
         (cifar10() | {f"{B}/test_batch": None}, "has no test batch"),
         (
             cifar10() | {f"{B}/data_batch_3": cifar_batch(2, 2, "training batch 2 of 5")},
-            f"{B}/data_batch_2 and {B}/data_batch_3 are both 'training batch 2 of 5'",
+            f"{B}/data_batch_2 and {B}/data_batch_3 are both training batch 2",
         ),
         (
             binary10()
@@ -261,6 +277,38 @@ B, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
         (
             cifar10() | {f"{B}/data_batch_3.gz": gzip.compress(cifar_batch(2, 2, "training batch 3 of 5"))},
             f"{B}/data_batch_3 and {B}/data_batch_3.gz differ in contents",
+        ),
+        # copies, edited copies and others
+        *[
+            (files | {f"{B}/{name}": titled(title, files[f"{B}/data_batch_5"], 1)}, message)
+            for files in (cifar10(), untitled10())
+            for name, title, message in (
+                ("data_batch_5~", None, "data_batch_5 and .*data_batch_5~ hold the same images with other labels"),
+                ("other", b"training batch 6 of 6", "data_batch_5 and .*other hold the same images with other labels"),
+            )
+        ],
+        *[
+            (files | {f"{B}/{name}": titled(title, cifar_batch(2, 2, ""))}, message)
+            for files in (cifar10(), untitled10())
+            for name, title, message in (
+                ("extra.pkl", None, f"{B}/extra.pkl is a training batch beside {B}/data_batch_1 and has no number"),
+                ("data_batch_1 (1)", None, r"data_batch_1 \(1\) is a training batch beside"),
+                ("data_batch_1.orig", None, "data_batch_1 and .*data_batch_1.orig are both training batch 1"),
+                ("extra", b"training batch 5 of 5", "data_batch_5 and .*extra are both training batch 5"),
+                ("test_batch_old", None, f"{B}/test_batch_old is a test batch beside {B}/test_batch"),
+            )
+        ],
+        (
+            cifar10() | {f"{B}/data_batch_6": titled(None, cifar_batch(2, 2, ""))},
+            "data_batch_6 is training batch 6, and the titles count 5",
+        ),
+        (
+            binary10() | {f"{BIN}/extra.bin": binary10()[f"{BIN}/data_batch_1.bin"]},
+            f"{BIN}/extra.bin is a training batch beside {BIN}/data_batch_1.bin and has no number",
+        ),
+        (
+            binary100() | {"cifar-100-binary/x.bin": binary100()["cifar-100-binary/train.bin"]},
+            "x.bin is a training batch beside .*train.bin and has no number",
         ),
         # damaged batches
         (binary10() | {f"{BIN}/data_batch_5.bin": bytes(6000)}, f"{BIN}/data_batch_5.bin is damaged"),

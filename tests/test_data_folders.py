@@ -45,7 +45,8 @@ def turned() -> bytes:
     return picture(format="JPEG", exif=exif)
 
 
-RGBA = png(RNG.integers(0, 256, (5, 6, 4), dtype=np.uint8))
+RGBA, OTHER_RGBA = (png(RNG.integers(0, 256, (5, 6, 4), dtype=np.uint8)) for _ in range(2))
+SAME = picture()
 
 
 @pytest.mark.parametrize("kind", ["directory", "tar", "zip"])
@@ -78,8 +79,10 @@ RGBA = png(RNG.integers(0, 256, (5, 6, 4), dtype=np.uint8))
         ({"train/owl/0.png": picture()}, (7, 6), "missing: test images of 1 class (owl)"),
         ({"train/cat/9.tif": frames()}, (7, 6), "left out: all but the first frame of 1 image (train/cat/9.tif)"),
         ({"train/cat/9.jpg": turned()}, (7, 6), "left out: the EXIF rotation of 1 image (train/cat/9.jpg)"),
-        ({"train/cat/8.png": RGBA, "test/cat/9.png": RGBA}, (7, 7),
+        ({"train/cat/8.png": RGBA, "test/cat/9.png": OTHER_RGBA}, (7, 7),
          "left out: the alpha channels of 2 images (test/cat/9.png, train/cat/8.png)"),
+        ({"train/cat/8.png": SAME, "test/dog/9.png": SAME}, (7, 7),
+         "in both splits: 1 test image that is a training image (test/dog/9.png)"),
         ({"train/cat/9.zip": b"PK"}, (6, 6), "left out: 1 archive inside (train/cat/9.zip)"),
     ],
 )  # fmt: skip
@@ -149,7 +152,9 @@ def test_folders_named_like_a_split(tmp_path, prefix):
     """CIFAR-100 has a class "train"; the folders above, and those below a class, may have any name."""
     names = ("train", "test", "cat/train", "cat/test/x")
     files = {
-        f"{prefix}{split}/{name}/{split}{i}.png": png(np.full((4, 4), 40 * i + j, np.uint8))
+        f"{prefix}{split}/{name}/{split}{i}.png": png(
+            np.full((4, 4), 40 * i + 2 * j + (split == "test"), np.uint8)
+        )
         for split in ("train", "test")
         for i, name in enumerate(names)
         for j in range(2)

@@ -106,10 +106,24 @@ class MyRMSNorm(Rescale):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["0.bias", "1.weight", "1.running_var", "2.bias", "3.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.bias",
+        "1.weight",
+        "1.running_var",
+        "2.bias",
+        "3.weight",
+        "4.weight",
+        "4.bias",
+        "5.weight",
+        "6.weight",
+    ],
+)
 def test_values_that_are_not_finite(tmp_path: Path, name: str, value: float) -> None:
-    """Of packed layers and norms they are refused by save, and by load, which reads files of others too."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), MyRMSNorm())
+    """Of packed layers, parameters and norms: save refuses them, and load, which reads files of others too."""
+    norms = nn.BatchNorm1d(4), nn.LayerNorm(4), MyRMSNorm()
+    model = nn.Sequential(nn.Linear(4, 4), *norms, nn.Conv1d(4, 4, 1), nn.Embedding(4, 4), Rescale())
     packed, path = packed_net(model, model[0]), tmp_path / "m"
     save(packed, path)
     packed.state_dict()[name][1] = value
@@ -271,6 +285,66 @@ class Tied(nn.Module):
     def forward(self, i: Tensor) -> Tensor:
         y: Tensor = self.head(self.norm(self.fc(self.embedding(i))))
         return y
+
+
+def in_two(name: str) -> nn.Module:
+    """Two layers, two norms and an embedding with a head; the one named is the other, or has its parameter."""
+    model = nn.Module()
+    model.a, model.b, model.n, model.n2 = (
+        nn.Linear(6, 6),
+        nn.Linear(6, 6),
+        nn.BatchNorm1d(6),
+        nn.BatchNorm1d(6),
+    )
+    model.embedding, model.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+    for i, tensor in enumerate(model.state_dict().values()):
+        tensor.copy_(torch.randn(tensor.shape).abs() + i)  # no two are equal
+    if name == "b":
+        model.b = model.a
+    elif name == "n2":
+        model.n2 = model.n
+    elif name == "head.weight":
+        model.head.weight = model.embedding.weight
+    elif name == "n2.running_mean":
+        model.n2.running_mean = model.n.running_mean
+    elif name == "n2.bias":
+        model.n2.bias = nn.Parameter(model.n.bias.detach())  # another parameter of the same memory
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("b", r"a\.\w+ and b\.\w+"),
+        ("n2", r"n\.weight and n2\.weight"),
+        ("head.weight", r"embedding\.weight and head\.weight"),
+        ("n2.running_mean", r"n\.running_mean and n2\.running_mean"),
+        ("n2.bias", r"n\.bias and n2\.bias"),
+    ],
+)
+def test_what_only_the_model_ties(tmp_path: Path, name: str, tensors: str, device: str) -> None:
+    """Two tensors of the file for one of the model: refused, unless they are equal; one of the file for it is fine."""
+    model, path = in_two(""), tmp_path / "m"
+    apart = packed_net(model, model.a, model.b)
+    save(apart, path)
+    if device == "cpu":
+        tied = in_two(name)
+    else:
+        if name == "n2.bias":
+            pytest.skip("tensors on the meta device have no memory to share")
+        with torch.device("meta"):
+            tied = in_two(name)
+    with pytest.raises(
+        PackedFileError, match=rf"tensors {tensors} differ in the file and are one tensor in the model"
+    ):
+        load(path, tied)
+    source = in_two(name)
+    saved = packed_net(source, source.a, source.b)
+    round_trip(saved, path, tied)
+    apart.load_state_dict(saved.state_dict())
+    save(apart, path)
+    assert same(load(path, tied), saved)
 
 
 @pytest.mark.parametrize("on_meta", [("",), ("fc",), ("norm", "head"), ("fc.bias",)], ids=str)

@@ -78,9 +78,9 @@ def value_fault(
     modules: Mapping[str, nn.Module],
     tensors: Mapping[str, Tensor],
 ) -> str | None:
-    """Which value of ``tensors`` no sound model has, or None: in a packed layer, or in a norm.
+    """Which value of ``tensors`` no sound model has, or None: in a packed layer, a parameter, or a buffer of a norm.
 
-    Other tensors may hold anything: the mask of an attention is infinite on purpose.
+    Other buffers may hold anything: the mask of an attention is infinite on purpose.
     """
     for name, layer in layers.items():
         bits, scale = tensors[key_of(name, "bits")], tensors[key_of(name, "scale")]
@@ -91,13 +91,52 @@ def value_fault(
             return f"tensor {key_of(name, 'scale')}: negative"
     finite = [(name, part) for name in layers for part in ("scale", "bias")]
     for name, module in modules.items():
+        finite += [(name, part) for part in module._parameters]
         if any("Norm" in kind.__name__ for kind in type(module).__mro__):  # LlamaRMSNorm, ... too
-            finite += [(name, part) for part in (*module._parameters, *module._buffers)]
+            finite += [(name, part) for part in module._buffers]
     for name, part in finite:
         tensor = tensors.get(key_of(name, part))
         if tensor is not None and not _finite(tensor):
             return f"tensor {key_of(name, part)}: not finite"
     return None
+
+
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are one: the same object, or the same view of the same memory."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return (id(tensor),)
+    view = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (tensor.data_ptr(), tensor.device, *view)
+
+
+def shared_fault(
+    modules: Mapping[str, nn.Module], replaced: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]
+) -> str | None:
+    """Which two unlike tensors of a file are one in the model, so that the second would overwrite the first, or None.
+
+    Args:
+        modules: the modules of the model by name.
+        replaced: {id of one of them: the packed module that takes its place}.
+        tensors: those of the file under all names.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    for module_name, module in modules.items():
+        module = replaced.get(id(module), module)
+        for key, own in (*module._parameters.items(), *module._buffers.items()):
+            name = key_of(module_name, key)
+            if own is None or name not in tensors:
+                continue
+            other = first.setdefault(memory_of(own), name)
+            if not _same_bytes(tensors[other], tensors[name]):
+                return (
+                    f"tensors {other} and {name} differ in the file and are one tensor in the model: untie them in "
+                    "the model, or give the model that was saved"
+                )
+    return None
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:

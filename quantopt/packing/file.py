@@ -39,8 +39,10 @@ from quantopt.packing.contents import (
     in_place_of_meta,
     key_of,
     kind_fault,
+    memory_of,
     modules_of,
     plain_keys,
+    shared_fault,
     state_of,
     value_fault,
 )
@@ -89,7 +91,8 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises ValueError if nothing in ``packed`` is packed, and ValueError naming what :func:`load` would refuse: entries
     of the state_dict that are no tensors (get_extra_state), tensors of kinds that safetensors does not hold, and values
-    that are not finite in the scales and biases of packed layers and in norms. OSError if the file cannot be written.
+    that are not finite in the scales and biases of packed layers, in parameters and in the buffers of norms. OSError if
+    the file cannot be written.
     """
     packed = unwrapped_model(packed)
     modules = modules_of(packed)
@@ -107,11 +110,10 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() > 0 and key in stored:
-            aliases[name] = stored[key]
+        source = stored.setdefault(memory_of(tensor), name)
+        if source != name:
+            aliases[name] = source
             continue
-        stored[key] = name
         tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
     folded = {name: m.kind for name, m in modules.items() if isinstance(m, folding.Folded)}
     metadata = {
@@ -300,10 +302,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             What wraps it (DistributedDataParallel, AveragedModel, torch.compile) is not in the result; names in the
             file and in the model are compared without the parts of wrappers.
 
-    The checksums, the header, the names, types and shapes of all tensors, and the values of packed layers and norms are
-    checked before the packed copy is made. Raises :class:`PackedFileError` (a ValueError) naming the file and the
-    tensor, OSError if the file cannot be read. Refused too: a tensor on the meta device that the file does not hold (a
-    buffer with persistent=False, a tensor that is a plain attribute of a module; those within lists are not seen).
+    The checksums, the header, the names, types and shapes of all tensors, and the values of packed layers, parameters
+    and norms are checked before the packed copy is made. Raises :class:`PackedFileError` (a ValueError) naming the file
+    and the tensor, OSError if the file cannot be read. Refused too: two unlike tensors of the file that the model ties
+    or shares (not seen where they are different views of one memory); a tensor on the meta device that the file does
+    not hold (a buffer with persistent=False, a tensor that is a plain attribute of a module; those within lists are not
+    seen).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -331,7 +335,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise reader.fail(f"damaged or not a safetensors file ({error})") from None
     tensors = {name: stored[aliases[name] if name in aliases else name] for name in expected}
     others = {name: module for name, module in modules.items() if id(module) not in replaced}
-    if fault := value_fault(layers, others, tensors):
+    if fault := value_fault(layers, others, tensors) or shared_fault(modules, replaced, tensors):
         raise reader.fail(fault)
 
     for packed, name in {packed: name for name, packed in layers.items()}.items():

@@ -8,10 +8,11 @@
 | image folders `train/CLASS/` and `test/CLASS/` | the folders; all that Pillow reads but EPS, at any depth below |
 
 Each may lie in a directory or in a .tar (plain, gz, bz2, xz) or .zip archive, below any other folders, and each file
-may be compressed by itself (gz, bz2, xz). A source holds one data set, whole: pieces of two, missing batches, damaged
-files, labels out of range, the same images in two files, and links in archives are errors. In a directory links are
-followed. What is left out is said: hidden folders and files, files of no known format, images outside the folders of
-classes.
+may be compressed by itself (gz, bz2, xz). A source holds one data set, whole: pieces of two, missing or surplus
+batches, damaged files, labels out of range, two files of many images (IDX, CIFAR) with the same images, and links in
+archives are errors. In a directory links are followed. What is left out is said: hidden folders and files, files of no
+known format, images outside the folders of classes. So is the number of single test images that are training images
+too, pixel for pixel: real data sets have some.
 
 Images are taken as torchvision's ImageFolder takes them: the first frame, without alpha channel, with rows as stored
 (an EXIF rotation is not applied, which is said). Not seen: images that belong to another class or data set of the same
@@ -37,10 +38,10 @@ from quantopt.files import atomic_write
 from quantopt.train import formats, sources
 from quantopt.train.errors import InputError
 from quantopt.train.formats.folders import describe
-from quantopt.train.formats.parts import Parts
-from quantopt.train.left_out import TEST, TRAINING, LeftOut
+from quantopt.train.formats.parts import Array, Parts
+from quantopt.train.left_out import SHARED, TEST, TRAINING, LeftOut
 
-_CACHE_VERSION = "2"  # of the readers: another number wherever they read another data set from a source
+_CACHE_VERSION = "3"  # of the readers: another number wherever they read another data set from a source
 _DIGITS_TEST = 5  # every fifth image of a class is a test image
 
 
@@ -55,7 +56,7 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     left_out: str = ""
-    """What the source holds and the data set does not, and classes without images, in words."""
+    """What the source holds and the data set does not, classes without images, and images of both splits, in words."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -186,7 +187,7 @@ def digits() -> Dataset:
 
 
 def _dataset(name: str, parts: Parts, left_out: LeftOut) -> Dataset:
-    classes, train, test = parts
+    classes, train, test, test_names = parts
     for split, (images, _) in (("training", train), ("test", test)):
         if len(images) == 0:
             raise sources.DataError(f"has no {split} images")
@@ -201,12 +202,20 @@ def _dataset(name: str, parts: Parts, left_out: LeftOut) -> Dataset:
     for kind, labels in ((TRAINING, train[1]), (TEST, test[1])):
         for label in (np.bincount(labels, minlength=len(classes)) == 0).nonzero()[0]:
             left_out.add(kind, classes[label])
+    training = {_digest(image) for image in train[0]}
+    for i, image in enumerate(test[0]):
+        if _digest(image) in training:
+            left_out.add(SHARED, test_names[i] if test_names else f"number {i}")
     # np.array: frombuffer's arrays are read-only, torch's tensors are not
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(np.array(array)) for array in (*train, *test)
     )
     said = _printable(str(left_out))
     return Dataset(name, classes, train_images, train_labels, test_images, test_labels, said)
+
+
+def _digest(image: Array) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def _printable(text: str) -> str:

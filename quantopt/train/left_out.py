@@ -31,6 +31,11 @@ TRAINING = Kind("training images of {} class", "training images of {} classes", 
 TEST = Kind("test images of {} class", "test images of {} classes", "missing")
 
 
+SHARED = Kind(
+    "{} test image that is a training image", "{} test images that are training images", "in both splits"
+)
+
+
 class LeftOut:
     """Counts what is left out by kind and keeps the first names. `str()` says it in one line, "" if nothing was."""
 

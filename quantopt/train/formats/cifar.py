@@ -21,10 +21,10 @@ from quantopt.train.formats.parts import (
 )
 from quantopt.train.sources import DataError
 
-_NUMBERED = re.compile(r"data_batch_(\d{1,4})(\.bin)?")
+_NUMBERED = re.compile(r"data_batch_(\d{1,4})(\.\w+)?")
 _NAME = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?|batches\.meta")
 _NAME_BESIDE_BATCHES = re.compile(r".*\.bin|train|test|meta")
-_LABEL = re.compile(r"training batch (\d{1,4}) of (\d{1,4})")
+_LABEL = re.compile(r"(?:train|test)ing batch (\d{1,4}) of (\d{1,4})")
 _BATCHES = 5  # of CIFAR-10, data_batch_1 and so on
 
 _CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100}
@@ -177,36 +177,48 @@ class Batches:
                     )
 
     def _check_same(self) -> None:
-        seen: dict[bytes, str] = {}
+        seen: dict[bytes, _Batch] = {}
         for batch in self._batches:
-            digest = hashlib.sha256(batch.images.data)
-            digest.update(labels_array(batch.labels).data)
-            other = seen.setdefault(digest.digest(), batch.name)
-            if other != batch.name:
-                raise DataError(f"{other} and {batch.name} hold the same images")
+            other = seen.setdefault(hashlib.sha256(batch.images.data).digest(), batch)
+            if other is not batch:
+                but = "" if other.labels == batch.labels else " with other labels"
+                raise DataError(f"{other.name} and {batch.name} hold the same images{but}: remove one")
 
     def _check_complete(self) -> None:
-        """The training batches must be all of those that their titles, or else their names, count."""
-        titled: dict[int, str] = {}
-        numbers: dict[int, str] = {}
-        total = _BATCHES
-        for batch in (batch for batch in self._batches if batch.split == "train"):
-            title, name = _LABEL.search(batch.title), _NUMBERED.fullmatch(base(batch.name))
-            if title is not None:
-                number, total = int(title[1]), max(int(title[2]), total if titled else 0)
-                if number in titled:
-                    raise DataError(f"{titled[number]} and {batch.name} are both {batch.title!r}")
-                titled[number] = batch.name
-            elif name is not None:
-                numbers[int(name[1])] = batch.name
-        present = titled or numbers
-        if not present:
+        """The batches of a split must be all of those that their titles, or else their names, count, and no others."""
+        for wanted, text in (("train", "training"), ("test", "test")):
+            numbers: dict[int, str] = {}
+            others: list[str] = []
+            total = 0  # by the titles
+            for batch in (batch for batch in self._batches if batch.split == wanted):
+                title = _LABEL.search(batch.title)
+                name = _NUMBERED.fullmatch(base(batch.name)) if wanted == "train" else None
+                if title is not None:
+                    total = max(total, int(title[2]))
+                number = title or name
+                if number is None:
+                    others.append(batch.name)
+                elif (other := numbers.setdefault(int(number[1]), batch.name)) != batch.name:
+                    raise DataError(f"{other} and {batch.name} are both {text} batch {number[1]}: remove one")
+            self._check_numbers(text, numbers, others, total)
+
+    def _check_numbers(self, text: str, numbers: dict[int, str], others: list[str], total: int) -> None:
+        names = [*numbers.values(), *others]
+        if others and len(names) > 1:
+            raise DataError(
+                f"{others[-1]} is a {text} batch beside {names[0]} and has no number: remove it if it is a copy, or "
+                "number the batches (batch_label of a pickle, or names data_batch_1, ... of training batches)"
+            )
+        if not numbers:
             return
-        for number in range(1, max(total, *present) + 1):
-            if number not in present:
-                example = next(iter(present.values()))
+        if total and max(numbers) > total:
+            raise DataError(
+                f"{numbers[max(numbers)]} is {text} batch {max(numbers)}, and the titles count {total}: remove it"
+            )
+        for number in range(1, max(total or _BATCHES, *numbers) + 1):
+            if number not in numbers:
                 raise DataError(
-                    f"training batch {number} is missing beside {example}: a copy is incomplete (--limit trains on a "
+                    f"{text} batch {number} is missing beside {names[0]}: a copy is incomplete (--limit trains on a "
                     "part of a whole data set)"
                 )
 

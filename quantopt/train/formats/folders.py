@@ -132,7 +132,8 @@ class Images:
             items = sorted(chosen[split], key=lambda item: item[:2])
             labels = np.array([classes.index(item[0]) for item in items], dtype=np.int64)
             splits.append((np.stack([item[2] for item in items]), labels))
-        return Parts(classes, splits[0], splits[1])
+        names = tuple("/".join(parts) for _, parts, _ in items)  # of the test images, the last split
+        return Parts(classes, splits[0], splits[1], names)
 
     def _root(self) -> _Name:
         """The outermost folder with images in both train/CLASS/ and test/CLASS/, or else in one of them."""

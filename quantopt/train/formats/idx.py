@@ -65,6 +65,7 @@ class Files:
         _check_series([name for pair in names for name in pair])
         if np.array_equal(splits[0][0], splits[1][0]) and len(splits[0][0]) > 0:
             raise DataError(f"{names[0][0]} and {names[1][0]} hold the same images")
+        _check_labels([(pair[1], labels) for pair, (_, labels) in zip(names, splits, strict=True)])
         return Parts(None, splits[0], splits[1])
 
     def _one(self, chosen: list[tuple[str, Array]], dimensions: int, text: str) -> tuple[str, Array]:
@@ -81,6 +82,17 @@ class Files:
                 f"is none of {what}, but {', '.join(name for name, _ in self._files[:4])}"
             )
         return found[0]
+
+
+def _check_labels(files: list[tuple[str, Array]]) -> None:
+    """Raises DataError if most of the classes 0..highest label have no image: the highest label is then no class."""
+    used = np.unique(np.concatenate([labels for _, labels in files]))
+    if len(used) and 2 * len(used) < used[-1] + 1:
+        name, labels = next(item for item in files if used[-1] in item[1])
+        raise DataError(
+            f"{name}: image {int(labels.argmax())} has the label {used[-1]}, and only {len(used)} of the labels "
+            f"0..{used[-1]} have images: correct it, or number the classes from 0 without gaps"
+        )
 
 
 def _check_series(names: list[str]) -> None:

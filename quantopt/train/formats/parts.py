@@ -17,11 +17,13 @@ _MAX_PIXELS = 1 << 33  # bytes of decoded images held in memory
 
 
 class Parts(NamedTuple):
-    """(images uint8 [N, C, H, W], labels int64 [N]) for training and testing. classes: None to take the labels."""
+    """(images uint8 [N, C, H, W], labels int64 [N]) for training and testing. classes: None to take the labels.
+    test_names: of the files of the test images, if each has one."""
 
     classes: tuple[str, ...] | None
     train: tuple[Array, Array]
     test: tuple[Array, Array]
+    test_names: tuple[str, ...] | None = None
 
 
 class Gathered:
