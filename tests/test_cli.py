@@ -382,6 +382,25 @@ def test_sgd_runs_have_nothing_to_pack(patterns, tmp_path, capsys):
     assert "full precision" in refused(capsys, "eval", "--model", out)
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train", "--out"),
+        ("train", "--recipe"),
+        ("train", "--data"),
+        ("train", "--init"),
+        ("sweep stam", "--out"),
+        ("eval", "--model"),
+        ("pack", "--run"),
+        ("pack --run .", "--out"),
+    ],
+)
+def test_empty_arguments_are_refused(tmp_path, monkeypatch, capsys, command, option):
+    monkeypatch.chdir(tmp_path)
+    assert f"argument {option}: must not be empty" in refused(capsys, *command.split(), option, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_command_and_unknown_command(capsys):
     assert "required" in refused(capsys)
     assert "invalid choice" in refused(capsys, "fly")
