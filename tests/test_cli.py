@@ -375,9 +375,13 @@ def test_pack_of_something_else(patterns, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_sgd_runs_have_nothing_to_pack(patterns, tmp_path, capsys):
+def test_sgd_runs_have_nothing_to_pack_and_say_what_was_left_out(tmp_path, capsys):
     out = tmp_path / "sgd"
-    assert run("train", "--data", patterns, "--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out) == 0
+    (hidden := write_patterns(tmp_path / "patterns") / ".notes").write_text("mine")
+    options = ["--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out]
+    assert run("train", "--data", hidden.parent, *options) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["left_out"] == "left out: 1 hidden file (.notes)"
     assert "full precision" in refused(capsys, "pack", "--run", out)
     assert "full precision" in refused(capsys, "eval", "--model", out)
 
