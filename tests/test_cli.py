@@ -375,11 +375,34 @@ def test_pack_of_something_else(patterns, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_sgd_runs_have_nothing_to_pack(patterns, tmp_path, capsys):
+def test_sgd_runs_have_nothing_to_pack_and_say_what_was_left_out(tmp_path, capsys):
     out = tmp_path / "sgd"
-    assert run("train", "--data", patterns, "--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out) == 0
+    (hidden := write_patterns(tmp_path / "patterns") / ".notes").write_text("mine")
+    options = ["--epochs", 1, "--optimizer", "sgd", "--quiet", "--out", out]
+    assert run("train", "--data", hidden.parent, *options) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["left_out"] == "left out: 1 hidden file (.notes)"
     assert "full precision" in refused(capsys, "pack", "--run", out)
     assert "full precision" in refused(capsys, "eval", "--model", out)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train", "--out"),
+        ("train", "--recipe"),
+        ("train", "--data"),
+        ("train", "--init"),
+        ("sweep stam", "--out"),
+        ("eval", "--model"),
+        ("pack", "--run"),
+        ("pack --run .", "--out"),
+    ],
+)
+def test_empty_arguments_are_refused(tmp_path, monkeypatch, capsys, command, option):
+    monkeypatch.chdir(tmp_path)
+    assert f"argument {option}: must not be empty" in refused(capsys, *command.split(), option, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_command_and_unknown_command(capsys):

@@ -1,6 +1,7 @@
 """The directory of a run: held by one process, written whole or not at all, replaced when there is something new."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -178,7 +179,69 @@ def test_a_directory_that_vanishes(patterns, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Trainer, "test", vanish)
     line = error_of(capsys, arguments(patterns, tmp_path / "run"))
-    assert f"{tmp_path / 'run' / 'checkpoint.pt'} cannot be written: No such file or directory" in line
+    assert f"--out: {tmp_path / 'run'} was moved, removed or replaced" in line
+
+
+def test_a_directory_that_is_replaced_is_left_alone(patterns, tmp_path, monkeypatch, capsys):
+    test, out = Trainer.test, tmp_path / "run"
+
+    def replace(trainer: Trainer) -> None:
+        test(trainer)
+        if trainer.epoch == 2:
+            out.rename(tmp_path / "aside")
+            out.mkdir()
+
+    monkeypatch.setattr(Trainer, "test", replace)
+    line = error_of(capsys, arguments(patterns, out))
+    assert f"--out: {out} was moved, removed or replaced" in line
+    assert not list(out.iterdir()) and checkpoint(tmp_path / "aside")["epoch"] == 1
+
+
+def test_the_lock_is_on_the_directory_at_the_path(tmp_path, monkeypatch):
+    """Another process makes the directory, and removes it again after it is opened here and before it is locked."""
+    out, flock, calls = tmp_path / "run", fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            out.rmdir()
+        flock(handle, operation)
+
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", late)
+        with held(out) as hold:
+            assert len(calls) == 2 and hold.is_there()
+            with pytest.raises(InputError, match="in use"), held(out):
+                pass
+            out.rmdir()
+            out.mkdir()
+            assert not hold.is_there()
+    assert out.exists()  # it is another's
+
+
+def test_pack_holds_the_directory_that_it_writes_to(patterns, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(arguments(patterns, out)) == 0
+    before = contents(out)
+    elsewhere = ["pack", "--run", str(out), "--out", str(tmp_path / "again.safetensors")]
+    with held(out):
+        line = error_of(capsys, ["pack", "--run", str(out)])
+        assert f"--out: {out} is in use by process {os.getpid()}" in line and contents(out) == before
+        assert cli.main(elsewhere) == 0
+    with held(tmp_path):
+        assert f"--out: {tmp_path} is in use" in error_of(capsys, elsewhere)
+    assert cli.main(["pack", "--run", str(out)]) == 0
+
+
+def test_a_run_whose_standard_input_cannot_be_read_ends(patterns, tmp_path):
+    command = [sys.executable, "-m", "quantopt", *arguments(patterns, tmp_path / "run", "--until-stdin-ends")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.splitlines() == ["quantopt train: error: --until-stdin-ends: standard input is closed"]
+    unreadable = ["sh", "-c", 'exec "$@" 0>/dev/null', "sh", *command, "--epochs", "100000"]
+    done = subprocess.run(unreadable, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and done.stderr == ""
 
 
 def test_a_full_standard_output():

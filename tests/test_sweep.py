@@ -1,6 +1,7 @@
 """Recipes x seeds: rows, figure, cut and continued."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ from quantopt.train import cli, report, sweep
 from quantopt.train.arguments import given, passed_on
 from quantopt.train.config import OPTIONS
 from quantopt.train.errors import OUT_OF_TIME
+from training_data import write_patterns
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
@@ -62,7 +64,33 @@ def test_sweep_cut_and_continued(tmp_path, arguments, monkeypatch, capsys):
     (out / "stam-0" / "report.json").write_text(json.dumps(reports[0]))
     capsys.readouterr()
     assert cli.main(command) == 2
-    assert "--out: the runs of stam differ in more than their seed" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert f"--out: {out / 'stam-0' / 'report.json'} is of another run: lr is 7.0 in the report and " in line
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_sweep_does_not_take_up_results_of_other_settings_or_data(patterns, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--device", "cpu", "--model", "mlp", "--epochs", "1", "--out", str(out)]
+    command = ["sweep", "stam", "--seeds", "1", *options]
+    run = ["train", "--quiet", "--recipe", "stam", "--data", str(patterns), *options[:-1]]
+    assert cli.main([*run, str(out / "stam-0")]) == 0
+    other = write_patterns(tmp_path / "other", train=120)
+    copy = shutil.copytree(patterns, tmp_path / "copy")
+    for more, message in (
+        (["--data", str(other)], "fingerprint is "),
+        (["--data", str(patterns), "--epochs", "2"], "epochs is 1 in the report and 2 now"),
+        (["--data", str(patterns), "--limit", "40"], "limit is None in the report and 40 now"),
+        (["--data", str(tmp_path / "nothing")], "--data: "),
+    ):
+        capsys.readouterr()
+        assert cli.main([*command, *more]) == 2
+        assert message in capsys.readouterr().err and not (out / "accuracy.json").exists()
+    assert cli.main([*command, "--data", str(copy)]) == 0  # the same images
+    assert json.loads((out / "accuracy.json").read_text())["data"] == "patterns"
+    (out / "stam-0").rename(out / "stam-1")
+    assert cli.main([*command, "--data", str(patterns), "--seeds", "2", "--minutes", "1e-9"]) == 2
+    assert "seed is 0 in the report and 1 now" in capsys.readouterr().err
 
 
 def test_every_option_of_a_sweep_reaches_its_runs(patterns):

@@ -26,6 +26,7 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
         "config",
         "versions",
         "seed",
+        "left_out",
         "curves",
         "accuracy_latent",
         "accuracy_quantized",

@@ -54,7 +54,7 @@ def _parser(option: Option) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         if number is None:
-            return text
+            return nonempty(text)
         try:
             value = number(text)
         except ValueError:
@@ -67,6 +67,13 @@ def _parser(option: Option) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+def nonempty(text: str) -> str:
+    """The type of an argument that is a name or a path: an empty one is mostly a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """The format of a checkpoint, and the checks of its contents before a run takes them up.
 
 A checkpoint is a file of torch.save, an archive whose comment is the SHA-256 of all bytes before it. torch.load reads
-it as any other. A file without the comment, as version 0.1.0 wrote and torch.save writes, is read without that check.
+it as any other. A file of torch.save without a comment, as version 0.1.0 wrote, is read without that check; one with
+another comment, or with bytes after its end, is damaged.
 """
 
 import hashlib
 import io
 import math
-import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,9 @@ from quantopt.train.errors import InputError, shown
 
 _COMMENT = b"quantopt sha256 "
 _COMMENT_BYTES = len(_COMMENT) + 64
+_END = b"PK\5\6"  # of the last record of an archive, which ends with the length of the comment behind it
+_END_BYTES = 22
+_LONGEST_COMMENT = 2**16 - 1
 
 _PARTS = (
     "epoch seconds update_seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms"
@@ -45,10 +48,9 @@ def encode(state: dict[str, Any]) -> bytes:
 
 def decode(data: bytes) -> Any:
     """What is in the contents of a file, tensors on the CPU. Runs no code of it. Raises ValueError if it is bad."""
-    comment = data[-_COMMENT_BYTES:]
-    if re.fullmatch(re.escape(_COMMENT) + rb"[0-9a-f]{64}", comment):
+    if _has_comment(data):
         digest = hashlib.sha256(memoryview(data)[:-_COMMENT_BYTES]).hexdigest()
-        if digest.encode() != comment[len(_COMMENT) :]:
+        if data[-_COMMENT_BYTES:] != _COMMENT + digest.encode():
             raise ValueError("is damaged: its bytes are not those that were written (SHA-256)")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -57,6 +59,14 @@ def decode(data: bytes) -> Any:
             "is damaged, or holds more than the tensors, numbers and texts of a checkpoint "
             f"({type(error).__name__}); no code in it was run"
         ) from None
+
+
+def _has_comment(data: bytes) -> bool:
+    """Whether anything follows the last record of the archive, or what is left of a checksum is near the end."""
+    tail = data[-_LONGEST_COMMENT - _END_BYTES :]
+    end = tail.rfind(_END)
+    plain = end < 0 or tail[end + _END_BYTES - 2 :] == b"\0\0"
+    return not plain or _COMMENT in tail[-4096:]
 
 
 # ---------------------------------------------------------------------------------------------------- its contents
@@ -110,6 +120,26 @@ def check_number(
         text = "a whole number" if kind is int else "a number"
         end = "" if math.isinf(high) else f" and at most {high}"
         raise ValueError(f"{name} is {shown(value)}, not {text} of at least {low}{end}")
+
+
+def check_seconds(state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the times in `state` are such that a report can divide by them."""
+    check_number(state["seconds"], "seconds", 1e-9 if state["epoch"] else 0, 2**40)
+    check_number(state["update_seconds"], "update_seconds", 0, 2**40)
+
+
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any], where: str, free: Sequence[str]) -> str:
+    """What differs between a `saved` configuration, which is in `where`, and the `present` one, "" if nothing does.
+
+    `free` may differ: the fingerprint identifies the data."""
+    differing = [
+        f"{shown(key) if key not in present else key} is {shown(saved.get(key))} in {where} and "
+        f"{shown(present.get(key))} now"
+        for key in sorted(present.keys() | saved.keys())
+        if key not in free and saved.get(key) != present.get(key)
+    ]
+    more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
+    return "; ".join(differing[:6]) + more
 
 
 def check_tensor(value: Any, like: Tensor, name: str) -> None:

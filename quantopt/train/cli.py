@@ -14,7 +14,7 @@ import torch
 
 import quantopt
 from quantopt.train import commands, models
-from quantopt.train.arguments import add_from_report, add_option, add_options
+from quantopt.train.arguments import add_from_report, add_option, add_options, nonempty
 from quantopt.train.config import OPTIONS, Option
 from quantopt.train.errors import OUT_OF_TIME, InputError, OutOfTime, TrainingError
 
@@ -53,12 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--recipe",
+        type=nonempty,
         metavar="NAME_OR_FILE",
         help="a recipe of the package, e.g. resnet18-askew-1bit, or a TOML file; options given beside it override it",
     )
     add_options(command, "train")
     command.add_argument(
         "--out",
+        type=nonempty,
         metavar="DIR",
         help="directory to write to; an earlier run in it is replaced when the first epoch is done (runs/RECIPE or "
         "runs/OPTIMIZER)",
@@ -77,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains each recipe with each seed in OUT/RECIPE-SEED, and writes accuracy.json (mean and standard "
         "deviation over the seeds) and curves.png of the finished recipes. The same command continues what was cut.",
     )
-    command.add_argument("recipes", nargs="+", metavar="RECIPE", help="names, or TOML files")
+    command.add_argument("recipes", type=nonempty, nargs="+", metavar="RECIPE", help="names, or TOML files")
     add_options(command, "sweep")
     add_option(command, _SEEDS)
     add_option(command, _JOBS)
-    command.add_argument("--out", required=True, metavar="DIR", help="directory to write to")
+    command.add_argument("--out", type=nonempty, required=True, metavar="DIR", help="directory to write to")
     add_option(command, _MINUTES)
     command.set_defaults(run=commands.sweep)
 
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--model",
+        type=nonempty,
         required=True,
         metavar="DIR_OR_FILE",
         help="a run's directory, or a packed .safetensors file",
@@ -115,13 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--run",
+        type=nonempty,
         required=True,
         metavar="DIR_OR_FILE",
         dest="source",
         help="a run's directory or checkpoint.pt",
     )
     command.add_argument(
-        "--out", metavar="FILE", help="file to write (model.safetensors beside the checkpoint)"
+        "--out", type=nonempty, metavar="FILE", help="file to write (model.safetensors beside the checkpoint)"
     )
     add_option(command, _DATA_OF_RUN)
     add_option(command, OPTIONS["device"])

@@ -1,24 +1,27 @@
 """What the commands of the command line do. Each takes the parsed arguments and returns the exit status."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import quantopt
-from quantopt.train import augment, data, environment, loop, measure, models, recipes, report
+from quantopt.train import data, environment, loop, measure, models, recipes, report
 from quantopt.train import sweep as runs
 from quantopt.train.arguments import given
-from quantopt.train.config import OPTIONS, Config, default_batch_size, resolve_device
+from quantopt.train.config import OPTIONS, Config, resolve_device
 from quantopt.train.directory import (
     CHECKPOINT,
     MODEL,
     REPORT,
+    Hold,
     check_out,
     held,
     read_checkpoint,
@@ -29,17 +32,6 @@ from quantopt.train.errors import InputError, writing
 from quantopt.train.optimizers import FLOAT
 
 
-def _config(
-    arguments: argparse.Namespace, recipe: dict[str, Any], device: str, dataset: data.Dataset
-) -> Config:
-    """The defaults, overridden by the recipe, overridden by the arguments."""
-    settings = {**recipe, **given(arguments), "device": device}
-    if settings.get("augment", "auto") == "auto":
-        settings["augment"] = augment.default_mode(*dataset.shape)
-    settings.setdefault("batch_size", default_batch_size(len(dataset.train_labels), arguments.limit))
-    return Config(**settings)
-
-
 def train(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None and arguments.optimizer is not None:
         raise InputError("--optimizer", "is part of the recipe: give --recipe or --optimizer")
@@ -47,21 +39,24 @@ def train(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or Path("runs") / Path(arguments.recipe or recipe["optimizer"]).stem)
     check_out(out)
     if arguments.until_stdin_ends:
+        if sys.stdin is None:  # else its number would be given to a file that is opened later
+            raise InputError("--until-stdin-ends", "standard input is closed")
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    with held(out):
-        return _train(arguments, recipe, out)
+    with held(out) as hold:
+        return _train(arguments, recipe, out, hold)
 
 
 def _end_with_stdin() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
-        pass
+    with contextlib.suppress(OSError):  # what cannot be read has ended
+        while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+            pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path) -> int:
+def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path, hold: Hold) -> int:
     device = resolve_device(arguments.device)
     dataset = data.load(arguments.data, progress=not arguments.quiet)
-    config = _config(arguments, recipe, device, dataset)
+    config = recipes.configuration(recipe, given(arguments), device, dataset)
     try:
         result = loop.train(
             config,
@@ -70,13 +65,14 @@ def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path) -> 
             resume=arguments.resume,
             progress=not arguments.quiet,
             minutes=arguments.minutes,
+            hold=hold,
         )
     except InputError as error:
         name = error.argument.removeprefix("--").replace("-", "_")
         if arguments.recipe is None or name not in recipe.keys() - given(arguments).keys():
             raise
         raise InputError("--recipe", f"{arguments.recipe}: {error}") from None  # a setting of the recipe
-    write_run(out, result)
+    write_run(out, result, hold)
     print(report.table({config.optimizer: result.report}))
     speed, share = result.report["images_per_second"], result.report["optimizer_share"]
     step = "" if share is None else f"; optimizer step: {100 * share:.1f} % of the time"
@@ -89,7 +85,8 @@ def sweep(arguments: argparse.Namespace) -> int:
     check_out(out)
     device = resolve_device(arguments.device)
     with held(out):
-        return runs.sweep(arguments, device)
+        dataset = data.load(arguments.data, progress=False)
+        return runs.sweep(arguments, device, dataset)
 
 
 def _why_unpacked(optimizer: str) -> str:
@@ -156,12 +153,21 @@ def pack(arguments: argparse.Namespace) -> int:
     checkpoint = source / CHECKPOINT if source.is_dir() else source
     out = Path(arguments.out or checkpoint.parent / MODEL)
     device = resolve_device(arguments.device)
-    state = read_checkpoint(checkpoint, "--run")
+    if not checkpoint.is_file():
+        raise InputError("--run", f"{checkpoint} does not exist")
     if out.is_dir():
         raise InputError("--out", f"{out} is a directory; give the name of a file")
     if not out.parent.is_dir():
         raise InputError("--out", f"the directory {out.parent} does not exist")
     check_out(out.parent)
+    with held(out.parent) as hold:  # a training there would remove the file at its next checkpoint
+        return _pack(arguments, source, checkpoint, out, device, hold)
+
+
+def _pack(
+    arguments: argparse.Namespace, source: Path, checkpoint: Path, out: Path, device: str, hold: Hold
+) -> int:
+    state = read_checkpoint(checkpoint, "--run")
     config = Config(**{name: value for name, value in state["config"].items() if name in OPTIONS})
     config = dataclasses.replace(config, device=device, data=arguments.data or config.data)
     try:
@@ -180,6 +186,7 @@ def pack(arguments: argparse.Namespace) -> int:
     packed = result.packed
     if packed is None:
         raise InputError("--run", f"{source} has no quantised weights")
+    hold.check()
     with writing(out):
         quantopt.save(packed, out)
     print(report.table({config.optimizer: result.report}))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantopt.train import augment, data, report
-from quantopt.train.arguments import add_options, given
+from quantopt.train.arguments import add_options, given, nonempty
 from quantopt.train.cli import guarded
 from quantopt.train.config import Config, default_batch_size, resolve_device
 from quantopt.train.directory import check_out, held, write_run
@@ -63,9 +63,9 @@ def _run(arguments: argparse.Namespace, out: Path) -> int:
                 )
                 bar.update()
 
-            with held(out / name):
-                result = train(config, dataset, out=out / name, progress=False, on_epoch=advance)
-                write_run(out / name, result)
+            with held(out / name) as hold:
+                result = train(config, dataset, out=out / name, progress=False, on_epoch=advance, hold=hold)
+                write_run(out / name, result, hold)
         reports[name] = result.report
         if result.packed is not None:
             before, after = weight_bytes(result.model, result.packed)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser, "demo")
     parser.set_defaults(model=Config.model, epochs=Config.epochs)
     parser.add_argument(
-        "--out", default="runs/demo", metavar="DIR", help="directory to write to (%(default)s)"
+        "--out", type=nonempty, default="runs/demo", metavar="DIR", help="directory to write to (%(default)s)"
     )
     arguments = parser.parse_args(argv)
     return guarded("quantopt demo", lambda: run(arguments))

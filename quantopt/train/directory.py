@@ -56,37 +56,65 @@ def check_out(out: Path) -> None:
         raise InputError("--out", f"{out} is not writable: {existing}: {error.strerror or error}") from None
 
 
+class Hold:
+    """A directory that this process has opened, made if need be; its path may come to lead to another one."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+
+    def is_there(self) -> bool:
+        """Whether the path still leads to the directory."""
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(self._out))
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Raises InputError unless the path still leads to the directory."""
+        if not self.is_there():
+            raise InputError("--out", f"{self._out} was moved, removed or replaced while it was in use")
+
+
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(out: Path) -> Iterator[Hold]:
     """Holds the directory `out`, which is made if need be, for one run: InputError if another process holds it.
 
     The hold is a lock of the kernel on the directory (flock), which ends with the process however that ends, and leaves
     no file. Where the file system has no such locks (some network ones) the run goes on without, and says so. A
     directory that was made and stayed empty is removed again.
     """
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    while True:
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        hold = Hold(out)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(handle)
-            who = "another process" if holder is None else f"process {holder}"
-            raise InputError(
-                "--out", f"{out} is in use by {who}: wait for it, or give another directory"
-            ) from None
-        except OSError as error:
-            print(f"warning: {out} is not locked against other runs: {error.strerror}", file=sys.stderr)
-        try:
-            yield
+            _lock(hold.handle, out)
+            if not hold.is_there():  # the process that made it has removed it before it was locked here
+                continue
+            try:
+                yield hold
+            finally:
+                for path in made if hold.is_there() else ():
+                    with contextlib.suppress(OSError):  # not empty
+                        path.rmdir()
+            return
         finally:
-            for path in made:
-                with contextlib.suppress(OSError):  # not empty
-                    path.rmdir()
-    finally:
-        os.close(handle)
+            os.close(hold.handle)
+
+
+def _lock(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(handle)
+        who = "another process" if holder is None else f"process {holder}"
+        raise InputError(
+            "--out", f"{out} is in use by {who}: wait for it, or give another directory"
+        ) from None
+    except OSError as error:
+        print(f"warning: {out} is not locked against other runs: {error.strerror}", file=sys.stderr)
 
 
 def _holder(handle: int) -> int | None:
@@ -100,8 +128,9 @@ def _holder(handle: int) -> int | None:
     return next((int(lock[4]) for lock in locks if lock[1:2] == ["FLOCK"] and lock[5] == inode), None) or None
 
 
-def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
-    """Replaces the checkpoint in `out`, and removes the results that were measured at the one before."""
+def write_checkpoint(out: Path, state: dict[str, Any], hold: Hold | None = None) -> None:
+    """Replaces the checkpoint in `out`, and removes the results that were measured at the one before. Raises InputError
+    if `hold` is of a directory that is no longer there."""
     path = out / CHECKPOINT
 
     def write(file: Path) -> None:
@@ -110,12 +139,16 @@ def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
         for stale in (REPORT, MODEL, report.CURVES_PNG, report.WEIGHTS_PNG):
             (out / stale).unlink(missing_ok=True)
 
+    if hold is not None:
+        hold.check()
     with writing(path):
         atomic_write(path, write)
 
 
-def write_run(out: Path, result: Result) -> None:
-    """Writes a finished run's model.safetensors, plots and report.json, the report last."""
+def write_run(out: Path, result: Result, hold: Hold | None = None) -> None:
+    """Writes a finished run's model.safetensors, plots and report.json, the report last; `hold` as above."""
+    if hold is not None:
+        hold.check()
     name = result.report["config"]["optimizer"]
     packed = result.packed
     if packed is not None:

@@ -19,9 +19,9 @@ from quantopt.train import augment, checkpoint, models, optimizers, recipes
 from quantopt.train.checkpoint import CURVES
 from quantopt.train.config import Config
 from quantopt.train.data import Dataset
-from quantopt.train.directory import CHECKPOINT, Result, read_checkpoint, write_checkpoint
+from quantopt.train.directory import CHECKPOINT, Hold, Result, read_checkpoint, write_checkpoint
 from quantopt.train.environment import versions
-from quantopt.train.errors import InputError, OutOfTime, TrainingError, shown, writing
+from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
 from quantopt.train.graph import Graphed
 from quantopt.train.measure import (
     Stopwatch,
@@ -44,19 +44,7 @@ class Trainer:
         """initial: the state_dict of the model to start from, None for random weights."""
         config = recipes.complete(config)
         self.config = config
-        for name in ("validation", "limit"):
-            images = getattr(config, name)
-            if images is not None and images < len(dataset.classes):
-                raise InputError(
-                    f"--{name}", f"{images} is not one image for each of {len(dataset.classes)} classes"
-                )
-        if config.validation is not None:
-            dataset = dataset.validation(config.validation)
-            if len(dataset.train_labels) == 0:
-                raise InputError("--validation", f"{config.validation} leaves no training images")
-        if config.limit is not None:
-            dataset = dataset.limited(config.limit)
-        self.dataset = dataset
+        self.dataset = dataset = _chosen(config, dataset)
         self.device = torch.device(config.device)
         self.train_images = dataset.train_images.to(self.device)
         self.train_labels = dataset.train_labels.to(self.device)
@@ -255,19 +243,12 @@ class Trainer:
         """As `load_state_dict`, without the random state, which depends on the kind of device."""
         present, saved = self.describe(), state["config"]
         free = ("data", "device") if argument != "--resume" else ("data",)
-        differing = [
-            f"{key} is {shown(saved.get(key))} in the checkpoint and {shown(present.get(key))} now"
-            for key in sorted(present.keys() | saved.keys())
-            if key not in free and saved.get(key) != present.get(key)
-        ]
-        if differing:
-            more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
-            raise InputError(argument, f"{source} is of another run: {'; '.join(differing[:6])}{more}")
+        if differing := checkpoint.differences(saved, present, "the checkpoint", free):
+            raise InputError(argument, f"{source} is of another run: {differing}")
         with checkpoint.refusals(argument, source):
             epoch = state["epoch"]
             checkpoint.check_number(epoch, "epoch", 0, self.config.epochs, kind=int)
-            for name in ("seconds", "update_seconds"):
-                checkpoint.check_number(state[name], name)
+            checkpoint.check_seconds(state)
             checkpoint.check_model(state["model"], self.model.state_dict())
             checkpoint.check_curves(state["curves"], epoch, self._has_value)
             histograms = state["histograms"]
@@ -291,11 +272,7 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """The configuration with everything resolved; `fingerprint` identifies the data by content."""
-        resolved = asdict(self.config)
-        resolved["fingerprint"] = self.dataset.fingerprint()
-        resolved["images"] = list(self.dataset.shape)
-        resolved["classes"] = len(self.dataset.classes)
-        return resolved
+        return _described(self.config, self.dataset)
 
     def finish(self) -> Result:
         """Measures the latent, the projected and the packed network on the test images.
@@ -327,6 +304,7 @@ class Trainer:
             "config": self.describe(),
             "versions": versions(),
             "seed": self.config.seed,
+            "left_out": self.dataset.left_out,
             "curves": {
                 name: ["inf" if value == math.inf else value for value in curve]
                 for name, curve in self.curves.items()
@@ -350,6 +328,36 @@ class Trainer:
         return Result(report, self.model, packed, self.histograms)
 
 
+def _chosen(config: Config, dataset: Dataset) -> Dataset:
+    """The images that a run of `config` uses."""
+    for name in ("validation", "limit"):
+        images = getattr(config, name)
+        if images is not None and images < len(dataset.classes):
+            raise InputError(
+                f"--{name}", f"{images} is not one image for each of {len(dataset.classes)} classes"
+            )
+    if config.validation is not None:
+        dataset = dataset.validation(config.validation)
+        if len(dataset.train_labels) == 0:
+            raise InputError("--validation", f"{config.validation} leaves no training images")
+    return dataset if config.limit is None else dataset.limited(config.limit)
+
+
+def _described(config: Config, dataset: Dataset) -> dict[str, Any]:
+    return {
+        **asdict(config),
+        "fingerprint": dataset.fingerprint(),
+        "images": list(dataset.shape),
+        "classes": len(dataset.classes),
+    }
+
+
+def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The configuration that the report of a run of `config` on `dataset` has."""
+    config = recipes.complete(config)
+    return _described(config, _chosen(config, dataset))
+
+
 def train(
     config: Config,
     dataset: Dataset,
@@ -358,14 +366,16 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[Trainer], None] | None = None,
+    hold: Hold | None = None,
     minutes: float | None = None,
 ) -> Result:
     """Trains, with a checkpoint in `out` after every epoch, and measures; see `Result`.
 
     out: a directory, made after the arguments are checked; None writes nothing. The caller keeps others out of it
-    (`directory.held`). resume: continue from the checkpoint in `out`, if there is one; without, an earlier run in `out`
-    stays until the first checkpoint. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes:
-    the run stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad
+    (`directory.held`). hold: what that gave; nothing is written to a directory that has taken the place of the one that
+    is held. resume: continue from the checkpoint in `out`, if there is one; without, an earlier run in `out` stays
+    until the first checkpoint. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: the
+    run stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad
     value or checkpoint and on a file that cannot be written, TrainingError if the loss is not finite, OutOfTime if the
     minutes are over.
     """
@@ -381,6 +391,8 @@ def train(
     if resuming:
         trainer.load_state_dict(read_checkpoint(file, "--resume"), "--resume", file)
     if out is not None:
+        if hold is not None:
+            hold.check()
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             remove_temporaries(out)
@@ -399,7 +411,7 @@ def train(
             trainer.train_epoch(bar)
         trainer.test()
         if out is not None:
-            write_checkpoint(out, trainer.state_dict())
+            write_checkpoint(out, trainer.state_dict(), hold)
         if on_epoch is not None:
             on_epoch(trainer)
         longest = max(longest, time.monotonic() - begun)

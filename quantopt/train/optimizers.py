@@ -208,6 +208,11 @@ def build(
         for group in optimizer.param_groups:
             weight = group["params"][0]
             choose("fused_step", weight.device, weight.dtype, backend)
+        own = inspect.signature(quantopt.Anneal.__init__).parameters
+        if reserved := sorted((own.keys() - {"settings"}) & settings["anneal"].keys()):
+            raise ValueError(
+                f"anneal={reserved}: the training sets that; a recipe sets what the schedule has"
+            )
         if relaxation or settings["anneal"]:
             anneal = quantopt.Anneal(optimizer, total_steps=total_steps, **settings["anneal"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -16,11 +16,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from quantopt.train.config import HYPERPARAMETERS, OPTIONS, Config
+from quantopt.train import augment
+from quantopt.train.config import HYPERPARAMETERS, OPTIONS, Config, default_batch_size
+from quantopt.train.data import Dataset
 from quantopt.train.errors import InputError, shown
 from quantopt.train.optimizers import OPTIMIZERS
 
 _DIRECTORY = resources.files("quantopt") / "recipes"
+_LONGEST = 16 << 10  # bytes: the time that tomllib takes grows with the square of a dotted key's length
 _KEYS = (*HYPERPARAMETERS, *(name for name, option in OPTIONS.items() if option.recipe == "run"))
 
 
@@ -64,15 +67,30 @@ def load(name: str) -> dict[str, Any]:
 def _parse(name: str) -> dict[str, Any]:
     file: Any = _DIRECTORY / f"{name}.toml" if name in OPTIMIZERS else Path(name)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            contents = opened.read(_LONGEST + 1)
+        text = contents.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "--recipe", f"{name} is neither a recipe of the package nor a readable file ({error})"
         ) from None
+    if len(contents) > _LONGEST:
+        raise InputError("--recipe", f"{name} is not a recipe: it is longer than {_LONGEST:,} bytes")
+    try:
+        return tomllib.loads(text)
     except ValueError as error:  # also of numbers with thousands of digits
         raise InputError("--recipe", f"{name} is not TOML: {error}") from None
     except RecursionError:
         raise InputError("--recipe", f"{name} is not a recipe: it is nested too deeply") from None
+
+
+def configuration(recipe: dict[str, Any], given: dict[str, Any], device: str, dataset: Dataset) -> Config:
+    """The defaults, overridden by a recipe, overridden by the options `given`, for a run on `dataset`."""
+    settings = {**recipe, **given, "device": device}
+    if settings.get("augment", "auto") == "auto":
+        settings["augment"] = augment.default_mode(*dataset.shape)
+    settings.setdefault("batch_size", default_batch_size(len(dataset.train_labels), settings.get("limit")))
+    return Config(**settings)
 
 
 def complete(config: Config) -> Config:

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantopt.train import environment, recipes, report
-from quantopt.train.arguments import passed_on
+from quantopt.train import checkpoint, environment, loop, recipes, report
+from quantopt.train.arguments import given, passed_on
+from quantopt.train.data import Dataset
 from quantopt.train.directory import REPORT, read_results
 from quantopt.train.errors import OUT_OF_TIME, InputError
 
@@ -80,9 +82,11 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sweep(arguments: argparse.Namespace, device: str) -> int:
+def sweep(arguments: argparse.Namespace, device: str, dataset: Dataset) -> int:
     """Runs what is missing until --minutes have passed; writes the table, accuracy.json and curves.png of the recipes
-    of which all seeds are finished. Returns the exit status. device: "cpu" or "cuda"."""
+    of which all seeds are finished. Returns the exit status. device: "cpu" or "cuda". dataset: of --data.
+
+    Raises InputError, before anything is run, for results in --out that are not of this command."""
     out = Path(arguments.out)
     stems: dict[str, str] = {}
     for name in arguments.recipes:
@@ -92,34 +96,39 @@ def sweep(arguments: argparse.Namespace, device: str) -> int:
             raise InputError("RECIPES", f"{name} and {stems[stem]} would share the directory {stem}-0")
         stems[stem] = name
     seeds = range(arguments.seeds)
-    waiting = [
-        (name, seed, out / f"{stem}-{seed}")
-        for stem, name in stems.items()
-        for seed in seeds
-        if not (out / f"{stem}-{seed}" / REPORT).is_file()
-    ]
+
+    @cache
+    def expected(name: str) -> dict[str, Any]:
+        config = recipes.configuration(recipes.load(name), given(arguments), device, dataset)
+        return loop.describe(config, dataset)
+
+    waiting = []
+    for stem, name in stems.items():
+        for seed in seeds:
+            directory = out / f"{stem}-{seed}"
+            if (directory / REPORT).is_file():
+                _results(directory / REPORT, {**expected(name), "seed": seed})
+            else:
+                waiting.append((name, seed, directory))
     all_succeeded = _train(waiting, arguments)
     rows: dict[str, dict[str, Any]] = {}
     unfinished, curves = [], {}
-    for stem in stems:
+    sources: set[str] = set()
+    for stem, name in stems.items():
         files = [out / f"{stem}-{seed}" / REPORT for seed in seeds]
         missing = [file.parent.name for file in files if not file.is_file()]
         unfinished += missing
         if missing:
             continue
-        reports = [read_results(file, "--out") for file in files]
-        configs = [{**r["config"], "seed": None, "data": None} for r in reports]
-        if any(config != configs[0] for config in configs):
-            raise InputError(
-                "--out",
-                f"the runs of {stem} differ in more than their seed: remove those of earlier settings",
-            )
+        own = expected(name)
+        reports = [_results(file, {**own, "seed": seed}) for file, seed in zip(files, seeds, strict=True)]
+        sources |= {Path(r["config"]["data"]).name for r in reports}
         rows[stem] = {"recipe": stem, **row(reports)}
         curves[stem] = report.mean_curves([r["curves"] for r in reports])
     if rows:
         print(table(rows))
         head = environment.header(device, torch.get_num_threads())
-        head["data"] = Path(arguments.data).name
+        head["data"] = ", ".join(sorted(sources))  # one data set, which may have had several names
         report.write_json(out / RESULTS, {**head, "rows": list(rows.values())})
         report.plot_curves(out / report.CURVES_PNG, curves)
         print(f"\nwritten: {out}/{RESULTS}, {report.CURVES_PNG}")
@@ -128,6 +137,16 @@ def sweep(arguments: argparse.Namespace, device: str) -> int:
     if not all_succeeded:
         return 1
     return OUT_OF_TIME if unfinished else 0
+
+
+def _results(file: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The report in `file`. Raises InputError unless it is of a run of the configuration `expected`."""
+    results = read_results(file, "--out")
+    if differing := checkpoint.differences(results["config"], expected, "the report", ("data",)):
+        raise InputError(
+            "--out", f"{file} is of another run: {differing}; remove {file.parent}, or give another directory"
+        )
+    return results
 
 
 def _train(waiting: list[tuple[str, int, Path]], arguments: argparse.Namespace) -> bool:
