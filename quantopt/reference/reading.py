@@ -230,7 +230,9 @@ def _step_of(
     # The numbers that round to a magnitude lie between the middles of it and its neighbours.
     mantissa, exponent = torch.frexp(size)
     finfo = torch.finfo(narrow)
-    gap = torch.ldexp(torch.full_like(size, finfo.eps), exponent - 1).clamp(min=finfo.smallest_normal * finfo.eps)
+    gap = torch.ldexp(torch.full_like(size, finfo.eps), exponent - 1).clamp(
+        min=finfo.smallest_normal * finfo.eps
+    )
     below = torch.where(mantissa == 0.5, gap / 4, gap / 2)
     there = multiples > 0
     low = torch.where(there, (size - below) / multiples, 0).amax(1)
