@@ -268,7 +268,7 @@ def _first(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
         inside = set(asked.modules())
         return next((layer for layer in layers if layer in inside), layers[0])
     first = layers[0]
-    inputs = None  # of a convolution, which sees an image or a sound; an embedding in front is that of a class or a time
+    inputs = None  # of a convolution, which sees an image or a sound, whatever embedding is in front of it
     if isinstance(first, nn.Linear) or is_transposed(first):
         weight = first._parameters.get("weight")
         if weight is not None and not is_lazy(weight) and weight.dim() == 2:

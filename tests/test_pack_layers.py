@@ -272,11 +272,13 @@ def test_weights_that_may_lie_on_levels_are_named() -> None:
     assert [isinstance(layer, BinaryModule) for layer in packed] == [False, False, True, False]
     assert all(isinstance(layer, BinaryModule) for layer in pack(model, opt)[:3])  # as the warning says
     for weight, doubt in (
-        (projected[0].weight, "fewer than 8"), (torch.zeros(16, 4, 1, 1), "are zero"), (torch.ones(16, 4, 1, 1), "one sign"),
-    ):  # fmt: skip
+        (projected[0].weight, "fewer than 8"),
+        (torch.zeros(16, 4, 1, 1), "are zero"),
+        (torch.ones(16, 4, 1, 1), "one sign"),
+    ):
         alone = nn.Conv2d(4, 16, 1)
         alone.weight = nn.Parameter(weight)
-        with pytest.raises(ValueError, match=rf"weight: all .*{doubt}|weight: .*{doubt}") as refused:
+        with pytest.raises(ValueError, match=rf"weight: .*{doubt}") as refused:
             pack(alone)
         assert "pack(model, opt)" in str(refused.value) and "quantized()" not in str(refused.value)
 
