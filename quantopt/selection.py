@@ -19,6 +19,7 @@ ADAPTER = "low-rank adapter"
 EMBEDDING, TIED = "embedding", "tied to an embedding"
 OTHER_KIND = "not the weight of a linear or convolution layer"
 FILTERED = "filter_fn"
+PLAIN = "bits=0"
 
 
 class Row(NamedTuple):
@@ -33,7 +34,10 @@ class Row(NamedTuple):
 
 
 class Table(tuple[Row, ...]):
-    """Rows, printed as lines of columns."""
+    """Rows, printed as lines of columns, and a line that says which layer was taken as the first, if one was looked
+    for."""
+
+    first = ""
 
     def __str__(self) -> str:
         lines = [("name", "layer", "shape", "bits", "scale", "left out")]
@@ -41,10 +45,11 @@ class Table(tuple[Row, ...]):
             quantised = (str(row.bits), row.scale) if row.bits != 0 else ("-", "-")
             lines.append((row.name, row.layer, "x".join(map(str, row.shape)), *quantised, row.left_out))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
+        printed = [
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
-        )
+        ]
+        return "\n".join([*printed, f"first: {self.first}"] if self.first else printed)
 
     __repr__ = __str__
 
@@ -70,6 +75,17 @@ class Choice(NamedTuple):
         )
 
 
+class Choices(list[Choice]):
+    """What is done with each parameter of a model."""
+
+    first = ""  # the name of the layer that skip="first" means, or why it means none; "" where it is not asked for
+
+    def table(self, scale: str) -> Table:
+        table = Table(choice.row(scale) for choice in self)
+        table.first = self.first
+        return table
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether ``module`` is a Conv1D of the transformers library: a linear layer with a weight [in, out]."""
     weight = module._parameters.get("weight")
@@ -91,6 +107,8 @@ def kind_fault(module: nn.Module, p: Tensor) -> str:
         return EMBEDDING
     if not is_lazy(p) and p.dim() < 2:
         return f"{p.dim()}-d"
+    if is_layer(module) and p is module._parameters.get("bias"):  # of a lazy layer, which has no shape yet
+        return "1-d"
     return "" if is_layer(module) and p is module._parameters.get("weight") else OTHER_KIND
 
 
@@ -99,14 +117,21 @@ def choose(
     bits: int | str,
     skip: Iterable[str] = ("first", "last"),
     filter_fn: FilterFn | None = None,
-) -> list[Choice]:
+) -> Choices:
     """What is done with each parameter of ``model``, in the model's order.
 
     Left out are frozen parameters, low-rank adapters (of peft), embeddings and weights tied to them, parameters of less
     than two dimensions, all that is not the weight of a linear or convolution layer, and what ``skip`` and
     ``filter_fn`` name; see :func:`quantopt.param_groups`. Raises ValueError for a pattern that matches no parameter,
-    and for bits that are none.
+    and for bits that are none, and TypeError for a model or skip of another kind.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; groups of parameters by themselves are "
+            "plain dicts that say their bits: {'params': [...], 'bits': 1}"
+        )
+    if not isinstance(skip, Iterable):
+        raise TypeError(f"skip={skip!r}: must be a tuple of names and patterns, () for none")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     level_count(bits)
     names: dict[nn.Parameter, list[str]] = {}
@@ -121,8 +146,8 @@ def choose(
             if p is not None:
                 owners.setdefault(p, []).append((module_name, module))
     adapters = _adapters(model)
-    skipped = _skipped(model, skip, adapters, matched)
-    choices = []
+    choices = Choices()
+    skipped, choices.first = _skipped(model, skip, adapters, matched)
     for p, own_names in names.items():
         faults = [kind_fault(module, p) for _, module in owners[p]]
         layers = [owner for owner, fault in zip(owners[p], faults, strict=True) if not fault]
@@ -136,7 +161,7 @@ def choose(
         chosen: int | str = 0
         if not left_out:
             chosen = bits if filter_fn is None else _filtered(filter_fn, layers)
-            left_out = FILTERED if filter_fn is not None and chosen == 0 else ""
+            left_out = "" if chosen != 0 else (PLAIN if filter_fn is None else FILTERED)
         layer = (layers or owners[p])[0][1]
         choices.append(Choice(p, tuple(own_names), layer, chosen, left_out))
     return choices
@@ -204,16 +229,21 @@ def _skipped(
     skip: tuple[str, ...],
     adapters: set[nn.Parameter],
     matched: dict[nn.Parameter, set[str]],
-) -> dict[nn.Parameter, str]:
-    """The weights that ``skip`` names, with the entry that names them."""
+) -> tuple[dict[nn.Parameter, str], str]:
+    """The weights that ``skip`` names, with the entry that names them, and what "first" means."""
     layers = [m for m in model.modules() if is_layer(m) and m._parameters.get("weight") not in adapters]
     skipped: dict[nn.Parameter, str] = {}
+    first = ""
     for pattern in skip:
         if not isinstance(pattern, str):
             raise ValueError(f"skip={pattern!r}: must be 'first', 'last' or patterns of parameter names")
         if pattern in ("first", "last"):
             layer = (_first if pattern == "first" else _last)(model, layers) if layers else None
-            p = None if layer is None else layer._parameters.get("weight")
+            if pattern == "first" and layer is not None:
+                name = next((name for name, module in model.named_modules() if module is layer), "")
+                kind = type(layer).__name__
+                first = f"none: an embedding ({name})" if isinstance(layer, EMBEDDINGS) else name or kind
+            p = None if layer is None or not is_layer(layer) else layer._parameters.get("weight")
             if p is not None:
                 skipped.setdefault(p, pattern)
             continue
@@ -228,24 +258,27 @@ def _skipped(
             )
         for p in found:
             skipped.setdefault(p, f"skip={pattern!r}")
-    return skipped
+    return skipped, first
 
 
-def _first(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
-    """The first layer that sees the input, None if that is an embedding."""
-    embeddings = _asked(model, "get_input_embeddings")
-    if isinstance(embeddings, EMBEDDINGS):
-        return None
-    if embeddings is not None:
-        inside = set(embeddings.modules())
+def _first(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+    """The first layer that sees the input, or the embedding that does."""
+    asked = _asked(model, "get_input_embeddings")
+    if asked is not None and not isinstance(asked, EMBEDDINGS):
+        inside = set(asked.modules())
         return next((layer for layer in layers if layer in inside), layers[0])
+    first = layers[0]
+    inputs = None  # of a convolution, which sees an image or a sound, whatever embedding is in front of it
+    if isinstance(first, nn.Linear) or is_transposed(first):
+        weight = first._parameters.get("weight")
+        if weight is not None and not is_lazy(weight) and weight.dim() == 2:
+            inputs = weight.shape[0 if is_transposed(first) else 1]
     for module in model.modules():
-        if module is layers[0]:
+        if module is first:
             break
-        # In front of a Conv2d, which sees an image, an embedding is that of a class or of a time.
-        if isinstance(module, EMBEDDINGS) and not isinstance(layers[0], nn.Conv2d | nn.Conv3d):
-            return None
-    return layers[0]
+        if isinstance(module, EMBEDDINGS) and module.embedding_dim == inputs:
+            return module
+    return first
 
 
 def _last(model: nn.Module, layers: list[nn.Module]) -> nn.Module:

@@ -152,6 +152,12 @@ def fsdp1_is_refused_by_name() -> None:
             model = wrap(network(), use_orig_params=use_orig_params)
             with refused:
                 quantopt.AskewSGD(model.parameters(), bits=1)
+            for skip in (("first", "last"), ()):
+                with refused:
+                    quantopt.param_groups(model, skip=skip)
+            with pytest.raises(ValueError, match="flat shard of FSDP1"):
+                quantopt.param_groups(model, bits=0, filter_fn=lambda module, name: 1)
+            assert [group["bits"] for group in quantopt.param_groups(model, bits=0)] == [0]
             model = wrap(network(), use_orig_params=use_orig_params)
             with pytest.raises(ValueError, match="error_if_nonfinite=True needs FSDP2"):
                 quantopt.AskewSGD(model.parameters(), bits=0, error_if_nonfinite=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import quantopt
 from quantopt.levels import Quantization
@@ -55,6 +56,10 @@ def test_other_kinds_of_layers_are_named_and_get_the_projected_values() -> None:
 
 
 def test_layers_that_cannot_be_packed() -> None:
+    class Called(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
     class Gated(nn.Linear):
         def __init__(self) -> None:
             super().__init__(8, 8)
@@ -62,7 +67,11 @@ def test_layers_that_cannot_be_packed() -> None:
 
     patched = nn.Linear(8, 8)
     patched.forward = lambda x: x  # type: ignore[method-assign]
-    for layer, reason in ((Gated(), "more than weight and bias"), (patched, "forward of its own")):
+    for layer, reason in (
+        (Gated(), "more than weight and bias"),
+        (patched, "forward of its own"),
+        (Called(8, 8), "__call__ of its own"),
+    ):
         with pytest.raises(ValueError, match=reason):
             pack(layer, Fake([layer.weight]))
 
@@ -218,3 +227,105 @@ def test_the_table_of_a_packed_model(net: Net) -> None:
         "Doubled has a forward of its own",
         "1-d",
     ]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (20, 12)])
+def test_a_weight_tied_between_a_linear_and_a_transposed_layer(shape: tuple[int, int]) -> None:
+    """The bits of one are those of the other's transpose."""
+    outputs, inputs = shape
+    for tied in (
+        nn.Sequential(nn.Linear(inputs, outputs), Conv1D(inputs, outputs)),
+        nn.Sequential(Conv1D(outputs, inputs), nn.Linear(outputs, inputs)),
+    ):
+        tied[1].weight = tied[0].weight
+        opt, x = Fake([tied[0].weight], 4, "tensor"), torch.randn(3, inputs)
+        expected = opt.project(tied)
+        for packed in (pack(tied, opt), pack(expected)):
+            assert [type(layer) for layer in packed] == [BinaryLinear, BinaryLinear]
+            assert close(packed(x), expected(x))
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_tied_weight_with_a_scale_for_each_row_of_one_layer(read: bool) -> None:
+    model = nn.Sequential(nn.Linear(12, 20), Conv1D(12, 20))
+    model[1].weight = model[0].weight
+    opt, x = Fake([model[0].weight], 2, "channel"), torch.randn(3, 12)
+    expected = opt.project(model)
+    with pytest.warns(UserWarning, match=r"1\.weight: a Conv1D with a scale for each input"):
+        packed = pack(expected) if read else pack(model, opt)
+    assert [type(layer) for layer in packed] == [BinaryLinear, Conv1D] and close(packed(x), expected(x))
+
+
+def test_weights_that_may_lie_on_levels_are_named() -> None:
+    """Without the optimizer: too few weights for each scale, zeros, one sign."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 16, 1), nn.Conv2d(16, 16, 2, groups=16), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 3)
+    )
+    opt = Fake([layer.weight for layer in model[:3]])
+    projected = opt.project(model)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight, 1\.weight: .*fewer than 8 .*pack\(model, opt\)"
+    ) as caught:
+        packed = pack(projected)
+    assert len(caught) == 1 and "3.weight" not in str(caught[0].message)
+    assert [isinstance(layer, BinaryModule) for layer in packed] == [False, False, True, False]
+    assert all(isinstance(layer, BinaryModule) for layer in pack(model, opt)[:3])  # as the warning says
+    for weight, doubt in (
+        (projected[0].weight, "fewer than 8"),
+        (torch.zeros(16, 4, 1, 1), "are zero"),
+        (torch.ones(16, 4, 1, 1), "one sign"),
+    ):
+        alone = nn.Conv2d(4, 16, 1)
+        alone.weight = nn.Parameter(weight)
+        with pytest.raises(ValueError, match=rf"weight: .*{doubt}") as refused:
+            pack(alone)
+        assert "pack(model, opt)" in str(refused.value) and "quantized()" not in str(refused.value)
+
+
+def test_a_copy_in_part_is_refused() -> None:
+    def make() -> tuple[Any, Any]:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16)) for _ in range(3)))
+        return model, quantopt.AskewSGD(quantopt.param_groups(model, skip=("2.*",)))
+
+    model, opt = make()
+    part = copy.deepcopy(model)
+    part[0] = model[0]
+    with pytest.raises(
+        ValueError, match=r"not have \(1\.0\.weight\).*group of opt \(1\.0\.weight, 2\.0\.weight\)"
+    ):
+        pack(part, opt)
+    model[1][0].weight = nn.Parameter(model[1][0].weight.detach().clone())
+    with pytest.raises(ValueError, match=r"\(1\.0\.weight\).*group of opt \(1\.0\.weight\)"):
+        pack(model, opt)
+    model, opt = make()
+    assert isinstance(pack(model[:1], opt)[0][0], BinaryLinear)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
+    model[0][0].requires_grad_(False)
+    opt = quantopt.AskewSGD(quantopt.param_groups(model, skip=()))
+    assert isinstance(pack(model[0], opt)[1], BinaryLinear)  # a part with a frozen layer
+    model.append(nn.Linear(8, 8))
+    assert type(pack(model, opt)[2]) is nn.Linear  # a new layer, with all that opt quantises
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_hooks_compute_are_refused_with_the_way_out() -> None:
+    normed, pruned, spectral = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3))
+    nn.utils.weight_norm(normed[1])
+    prune.l1_unstructured(pruned[1], "weight", 0.5)
+    nn.utils.spectral_norm(spectral[1])
+    for model, way, remove in (
+        (normed, "remove_weight_norm", lambda layer: nn.utils.remove_weight_norm(layer)),
+        (pruned, "prune.remove", lambda layer: prune.remove(layer, "weight")),
+        (spectral, "remove_spectral_norm", lambda layer: nn.utils.remove_spectral_norm(layer)),
+    ):
+        model(torch.randn(2, 8))
+        opt = Fake([model[0].weight])
+        with pytest.raises(ValueError, match=rf"1\.weight is computed .*{way}\(layer, 'weight'\)"):
+            pack(model, opt)
+        remove(model[1])
+        assert isinstance(pack(model, opt)[0], BinaryLinear)
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].last = model(torch.ones(1, 8))
+    with pytest.raises(ValueError, match=r"0\.last is computed .*detach or delete"):
+        pack(model, Fake([model[0].weight]))

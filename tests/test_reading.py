@@ -8,7 +8,7 @@ import quantopt
 from optim_cases import MAKERS
 from quantopt.levels import LEVEL_COUNT
 from quantopt.reference import levels as grid
-from quantopt.reference.reading import read_levels, scale_of_levels
+from quantopt.reference.reading import doubt_of, read_levels, scale_of_levels
 
 
 def on_levels(shape: tuple[int, ...], levels: int, scale: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,3 +116,41 @@ def test_scales_that_are_not_those_asked_for() -> None:
     assert scale_of_levels(w, 16, "channel", 128) is None  # the outer levels would be far from all weights
     assert scale_of_levels(w, 4, "none", 128) is None
     assert set(LEVEL_COUNT.values()) - {0} == {2, 3, 4, 8, 16}
+
+
+def test_zeros_are_no_evidence() -> None:
+    torch.manual_seed(0)
+    for w in (torch.diag(torch.randn(32)), torch.randn(16, 16) * (torch.rand(16, 16) < 0.05)):
+        assert read_levels(w) is None and doubt_of(w) == ""
+    scale = torch.rand(16, 1) + 0.1  # rows with three weights of one magnitude: a hint, no evidence
+    few = scale * torch.cat([torch.ones(16, 2), -torch.ones(16, 1), torch.zeros(16, 13)], 1)
+    assert read_levels(few) is None and "4 that are not zero" in doubt_of(few)
+    # of one scale there are 16 that are not zero
+    reading = read_levels(torch.eye(8) - torch.eye(8).roll(1, 0))
+    assert reading is not None and reading.levels == 3 and reading.step.shape == (1,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_of_16_bit_weights_are_exact(dtype: torch.dtype) -> None:
+    """Two neighbouring numbers are no level, though the rounding of each is as large as their distance."""
+    torch.manual_seed(0)
+    near = 1 + torch.finfo(dtype).eps
+    w = torch.where(torch.rand(16, 16) < 0.5, 1.0, -near)
+    for held in (w.to(dtype), w):
+        assert read_levels(held) is None and doubt_of(held) == ""
+    for step in (0.0613, 0.9991, 1e-3):
+        w = (step * (2 * torch.randint(0, 16, (16, 32)) - 15).float()).to(dtype)
+        reading = read_levels(w)
+        assert reading is not None and torch.equal(values(reading, w).to(dtype), w)
+
+
+@pytest.mark.parametrize(
+    ("w", "doubt"),
+    [
+        (torch.zeros(8, 8), "zero"), (torch.ones(8, 8), "one sign"),
+        (torch.tensor([[1.0, -1, 1, -1]]) * torch.arange(1, 9)[:, None] ** 0.5, "fewer than 8"),
+        (torch.tensor([[0.3, -0.7, 0.11]]), ""), (torch.full((8, 8), torch.nan), ""), (torch.zeros(0, 4), ""),
+    ],
+)  # fmt: skip
+def test_doubts(w: Tensor, doubt: str) -> None:
+    assert read_levels(w) is None and (doubt in doubt_of(w) if doubt else doubt_of(w) == "")

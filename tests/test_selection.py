@@ -259,3 +259,97 @@ def test_transformers_models() -> None:
     assert [name.removeprefix("transformer.h.0.") for name in names] == [
         "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
     ]  # fmt: skip
+
+
+class Speech(nn.Module):
+    """The shape of Whisper: a stem of convolutions, and the embedding of the decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.body = nn.Conv1d(3, 8, 3), nn.Linear(8, 8)
+        self.embed_tokens, self.decoder = nn.Embedding(9, 8), nn.Linear(8, 8)
+        self.proj_out = nn.Linear(8, 9)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+
+class Columns(nn.Module):
+    """A net of tables: categories by embeddings, and numbers as they are."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.emb_a, self.num = nn.Embedding(5, 8), nn.Linear(numbers, 8)
+        self.body, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
+
+
+class Before(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.emb = nn.Linear(8, 8), nn.EmbeddingBag(5, 8)
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "names"),
+    [
+        (Speech(), "conv1", ["body.weight", "decoder.weight"]),
+        (Columns(3), "num", ["body.weight"]),
+        (Columns(8), "none: an embedding (emb_a)", ["num.weight", "body.weight"]),
+        (Before(), "stem", ["body.weight"]),
+        (LM(Conv1D), "none: an embedding (wte)", ["up.weight", "down.weight", "aside.weight"]),
+    ],
+)
+def test_an_embedding_takes_the_place_of_the_first_layer_only_where_it_feeds_it(
+    model: nn.Module, first: str, names: list[str]
+) -> None:
+    groups = quantopt.param_groups(model)
+    assert quantised(groups) == names
+    assert str(groups.table).splitlines()[-1] == f"first: {first}"
+    assert "first:" not in str(quantopt.param_groups(model, skip="last").table)
+
+
+def test_full_precision_has_one_group() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    groups = quantopt.param_groups(model, bits=0, skip=(), other={"lr": 0.5})
+    assert [{key: value for key, value in group.items() if key != "params"} for group in groups] == [
+        {"param_names": [name for name, _ in model.named_parameters()], "bits": 0, "lr": 0.5}
+    ]
+    assert left_out(groups)["0.weight"] == "bits=0" and left_out(groups)["1.weight"] == "1-d"
+
+
+def test_the_bias_of_a_lazy_layer_is_a_bias() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyConv2d(4, 1))
+    assert left_out(quantopt.param_groups(model, skip=()))["0.bias"] == "1-d"
+
+
+@pytest.mark.parametrize("key", ["params", "param_names", "bits", "scale"])
+def test_the_last_group_is_not_quantised(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"other\['{key}'\].*filter_fn="):
+        quantopt.param_groups(network(), other={key: 1})
+
+
+def test_arguments_of_another_kind() -> None:
+    model: Any = network()
+    for arguments, message in [
+        (dict(model=[model[0].weight]), "model must be a torch.nn.Module, not list.*'bits': 1"),
+        (dict(model=model.parameters()), "not generator"),
+        (dict(model=model, skip=None), r"skip=None: .*\(\) for none"),
+        (dict(model=model, other=0.1), "other=0.1: must be a dict"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            quantopt.param_groups(**arguments)
+
+
+def test_advice_is_not_what_was_done() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="pass bits=0, without filter_fn"):
+        quantopt.param_groups(model, bits=0, skip=(), filter_fn=lambda module, name: None)
+    assert len(quantopt.param_groups(model, bits=0, skip=())) == 1
+    model.requires_grad_(False)
+    for bits in (0, 1):
+        with pytest.raises(ValueError, match=r"nothing to train.*requires_grad_\(True\)") as caught:
+            quantopt.param_groups(model, bits=bits, skip=())
+        assert "bits=0" not in str(caught.value)
+    with pytest.raises(ValueError, match="the model has no parameters"):
+        quantopt.param_groups(nn.ReLU(), bits=0)

@@ -10,13 +10,14 @@ from quantopt.nn import BinaryConv1d, BinaryConv2d, BinaryLinear
 from quantopt.nn.linear import BinaryModule, BinaryOutProjection
 from quantopt.selection import OTHER_KIND, Row, Table, is_layer, is_transposed, kind_fault
 
-# A layer is packed if it computes what the first of these does, and its subclasses with the same forward do.
+# A layer is packed if it computes what the first of these does, and its subclasses with the same _OWN do.
 _KINDS: tuple[tuple[type[nn.Module], type[BinaryModule]], ...] = (
     (NonDynamicallyQuantizableLinear, BinaryOutProjection),
     (nn.Linear, BinaryLinear),
     (nn.Conv1d, BinaryConv1d),
     (nn.Conv2d, BinaryConv2d),
 )
+_OWN = ("forward", "_conv_forward", "__call__")
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -32,7 +33,8 @@ def fault_of(layer: nn.Module) -> str:
     if not any(isinstance(layer, base) for base, _ in _KINDS) and kind.__name__ != "Conv1D":
         return f"no packed layer takes the place of {kind.__name__}"
     if _packed_type(layer) is None or "forward" in vars(layer):
-        return f"{kind.__name__} has a forward of its own"
+        own = "forward" if kind.__call__ is nn.Module.__call__ else "__call__"
+        return f"{kind.__name__} has a {own} of its own"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other tensors"
     if set(layer._parameters) - {"weight", "bias"} or layer._buffers or layer._modules:
@@ -42,11 +44,10 @@ def fault_of(layer: nn.Module) -> str:
 
 def _packed_type(layer: nn.Module) -> type[BinaryModule] | None:
     if type(layer).__name__ == "Conv1D" and is_transposed(layer):
-        return BinaryLinear
+        return BinaryLinear if type(layer).__call__ is nn.Module.__call__ else None
     for base, packed in _KINDS:
         if isinstance(layer, base):
-            own = ("forward", "_conv_forward")
-            same = all(getattr(type(layer), name, None) is getattr(base, name, None) for name in own)
+            same = all(getattr(type(layer), name, None) is getattr(base, name, None) for name in _OWN)
             return packed if same else None
     return None
 

@@ -14,8 +14,8 @@ from quantopt.packing import folding
 from quantopt.packing.layers import fault_of, skeleton
 from quantopt.reference.levels import rows as matrix
 from quantopt.reference.levels import spread_over
-from quantopt.reference.reading import MIN_WEIGHTS, read_levels
-from quantopt.selection import is_transposed
+from quantopt.reference.reading import doubt_of, read_levels
+from quantopt.selection import is_layer, is_transposed
 from quantopt.wrappers import unwrapped
 
 
@@ -31,9 +31,9 @@ class _Codes(NamedTuple):
     scale: Tensor  # float32 [1], [rows] or [rows, groups]
     group_size: int  # 0 unless the scales are per group
 
-    def transposed(self) -> "_Codes":
-        """The same of the transposed matrix; it must have one scale."""
-        return self._replace(codes=self.codes.t())
+
+# The codes of a parameter and, with True, of its transpose: that of a Conv1D, which may be tied to a Linear.
+_Key = tuple[nn.Parameter, bool]
 
 
 def _checked(weight: Tensor, quantization: Quantization) -> _Codes:
@@ -78,16 +78,27 @@ def _projected(p: Tensor, weight: _Codes) -> Tensor:
     return (spread_over(weight.scale, odd, weight.group_size) * odd).to(p.dtype)
 
 
-def _quantised_by(model: nn.Module, opt: Any) -> dict[nn.Parameter, _Codes]:
-    """The parameters of ``model`` that ``opt`` quantises. Raises ValueError if there are none."""
+def _key(module: nn.Module, p: nn.Parameter) -> _Key:
+    return p, is_transposed(module)
+
+
+def _quantised_by(model: nn.Module, opt: Any) -> dict[_Key, _Codes]:
+    """The parameters of ``model`` that ``opt`` quantises. Raises ValueError if there are none, or if the model has some
+    of them and weights besides that ``opt`` does not know."""
     params = list(model.parameters())
     every = opt.quantizations() if hasattr(opt, "quantizations") else {}  # in one pass over the groups
     found = {p: every[p] for p in params if p in every}
     if not found:
         found = {p: q for p in params if (q := opt.quantization(p)) is not None}
-    if found:
-        return {p: _checked(p, quantization) for p, quantization in found.items()}
     groups = getattr(opt, "param_groups", [])
+    if found:
+        _refuse_partial_copy(model, groups)
+        codes: dict[_Key, _Codes] = {}
+        for p, quantization in found.items():
+            codes[p, False] = checked = _checked(p, quantization)
+            if checked.scale.numel() == 1 and p.dim() == 2:  # scales per row would be per input
+                codes[p, True] = checked._replace(codes=checked.codes.t())
+        return codes
     if groups and all(group["bits"] == 0 for group in groups):
         raise ValueError(
             "opt quantises nothing: all its groups have bits=0; make them with quantopt.param_groups(model)"
@@ -103,22 +114,103 @@ def _quantised_by(model: nn.Module, opt: Any) -> dict[nn.Parameter, _Codes]:
     )
 
 
-def _on_levels(model: nn.Module) -> dict[nn.Parameter, _Codes]:
-    """The weights of ``model`` that lie on levels. Raises ValueError if there are none."""
-    found: dict[nn.Parameter, _Codes] = {}
-    for module in model.modules():
+def _refuse_partial_copy(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError where ``model`` lacks parameters that are quantised, and has weights in their place that are in
+    no group. A part of the model that was trained has weights of the groups, or frozen ones."""
+    own, known = set(model.parameters()), {p for group in groups for p in group["params"]}
+    missing = [
+        group["param_names"][i] if "param_names" in group else "x".join(map(str, p.shape))
+        for group in groups
+        if group["bits"] != 0
+        for i, p in enumerate(group["params"])
+        if p not in own
+    ]
+    unknown = [
+        _full(name, "weight")
+        for name, module in model.named_modules()
+        if is_layer(module)
+        and (p := module._parameters.get("weight")) is not None
+        and p not in known
+        and p.requires_grad
+    ]
+    if missing and unknown:
+        raise ValueError(
+            f"opt quantises parameters that the model does not have ({_some(missing)}), and the model has weights that "
+            f"are in no group of opt ({_some(unknown)}): it is in part a copy of the model that opt trains, or weights "
+            "were replaced after opt was made. Pack the model that opt trains"
+        )
+
+
+def _full(module_name: str, key: str) -> str:
+    return f"{module_name}.{key}".lstrip(".")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _on_levels(model: nn.Module) -> dict[_Key, _Codes]:
+    """The weights of ``model`` that lie on levels. A warning names the layers of which that is in doubt. Raises
+    ValueError if no weight lies on levels."""
+    found: dict[_Key, _Codes] = {}
+    doubts: dict[_Key, tuple[str, str]] = {}
+    for name, module in model.named_modules():
         p = module._parameters.get("weight")
-        if p is None or p in found or isinstance(module, nn.Embedding) or p.dim() < 2:
+        if p is None or isinstance(module, nn.Embedding) or p.dim() < 2:
             continue
-        reading = read_levels(p.t() if is_transposed(module) else p)
+        key = _key(module, p)
+        if key in found or key in doubts:
+            continue
+        w = p.t() if key[1] else p
+        reading = read_levels(w)
         if reading is not None:
-            found[p] = _Codes(reading.levels, reading.codes, reading.step, reading.group_size)
+            found[key] = _Codes(reading.levels, reading.codes, reading.step, reading.group_size)
+        elif not fault_of(module) and (doubt := doubt_of(w)):
+            doubts[key] = (_full(name, "weight"), doubt)
+    reasons: dict[str, list[str]] = {}
+    for full, doubt in doubts.values():
+        reasons.setdefault(doubt, []).append(full)
+    doubtful = "; ".join(f"{', '.join(names)}: {doubt}" for doubt, names in reasons.items())
+    way = "pass the optimizer that trained the model, pack(model, opt), to pack"
+    if not found and doubts:
+        raise ValueError(
+            f"no weight of the model is sure to lie on levels. Some may, but are not told from float weights: "
+            f"{doubtful}; {way} them"
+        )
     if not found:
         raise ValueError(
-            f"no weight of the model lies on 2, 3, 4, 8 or 16 levels, with {MIN_WEIGHTS} weights or more for each "
-            "scale: pass the optimizer that trains it, pack(model, opt), or save the weights inside opt.quantized()"
+            f"no weight of the model lies on 2, 3, 4, 8 or 16 levels; {way} it. Without opt, weights are packed that "
+            "were stored inside opt.quantized(), if there are enough for each scale to tell them from float weights"
+        )
+    if doubts:
+        warnings.warn(
+            f"these layers stay as they are, since their weights may lie on levels but are not told from float "
+            f"weights: {doubtful}; {way} them",
+            stacklevel=3,
         )
     return found
+
+
+def _refuse_computed(model: nn.Module) -> None:
+    """Raises ValueError for tensors with a graph, which hooks put in the place of parameters: they cannot be copied."""
+    for name, module in model.named_modules():
+        for key, value in {**module._buffers, **vars(module)}.items():
+            if not isinstance(value, Tensor) or value.is_leaf:
+                continue
+            known = (*module._parameters, *module._buffers)
+            layer = name or "the model"
+            if f"{key}_g" in known:
+                way = f"call torch.nn.utils.remove_weight_norm(layer, {key!r})"
+            elif f"{key}_mask" in known:
+                way = f"call torch.nn.utils.prune.remove(layer, {key!r})"
+            elif f"{key}_orig" in known:
+                way = f"call torch.nn.utils.remove_spectral_norm(layer, {key!r})"
+            else:
+                way = "detach or delete it"
+            raise ValueError(
+                f"{_full(name, key)} is computed from other tensors and part of a graph, so that {layer} cannot be "
+                f"copied: {way} first"
+            )
 
 
 def pack(
@@ -131,8 +223,10 @@ def pack(
         opt: the optimizer of this package that trains ``model``, also in the wrappers of accelerate and Lightning.
             None: the levels are read off the weights, for models whose weights were stored inside
             ``opt.quantized()``. What lies on 2, 3, 4, 8 or 16 uniform levels, with one scale for the tensor, a row or
-            a group of a row, at least 8 weights for each and weights of both signs, is packed with the fewest levels;
-            the rest stays as it is (:func:`quantopt.reference.reading.read_levels`).
+            a group of a row, at least 8 weights for each (and 4 that are not zero, in the mean) and weights of both
+            signs, is packed with the fewest levels (:func:`quantopt.reference.reading.read_levels`). The rest stays as
+            it is; a warning names the layers that fit levels with less evidence than that. A layer with one weight for
+            each scale fits in any case and is not named.
         compute: "auto" (which is "exact"), "exact", "bf16" or "int8", for all packed layers.
         fold_batchnorm: fold a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into the
             layer's scale and bias, and a following ReLU, GELU or SiLU module into its epilogue. A folded module is
@@ -154,7 +248,8 @@ def pack(
     Raises:
         TypeError: an argument of another kind.
         ValueError: nothing is packed: ``opt`` quantises no weight of the model, or none that can be packed; without
-            ``opt``, no weight lies on levels.
+            ``opt``, no weight lies on levels. Or ``model`` has a part of the weights that ``opt`` quantises, and others
+            that ``opt`` does not know, as a copy in part; or a hook computes a weight (weight_norm, prune).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -171,22 +266,21 @@ def pack(
                 "the whole state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True), load it into a model that is not sharded, and call pack(model) on that"
             )
+    _refuse_computed(model)
     quantised = _on_levels(model) if opt is None else _quantised_by(model, opt)
     layers = _packable(model, quantised, read=opt is None)
     foldable = [layer for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
     chains = (
         {id(c.layer): c for c in folding.find_chains(model, foldable)} if fold_batchnorm and foldable else {}
     )
-    tensors: dict[Tensor, Tensor] = {}
+    tensors: dict[_Key, Tensor] = {}
     replaced: dict[int, Any] = {}  # deepcopy's memo: it takes the packed layer wherever the layer occurs
     for module in layers:
-        weight: Tensor = module.weight
-        codes = quantised[module.weight]
-        if opt is not None and is_transposed(module):
-            codes = codes.transposed()
-        if weight not in tensors:
-            tensors[weight] = _bits(codes)
-        bits, scale = tensors[weight], codes.scale
+        key = _key(module, module.weight)
+        codes = quantised[key]
+        if key not in tensors:
+            tensors[key] = _bits(codes)
+        bits, scale = tensors[key], codes.scale
         bias = module.bias if isinstance(module.bias, Tensor) else None
         _, norm, activation = chains.get(id(module), (module, None, None))
         if norm is not None:
@@ -214,38 +308,34 @@ def pack(
     if opt is not None:
         copies = dict(result.named_parameters(remove_duplicate=False))
         for name, p in model.named_parameters(remove_duplicate=False):
-            if name in copies and p in quantised:
-                copies[name].data = _projected(p, quantised[p])
+            if name in copies and (p, False) in quantised:
+                copies[name].data = _projected(p, quantised[p, False])
     return result
 
 
-def _packable(model: nn.Module, quantised: dict[nn.Parameter, _Codes], read: bool) -> list[Any]:
-    """The layers that are packed. A warning names the quantised weights that none of them has, with the reasons.
+def _packable(model: nn.Module, quantised: dict[_Key, _Codes], read: bool) -> list[Any]:
+    """The layers that are packed. A warning names the others that have a quantised weight, with the reasons.
 
-    ``read``: the codes of a transposed weight are those of its transpose."""
+    ``read``: the codes are those of weights that lie on levels."""
+    params = {p for p, _ in quantised}
     layers: list[nn.Module] = []
-    faults: dict[nn.Parameter, str] = {}
-    names: dict[nn.Parameter, str] = {}
+    left: dict[str, list[str]] = {}
     for module_name, module in model.named_modules():
         for key, p in module._parameters.items():
-            if p is None or p not in quantised:
+            if p is None or p not in params or (read and isinstance(module, nn.Embedding)):
                 continue
-            names.setdefault(p, f"{module_name}.{key}".lstrip("."))
             fault = fault_of(module) if key == "weight" else "not the weight of a layer"
-            if not fault and not read and is_transposed(module) and quantised[p].scale.numel() > 1:
+            if not fault and _key(module, p) not in quantised:
                 fault = (
                     "a Conv1D with a scale for each input (call quantopt.nn.conv1d_to_linear(model) before the "
                     "optimizer is made)"
+                    if is_transposed(module)
+                    else "tied to a Conv1D, with a scale for each input"
                 )
             if fault:
-                faults.setdefault(p, fault)
+                left.setdefault(fault, []).append(_full(module_name, key))
             else:
                 layers.append(module)
-    packed = {layer._parameters["weight"] for layer in layers}
-    left: dict[str, list[str]] = {}
-    for p, fault in faults.items():
-        if p not in packed:
-            left.setdefault(fault, []).append(names[p])
     reasons = "; ".join(f"{', '.join(named)}: {fault}" for fault, named in left.items())
     if not layers:
         raise ValueError(f"no quantised weight of the model can be packed: {reasons}")
