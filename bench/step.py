@@ -5,9 +5,9 @@
 One process, one device, the peers of a case interleaved, medians. `flat` cases are one buffer, on which all peers work
 (where three large arrays lie relative to each other is worth 20 % on some machines); `list` cases are whole
 optimizer steps over a model's parameters. `probe` is the memory limit: our base rule (p, g and m read, p and m
-written, two multiplications), which moves the same bytes per parameter as the rule; with a latent, the base rule with
-master weights. A peer is timed only if its first step moves the weights as it should: the rows of others say what they
-did instead.
+written, two multiplications), which moves the same bytes per parameter as the rule; with a latent, the base rule and a
+copy of the latent. A peer is timed only if its first step moves the weights as it should: the rows of others say what
+they did instead.
 """
 
 import argparse
@@ -78,6 +78,8 @@ def flat(rule: str, n: int, eager: bool = False, epsilon: float = EPSILON) -> li
         rule, "sgd", [p], [g], [m], empty, latents, [torch.ones(1)], empty, empty, hyper_tensor(**numbers)
     )
     base_step = record._replace(rule="none", scales=empty, hyper=hyper_tensor(lr=LR, momentum=BETA))
+    if latents:  # at kappa = 0 a copy of the latent
+        base_step = record._replace(rule="alternating", hyper=hyper_tensor(lr=LR, momentum=BETA))
     sgd = torch.optim.SGD([weight], lr=LR, momentum=BETA, fused=True)
     sgd.state[weight]["momentum_buffer"] = m
     compiled = compiled_reference(rule, epsilon)
@@ -128,7 +130,7 @@ def fault(opt: torch.optim.Optimizer, params: list[nn.Parameter]) -> str | None:
         total += p.numel()
     return (
         None
-        if right > 0.999 * total
+        if right > 0.99 * total
         else f"its first step is right for {100 * right / total:.0f} % of the weights"
     )
 
@@ -223,7 +225,7 @@ def sharded_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
     """DTensors on a mesh of this process alone."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -231,7 +233,7 @@ def sharded_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
     params = []
     for p in parameters(shapes, torch.float32):
         sharded = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
-        sharded.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        sharded.grad = DTensor(p.grad, sharded._spec, requires_grad=False)  # one layout object, as in FSDP2
         params.append(sharded)
     return params
 

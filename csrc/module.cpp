@@ -72,10 +72,16 @@ PyObject* shard_of(PyObject* tensor) {
 
 // Whether a DTensor and its gradient are laid out alike over the ranks.
 bool placed_alike(PyObject* param, PyObject* grad) {
+  static PyObject* const spec = PyUnicode_InternFromString("_spec");  // FSDP2 gives both the same
   static PyObject* const name = PyUnicode_InternFromString("placements");
-  const py::object a = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
-  const py::object b = py::reinterpret_steal<py::object>(a ? PyObject_GetAttr(grad, name) : nullptr);
-  const int alike = b ? PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) : -1;
+  const auto get = [](PyObject* object, PyObject* attribute) {
+    return py::reinterpret_steal<py::object>(object ? PyObject_GetAttr(object, attribute) : nullptr);
+  };
+  const py::object spec_a = get(param, spec), spec_b = get(grad, spec);
+  if (spec_a && spec_a.is(spec_b)) return true;
+  PyErr_Clear();
+  const py::object a = get(param, name), b = get(grad, name);
+  const int alike = a && b ? PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) : -1;
   if (alike < 0) PyErr_Clear();
   return alike > 0;
 }
