@@ -29,7 +29,8 @@ bool takes_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryArguments&
                [[maybe_unused]] int64_t rows) {
 #ifdef QUANTOPT_HAVE_AMX
   return isa == Isa::amx && (w.quantize || w.round) && w.group_size == 0 && w.inputs > 0 &&
-         amx::binary_amx_covers(w.quantize, w.plane_weights.data(), w.planes(), rows);
+         rows >= amx::least_rows(w.quantize) &&
+         amx::binary_amx_covers(w.quantize, w.plane_weights.data(), w.planes());
 #else
   return false;
 #endif

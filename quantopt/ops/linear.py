@@ -154,8 +154,8 @@ def binary_linear(
             0.4 % of its size in practice. A row of x with an infinity or NaN gives NaN.
             "bf16": x is first rounded to the nearest bfloat16, by at most 2^-8 of each |x| (more for denormals; from
             2^128 - 2^119 on it gives an infinity), the rest is as in "exact", y of the type of x. Where x is bfloat16
-            nothing is rounded. On a GPU fp32 x is then multiplied once, not in three parts; on a CPU with AMX 8 rows or
-            more run on its tiles, which take denormals of x and of sums as zero. Elsewhere it saves nothing.
+            nothing is rounded. On a GPU fp32 x is then multiplied once, not in three parts; on a CPU with AMX 13 rows
+            or more run on its tiles, which take denormals of x and of sums as zero. Elsewhere it saves nothing.
         group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
         plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1.
         tiles: :func:`binary_tiles` of these bits, if derived before (saves time when x has few rows).
@@ -163,7 +163,7 @@ def binary_linear(
             before y is rounded to its type.
 
     Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
-    for any number of threads or rows ("bf16" with AMX: for any 8 rows or more, and for any fewer). On a GPU the order
+    for any number of threads or rows ("bf16" with AMX: for any 13 rows or more, and for any fewer). On a GPU the order
     depends on the sizes and the device, never on the run; in "int8" mode without groups the sums are whole numbers and
     y is that of the CPU. There "exact" multiplies fp32 x in three bfloat16 parts that add up to it. In "exact" and
     "bf16" mode infinities and NaN propagate as in a dense layer, on the CPU whatever the planes; on a GPU an infinity

@@ -14,8 +14,8 @@ namespace quantopt {
 // The product in two calls, the second from part `cut` on. Returns what the emulated processor objected to,
 // or null.
 const char* conv_on_emulated_amx(const ConvProblem& c, int64_t cut) {
-  const int64_t rows = c.images * c.out_height * c.out_width, parts = amx::binary_amx_parts(c);
-  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes, rows)) return "not for AMX";
+  const int64_t parts = amx::binary_amx_parts(c);
+  if (!amx::binary_amx_covers(c.q != nullptr, c.plane_weights, c.planes)) return "not for AMX";
   if (cut < 0 || cut > parts) return "there are not so many parts";
   amx_state().fault = nullptr;
   for (const auto& [begin, end] : {std::pair{int64_t{0}, cut}, std::pair{cut, parts}}) {

@@ -300,10 +300,10 @@ void multiply_parts(const ConvProblem& c, int64_t begin, int64_t end, void* base
 
 }  // namespace
 
-bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, int64_t rows) {
+bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes) {
   int64_t most = 0;
   for (int64_t plane = 0; plane < planes; ++plane) most += plane_weights[plane];
-  return most <= (int8 ? 127 : 256) && rows >= kLeastRows;
+  return most <= (int8 ? 127 : 256);
 }
 
 int64_t binary_amx_parts(const ConvProblem& c) {

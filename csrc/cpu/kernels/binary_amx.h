@@ -7,14 +7,14 @@
 
 namespace quantopt::amx {
 
-// Rows from which AMX is used in place of lookups, estimated: a prototype with int8 took, for 4096x4096 on a
-// processor with AMX, 0.24 ms for 8 rows and 1.70 ms for 128 (bfloat16 has twice as much to multiply);
-// lookups in fp32 take 0.84 ms for 8 rows and 13 ms for 128 on Zen 4.
-constexpr int64_t kLeastRows = 8;
+// Fewest rows with which tiles take less time than lookups. Measured for 4096x4096 on an Intel Xeon (family
+// 6, model 207), one thread, while its tile loads and products overlapped: in int8 lookups took 0.73 ms with
+// 8 rows and 1.54 with 16, tiles 1.26 and 1.35; in bf16 1.12 and 2.38, 1.58 and 1.87. The lines meet at these
+// rows. Other sizes and processors are not measured.
+constexpr int64_t least_rows(bool int8) { return int8 ? 14 : 13; }
 
-// Whether the products are ones for this kernel: enough rows of y, and levels that are exact as a signed byte
-// (with int8 activations) or as bfloat16.
-bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes, int64_t rows);
+// Whether the levels are exact as a signed byte (with int8 activations) or as bfloat16.
+bool binary_amx_covers(bool int8, const int32_t* plane_weights, int64_t planes);
 
 // Parts of the work, of about as many operations each: bands of outputs of a block of rows, block after
 // block.
