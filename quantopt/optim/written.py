@@ -191,7 +191,9 @@ class _Comparison:
             return False
         hi, levels = self._outer_level()
         (numbers,) = self._numbers(origin)
-        p, _ = ENDS[origin.rule](self.behind, hi, levels, SimpleNamespace(**numbers))
+        p, other_end = ENDS[origin.rule](self.behind, hi, levels, SimpleNamespace(**numbers))
+        if p is not other_end:
+            return False
         if self.weight.dtype != self.behind.dtype:
             return torch.equal(self.weight, p.to(self.weight.dtype))
         return torch.allclose(self.weight, p, rtol=1e-7, atol=1e-6 * float(hi.min()))
