@@ -5,9 +5,8 @@ from typing import Any
 
 # Parts that torch.compile, FSDP1 and activation checkpointing add to the names of parameters, at any depth.
 _NAME_PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-_PARALLEL = (
-    "module"  # added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names
-)
+# Added by DataParallel, DistributedDataParallel and AveragedModel, in front of all names.
+_PARALLEL = "module"
 
 
 def plain_names(names: Iterable[str]) -> list[str]:

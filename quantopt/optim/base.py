@@ -189,6 +189,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         """The rule of a group, "none" where it is not quantised."""
         return self._rule(group) if group["bits"] != 0 else "none"
 
+    def name_of_param(self, group: dict[str, Any], p: nn.Parameter) -> str:
+        """:meth:`name_of` the parameter itself."""
+        return self.name_of(group, next(i for i, own in enumerate(group["params"]) if own is p))
+
     def name_of(self, group: dict[str, Any], index: int) -> str:
         """A parameter of a group, for messages."""
         names = group.get("param_names")
@@ -208,9 +212,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         captured graph goes on with them. Raises ValueError if the state does not fit the parameters, or names differ;
         nothing is changed then.
         """
-        if (
-            optimizer := unwrapped(self)
-        ) is not self:  # Lightning's wrapper, which would keep the state for itself
+        optimizer = unwrapped(self)
+        if optimizer is not self:  # self is Lightning's wrapper, which would keep the state for itself
             optimizer.load_state_dict(state_dict)
             return
         self._refuse_inside_views("load_state_dict()")
@@ -226,9 +229,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         loaded: list[tuple[nn.Parameter, dict[str, Any]]] = []
         notes: list[str | None] = []
 
-        def check(
-            _: torch.optim.Optimizer, given: dict[str, Any]
-        ) -> dict[str, Any]:  # after the user's hooks
+        # after the user's hooks
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             given = self._fitting(given)
             loaded.extend(state.flat_states(self, given))
             notes.append(keep_position(groups, given["param_groups"]))
@@ -387,7 +389,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         for group, chosen in zip(groups, indices, strict=True):
             state.ensure(self, group, chosen, stepping=True)
         for step in self._group_steps:
-            self._written.retire(step)
+            if any(step.group is group for group in groups):
+                self._written.retire(step)
         steps: dict[int, GroupStep] = dict(enumerate(self._group_steps))
         for i, group, chosen in zip(stale, groups, indices, strict=True):
             before = next((step for step in self._group_steps if step.group is group), None)

@@ -85,6 +85,7 @@ class GroupStep:
         self.buckets = [
             Bucket(opt, group, group_index, self.hyper, params, self.left_out) for params in parts.values()
         ]
+        self.counted = any(bucket.counted for bucket in self.buckets)
         self.on_cuda = any(bucket.device.type == "cuda" for bucket in self.buckets)
         # Buckets whose plan looks up the gradients also see whether a parameter that was left out has one now.
         self.looks_at_left_out = not any(bucket.finds_gradients for bucket in self.buckets)
@@ -126,7 +127,7 @@ class GroupStep:
 
     def took_up(self, opt: LevelOptimizer) -> bool:
         """Whether writes of others are all that has changed. What they wrote is taken up then."""
-        if not (self.is_current and self.has_stepped and any(bucket.counted for bucket in self.buckets)):
+        if not (self.is_current and self.has_stepped and self.counted):
             return False
         for bucket in self.buckets:
             for i in bucket.written():
@@ -148,7 +149,7 @@ class GroupStep:
         elif self.on_cuda:
             self._refuse_capture()
         grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
-        if found_inf is not None or values.get("lr") == 0:  # the weights stay, or may stay
+        if self.counted and (found_inf is not None or values.get("lr") == 0):  # the weights stay, or may stay
             if self.used is None:
                 self.used = self.hyper.clone() if self.has_stepped else torch.zeros_like(self.hyper)
         elif self.used is not None:
@@ -231,9 +232,8 @@ class Bucket:
         ]
         self.plan: Any = None
         self.finds_gradients = False
-        self.watch: Any = (
-            None  # whether weights and state lie in memory as they did, and nobody has written to them
-        )
+        # Whether weights and state lie in memory as they did, and nobody has written to them.
+        self.watch: Any = None
         # Where p is a function of other tensors, a value that somebody else has written to it is taken up by those.
         self.counted = bool(self.record.latents)
         counted: list[Tensor] = []

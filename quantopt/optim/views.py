@@ -35,10 +35,9 @@ def quantised_params(opt: LevelOptimizer) -> Iterator[tuple[dict[str, Any], nn.P
 def operand(opt: LevelOptimizer, p: nn.Parameter) -> Tensor:
     """The full-precision tensor behind a quantised weight: its latent, its master weights, or itself."""
     own = opt.state[p]
-    if p in opt._written.strange:  # its state is of other weights
-        return p.detach().to(next(t for key in ("latent", "master") if (t := own.get(key)) is not None).dtype)
     value: Tensor = own.get("latent", own.get("master", p.detach()))
-    return value
+    # Of a loaded state that is of other weights, the weights count.
+    return p.detach().to(value.dtype) if p in opt._written.strange else value
 
 
 def max_level(opt: LevelOptimizer, group: dict[str, Any], p: nn.Parameter) -> Tensor:
@@ -85,10 +84,9 @@ def swapped(
 
 
 def _warn_of_write(opt: LevelOptimizer, group: dict[str, Any], p: nn.Parameter) -> None:
-    name = opt.name_of(group, next(i for i, own in enumerate(group["params"]) if own is p))
     warnings.warn(
-        f"{name} was written to inside quantized() or latent(); the weights from before are restored now, and what was "
-        "written is lost. Write outside of the context",
+        f"{opt.name_of_param(group, p)} was written to inside quantized() or latent(); the weights from before are "
+        "restored now, and what was written is lost. Write outside of the context",
         stacklevel=4,
     )
 

@@ -122,7 +122,7 @@ class Record:
         if changed is None:
             self.strange.discard(p)
         else:
-            name = opt.name_of(group, next(i for i, own in enumerate(group["params"]) if own is p))
+            name = opt.name_of_param(group, p)
             if origin is None and p not in self.strange:
                 warnings.warn(
                     f"{name} does not hold the weights that its loaded state belongs to. Its weights count: its {key} "
@@ -167,6 +167,7 @@ class _Comparison:
     ) -> None:
         self.opt, self.group, self.p = opt, group, p
         self.weight, self.w, self.behind, self.master = weight, weight.to(behind.dtype), behind, master
+        self.drawn = opt._written.drawn.get(p) if group.get("stochastic") else None
 
     def changed(self, origin: Origin | None) -> Tensor | None:
         """The elements that are not what ``origin`` gives; None: there are none.
@@ -187,7 +188,7 @@ class _Comparison:
 
     def _is_as_given(self, origin: Origin) -> bool:
         """A few operations that see in most cases that nothing has changed."""
-        if self.master or origin.rule not in ENDS or self.p in self.opt._written.drawn:
+        if self.master or origin.rule not in ENDS or self.drawn is not None:
             return False
         hi, levels = self._outer_level()
         (numbers,) = self._numbers(origin)
@@ -213,9 +214,8 @@ class _Comparison:
         hi, levels = self._outer_level()
         rounding = 1e-6 * hi
         w = self.w
-        if self.p in self.opt._written.drawn:  # whatever the sign of the latent
-            signs = unpack_signs(self.opt._written.drawn[self.p], w.numel()).view(w.shape).to(w.dtype)
-            ends = [hi * signs]
+        if self.drawn is not None:  # whatever the sign of the latent
+            ends = [hi * unpack_signs(self.drawn, w.numel()).view(w.shape).to(w.dtype)]
         else:
             # Of a latent between two levels, rounding decides which one is nearer.
             around = (self.behind - rounding, self.behind + rounding)
