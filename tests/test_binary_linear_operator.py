@@ -46,8 +46,8 @@ def test_tiles_are_the_same_bits() -> None:
         padded = torch.zeros(2, 192, 2 * count, dtype=torch.uint8)
         padded[:, :170, : bits.shape[2]] = bits
         words = padded.view(torch.int16).view(2, 6, 32, count).permute(0, 3, 1, 2)  # [plane, word, tile, row]
-        bands = [band.reshape(2, -1) for chunk in words.split(16, dim=1) for band in chunk.split(4, dim=2)]
-        assert torch.equal(tiles, torch.cat(bands, dim=1))
+        chunks = [chunk.transpose(1, 2).reshape(2, -1) for chunk in words.split(16, dim=1)]
+        assert torch.equal(tiles, torch.cat(chunks, dim=1))
 
 
 @needs_extension

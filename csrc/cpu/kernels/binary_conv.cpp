@@ -305,7 +305,7 @@ void add_taps(const Call<Form>& call, const Chunk<Form>& chunk, const Tap<typena
   const ConvProblem& c = call.c;
   const int64_t all_taps = c.kernel[0] * c.kernel[1];
   const int64_t tap_size = tile_count(c.outputs) * kTileRows * tile_words(c.channels);
-  const int64_t offset = band_offset(c.outputs, c.channels, 0, chunk.first, begin);
+  const int64_t offset = tile_offset(c.outputs, c.channels, 0, chunk.first, begin);
   for (int64_t plane = 0; plane < c.planes; ++plane) {
     Segment<typename Form::Entry, MR> segments[kMostTaps];
     for (int64_t t = 0; t < tap_count; ++t) {

@@ -22,23 +22,21 @@ inline int64_t row_steps(const ConvProblem& c) { return (row_words(c) + kStepWor
 // The words of weights `word` (of the row) of 32 rows; zero beyond the last.
 struct Words {
   const ConvProblem& c;
-  int64_t tile, per_tap, taps, tap_size, band, width;
+  int64_t tile, per_tap, taps, tap_size;
 
   Words(const ConvProblem& conv, int64_t tile)
       : c(conv),
         tile(tile),
         per_tap(tile_words(conv.channels)),
         taps(conv.kernel[0] * conv.kernel[1]),
-        tap_size(tile_count(conv.outputs) * kTileRows * tile_words(conv.channels)),
-        band(tile / kBandTiles * kBandTiles),
-        width(band_tiles(conv.outputs, band)) {}
+        tap_size(tile_count(conv.outputs) * kTileRows * tile_words(conv.channels)) {}
 
   __m512i operator()(int64_t plane, int64_t word) const {
     if (word >= taps * per_tap) return _mm512_setzero_si512();
     const int64_t tap = word / per_tap, in_tap = word % per_tap, chunk = in_tap / kChunkWords;
     return _mm512_loadu_si512(c.tiles + (plane * taps + tap) * tap_size +
-                              band_offset(c.outputs, c.channels, 0, chunk * kChunkWidth, band) +
-                              (in_tap % kChunkWords * width + tile - band) * kTileRows);
+                              tile_offset(c.outputs, c.channels, 0, chunk * kChunkWidth, tile) +
+                              in_tap % kChunkWords * kTileRows);
   }
 };
 

@@ -197,19 +197,16 @@ void grouped_tiles(const LinearProblem& p, const uint16_t* w, int64_t first, int
   const float weight = static_cast<float>(p.plane_weights[plane]);
   const GroupsMet met(p, first);
   float factor[kChunkWords][kTileRows];
-  for (; tile < end; tile += kBandTiles) {
-    const int64_t width = band_tiles(p.outputs, tile);
-    for (int64_t r = 0; r < width; ++r, total += MR) {
-      group_scales(p, tile + r, met.first, met.count, weight, factor);
-      each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
-        const Pair scales = load_tile(factor[g - met.first]);
-        Segment<float, MR> segment;
-        segment.w = w + (k * width + r) * kTileRows;
-        for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + k * kFloatTables;
-        float_span<MR, 1>(&segment, 1, width, last - k, &scales, total);
-      });
-    }
-    w += width * chunk_words(p.inputs, first) * kTileRows;
+  for (; tile < end; ++tile, total += MR) {
+    group_scales(p, tile, met.first, met.count, weight, factor);
+    each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
+      const Pair scales = load_tile(factor[g - met.first]);
+      Segment<float, MR> segment;
+      segment.w = w + k * kTileRows;
+      for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + k * kFloatTables;
+      float_span<MR, 1>(&segment, 1, 0, last - k, &scales, total);
+    });
+    w += chunk_words(p.inputs, first) * kTileRows;
   }
 }
 
@@ -235,7 +232,8 @@ void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int
     });
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const float weight = static_cast<float>(p.plane_weights[plane]);
-      const uint16_t* w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
+      const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
+      const int64_t pitch = chunk_words(p.inputs, first);
       Pair* to = total;
       for (int64_t tile = begin; tile < end; tile += kBandTiles) {
         const int64_t width = band_tiles(p.outputs, tile);
@@ -246,16 +244,16 @@ void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int
         each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
           ShortSums sums[kBandTiles * MR];
           Segment<int16_t, MR> segment;
-          segment.w = w + k * width * kTileRows;
+          segment.w = w + k * kTileRows;
           for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + offset[group];
-          span_tiles<MR>(&segment, 1, last - k, width, false, sums);
+          span_tiles<MR>(&segment, 1, pitch, last - k, width, false, sums);
           for (int64_t r = 0; r < width; ++r) {
             const Pair scales = load_tile(factor[r][g - met.first]);
             for (int i = 0; i < MR; ++i) add_scaled(sums[r * MR + i], all[group][i], scales, to[r * MR + i]);
           }
           ++group;
         });
-        w += width * chunk_words(p.inputs, first) * kTileRows;
+        w += width * pitch * kTileRows;
         to += width * MR;
       }
     }
@@ -299,9 +297,9 @@ void integer_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end
     for (int i = 0; i < MR; ++i) most[i] = sizes[i] + (waiting ? most[i] : 0);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       Segment<int16_t, MR> segment;
-      segment.w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
+      segment.w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
       for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i];
-      span_tiles<MR>(&segment, 1, words, end - begin, waiting, sums);
+      span_tiles<MR>(&segment, 1, words, words, end - begin, waiting, sums);
       waiting = true;
       if (p.planes > 1) add(p.plane_weights[plane]);
     }
@@ -332,7 +330,7 @@ void float_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) 
       make_tables(p.x + (m + i) * p.inputs + first, width, tables[i]);
     }
     for (int64_t plane = 0; plane < p.planes; ++plane) {
-      const uint16_t* w = p.tiles + band_offset(p.outputs, p.inputs, plane, first, begin);
+      const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
       if (p.group != 0) {
         grouped_tiles<MR>(p, w, first, plane, begin, end, at, total);
       } else {

@@ -35,12 +35,12 @@ struct LinearProblem {
 };
 
 // Tiles: bits in 16-bit words, those of 32 rows side by side. The words of a row come in chunks of 16 (256
-// weights), the last chunk shorter, and the tiles in bands of 4, the last band narrower:
-// [plane][chunk][band][word][tile of the band][row of the tile]; zero where there is no weight.
-constexpr int64_t kBandTiles = 4;
-constexpr int64_t kBandRows = kBandTiles * kTileRows;
+// weights), the last chunk shorter: [plane][chunk][tile][word of the chunk][row of the tile]; zero where
+// there is no weight. Lookups take bands of 4 tiles together.
 constexpr int64_t kChunkWords = 16;
 constexpr int64_t kChunkWidth = 16 * kChunkWords;
+constexpr int64_t kBandTiles = 4;
+constexpr int64_t kBandRows = kBandTiles * kTileRows;
 
 constexpr int64_t tile_count(int64_t outputs) { return (outputs + kTileRows - 1) / kTileRows; }
 // Words that hold a row.
@@ -55,8 +55,8 @@ constexpr int64_t band_tiles(int64_t outputs, int64_t tile) {
   const int64_t rest = tile_count(outputs) - tile;
   return rest < kBandTiles ? rest : kBandTiles;
 }
-// Where the words of the band begin whose first tile is `tile`, for the chunk whose first weight is `first`.
-constexpr int64_t band_offset(int64_t outputs, int64_t inputs, int64_t plane, int64_t first, int64_t tile) {
+// Where the words of a tile begin in the chunk whose first weight is `first`.
+constexpr int64_t tile_offset(int64_t outputs, int64_t inputs, int64_t plane, int64_t first, int64_t tile) {
   const int64_t tiles = tile_count(outputs);
   return kTileRows *
          (plane * tiles * tile_words(inputs) + tiles * (first / 16) + tile * chunk_words(inputs, first));

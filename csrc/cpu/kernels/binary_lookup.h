@@ -31,8 +31,8 @@ constexpr int64_t kRowsTogether = 4;
 constexpr int64_t kBlockTiles = 128;
 static_assert(kChunkWidth * 127 < 32768);  // sums of a chunk fit 16 bits
 
-// A run of words of tiles and the tables that they index: those of one chunk, or of a few kernel positions of
-// a convolution.
+// A run of words of a tile and the tables that they index: those of one chunk, or of a few kernel positions
+// of a convolution. The same words of the next tile are `pitch` words, of a chunk, on.
 template <class Entry, int MR>
 struct Segment {
   const uint16_t* w;        // words of the first tile
@@ -60,38 +60,37 @@ struct WholeSums {
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
-// Sums of `count` tiles from the beginning of a band over some words of all segments: in place of those in
-// `sums`, or added to them. The segments are moved on.
+// Sums of `count` tiles over some words of all segments: in place of those in `sums`, or added to them. The
+// segments are moved on.
 template <int MR>
-inline void span_tiles(Segment<int16_t, MR>* segment, int64_t segments, int64_t words, int64_t count,
-                       bool add, ShortSums* sums) {
+inline void span_tiles(Segment<int16_t, MR>* segment, int64_t segments, int64_t pitch, int64_t words,
+                       int64_t count, bool add, ShortSums* sums) {
   for (; count >= kBandTiles; count -= kBandTiles, sums += kBandTiles * MR) {
-    integer_span<MR, 4>(segment, segments, words, add, sums);
-    for (int64_t s = 0; s < segments; ++s) segment[s].w += kBandTiles * words * kTileRows;
+    integer_span<MR, 4>(segment, segments, pitch, words, add, sums);
+    for (int64_t s = 0; s < segments; ++s) segment[s].w += kBandTiles * pitch * kTileRows;
   }
   switch (count) {
     case 0: break;
-    case 1: return integer_span<MR, 1>(segment, segments, words, add, sums);
-    case 2: return integer_span<MR, 2>(segment, segments, words, add, sums);
-    default: integer_span<MR, 3>(segment, segments, words, add, sums);
+    case 1: return integer_span<MR, 1>(segment, segments, pitch, words, add, sums);
+    case 2: return integer_span<MR, 2>(segment, segments, pitch, words, add, sums);
+    default: integer_span<MR, 3>(segment, segments, pitch, words, add, sums);
   }
 }
 static_assert(kBandTiles == 4);
 
-// The same, times `weight`, added to totals of 32 bits.
+// The same for a whole chunk, times `weight`, added to totals of 32 bits.
 template <int MR>
 inline void span_tiles(Segment<int16_t, MR>* segment, int64_t segments, int64_t words, int64_t count,
                        int32_t weight, IntegerPair* total) {
   for (; count > 0; count -= kBandTiles, total += kBandTiles * MR) {
     ShortSums sums[kBandTiles * MR];
     const int64_t width = count < kBandTiles ? count : kBandTiles;
-    span_tiles<MR>(segment, segments, words, width, false, sums);
+    span_tiles<MR>(segment, segments, words, words, width, false, sums);
     for (int64_t i = 0; i < width * MR; ++i) add_sums(sums[i], weight, total[i]);
   }
 }
 
-// One chunk of `count` tiles from the beginning of a band, times `weight`, added to their totals. The
-// segments are moved on.
+// One chunk of `count` tiles, times `weight`, added to their totals. The segments are moved on.
 template <int MR>
 inline void span_tiles(Segment<float, MR>* segment, int64_t segments, int64_t words, int64_t count,
                        int32_t weight, Pair* total) {
@@ -100,18 +99,13 @@ inline void span_tiles(Segment<float, MR>* segment, int64_t segments, int64_t wo
   for (float& w : weights) w = static_cast<float>(weight);
   Pair factor[NR];
   for (Pair& f : factor) f = load_tile(weights);
-  for (; count > 0; count -= kBandTiles) {
-    const int64_t width = count < kBandTiles ? count : kBandTiles;
-    int64_t r = 0;
-    for (; r + NR <= width; r += NR, total += NR * MR) {
-      float_span<MR, NR>(segment, segments, width, words, factor, total);
-      for (int64_t s = 0; s < segments; ++s) segment[s].w += NR * kTileRows;
-    }
-    for (; r < width; ++r, total += MR) {
-      float_span<MR, 1>(segment, segments, width, words, factor, total);
-      for (int64_t s = 0; s < segments; ++s) segment[s].w += kTileRows;
-    }
-    for (int64_t s = 0; s < segments; ++s) segment[s].w += width * (words - 1) * kTileRows;
+  for (; count >= NR; count -= NR, total += NR * MR) {
+    float_span<MR, NR>(segment, segments, words, words, factor, total);
+    for (int64_t s = 0; s < segments; ++s) segment[s].w += NR * words * kTileRows;
+  }
+  for (; count > 0; --count, total += MR) {
+    float_span<MR, 1>(segment, segments, words, words, factor, total);
+    for (int64_t s = 0; s < segments; ++s) segment[s].w += words * kTileRows;
   }
 }
 

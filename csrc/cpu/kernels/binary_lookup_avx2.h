@@ -92,17 +92,16 @@ inline __m256i load_words(const uint16_t* w) {
 }
 
 // total[r MR + i] += factor[r] * (lookups of `words` words of tile r in the tables of row i, all segments).
-// `width`: tiles of the band.
 template <int MR, int NR>
-__attribute__((noinline)) void float_span(const Segment<float, MR>* segments, int64_t segment_count,
-                                          int64_t width, int64_t words, const Pair* factor, Pair* total) {
+__attribute__((noinline)) void float_span(const Segment<float, MR>* segments, int64_t segment_count, int64_t,
+                                          int64_t words, const Pair* factor, Pair* total) {
   static_assert(NR == 1);
   for (int half = 0; half < 2; ++half) {
     __m256 even[MR], odd[MR];
     for (int i = 0; i < MR; ++i) even[i] = odd[i] = _mm256_setzero_ps();
     for (int64_t s = 0; s < segment_count; ++s) {
       const uint16_t* w = segments[s].w + 16 * half;
-      for (int64_t k = 0; k < words; ++k, w += width * kTileRows) {
+      for (int64_t k = 0; k < words; ++k, w += kTileRows) {
         const __m256i v = load_words(w);
         QUANTOPT_UNROLL for (int j = 0; j < 6; ++j) {
           const __m256i low = _mm256_srli_epi32(v, 3 * j), high = _mm256_srli_epi32(v, 16 + 3 * j);
@@ -121,11 +120,11 @@ __attribute__((noinline)) void float_span(const Segment<float, MR>* segments, in
   }
 }
 
-// sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for a whole
-// band of NR tiles; such that what is added up stays within 16 bits.
+// sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for NR
+// tiles; such that what is added up stays within 16 bits.
 template <int MR, int NR>
 __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segments, int64_t segment_count,
-                                            int64_t words, bool add, ShortSums* sums) {
+                                            int64_t pitch, int64_t words, bool add, ShortSums* sums) {
   const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
   for (int r = 0; r < NR; ++r, sums += MR) {
     __m256i acc[MR][2];
@@ -133,8 +132,8 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segments
       for (int h = 0; h < 2; ++h) acc[i][h] = add ? sums[i].rows[h] : _mm256_setzero_si256();
     }
     for (int64_t s = 0; s < segment_count; ++s) {
-      const uint16_t* w = segments[s].w + r * kTileRows;
-      for (int64_t k = 0; k < words; ++k, w += NR * kTileRows) {
+      const uint16_t* w = segments[s].w + r * pitch * kTileRows;
+      for (int64_t k = 0; k < words; ++k, w += kTileRows) {
         const __m256i a = load_words(w), b = load_words(w + 16);
         const __m256i bytes[2] = {_mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)),
                                   _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8))};

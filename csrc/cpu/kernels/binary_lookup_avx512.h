@@ -179,9 +179,9 @@ inline __attribute__((always_inline)) void prefetch(const uint16_t* w) {
 }
 
 // total[r MR + i] += factor[r] * (lookups of `words` words of tile r in the tables of row i, all segments).
-// `width`: tiles of the band. The totals are in memory: all registers go to the sums of one call.
+// The totals are in memory: all registers go to the sums of one call.
 template <int MR, int NR>
-__attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int64_t segments, int64_t width,
+__attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int64_t segments, int64_t pitch,
                                           int64_t words, const Pair* factor, Pair* total) {
   const __m512 one = _mm512_set1_ps(1.0f);
   __m512 even[MR][NR], odd[MR][NR];
@@ -192,12 +192,12 @@ __attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int
     const uint16_t* w = segment->w;
     const float* at[MR];
     QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) at[i] = segment->tables[i];
-    for (int64_t k = 0; k < words; ++k, w += width * kTileRows) {
+    for (int64_t k = 0; k < words; ++k, w += kTileRows) {
       __m512i v[NR];
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        v[r] = _mm512_loadu_si512(w + r * kTileRows);
+        v[r] = _mm512_loadu_si512(w + r * pitch * kTileRows);
         QUANTOPT_KEEP(v[r]);
-        prefetch<MR>(w + r * kTileRows);
+        prefetch<MR>(w + r * pitch * kTileRows);
       }
       QUANTOPT_UNROLL for (unsigned j = 0; j < 4; ++j) {
         __m512i low[NR], high[NR];
@@ -263,11 +263,11 @@ inline __attribute__((always_inline)) __m512i shift_in(__m512i word, __m512i nex
 #endif
 }
 
-// sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for a whole
-// band of NR tiles; such that what is added up stays within 16 bits.
+// sums[r MR + i] (+)= lookups of `words` words of tile r in the tables of row i, all segments, for NR
+// tiles; such that what is added up stays within 16 bits.
 template <int MR, int NR>
 __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment, int64_t segments,
-                                            int64_t words, bool add, ShortSums* sums) {
+                                            int64_t pitch, int64_t words, bool add, ShortSums* sums) {
   __m512i acc[MR][NR];
   QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
     QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
@@ -282,16 +282,16 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
     __m512i v[NR], next[NR], index[NR];
     const auto load = [&](int64_t word, __m512i* to) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        to[r] = _mm512_loadu_si512(w + (word * NR + r) * kTileRows);
+        to[r] = _mm512_loadu_si512(w + (r * pitch + word) * kTileRows);
         QUANTOPT_KEEP(to[r]);
-        prefetch<MR>(w + (word * NR + r) * kTileRows);
+        prefetch<MR>(w + (r * pitch + word) * kTileRows);
       }
     };
     const auto group = [&](int i, auto make) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) index[r] = make(r);
       lookup<MR, NR>(index, at, offset + 64 * i, acc);
     };
-    for (; left >= kUnitWords; left -= kUnitWords, w += kUnitWords * NR * kTileRows, offset += 8 * 64) {
+    for (; left >= kUnitWords; left -= kUnitWords, w += kUnitWords * kTileRows, offset += 8 * 64) {
       load(0, v);
       lookup<MR, NR>(v, at, offset, acc);
       group(1, [&](int r) { return _mm512_srli_epi16(v[r], 6); });
@@ -304,7 +304,7 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
       group(6, [&](int r) { return _mm512_srli_epi16(v[r], 4); });
       group(7, [&](int r) { return _mm512_srli_epi16(v[r], 10); });
     }
-    for (; left > 0; --left, w += NR * kTileRows, offset += 3 * 64) {
+    for (; left > 0; --left, w += kTileRows, offset += 3 * 64) {
       load(0, v);
       lookup<MR, NR>(v, at, offset, acc);
       group(1, [&](int r) { return _mm512_srli_epi16(v[r], 6); });

@@ -55,9 +55,8 @@ void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t
       for (int64_t i = 0; i < least(32, words - word); ++i) {
         const int64_t first =
             16 * (word + i) / kChunkWidth * kChunkWidth;  // weight at which the chunk begins
-        const int64_t in_chunk = word + i - first / 16, band = tile / kBandTiles * kBandTiles;
-        _mm512_storeu_si512(tiles + band_offset(outputs, inputs, 0, first, band) +
-                                (in_chunk * band_tiles(outputs, band) + tile - band) * kTileRows,
+        const int64_t in_chunk = word + i - first / 16;
+        _mm512_storeu_si512(tiles + tile_offset(outputs, inputs, 0, first, tile) + in_chunk * kTileRows,
                             rows[1][i]);
       }
     }
@@ -70,7 +69,6 @@ void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t
                   int64_t end) {
   const int64_t words = tile_words(inputs), bytes = row_bytes(inputs);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t band = tile / kBandTiles * kBandTiles, width = band_tiles(outputs, band);
     for (int64_t i = 0; i < kTileRows; ++i) {
       const int64_t n = tile * kTileRows + i;
       for (int64_t word = 0; word < words; ++word) {
@@ -81,8 +79,8 @@ void binary_tiles(const uint8_t* bits, int64_t outputs, int64_t inputs, uint16_t
         const int64_t rest = inputs - 16 * word;  // later bits are not weights
         if (rest < 16) value &= (1u << rest) - 1;
         const int64_t first = word / kChunkWords * kChunkWidth;
-        tiles[band_offset(outputs, inputs, 0, first, band) +
-              (word % kChunkWords * width + tile - band) * kTileRows + i] = static_cast<uint16_t>(value);
+        tiles[tile_offset(outputs, inputs, 0, first, tile) + word % kChunkWords * kTileRows + i] =
+            static_cast<uint16_t>(value);
       }
     }
   }
