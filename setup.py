@@ -57,7 +57,7 @@ ISAS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": AVX512,
     "avx512vnni": VNNI,
-    "amx": [*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "amx": [*VNNI, "-mgfni", "-mprfchw", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # Kernel file (without .cpp) -> the instruction sets it is compiled for.
 KERNELS = {
@@ -67,6 +67,7 @@ KERNELS = {
     "quantize": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_amx": ("amx",),
+    "amx_linear": ("amx",),
 }
 DEFAULT_ISAS = ("portable", "avx2", "avx512")
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cpu/amx_ops.h"
 #include "cpu/kernels/binary_amx.h"
 #include "tiles.h"
 
@@ -117,10 +118,8 @@ TilesForm linear_form(int64_t inputs) { return {inputs, 1, 1}; }
 
 }  // namespace
 
-void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
-                at::Tensor& y) {
+LinearProblem weights_of(const BinaryArguments& w) {
   LinearProblem p{};
-  p.rows = rows.count;
   p.outputs = w.outputs;
   p.inputs = w.inputs;
   p.planes = w.planes();
@@ -130,16 +129,37 @@ void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w
   p.scale_stride = w.scale_stride();
   p.group = w.group_size;
   p.bias = w.bias_or_null();
+  p.activation = w.activation;
+  return p;
+}
+
+at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w) {
+  return tiles_or_derived(w.tiles, *w.given_bits, linear_form(w.inputs), at::kShort,
+                          tiles_size(w.planes(), w.outputs, w.inputs),
+                          [&] { return derive_tiles(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
+}
+
+ScaleLevels levels_of(const BinaryKernels& kernels, const BinaryArguments& w) {
+  ScaleLevels result;
+  if (w.group_size == 0 || !takes_levels(w.inputs, w.plane_weights.data(), w.planes())) return result;
+  result.levels = dense_tensor({w.outputs, w.groups}, at::kChar);
+  result.scale = dense_tensor({w.outputs}, at::kFloat);
+  quantize_rows(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups,
+                result.levels.mutable_data_ptr<int8_t>(), result.scale.mutable_data_ptr<float>());
+  return result;
+}
+
+void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
+                at::Tensor& y) {
+  LinearProblem p = weights_of(w);
+  p.rows = rows.count;
   p.x = rows.x;
   p.q = rows.q;
   p.x_scale = rows.scale;
   p.y = y.mutable_data_ptr<float>();
-  p.activation = w.activation;
   at::Tensor layout;
   if (kernels.uses_tiles(p)) {
-    layout = tiles_or_derived(w.tiles, *w.given_bits, linear_form(w.inputs), at::kShort,
-                              tiles_size(p.planes, w.outputs, w.inputs),
-                              [&] { return derive_tiles(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
+    layout = linear_tiles(kernels, w);
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   }
   if (!amx) return run(kernels, p);
@@ -167,14 +187,20 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   const BinaryArguments w =
       check_binary(x, bits, scale, bias, in_features, plane_weights, group_size, compute, tiles, activation);
   check_rows(x, w);
+  const Isa isa = active_isa();
+  const BinaryKernels kernels = binary_kernels(isa);
+  if (isa == Isa::amx) {
+    at::Tensor given = rounded(x, w);
+    if (given.scalar_type() == at::kHalf) given = given.to(at::kFloat);
+    const at::Tensor y = linear_on_amx(isa, kernels, w, given.contiguous(), {}, x.scalar_type());
+    if (y.defined()) return as_type(y, x.scalar_type());
+  }
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.outputs;
   at::Tensor y = dense_tensor(shape, at::kFloat);
   if (y.numel() > 0) {
-    const Isa isa = active_isa();
-    const BinaryKernels kernels = binary_kernels(isa);
     const int64_t count = y.numel() / w.outputs;
-    const bool amx = takes_amx(isa, w, count);
+    const bool amx = false;
     const at::Tensor values = values_of(x, w, amx, at::MemoryFormat::Contiguous);
     Rows rows = rows_of(values, count);
     c10::DataPtr memory;  // a tensor would take small products a twentieth of their time

@@ -60,6 +60,8 @@ const char* amx_refusal() {
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kOsXsave = 1u << 27;
   constexpr unsigned kNeeded = kBFloat16 | kTile | kInt8;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return kNoProcessor;
+  constexpr unsigned kGfni = 1u << 8;  // by which weights are expanded
+  if ((c & kGfni) == 0) return kNoProcessor;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsXsave) == 0) return kNoProcessor;
   uint32_t low = 0, high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

@@ -44,6 +44,11 @@ template <int T>
 inline void amx_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
 }
+// The same for what is not read again soon: it does not displace what is in the first-level cache.
+template <int T>
+inline void amx_load_once(const void* from, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
+}
 template <int T>
 inline void amx_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
@@ -107,6 +112,10 @@ inline void amx_load(const void* from, int64_t stride) {
   for (int r = 0; r < s.config.rows[T]; ++r) {
     std::memcpy(s.data[T][r], static_cast<const uint8_t*>(from) + r * stride, s.config.row_bytes[T]);
   }
+}
+template <int T>
+inline void amx_load_once(const void* from, int64_t stride) {
+  amx_load<T>(from, stride);
 }
 template <int T>
 inline void amx_store(void* to, int64_t stride) {

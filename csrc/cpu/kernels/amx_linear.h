@@ -1,0 +1,46 @@
+// y = x W^T + b with packed +-1 weights on the tile registers of AMX. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels/binary_linear.h"
+
+namespace quantopt::amx {
+
+// How x is multiplied: quantised to int8 row by row, as the bfloat16 that it is, or, in fp32, as the three
+// bfloat16 parts that add up to it. Products of bfloat16 and whole numbers up to 256 are exact, and so is
+// each row's multiplication by a power of two before and after: "exact" in the sense of fp32 sums.
+enum class Form : int32_t { int8, bfloat16, parts };
+
+// One product of packed weights with M rows of x on registers.
+struct Product {
+  LinearProblem p;  // without x, q and y; with group, levels or exact scales (see `takes`)
+  Form form;
+  const float* x;          // [M, K], or null
+  const uint16_t* x_bf16;  // the same in bfloat16, or null
+  const float* x_scale;    // the scales to quantise each row by; null: those of the rows
+  float* y;                // [M, N], or null
+  uint16_t* y_bf16;        // the same in bfloat16, or null
+  int64_t y_stride;        // elements from one row of y to the next
+};
+
+// Whether there is a kernel for these weights. With groups of scales, in int8: levels (takes_levels) of a
+// multiple of 32 weights; else groups of whole steps, 64 weights in int8 and 32 in bfloat16.
+bool takes(const Product& product);
+
+// Bytes of the rows of x as registers, of scales as the kernels read them, and of working memory of one call;
+// all aligned to 64 bytes.
+int64_t rows_memory(const Product& product);
+int64_t scales_memory(const Product& product);
+int64_t working_memory(const Product& product);
+
+// Rows [begin, end) of x, each a multiple of kRowsTogether, but the last.
+constexpr int64_t kRowsTogether = 32;
+void put_rows(const Product& product, int64_t begin, int64_t end, void* rows);
+// Scales of the groups of tiles [begin, end) of outputs; nothing without groups.
+void put_scales(const Product& product, int64_t begin, int64_t end, void* scales);
+// y of rows [row_begin, row_end) and tiles [begin, end) of outputs. The sums of a row depend on K alone.
+void multiply(const Product& product, const void* rows, const void* scales, int64_t row_begin,
+              int64_t row_end, int64_t begin, int64_t end, void* memory);
+
+}  // namespace quantopt::amx
