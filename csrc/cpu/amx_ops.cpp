@@ -1,12 +1,13 @@
 #include "cpu/amx_ops.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/kernels/amx_linear.h"
+#include "cpu/scratch.h"
+#include "tiles.h"
 
 namespace quantopt {
 
@@ -56,26 +57,48 @@ void in_shares(int64_t count, int64_t shares, const Body& body) {
   });
 }
 
-void run(const Product& product, const void* scales) {
+void run(const Product& product) {
   const LinearProblem& p = product.p;
   const int64_t blocks = (p.rows + amx::kRowsTogether - 1) / amx::kRowsTogether,
                 tiles = tile_count(p.outputs);
-  c10::Allocator* const allocator = c10::GetCPUAllocator();  // aligned to 64 bytes
-  c10::DataPtr rows = allocator->allocate(static_cast<size_t>(amx::rows_memory(product)));
+  const Scratch<struct Registers> rows(amx::rows_memory(product));
   constexpr int64_t kPutWork = 16384;  // values that a thread should take at least
   const Shares shares = shares_of(blocks, tiles, p.rows * p.outputs / 32 * p.inputs);
   const int64_t putters = std::min<int64_t>(at::get_num_threads(), 1 + p.rows * p.inputs / kPutWork);
   in_shares(p.rows, putters,
-            [&](int64_t begin, int64_t end) { amx::put_rows(product, begin, end, rows.mutable_get()); });
+            [&](int64_t begin, int64_t end) { amx::put_rows(product, begin, end, rows.get()); });
   at::parallel_for(0, shares.rows * shares.outputs, 1, [&](int64_t first, int64_t last) {
-    c10::DataPtr memory = allocator->allocate(static_cast<size_t>(amx::working_memory(product)));
+    const Scratch<struct Working> memory(amx::working_memory(product));
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = i / shares.outputs, n = i % shares.outputs;
       const int64_t end = std::min(p.rows, (r + 1) * blocks / shares.rows * amx::kRowsTogether);
-      amx::multiply(product, rows.get(), scales, r * blocks / shares.rows * amx::kRowsTogether, end,
-                    n * tiles / shares.outputs, (n + 1) * tiles / shares.outputs, memory.mutable_get());
+      amx::multiply(product, rows.get(), r * blocks / shares.rows * amx::kRowsTogether, end,
+                    n * tiles / shares.outputs, (n + 1) * tiles / shares.outputs, memory.get());
     }
   });
+}
+
+// Scales of groups in the order of tiles: exact, or a scale for each output followed by levels.
+at::Tensor scales_of(const BinaryKernels& kernels, const BinaryArguments& w, bool levels) {
+  const int64_t tiles = tile_count(w.outputs), padded = tiles * kTileRows;
+  const auto in_tiles = [&](const auto* from, auto* to) {
+    in_shares(
+        tiles, std::min<int64_t>(at::get_num_threads(), 1 + tiles / 32),
+        [&](int64_t begin, int64_t end) { amx::put_scales(from, w.outputs, w.groups, begin, end, to); });
+  };
+  if (!levels) {
+    at::Tensor result = dense_tensor({padded * w.groups}, at::kFloat);
+    in_tiles(w.scale.const_data_ptr<float>(), result.mutable_data_ptr<float>());
+    return result;
+  }
+  constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
+  const at::Tensor rows = dense_tensor({w.outputs, w.groups}, at::kChar);
+  at::Tensor result = dense_tensor({padded * (kFloat + w.groups)}, at::kChar);
+  auto* const to = result.mutable_data_ptr<int8_t>();
+  quantize_rows(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups,
+                rows.mutable_data_ptr<int8_t>(), reinterpret_cast<float*>(to));
+  in_tiles(rows.const_data_ptr<int8_t>(), to + padded * kFloat);
+  return result;
 }
 
 }  // namespace
@@ -91,11 +114,23 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   LinearProblem& p = product.p;
   p = weights_of(w);
   p.rows = count;
-  const ScaleLevels levels = w.quantize ? levels_of(kernels, w) : ScaleLevels{};
-  if (levels.levels.defined()) levels.take(p);
-  if (!amx::takes(product)) return {};
+  const bool levels =
+      w.quantize && w.group_size > 0 && takes_levels(w.inputs, w.plane_weights.data(), w.planes());
+  if (!amx::takes(product.p, product.form, levels)) return {};
   const at::Tensor layout = linear_tiles(kernels, w);
   p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
+  at::Tensor scales;
+  if (w.group_size > 0) {
+    scales = kept_with_tiles(layout, w.scale, levels, [&] { return scales_of(kernels, w, levels); });
+    if (levels) {
+      p.scale = static_cast<const float*>(scales.const_data_ptr());
+      p.scale_stride = 1;
+      product.levels = static_cast<const int8_t*>(scales.const_data_ptr()) +
+                       tile_count(w.outputs) * kTileRows * static_cast<int64_t>(sizeof(float));
+    } else {
+      product.group_scales = scales.const_data_ptr<float>();
+    }
+  }
   if (half) {
     product.x_bf16 = bf16_data(x);
   } else {
@@ -107,15 +142,6 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   const bool half_y = y_type == at::kBFloat16;
   at::Tensor y = dense_tensor(shape, half_y ? at::kBFloat16 : at::kFloat);
   product.y_stride = w.outputs;
-  c10::DataPtr scales;
-  if (const int64_t bytes = amx::scales_memory(product); bytes > 0) {
-    scales = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
-    const int64_t tiles = tile_count(w.outputs),
-                  shares = std::min<int64_t>(at::get_num_threads(), 1 + tiles / 32);
-    in_shares(tiles, shares, [&](int64_t begin, int64_t end) {
-      amx::put_scales(product, begin, end, scales.mutable_get());
-    });
-  }
   const int64_t most = rows_at_once(product);
   for (int64_t first = 0; first < count; first += most) {
     Product some = product;
@@ -131,7 +157,7 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
       some.y = y.mutable_data_ptr<float>() + first * w.outputs;
     }
     if (some.x_scale != nullptr) some.x_scale += first;
-    run(some, scales.get());
+    run(some);
   }
   return y;
 }

@@ -139,16 +139,6 @@ at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w) 
                           [&] { return derive_tiles(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
 }
 
-ScaleLevels levels_of(const BinaryKernels& kernels, const BinaryArguments& w) {
-  ScaleLevels result;
-  if (w.group_size == 0 || !takes_levels(w.inputs, w.plane_weights.data(), w.planes())) return result;
-  result.levels = dense_tensor({w.outputs, w.groups}, at::kChar);
-  result.scale = dense_tensor({w.outputs}, at::kFloat);
-  quantize_rows(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups,
-                result.levels.mutable_data_ptr<int8_t>(), result.scale.mutable_data_ptr<float>());
-  return result;
-}
-
 void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
                 at::Tensor& y) {
   LinearProblem p = weights_of(w);

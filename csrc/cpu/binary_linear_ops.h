@@ -59,19 +59,6 @@ LinearProblem weights_of(const BinaryArguments& w);
 // Their tiles: those that the caller has if they fit, else derived.
 at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w);
 
-// Scales of groups as whole numbers times a scale for each row of W, quantised as rows of x are.
-struct ScaleLevels {
-  at::Tensor levels, scale;  // int8 [N, groups], fp32 [N]
-
-  void take(LinearProblem& p) const {
-    p.levels = levels.const_data_ptr<int8_t>();
-    p.scale = scale.const_data_ptr<float>();
-    p.scale_stride = 1;
-  }
-};
-// Of weights that take them (takes_levels), else undefined.
-ScaleLevels levels_of(const BinaryKernels& kernels, const BinaryArguments& w);
-
 // Rows of x, as fp32, bfloat16 for AMX, or int8 with a scale for each row.
 struct Rows {
   int64_t count;

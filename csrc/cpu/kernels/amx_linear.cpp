@@ -96,7 +96,7 @@ inline __m512 as_floats(const float* sums) { return _mm512_load_ps(sums); }
 class Finish {
  public:
   Finish(const Product& a, const float* factors) : a_(a), factors_(factors) {
-    if (a.p.levels != nullptr) {
+    if (a.levels != nullptr) {
       times_ = 0;
       for (int64_t p = 0; p < a.p.planes; ++p) times_ += a.p.plane_weights[p];
     }
@@ -115,7 +115,7 @@ class Finish {
   template <class Sums>
   void operator()(int64_t row, int64_t rows, int64_t tile, const Sums* sums) const {
     const LinearProblem& p = a_.p;
-    const bool grouped = p.group != 0 && p.levels == nullptr;  // scaled before
+    const bool grouped = a_.group_scales != nullptr;  // scaled before
     for (int half = 0; half < 2; ++half) {
       const int64_t n = tile * kTileRows + 16 * half;
       const __mmask16 mask = lanes_of(p.outputs - n);
@@ -226,8 +226,7 @@ struct Call {
   const Product& a;
   const char* rows;
   const float* factors;
-  const float* group_scales;  // [tile][group][32], or null
-  int64_t begin, end;         // tiles
+  int64_t begin, end;  // tiles
   char* memory;
 };
 
@@ -261,7 +260,7 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   configure(rows);
   for (int64_t i = 0; i < kAhead; ++i) expand();
   for (int64_t tile = call.begin; tile < call.end; ++tile) {
-    GroupSums groups(sums, grouped ? call.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
+    GroupSums groups(sums, grouped ? a.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
     if constexpr (grouped) groups.begin(rows);
     zero_sums<two>();
     int64_t line = 0, group_left = group_steps;
@@ -305,7 +304,7 @@ void blocks(const Call& call, const Weights& weights, int64_t row, int64_t end) 
 
 template <int parts, class Weights>
 void with_groups(const Call& call, const Weights& weights, int64_t row, int64_t end) {
-  if (call.group_scales != nullptr) {
+  if (call.a.group_scales != nullptr) {
     blocks<parts, true>(call, weights, row, end);
   } else {
     blocks<parts, false>(call, weights, row, end);
@@ -314,41 +313,33 @@ void with_groups(const Call& call, const Weights& weights, int64_t row, int64_t 
 
 // ---- scales of groups, tile by tile ----
 
-// [32 rows of a tile][group] -> [group][row]
 template <class T>
-void transpose_scales(const T* scales, int64_t outputs, int64_t groups, int64_t tile, T* to) {
-  to += tile * groups * kTileRows;
-  const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, outputs - first);
+void transpose(const T* scales, int64_t outputs, int64_t groups, int64_t begin, int64_t end, T* to) {
   constexpr int64_t kBlock = 16;  // groups: what is read stays in the first-level cache
-  for (int64_t g = 0; g < groups; g += kBlock) {
-    const int64_t last = std::min(g + kBlock, groups);
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      for (int64_t j = g; j < last; ++j)
-        to[j * kTileRows + i] = i < rows ? scales[(first + i) * groups + j] : T{};
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, outputs - first);
+    for (int64_t g = 0; g < groups; g += kBlock) {
+      for (int64_t j = g; j < std::min(g + kBlock, groups); ++j) {
+        T* const at = to + (tile * groups + j) * kTileRows;
+        for (int64_t i = 0; i < kTileRows; ++i) at[i] = i < rows ? scales[(first + i) * groups + j] : T{};
+      }
     }
   }
 }
 
 }  // namespace
 
-bool takes(const Product& a) {
-  const LinearProblem& p = a.p;
+bool takes(const LinearProblem& p, Form form, bool levels) {
   if (p.inputs == 0) return false;
-  const bool int8 = a.form == Form::int8;
-  if (p.group != 0 && p.levels != nullptr) return p.group % 32 == 0;
-  if (p.group != 0 && p.group % (int8 ? 64 : 32) != 0) return false;
+  if (levels) return p.group % 32 == 0;
+  const bool int8 = form == Form::int8;
+  if (p.group % (int8 ? 64 : 32) != 0) return false;
   return int8 ? PlaneBytes::covers(p.plane_weights, p.planes)
               : PlaneHalves::covers(p.plane_weights, p.planes);
 }
 
 int64_t rows_memory(const Product& a) {
   return factors_offset(a) + up(a.p.rows * static_cast<int64_t>(sizeof(float)), 64);
-}
-
-int64_t scales_memory(const Product& a) {
-  if (a.p.group == 0) return 0;
-  const int64_t each = a.p.levels != nullptr ? 1 : sizeof(float);
-  return tile_count(a.p.outputs) * kTileRows * group_count(a.p) * each;
 }
 
 int64_t working_memory(const Product&) { return static_cast<int64_t>(kRing) * kStepBytes + 3 * kSumBytes; }
@@ -381,36 +372,27 @@ void put_rows(const Product& a, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-void put_scales(const Product& a, int64_t begin, int64_t end, void* memory) {
-  for (int64_t tile = begin; a.p.group != 0 && tile < end; ++tile) {
-    if (a.p.levels != nullptr) {
-      transpose_scales(a.p.levels, a.p.outputs, group_count(a.p), tile, static_cast<int8_t*>(memory));
-    } else {
-      transpose_scales(a.p.scale, a.p.outputs, group_count(a.p), tile, static_cast<float*>(memory));
-    }
-  }
+void put_scales(const float* scales, int64_t outputs, int64_t groups, int64_t begin, int64_t end, float* to) {
+  transpose(scales, outputs, groups, begin, end, to);
+}
+void put_scales(const int8_t* levels, int64_t outputs, int64_t groups, int64_t begin, int64_t end,
+                int8_t* to) {
+  transpose(levels, outputs, groups, begin, end, to);
 }
 
-void multiply(const Product& a, const void* rows, const void* scales, int64_t row_begin, int64_t row_end,
-              int64_t begin, int64_t end, void* memory) {
+void multiply(const Product& a, const void* rows, int64_t row_begin, int64_t row_end, int64_t begin,
+              int64_t end, void* memory) {
   const LinearProblem& p = a.p;
   const auto* const base = static_cast<const char*>(rows);
-  const bool apart = p.group != 0 && p.levels == nullptr;
-  const Call call{a,
-                  base,
-                  reinterpret_cast<const float*>(base + factors_offset(a)),
-                  apart ? static_cast<const float*>(scales) : nullptr,
-                  begin,
-                  end,
-                  static_cast<char*>(memory)};
+  const Call call{a,     base, reinterpret_cast<const float*>(base + factors_offset(a)),
+                  begin, end,  static_cast<char*>(memory)};
   const TileBits bits = bits_of(p);
   const int32_t* const w = p.plane_weights;
   if (a.form == Form::int8) {
-    const auto* const levels = static_cast<const int8_t*>(scales);
-    if (p.levels != nullptr && p.planes == 1) {
-      blocks<1, false>(call, LevelBytes<1>(bits, levels, p.group), row_begin, row_end);
-    } else if (p.levels != nullptr) {
-      blocks<1, false>(call, LevelBytes<2>(bits, levels, p.group), row_begin, row_end);
+    if (a.levels != nullptr && p.planes == 1) {
+      blocks<1, false>(call, LevelBytes<1>(bits, a.levels, p.group), row_begin, row_end);
+    } else if (a.levels != nullptr) {
+      blocks<1, false>(call, LevelBytes<2>(bits, a.levels, p.group), row_begin, row_end);
     } else if (unit_plane(p)) {
       with_groups<1>(call, SignBytes(bits, w), row_begin, row_end);
     } else {

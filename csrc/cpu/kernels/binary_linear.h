@@ -14,9 +14,7 @@ enum class Activation : int32_t;  // core/activation.h
 // One product. Memory is dense unless a stride is given; all sizes are elements.
 //   exact:   y[m,n] = activation(scale[n] * sum_k x[m,k] w[n,k] + bias[n])
 //   grouped: y[m,n] = activation(sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n])
-//   levels:  y[m,n] = activation(scale[n] * sum_k levels[n, k / group] x[m,k] w[n,k] + bias[n])
-// With q, x is q[m] * x_scale[m]: without groups, and with levels, the sum of q is exact, then multiplied by
-// x_scale[m].
+// With q, x is q[m] * x_scale[m]: without groups the sum of q is exact, then multiplied by x_scale[m].
 struct LinearProblem {
   int64_t rows;                  // M
   int64_t outputs;               // N
@@ -28,13 +26,11 @@ struct LinearProblem {
   const float* scale;            // [1], [N] or [N, ceil(K / group)]
   int64_t scale_stride;          // elements from one row's scale to the next: 0 for one scale of all
   int64_t group;                 // weights of a row that share a scale; 0: all of them
-  const int8_t* levels;  // [N, ceil(K / group)] with q: the scales of groups as whole numbers, `scale` is
-                         // then [N]; or null
-  const float* bias;     // [N] or null
-  const float* x;        // [M, K], or null with q
-  const int8_t* q;       // [M, K] within +-127, or null with x
-  const float* x_scale;  // [M] with q
-  float* y;              // [M, N]
+  const float* bias;             // [N] or null
+  const float* x;                // [M, K], or null with q
+  const int8_t* q;               // [M, K] within +-127, or null with x
+  const float* x_scale;          // [M] with q
+  float* y;                      // [M, N]
   Activation activation;
 };
 
