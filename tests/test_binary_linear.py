@@ -150,7 +150,7 @@ def test_planes(isa: str, levels: int, compute: str, group_size: int) -> None:
             plane_weights=weights,
             group_size=group_size,
         )
-        parts = [product(x, p, scale, None, group_size, compute) for p in planes]
+        parts = [product(x, p, scale, None, group_size, compute, exact_scales=levels > 3) for p in planes]
         expected = sum(weight * part[0] for weight, part in zip(weights, parts, strict=True))
         size = sum(weight * part[1] for weight, part in zip(weights, parts, strict=True))
         check(y, expected, size)

@@ -70,6 +70,20 @@ void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, i
   });
 }
 
+c10::DataPtr set_levels(const BinaryKernels& kernels, LinearProblem& p) {
+  if (p.q == nullptr || p.group == 0 || !takes_levels(p.plane_weights, p.planes, p.inputs)) return {};
+  const int64_t groups = (p.inputs + p.group - 1) / p.group;
+  const size_t scales = sizeof(float) * static_cast<size_t>(p.outputs);
+  c10::DataPtr memory = c10::GetCPUAllocator()->allocate(scales + static_cast<size_t>(p.outputs * groups));
+  auto* const scale = static_cast<float*>(memory.mutable_get());
+  auto* const levels = reinterpret_cast<int8_t*>(scale + p.outputs);
+  quantize_rows(kernels, p.scale, p.outputs, groups, levels, scale);
+  p.levels = levels;
+  p.scale = scale;
+  p.scale_stride = 1;
+  return memory;
+}
+
 at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
                         int64_t inputs) {
   const int64_t count = tile_count(outputs), size = tiles_size(1, outputs, inputs);
@@ -135,6 +149,7 @@ void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w
   p.x_scale = rows.scale;
   p.y = y.mutable_data_ptr<float>();
   p.activation = w.activation;
+  const c10::DataPtr levels = set_levels(kernels, p);
   at::Tensor layout;
   if (kernels.uses_tiles(p)) {
     layout = tiles_or_derived(w.tiles, *w.given_bits, linear_form(w.inputs), at::kShort,

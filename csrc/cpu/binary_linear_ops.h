@@ -47,6 +47,10 @@ const uint16_t* bf16_data(const at::Tensor& values);
 void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, int64_t length, int8_t* q,
                    float* scale);
 
+// Where a quantised product takes levels for its scales of groups (takes_levels), puts them in the place of
+// the scales; the memory in which they are.
+c10::DataPtr set_levels(const BinaryKernels& kernels, LinearProblem& p);
+
 // Tiles of so many planes of bits [outputs, inputs], in the layout of cpu/kernels/binary_linear.h.
 at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
                         int64_t inputs);

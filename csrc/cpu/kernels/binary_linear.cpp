@@ -10,6 +10,9 @@
 #include "cpu/kernels/binary_epilogue.h"
 #include "cpu/kernels/binary_lookup.h"
 #include "cpu/kernels/quantize.h"
+#if defined(QUANTOPT_LOOKUPS)
+#include "cpu/kernels/binary_levels.h"
+#endif
 #if defined(__AVX512VNNI__)
 #include "cpu/kernels/binary_expand.h"
 #endif
@@ -21,8 +24,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
 inline const float* scale_of(const LinearProblem& p, int64_t n) { return p.scale + n * p.scale_stride; }
 inline Epilogue epilogue_of(const LinearProblem& p, int64_t m) {
-  return {p.group == 0 ? p.scale : nullptr, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias,
-          p.activation};
+  return {p.group == 0 || p.levels != nullptr ? p.scale : nullptr, p.scale_stride,
+          p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias, p.activation};
 }
 
 // ---- panels ---
@@ -52,8 +55,8 @@ inline double sum(const Vector& v) {
   return total;
 }
 
-// Weights [first, first + width) of one row, without its scale unless grouped; zero up to the next multiple
-// of 8.
+// Weights [first, first + width) of one row, times the scales or levels of groups; zero up to the next
+// multiple of 8.
 void expand(const LinearProblem& p, int64_t n, int64_t first, int64_t width, float* out) {
   const int64_t bytes = (width + 7) / 8;
   for (int64_t plane = 0; plane < p.planes; ++plane) {
@@ -69,6 +72,11 @@ void expand(const LinearProblem& p, int64_t n, int64_t first, int64_t width, flo
   }
   for (int64_t k = width; k < 8 * bytes; ++k) out[k] = 0.0f;
   if (p.group == 0) return;
+  if (p.levels != nullptr) {
+    const int8_t* levels = p.levels + n * ((p.inputs + p.group - 1) / p.group);
+    for (int64_t k = 0; k < width; ++k) out[k] *= static_cast<float>(levels[(first + k) / p.group]);
+    return;
+  }
   const float* scale = scale_of(p, n);
   for (int64_t k = 0; k < width; ++k) out[k] *= scale[(first + k) / p.group];
 }
@@ -170,24 +178,24 @@ inline void group_scales(const LinearProblem& p, int64_t tile, int64_t g, int64_
   }
 }
 
-// part(g, k, last) for the words [k, last) that group g of scales has in the chunk whose first weight is
-// `first`.
-template <class Part>
-inline void each_group(const LinearProblem& p, int64_t first, const Part& part) {
-  const int64_t words = chunk_words(p.inputs, first);
-  for (int64_t k = 0; k < words;) {
-    const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
-    part(g, k, last);
-    k = last;
+// The words [begin, end) that group `group` of scales has in a chunk.
+struct Part {
+  int64_t group, begin, end;
+};
+// The groups in the chunk whose first weight is `first`.
+struct Parts {
+  int64_t count = 0;
+  Part part[kChunkWords];
+  Parts(const LinearProblem& p, int64_t first) {
+    const int64_t words = chunk_words(p.inputs, first);
+    for (int64_t k = 0; k < words; ++count) {
+      const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
+      part[count] = {g, k, last};
+      k = last;
+    }
   }
-}
-
-// Groups of scales in the chunk whose first weight is `first`.
-struct GroupsMet {
-  int64_t first, count;
-  GroupsMet(const LinearProblem& p, int64_t chunk)
-      : first(chunk / p.group),
-        count((chunk + 16 * chunk_words(p.inputs, chunk) - 1) / p.group - first + 1) {}
+  const Part* begin() const { return part; }
+  const Part* end() const { return part + count; }
 };
 
 // One chunk of the tiles [tile, end), with a scale for each group of p.group weights.
@@ -195,64 +203,83 @@ template <int MR>
 void grouped_tiles(const LinearProblem& p, const uint16_t* w, int64_t first, int64_t plane, int64_t tile,
                    int64_t end, const float* const* tables, Pair* total) {
   const float weight = static_cast<float>(p.plane_weights[plane]);
-  const GroupsMet met(p, first);
+  const Parts parts(p, first);
   float factor[kChunkWords][kTileRows];
   for (; tile < end; ++tile, total += MR) {
-    group_scales(p, tile, met.first, met.count, weight, factor);
-    each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
-      const Pair scales = load_tile(factor[g - met.first]);
+    group_scales(p, tile, parts.part[0].group, parts.count, weight, factor);
+    for (const Part& part : parts) {
+      const Pair scales = load_tile(factor[&part - parts.part]);
       Segment<float, MR> segment;
-      segment.w = w + k * kTileRows;
-      for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + k * kFloatTables;
-      float_span<MR, 1>(&segment, 1, 0, last - k, &scales, total);
-    });
+      segment.w = w + part.begin * kTileRows;
+      for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + part.begin * kFloatTables;
+      float_span<MR, 1>(&segment, 1, 0, part.end - part.begin, &scales, total);
+    }
     w += chunk_words(p.inputs, first) * kTileRows;
   }
 }
+
+// Tables of MR rows of whole numbers in a chunk, apart for each of its groups of scales.
+template <int MR>
+struct GroupTables {
+  alignas(64) int16_t tables[MR][kChunkWords * integer_entries(1)];  // groups may be of one word
+  int64_t offset[kChunkWords];
+  int32_t all[kChunkWords][MR];
+
+  template <bool whole>
+  void make(const LinearProblem& p, int64_t m, int64_t first, const Parts& parts) {
+    int64_t next = 0;
+    for (int64_t g = 0; g < parts.count; ++g) {
+      const Part& part = parts.part[g];
+      const int64_t from = first + 16 * part.begin, width = least(first + 16 * part.end, p.inputs) - from;
+      offset[g] = next;
+      for (int i = 0; i < MR; ++i) {
+        all[g][i] = make_tables<whole>(p.q + (m + i) * p.inputs + from, width, tables[i] + next).all;
+      }
+      next += integer_entries(part.end - part.begin);
+    }
+  }
+  // Sums of group g for `count` tiles, at most a band, whose words in the chunk begin at w.
+  void sum(const Parts& parts, int64_t g, const uint16_t* w, int64_t pitch, int64_t count,
+           ShortSums* sums) const {
+    const Part& part = parts.part[g];
+    Segment<int16_t, MR> segment;
+    segment.w = w + part.begin * kTileRows;
+    for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + offset[g];
+    span_tiles<MR>(&segment, 1, pitch, part.end - part.begin, count, false, sums);
+  }
+};
 
 // MR rows of whole numbers from m times the tiles [begin, end), at most kBlockTiles, with a scale for each
 // group of p.group weights: the sum of each is exact.
 template <int MR>
 void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
-  alignas(64) int16_t tables[MR][kChunkWords * integer_entries(1)];  // groups may be of one word
+  GroupTables<MR> tables;
   float factor[kBandTiles][kChunkWords][kTileRows];
   Pair total[kBlockTiles * MR];
   for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
-    const GroupsMet met(p, first);
-    int64_t offset[kChunkWords], next = 0, groups = 0;  // of the tables of each group in this chunk
-    int32_t all[kChunkWords][MR];
-    each_group(p, first, [&](int64_t, int64_t k, int64_t last) {
-      const int64_t from = first + 16 * k, width = least(first + 16 * last, p.inputs) - from;
-      for (int i = 0; i < MR; ++i) {
-        all[groups][i] = make_tables(p.q + (m + i) * p.inputs + from, width, tables[i] + next).all;
-      }
-      offset[groups++] = next;
-      next += integer_entries(last - k);
-    });
+    const Parts parts(p, first);
+    tables.template make<false>(p, m, first, parts);
+    const int64_t pitch = chunk_words(p.inputs, first);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const float weight = static_cast<float>(p.plane_weights[plane]);
       const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
-      const int64_t pitch = chunk_words(p.inputs, first);
       Pair* to = total;
       for (int64_t tile = begin; tile < end; tile += kBandTiles) {
         const int64_t width = band_tiles(p.outputs, tile);
         for (int64_t r = 0; r < width; ++r) {
-          group_scales(p, tile + r, met.first, met.count, weight, factor[r]);
+          group_scales(p, tile + r, parts.part[0].group, parts.count, weight, factor[r]);
         }
-        int64_t group = 0;
-        each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
+        for (int64_t g = 0; g < parts.count; ++g) {
           ShortSums sums[kBandTiles * MR];
-          Segment<int16_t, MR> segment;
-          segment.w = w + k * kTileRows;
-          for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + offset[group];
-          span_tiles<MR>(&segment, 1, pitch, last - k, width, false, sums);
+          tables.sum(parts, g, w, pitch, width, sums);
           for (int64_t r = 0; r < width; ++r) {
-            const Pair scales = load_tile(factor[r][g - met.first]);
-            for (int i = 0; i < MR; ++i) add_scaled(sums[r * MR + i], all[group][i], scales, to[r * MR + i]);
+            const Pair scales = load_tile(factor[r][g]);
+            for (int i = 0; i < MR; ++i) {
+              add_scaled(sums[r * MR + i], tables.all[g][i], scales, to[r * MR + i]);
+            }
           }
-          ++group;
-        });
+        }
         w += width * pitch * kTileRows;
         to += width * MR;
       }
@@ -260,6 +287,40 @@ void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int
   }
   for (int i = 0; i < MR; ++i) {
     epilogue_tiles(total + i, MR, 0, begin, end, p.outputs, epilogue_of(p, m + i), p.y + (m + i) * p.outputs);
+  }
+}
+
+// The same with levels for scales: all of the sum is exact.
+template <int MR>
+void level_block(const LinearProblem& p, const TileLevels& levels, int64_t m, int64_t begin, int64_t end) {
+  GroupTables<MR> tables;
+  IntegerPair total[kBlockTiles * MR];
+  for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
+  for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
+    const Parts parts(p, first);
+    tables.template make<true>(p, m, first, parts);
+    const int64_t pitch = chunk_words(p.inputs, first);
+    for (int64_t plane = 0; plane < p.planes; ++plane) {
+      const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
+      IntegerPair* to = total;
+      for (int64_t tile = begin; tile < end; tile += kBandTiles) {
+        const int64_t width = band_tiles(p.outputs, tile);
+        for (int64_t g = 0; g < parts.count; ++g) {
+          ShortSums sums[kBandTiles * MR];
+          tables.sum(parts, g, w, pitch, width, sums);
+          for (int64_t r = 0; r < width; ++r) {
+            const RowLevels of = load_levels(levels(tile + r, parts.part[g].group));
+            for (int i = 0; i < MR; ++i) add_sums(sums[r * MR + i], of, to[r * MR + i]);
+          }
+        }
+        w += width * pitch * kTileRows;
+        to += width * MR;
+      }
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    epilogue_tiles(total + i, MR, 0, begin, end, p.outputs, epilogue_of(p, m + i), p.y + (m + i) * p.outputs,
+                   p.plane_weights[0]);
   }
 }
 
@@ -347,22 +408,24 @@ void float_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) 
 }
 
 template <int MR>
-inline void block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
+inline void block(const LinearProblem& p, const TileLevels& levels, int64_t m, int64_t begin, int64_t end) {
   if (p.q == nullptr) return float_block<MR>(p, m, begin, end);
+  if (p.levels != nullptr) return level_block<MR>(p, levels, m, begin, end);
   if (p.group != 0) return grouped_integer_block<MR>(p, m, begin, end);
   integer_block<MR>(p, m, begin, end);
 }
 
 void linear_by_lookups(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin,
                        int64_t end) {
+  const TileLevels levels(p, begin, end);
   for (int64_t tile = begin / kTileRows; tile < tile_count(end); tile += kBlockTiles) {
     const int64_t last = least(tile + kBlockTiles, tile_count(end));
     for (int64_t m = row_begin; m < row_end; m += kRowsTogether) {
       switch (least(kRowsTogether, row_end - m)) {
-        case 1: block<1>(p, m, tile, last); break;
-        case 2: block<2>(p, m, tile, last); break;
-        case 3: block<3>(p, m, tile, last); break;
-        default: block<4>(p, m, tile, last);
+        case 1: block<1>(p, levels, m, tile, last); break;
+        case 2: block<2>(p, levels, m, tile, last); break;
+        case 3: block<3>(p, levels, m, tile, last); break;
+        default: block<4>(p, levels, m, tile, last);
       }
     }
   }
