@@ -78,29 +78,6 @@ void run(const Product& product) {
   });
 }
 
-// Scales of groups in the order of tiles: exact, or a scale for each output followed by levels.
-at::Tensor scales_of(const BinaryKernels& kernels, const BinaryArguments& w, bool levels) {
-  const int64_t tiles = tile_count(w.outputs), padded = tiles * kTileRows;
-  const auto in_tiles = [&](const auto* from, auto* to) {
-    in_shares(
-        tiles, std::min<int64_t>(at::get_num_threads(), 1 + tiles / 32),
-        [&](int64_t begin, int64_t end) { amx::put_scales(from, w.outputs, w.groups, begin, end, to); });
-  };
-  if (!levels) {
-    at::Tensor result = dense_tensor({padded * w.groups}, at::kFloat);
-    in_tiles(w.scale.const_data_ptr<float>(), result.mutable_data_ptr<float>());
-    return result;
-  }
-  constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
-  const at::Tensor rows = dense_tensor({w.outputs, w.groups}, at::kChar);
-  at::Tensor result = dense_tensor({padded * (kFloat + w.groups)}, at::kChar);
-  auto* const to = result.mutable_data_ptr<int8_t>();
-  quantize_rows(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups,
-                rows.mutable_data_ptr<int8_t>(), reinterpret_cast<float*>(to));
-  in_tiles(rows.const_data_ptr<int8_t>(), to + padded * kFloat);
-  return result;
-}
-
 }  // namespace
 
 at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArguments& w, const at::Tensor& x,
@@ -114,23 +91,11 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   LinearProblem& p = product.p;
   p = weights_of(w);
   p.rows = count;
-  const bool levels =
-      w.quantize && w.group_size > 0 && takes_levels(w.inputs, w.plane_weights.data(), w.planes());
-  if (!amx::takes(product.p, product.form, levels)) return {};
+  const bool levels = w.quantize && takes_levels(p.plane_weights, p.planes, p.inputs);
+  if (!amx::takes(p, product.form, levels)) return {};
   const at::Tensor layout = linear_tiles(kernels, w);
   p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
-  at::Tensor scales;
-  if (w.group_size > 0) {
-    scales = kept_with_tiles(layout, w.scale, levels, [&] { return scales_of(kernels, w, levels); });
-    if (levels) {
-      p.scale = static_cast<const float*>(scales.const_data_ptr());
-      p.scale_stride = 1;
-      product.levels = static_cast<const int8_t*>(scales.const_data_ptr()) +
-                       tile_count(w.outputs) * kTileRows * static_cast<int64_t>(sizeof(float));
-    } else {
-      product.group_scales = scales.const_data_ptr<float>();
-    }
-  }
+  const at::Tensor scales = linear_group_scales(kernels, w, layout, p);
   if (half) {
     product.x_bf16 = bf16_data(x);
   } else {

@@ -47,6 +47,12 @@ const uint16_t* bf16_data(const at::Tensor& values);
 void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, int64_t length, int8_t* q,
                    float* scale);
 
+// Scales [outputs, groups] of groups of weights as the kernels read them, in the order of tiles: fp32, or
+// int8 levels behind a scale in fp32 for each output.
+at::Tensor group_scales_of(const BinaryKernels& kernels, const float* scale, int64_t outputs, int64_t groups,
+                           bool levels);
+void set_group_scales(const at::Tensor& scales, LinearProblem& p);
+
 // Tiles of so many planes of bits [outputs, inputs], in the layout of cpu/kernels/binary_linear.h.
 at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
                         int64_t inputs);
@@ -58,6 +64,10 @@ constexpr int64_t tiles_size(int64_t planes, int64_t outputs, int64_t inputs) {
 LinearProblem weights_of(const BinaryArguments& w);
 // Their tiles: those that the caller has if they fit, else derived.
 at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w);
+// Puts the scales of their groups, if there are any, into p. They stay with the tiles, if those are defined,
+// for the next call. Returns what must outlive the use of p.
+at::Tensor linear_group_scales(const BinaryKernels& kernels, const BinaryArguments& w,
+                               const at::Tensor& layout, LinearProblem& p);
 
 // Rows of x, as fp32, bfloat16 for AMX, or int8 with a scale for each row.
 struct Rows {

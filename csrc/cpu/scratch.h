@@ -33,7 +33,7 @@ class Scratch {
   char* get() const { return at_; }
 
  private:
-  static constexpr size_t kKept = 1 << 20, kPage = 4096;
+  static constexpr size_t kKept = (8 << 20) + (1 << 16), kPage = 4096;
   static char* on_page(const c10::DataPtr& memory) {
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     return reinterpret_cast<char*>((address + kPage - 1) / kPage * kPage);

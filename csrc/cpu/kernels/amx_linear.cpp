@@ -96,7 +96,7 @@ inline __m512 as_floats(const float* sums) { return _mm512_load_ps(sums); }
 class Finish {
  public:
   Finish(const Product& a, const float* factors) : a_(a), factors_(factors) {
-    if (a.levels != nullptr) {
+    if (a.p.levels != nullptr) {
       times_ = 0;
       for (int64_t p = 0; p < a.p.planes; ++p) times_ += a.p.plane_weights[p];
     }
@@ -115,7 +115,7 @@ class Finish {
   template <class Sums>
   void operator()(int64_t row, int64_t rows, int64_t tile, const Sums* sums) const {
     const LinearProblem& p = a_.p;
-    const bool grouped = a_.group_scales != nullptr;  // scaled before
+    const bool grouped = p.group_scales != nullptr;  // scaled before
     for (int half = 0; half < 2; ++half) {
       const int64_t n = tile * kTileRows + 16 * half;
       const __mmask16 mask = lanes_of(p.outputs - n);
@@ -260,7 +260,7 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   configure(rows);
   for (int64_t i = 0; i < kAhead; ++i) expand();
   for (int64_t tile = call.begin; tile < call.end; ++tile) {
-    GroupSums groups(sums, grouped ? a.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
+    GroupSums groups(sums, grouped ? a.p.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
     if constexpr (grouped) groups.begin(rows);
     zero_sums<two>();
     int64_t line = 0, group_left = group_steps;
@@ -304,26 +304,10 @@ void blocks(const Call& call, const Weights& weights, int64_t row, int64_t end) 
 
 template <int parts, class Weights>
 void with_groups(const Call& call, const Weights& weights, int64_t row, int64_t end) {
-  if (call.a.group_scales != nullptr) {
+  if (call.a.p.group_scales != nullptr) {
     blocks<parts, true>(call, weights, row, end);
   } else {
     blocks<parts, false>(call, weights, row, end);
-  }
-}
-
-// ---- scales of groups, tile by tile ----
-
-template <class T>
-void transpose(const T* scales, int64_t outputs, int64_t groups, int64_t begin, int64_t end, T* to) {
-  constexpr int64_t kBlock = 16;  // groups: what is read stays in the first-level cache
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, outputs - first);
-    for (int64_t g = 0; g < groups; g += kBlock) {
-      for (int64_t j = g; j < std::min(g + kBlock, groups); ++j) {
-        T* const at = to + (tile * groups + j) * kTileRows;
-        for (int64_t i = 0; i < kTileRows; ++i) at[i] = i < rows ? scales[(first + i) * groups + j] : T{};
-      }
-    }
   }
 }
 
@@ -331,7 +315,7 @@ void transpose(const T* scales, int64_t outputs, int64_t groups, int64_t begin, 
 
 bool takes(const LinearProblem& p, Form form, bool levels) {
   if (p.inputs == 0) return false;
-  if (levels) return p.group % 32 == 0;
+  if (levels && p.group != 0) return p.group % 32 == 0;
   const bool int8 = form == Form::int8;
   if (p.group % (int8 ? 64 : 32) != 0) return false;
   return int8 ? PlaneBytes::covers(p.plane_weights, p.planes)
@@ -372,14 +356,6 @@ void put_rows(const Product& a, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-void put_scales(const float* scales, int64_t outputs, int64_t groups, int64_t begin, int64_t end, float* to) {
-  transpose(scales, outputs, groups, begin, end, to);
-}
-void put_scales(const int8_t* levels, int64_t outputs, int64_t groups, int64_t begin, int64_t end,
-                int8_t* to) {
-  transpose(levels, outputs, groups, begin, end, to);
-}
-
 void multiply(const Product& a, const void* rows, int64_t row_begin, int64_t row_end, int64_t begin,
               int64_t end, void* memory) {
   const LinearProblem& p = a.p;
@@ -389,10 +365,10 @@ void multiply(const Product& a, const void* rows, int64_t row_begin, int64_t row
   const TileBits bits = bits_of(p);
   const int32_t* const w = p.plane_weights;
   if (a.form == Form::int8) {
-    if (a.levels != nullptr && p.planes == 1) {
-      blocks<1, false>(call, LevelBytes<1>(bits, a.levels, p.group), row_begin, row_end);
-    } else if (a.levels != nullptr) {
-      blocks<1, false>(call, LevelBytes<2>(bits, a.levels, p.group), row_begin, row_end);
+    if (a.p.levels != nullptr && p.planes == 1) {
+      blocks<1, false>(call, LevelBytes<1>(bits, a.p.levels, p.group), row_begin, row_end);
+    } else if (a.p.levels != nullptr) {
+      blocks<1, false>(call, LevelBytes<2>(bits, a.p.levels, p.group), row_begin, row_end);
     } else if (unit_plane(p)) {
       with_groups<1>(call, SignBytes(bits, w), row_begin, row_end);
     } else {

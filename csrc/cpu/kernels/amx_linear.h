@@ -14,9 +14,7 @@ enum class Form : int32_t { int8, bfloat16, parts };
 
 // One product of packed weights with M rows of x on registers.
 struct Product {
-  LinearProblem p;            // without x, q and y
-  const float* group_scales;  // [tile of outputs][group][output] with groups, or null with levels
-  const int8_t* levels;       // the same as whole numbers, with p.scale [N]; or null
+  LinearProblem p;  // without x, q and y
   Form form;
   const float* x;          // [M, K], or null
   const uint16_t* x_bf16;  // the same in bfloat16, or null
@@ -26,8 +24,8 @@ struct Product {
   int64_t y_stride;        // elements from one row of y to the next
 };
 
-// Whether there is a kernel for these weights. With groups of scales, in int8: levels of a multiple of 32
-// weights; else groups of whole steps, 64 weights in int8 and 32 in bfloat16.
+// Whether there is a kernel for these weights. With groups of scales: levels of a multiple of 32 weights,
+// else groups of whole steps, 64 weights in int8 and 32 in bfloat16.
 bool takes(const LinearProblem& weights, Form form, bool levels);
 
 // Bytes of the rows of x as registers, and of working memory of one call, both aligned to 64 bytes and faster
@@ -38,10 +36,6 @@ int64_t working_memory(const Product& product);
 // Rows [begin, end) of x, each a multiple of kRowsTogether, but the last.
 constexpr int64_t kRowsTogether = 32;
 void put_rows(const Product& product, int64_t begin, int64_t end, void* rows);
-// Scales [N, groups], or levels, of tiles [begin, end) in the order [tile][group][output].
-void put_scales(const float* scales, int64_t outputs, int64_t groups, int64_t begin, int64_t end, float* to);
-void put_scales(const int8_t* levels, int64_t outputs, int64_t groups, int64_t begin, int64_t end,
-                int8_t* to);
 // y of rows [row_begin, row_end) and tiles [begin, end) of outputs. The sums of a row depend on K alone.
 void multiply(const Product& product, const void* rows, int64_t row_begin, int64_t row_end, int64_t begin,
               int64_t end, void* memory);
