@@ -6,16 +6,11 @@
 // x pass by the first-level cache, so that the ring stays there.
 #include "cpu/kernels/amx_linear.h"
 
-// clang-format off: the vectors come before the functions that are written in them
-#include "cpu/kernels/binary_epilogue.h"
-// clang-format on
-
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
+#include "cpu/kernels/amx_block.h"
 #include "cpu/kernels/amx_expand.h"
-#include "cpu/kernels/amx_registers.h"
 #include "cpu/kernels/amx_rows.h"
 
 namespace quantopt::amx {
@@ -23,12 +18,8 @@ namespace {
 
 constexpr int64_t kAhead = 4;  // steps between the expansion of weights and their use
 constexpr uint64_t kRing = 8;  // steps
-constexpr int64_t kSumBytes = kRowsTogether * kTileRows * 4;  // of a block
+static_assert(kRowsTogether == kBlockRows);
 
-template <class Value>
-using Sum = std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float>;
-
-inline int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 inline int64_t group_count(const LinearProblem& p) { return (p.inputs + p.group - 1) / p.group; }
 inline TileBits bits_of(const LinearProblem& p) { return {p.tiles, p.planes, 1, p.outputs, p.inputs}; }
 inline int64_t steps_of(const Product& a) {
@@ -67,97 +58,23 @@ inline __attribute__((always_inline)) void multiply_step(const char* rows, int64
   }
 }
 
-template <bool two>
-inline void zero_sums() {
-  amx_zero<0>();
-  amx_zero<1>();
-  if constexpr (two) {
-    amx_zero<2>();
-    amx_zero<3>();
+// What becomes of the sums. Scales of groups are multiplied in before.
+Output output_of(const Product& a) {
+  const LinearProblem& p = a.p;
+  int32_t times = 1;
+  if (p.levels != nullptr) {
+    times = 0;
+    for (int64_t i = 0; i < p.planes; ++i) times += p.plane_weights[i];
   }
+  return {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, times, a.y, a.y_bf16, a.y_stride};
 }
 
-// To [row][output].
-template <bool two>
-inline void store_sums(char* to) {
-  constexpr int64_t kStride = kTileRows * 4;
-  amx_store<0>(to, kStride);
-  amx_store<1>(to + kStride / 2, kStride);
-  if constexpr (two) {
-    amx_store<2>(to + kRegisterRows * kStride, kStride);
-    amx_store<3>(to + kRegisterRows * kStride + kStride / 2, kStride);
-  }
-}
-
-inline __m512 as_floats(const int32_t* sums) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums)); }
-inline __m512 as_floats(const float* sums) { return _mm512_load_ps(sums); }
-
-// The end of a block: y from the sums of 32 outputs.
-class Finish {
- public:
-  Finish(const Product& a, const float* factors) : a_(a), factors_(factors) {
-    if (a.p.levels != nullptr) {
-      times_ = 0;
-      for (int64_t p = 0; p < a.p.planes; ++p) times_ += a.p.plane_weights[p];
-    }
-  }
-
-  // Brings a line of y into the cache, where it is written soon: `line` of the block's.
-  __attribute__((always_inline)) void prefetch(int64_t row, int64_t tile, int64_t line) const {
-    if (a_.y_bf16 != nullptr) {
-      __builtin_prefetch(a_.y_bf16 + (row + line) * a_.y_stride + tile * kTileRows, 1);
-    } else {
-      __builtin_prefetch(a_.y + (row + line / 2) * a_.y_stride + tile * kTileRows + line % 2 * 16, 1);
-    }
-  }
-  int64_t lines(int64_t rows) const { return a_.y_bf16 != nullptr ? rows : 2 * rows; }
-
-  template <class Sums>
-  void operator()(int64_t row, int64_t rows, int64_t tile, const Sums* sums) const {
-    const LinearProblem& p = a_.p;
-    const bool grouped = p.group_scales != nullptr;  // scaled before
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = tile * kTileRows + 16 * half;
-      const __mmask16 mask = lanes_of(p.outputs - n);
-      if (mask == 0) return;
-      Vec scale = fill<Vec>(1.0f), bias = fill<Vec>(0.0f);
-      if (!grouped) {
-        scale = p.scale_stride == 0 ? fill<Vec>(*p.scale) : (Vec)_mm512_maskz_loadu_ps(mask, p.scale + n);
-      }
-      if (p.bias != nullptr) bias = (Vec)_mm512_maskz_loadu_ps(mask, p.bias + n);
-      for (int64_t m = 0; m < rows; ++m) {
-        const Sums* from = sums + m * kTileRows + 16 * half;
-        const Vec factor = fill<Vec>(factors_[row + m]);
-        Vec v;
-        if constexpr (std::is_same_v<Sums, int32_t>) {
-          __m512i whole = _mm512_load_si512(from);
-          if (times_ != 1) whole = _mm512_mullo_epi32(whole, _mm512_set1_epi32(times_));
-          v = (Vec)_mm512_cvtepi32_ps(whole) * (scale * factor);
-        } else if (a_.form == Form::int8) {
-          v = (Vec)_mm512_load_ps(from) * factor;
-        } else {  // a power of two first, which loses nothing
-          v = (Vec)_mm512_load_ps(from) * factor * scale;
-        }
-        if (p.bias != nullptr) v += bias;
-        if (p.activation != Activation::none) v = activate(p.activation, v);
-        put(v, mask, row + m, n);
-      }
-    }
-  }
-
- private:
-  void put(Vec v, __mmask16 mask, int64_t row, int64_t n) const {
-    if (a_.y_bf16 != nullptr) {
-      _mm512_mask_cvtepi32_storeu_epi16(a_.y_bf16 + row * a_.y_stride + n, mask,
-                                        (__m512i)bfloat16_nearest((VecBits)v));
-    } else {
-      _mm512_mask_storeu_ps(a_.y + row * a_.y_stride + n, mask, (__m512)v);
-    }
-  }
-
-  const Product& a_;
-  const float* factors_;
-  int32_t times_ = 1;  // what sums of levels are multiplied by
+// Rows of x and y from one on.
+struct RowsFrom {
+  int64_t first;
+  const float* factors;
+  int64_t row(int64_t m) const { return first + m; }
+  float factor(int64_t m) const { return factors[first + m]; }
 };
 
 // Sums of one group after another, each times the scales of its outputs.
@@ -207,20 +124,6 @@ class GroupSums {
   int64_t at_ = 0;
 };
 
-// Registers of a block of `rows` rows.
-inline void configure(int64_t rows) {
-  AmxConfig config;
-  const int64_t first = std::min(rows, kRegisterRows), second = rows - first;
-  for (int half = 0; half < 2; ++half) {
-    config.shape(half, first, kRowBytes);
-    config.shape(2 + half, second, kRowBytes);
-    config.shape(6 + half, kRegisterRows, kRowBytes);
-  }
-  config.shape(4, first, kRowBytes);
-  config.shape(5, second, kRowBytes);
-  amx_configure(config);
-}
-
 // What a call works with.
 struct Call {
   const Product& a;
@@ -241,7 +144,8 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   const char* const x = call.rows + row / kRegisterRows * next_rows;
   char* const ring = call.memory;
   char* const sums = ring + kRing * kStepBytes;
-  const Finish finish(a, call.factors);
+  const Finish finish(output_of(a));
+  const RowsFrom y_rows{row, call.factors};
   const int64_t lines = two ? finish.lines(rows) : 0;
   StepWords<Value> words(bits, call.begin);
   int64_t left = (call.end - call.begin) * steps;
@@ -267,7 +171,7 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
     for (int64_t step = 0; step < steps; ++step) {
       multiply_step<Value, parts, two>(x + step * parts * kRegisterBytes, next_rows,
                                        ring + read++ % kRing * kStepBytes);
-      if (line < lines) finish.prefetch(row, tile, line++);
+      if (line < lines) finish.prefetch(y_rows, tile, line++);
       if constexpr (grouped) {
         if (--group_left == 0 || step + 1 == steps) {
           store_sums<two>(groups.place());
@@ -281,10 +185,10 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
       expand();
     }
     if constexpr (grouped) {
-      finish(row, rows, tile, groups.template end<Sum<Value>>(rows));
+      finish(y_rows, rows, tile, groups.template end<Sum<Value>>(rows));
     } else {
       store_sums<two>(sums);
-      finish(row, rows, tile, reinterpret_cast<const Sum<Value>*>(sums));
+      finish(y_rows, rows, tile, reinterpret_cast<const Sum<Value>*>(sums));
     }
   }
 }
