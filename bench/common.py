@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ def compare(
     The functions take turns, so that a change in the machine's speed falls on all of them: at least ``repeat`` rounds,
     and more until ``min_time`` seconds per function have passed. Each turn begins with calls that are not timed, for
     20 ms or at least one: the caches then hold what this function uses, not what the one before it did (a third-level
-    cache takes tens of passes to settle). Calls under 3 ms are timed in bunches.
+    cache takes tens of passes to settle). A call of 0.2 s and more needs none. Calls under 3 ms are timed in bunches.
 
     With a ``gate`` (bench/amx_gate.py) a sample is of the fast mode if the gate says so before and after it, and the
     medians are taken of such samples. While a function has too few, there are more rounds, for at most twice
@@ -43,7 +42,7 @@ def compare(
         function()
         seconds = max(time.perf_counter() - start, 1e-7)
         bunch[name] = max(1, min(1000, round(3e-3 / seconds)))
-        warm[name] = max(1, min(1000, round(2e-2 / seconds)))
+        warm[name] = max(1, min(1000, round(2e-2 / seconds))) if seconds < 0.2 else 0
     times: dict[str, list[float]] = {name: [] for name in functions}
     fast: dict[str, list[bool]] = {name: [] for name in functions}
     begin = time.perf_counter()
@@ -81,14 +80,15 @@ def row(
 ) -> dict[str, Any]:
     """One comparison: ``ratio`` = theirs / ours in seconds (how many times faster we are), ``ok`` = ratio >= target.
 
-    Of seconds from a gate the row has the ``mode``, "mixed" unless both are of one, and ``fast``, the shares of
-    samples in the fast mode, ours and theirs.
+    Of seconds from a gate the row has the ``modes``, ours and theirs, ``fast``, the shares of samples in the fast mode,
+    and the ``mode`` of the comparison, "mixed" unless both are of one.
     """
     ratio = theirs / ours
-    modes = [s for s in (ours, theirs) if isinstance(s, Seconds) and s.mode is not None]
-    if len(modes) == 2:
-        mode = modes[0].mode if modes[0].mode == modes[1].mode else "mixed"
-        more = {"mode": mode, "fast": [s.fast for s in modes], **more}
+    gated = [s for s in (ours, theirs) if isinstance(s, Seconds) and s.mode is not None]
+    if len(gated) == 2:
+        modes = [s.mode for s in gated]
+        mode = modes[0] if modes[0] == modes[1] else "mixed"
+        more = {"mode": mode, "modes": modes, "fast": [s.fast for s in gated], **more}
     return {
         "case": case,
         "peer": peer,
@@ -134,7 +134,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{r['ratio']:.2f}" if r["ratio"] is not None else "",
             "" if r["target"] is None else f"{r['target']:g}",
             *([f"{r['mode']} {min(r['fast']):4.0%}" if "mode" in r else ""] if gated else []),
-            r.get("status") or {True: "pass", False: "falls short", None: ""}[r["ok"]],
+            f"{r['status']}: {r['why']}"
+            if "status" in r
+            else {True: "pass", False: "falls short", None: ""}[r["ok"]],
         ]
         for r in rows
     ]

@@ -14,6 +14,7 @@ On processors with AMX, which have two modes (bench/amx_gate.py), each row says 
 
 import argparse
 import copy
+import functools
 import math
 import random
 import statistics
@@ -142,8 +143,9 @@ def rotated(size: int, min_time: float, megabytes: int = 300) -> list[dict[str, 
         "torch bf16": (nn.Linear.bfloat16, 2, short),
         "torch fp32": (lambda layer: layer, 4, x),
     }
-    one_each = {
-        kind: (lambda m=make(copy.deepcopy(linear)), v=value: m(v)) for kind, (make, _, value) in kinds.items()
+    one_each: dict[str, Callable[[], object]] = {
+        kind: functools.partial(make(copy.deepcopy(linear)), value)
+        for kind, (make, _, value) in kinds.items()
     }
     check_peers(one_each, nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double()))
 

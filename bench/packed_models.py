@@ -3,9 +3,10 @@
     python bench/packed_models.py [--json FILE] [--threads N] [--min-time SECONDS] [--profile]
     python bench/packed_models.py --device cuda [--json FILE] [--min-time SECONDS] [--only NAME]
 
-On the CPU: VGG-16 and ResNet-18 of the command line on images of 32x32, ResNet-50 and ViT-S on images of 224x224, random
-weights, all layers but the first and the last at one bit, packed with int8 activations and batch norms folded. The peer
-is the network with the same levels in bfloat16, channels last. Both are checked against fp32, the packed network in exact mode too, before they are timed.
+On the CPU: VGG-16 and ResNet-18 of the command line on images of 32x32, ResNet-50 and ViT-S on images of 224x224,
+random weights, all layers but the first and the last at one bit, packed with int8 activations and batch norms folded.
+The peer is the network with the same levels in bfloat16, channels last. Both are checked against fp32, the packed
+network in exact mode too, before they are timed.
 
 On a GPU both are compiled by torch.compile and replayed from CUDA graphs, x is bfloat16, and there are images of
 224x224 and decoder blocks of Llama's shape too. A network whose outputs are wrong or that does not run is no row: it
@@ -30,10 +31,11 @@ import quantopt
 from quantopt.train import models
 
 DEVICE = "cuda"  # of the part for GPUs
-NETWORKS = {"vgg16": 32, "resnet18": 32, **dict.fromkeys(large.NETWORKS, large.SIZE)}  # size of the images
+NETWORKS = ("vgg16", "resnet18")
+# On the CPU: networks with the size of their images.
+CPU_NETWORKS = {**dict.fromkeys(NETWORKS, 32), **dict.fromkeys(large.NETWORKS, large.SIZE)}
 BATCHES = (1, 64)
-# On a GPU: networks, sizes of images, and batch -> times faster than bf16.
-CUDA_NETWORKS = ("vgg16", "resnet18")
+# On a GPU: sizes of images, and batch -> times faster than bf16.
 IMAGE_SIZES = (32, 224)
 CUDA_TARGETS = {1: 2.0, 256: 1.3}
 # (batch, tokens) of the decoder blocks; one token attends to itself alone, as without a cache.
@@ -109,24 +111,34 @@ def decoder_block(sizes: llama.Sizes, tokens: int) -> Pair:
 
 
 @torch.inference_mode()
-def row(name: str, batch: int, ours: nn.Module, half: nn.Module, min_time: float) -> dict[str, object]:
-    size = NETWORKS[name]
+def rows_of(
+    name: str, size: int, batch: int, ours: nn.Module, half: nn.Module, min_time: float
+) -> list[dict[str, object]]:
+    """The packed network as it is, and with its other layers and images in bfloat16, as its peer has them."""
     x = images(batch, size)
     short = x.bfloat16()
-    functions = {"ours": lambda: ours(x), "bf16": lambda: half(short)}
-    # A batch of large images takes seconds.
-    seconds = common.compare_products(functions, min_time=min_time, repeat=7 if size * batch < 10_000 else 3)
+    ours_short = copy.deepcopy(ours).bfloat16()
+    check(f"{name}, int8, in bf16", ours_short(short[:4]).float(), half(short[:4]).float(), 0.3)
+    functions = {
+        "packed int8": lambda: ours(x),
+        "packed int8, in bf16": lambda: ours_short(short),
+        "bf16": lambda: half(short),
+    }
+    long = size * batch > 10_000  # seconds for each call
+    options = dict(repeat=3, warmup=0) if long else {}
+    seconds = common.compare_products(functions, min_time=min_time, **options)
     case, peer = f"{name} {size}x{size}, batch {batch}", "torch bf16 channels_last"
-    target = targets.of(case, peer)
-    return common.row(f"{case}, packed int8", peer, seconds["ours"], seconds["bf16"], target)
+    targets_of = {"packed int8": targets.of(case, peer), "packed int8, in bf16": None}
+    return [common.row(f"{case}, {k}", peer, seconds[k], seconds["bf16"], t) for k, t in targets_of.items()]
 
 
 def rows(min_time: float) -> list[dict[str, object]]:
     """All networks at every batch size."""
     found = []
-    for name, size in NETWORKS.items():
+    for name, size in CPU_NETWORKS.items():
         pair = networks(name, size)
-        found += [row(name, batch, *pair, min_time) for batch in BATCHES]
+        for batch in BATCHES:
+            found += rows_of(name, size, batch, *pair, min_time)
     return found
 
 
@@ -169,7 +181,7 @@ def cuda_parts() -> dict[str, Callable[[float], Iterator[dict[str, object]]]]:
     parts: dict[str, Callable[[float], Iterator[dict[str, object]]]] = {
         f"{name}-{size}": lambda t, name=name, size=size: image_rows(name, size, t)  # type: ignore[misc]
         for size in IMAGE_SIZES
-        for name in CUDA_NETWORKS
+        for name in NETWORKS
     }
     return {**parts, "llama": lambda t: llama_rows(llama.LLAMA_3_8B, t)}
 
@@ -210,7 +222,7 @@ def cuda_main(arguments: argparse.Namespace) -> None:
 
 def profile() -> None:
     """Where the time of the packed networks goes, for each batch."""
-    for name, size in NETWORKS.items():
+    for name, size in CPU_NETWORKS.items():
         ours, _ = networks(name, size)
         for batch in BATCHES:
             x = images(batch, size)

@@ -1,7 +1,7 @@
 """Peers beside torch, each used if it is installed and computes the right thing; else its row says why there is none.
 
-    pip install llama-cpp-python                              # the library ggml in it, type Q1_0
-    LITESPARK_BUILD_AMX=1 pip install litespark-inference     # without the variable its AMX kernels are left out
+pip install llama-cpp-python                              # the library ggml in it, type Q1_0
+LITESPARK_BUILD_AMX=1 pip install litespark-inference     # without the variable its AMX kernels are left out
 """
 
 import ctypes
@@ -58,7 +58,12 @@ def relative_error(y: Tensor, x: Tensor, weight: Tensor) -> float:
 
 
 def compared(
-    case: str, key: str, peer: str, size: int, min_time: float, make: Callable[[], dict[str, Callable[[], Any]]]
+    case: str,
+    key: str,
+    peer: str,
+    size: int,
+    min_time: float,
+    make: Callable[[], dict[str, Callable[[], Any]]],
 ) -> list[dict[str, Any]]:
     """The row of "ours" against the fastest of the peer's functions, which ``make`` has checked."""
     target = targets.of(key, peer, size)
@@ -97,7 +102,9 @@ class Ggml:
     def __init__(self, weight: Tensor, x: Tensor) -> None:
         folder = folder_of("llama_cpp", "llama-cpp-python") / "lib"
         try:
-            self.base, self.cpu = (ctypes.CDLL(str(folder / f"libggml-{kind}.so")) for kind in ("base", "cpu"))
+            self.base, self.cpu = (
+                ctypes.CDLL(str(folder / f"libggml-{kind}.so")) for kind in ("base", "cpu")
+            )
             self._declare()
         except (OSError, AttributeError) as error:
             raise NoPeer("failed", str(error)) from error

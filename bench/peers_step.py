@@ -50,7 +50,9 @@ def add_deepspeed(
     return []
 
 
-def check_same(name: str, theirs: Callable[..., object], ours: Callable[..., object], tensors: list[Tensor]) -> None:
+def check_same(
+    name: str, theirs: Callable[..., object], ours: Callable[..., object], tensors: list[Tensor]
+) -> None:
     """Stops unless both leave the same in copies of the tensors, up to rounding and weights at a threshold."""
     copies = [[t.clone() for t in tensors] for _ in range(2)]
     theirs(*copies[0])

@@ -42,4 +42,4 @@ def _row(case: str, several: Row, single: Row, target: float | None) -> dict[str
 
 
 def _ours(row: Row) -> Seconds:
-    return Seconds(row["ours_ms"] / 1e3, row.get("fast", (None,))[0], row.get("mode"))
+    return Seconds(row["ours_ms"] / 1e3, row.get("fast", (None,))[0], row.get("modes", (None,))[0])

@@ -63,10 +63,14 @@ TARGETS: dict[tuple[str, str], tuple[float, float]] = {
 TWO_THREADS = 1.7  # times the speed of one
 
 
+def active_isa() -> str:
+    """The instruction set of the kernels, "" without the extension."""
+    return "" if _extension.error is not None else torch.ops.quantopt.cpu_isa()
+
+
 def of(case: str, peer: str, size: int = SIZE) -> float | None:
     """The target of this processor; None for other cases, sizes, numbers of threads and processors."""
-    isa = "" if _extension.error is not None else torch.ops.quantopt.cpu_isa()
-    found = TARGETS.get((case, peer))
+    found, isa = TARGETS.get((case, peer)), active_isa()
     if found is None or isa not in COLUMNS or size != SIZE or torch.get_num_threads() != 1:
         return None
     return found[COLUMNS[isa]]
