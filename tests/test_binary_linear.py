@@ -330,7 +330,7 @@ def test_threads_rows_and_layout_give_the_same_bits(isa: str, compute: str) -> N
                         )
                     )
             for row in range(0, m, 13):
-                alone = x[row].expand(8 if m >= 8 and isa == "amx" and compute != "int8" else 1, -1)
+                alone = x[row].expand(48 if m >= 48 and isa == "amx" and compute != "int8" else 1, -1)
                 one = binary_linear(
                     alone, bits, scale, bias, in_features=k, compute=compute, group_size=group_size
                 )

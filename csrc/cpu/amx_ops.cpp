@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/kernels/amx_linear.h"
+#include "cpu/kernels/thresholds.h"
 #include "cpu/scratch.h"
 #include "tiles.h"
 
@@ -18,14 +19,14 @@ namespace {
 using amx::Form;
 using amx::Product;
 
-// Fewest rows with which registers take less time than lookups.
-int64_t least_rows(Form form, bool grouped) {
+bool enough_rows(Form form, int64_t weights, int64_t rows) {
+  using namespace thresholds;
   switch (form) {
-    case Form::int8: return 2;
-    case Form::bfloat16: return 3;
-    case Form::parts: return 6;
+    case Form::int8: return reached(kAmxInt8, weights, rows);
+    case Form::bfloat16: return reached(kAmxBFloat16, weights, rows);
+    case Form::parts: return reached(kAmxParts, weights, rows);
   }
-  return 2 + grouped;
+  return false;
 }
 
 // How a product is shared out among threads: outputs first, as each thread then reads weights of its own.
@@ -87,7 +88,7 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   const int64_t count = x.numel() / w.inputs;
   Product product{};
   product.form = w.quantize ? Form::int8 : half ? Form::bfloat16 : Form::parts;
-  if (count < least_rows(product.form, w.group_size > 0)) return {};
+  if (!enough_rows(product.form, w.outputs * w.inputs, count)) return {};
   LinearProblem& p = product.p;
   p = weights_of(w);
   p.rows = count;
