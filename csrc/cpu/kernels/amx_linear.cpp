@@ -77,51 +77,57 @@ struct RowsFrom {
   float factor(int64_t m) const { return factors[first + m]; }
 };
 
-// Sums of one group after another, each times the scales of its outputs.
+// Sums of one group after another, each times the scales of its outputs, added up a few groups at a time.
+template <class Sums>
 class GroupSums {
  public:
-  GroupSums(char* memory, const float* scales) : sums_(memory), scales_(scales) {
-    total_ = reinterpret_cast<float*>(memory + 2 * kSumBytes);
-  }
-  void begin(int64_t rows) {
+  static constexpr int64_t kMost = 4;
+  static constexpr int64_t kBytes = (kMost + 1) * kSumBytes;
+
+  // scales: [group][output] of a tile.
+  GroupSums(char* memory, const float* scales, int64_t rows)
+      : sums_(memory),
+        total_(reinterpret_cast<float*>(memory + kMost * kSumBytes)),
+        scales_(scales),
+        rows_(rows) {
     std::memset(total_, 0, static_cast<size_t>(rows * kTileRows) * sizeof(float));
-    waiting_ = nullptr;
   }
-  // Where the sums of the group that ended are stored; those of the one before are added up meanwhile.
-  char* place() {
-    at_ = at_ == 0 ? kSumBytes : 0;
-    return sums_ + at_;
+  // Where the sums of the group that ended are stored.
+  char* place() { return sums_ + waiting_++ * kSumBytes; }
+  void add_if_full() {
+    if (waiting_ == kMost) add<true>();
   }
-  template <class Sums>
-  void add_before(int64_t rows) {
-    if (waiting_ != nullptr) add<Sums>(rows, waiting_);
-    waiting_ = sums_ + at_;
-  }
-  template <class Sums>
-  const float* end(int64_t rows) {
-    add<Sums>(rows, waiting_);
+  const float* total() {
+    if (waiting_ > 0) add<false>();
     return total_;
   }
 
  private:
-  template <class Sums>
-  void add(int64_t rows, const char* from) {
-    const auto* sums = reinterpret_cast<const Sums*>(from);
+  template <bool full>
+  __attribute__((noinline)) void add() {
+    const int64_t count = full ? kMost : waiting_;
     for (int half = 0; half < 2; ++half) {
-      const __m512 scale = _mm512_load_ps(scales_ + 16 * half);
-      for (int64_t m = 0; m < rows; ++m) {
-        float* total = total_ + m * kTileRows + 16 * half;
-        _mm512_store_ps(total, _mm512_fmadd_ps(as_floats(sums + m * kTileRows + 16 * half), scale,
-                                               _mm512_load_ps(total)));
+      __m512 scale[kMost];
+      for (int64_t g = 0; g < count; ++g) scale[g] = _mm512_load_ps(scales_ + g * kTileRows + 16 * half);
+      for (int64_t m = 0; m < rows_; ++m) {
+        const int64_t at = m * kTileRows + 16 * half;
+        __m512 total = _mm512_load_ps(total_ + at);
+        for (int64_t g = 0; g < count; ++g) {
+          const auto* const sums = reinterpret_cast<const Sums*>(sums_ + g * kSumBytes) + at;
+          total = _mm512_fmadd_ps(as_floats(sums), scale[g], total);
+        }
+        _mm512_store_ps(total_ + at, total);
       }
     }
-    scales_ += kTileRows;
+    scales_ += count * kTileRows;
+    waiting_ = 0;
   }
 
-  char *sums_, *waiting_ = nullptr;
+  char* const sums_;
+  float* const total_;
   const float* scales_;
-  float* total_;
-  int64_t at_ = 0;
+  const int64_t rows_;
+  int64_t waiting_ = 0;
 };
 
 // What a call works with.
@@ -164,8 +170,9 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   configure(rows);
   for (int64_t i = 0; i < kAhead; ++i) expand();
   for (int64_t tile = call.begin; tile < call.end; ++tile) {
-    GroupSums groups(sums, grouped ? a.p.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
-    if constexpr (grouped) groups.begin(rows);
+    GroupSums<Sum<Value>> groups(
+        sums, grouped ? a.p.group_scales + group_index(tile * kTileRows, 0, group_count(a.p)) : nullptr,
+        grouped ? rows : 0);
     zero_sums<two>();
     int64_t line = 0, group_left = group_steps;
     for (int64_t step = 0; step < steps; ++step) {
@@ -178,14 +185,14 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
           zero_sums<two>();
           group_left = group_steps;
           expand();
-          groups.template add_before<Sum<Value>>(rows);
+          groups.add_if_full();
           continue;
         }
       }
       expand();
     }
     if constexpr (grouped) {
-      finish(y_rows, rows, tile, groups.template end<Sum<Value>>(rows));
+      finish(y_rows, rows, tile, groups.total());
     } else {
       store_sums<two>(sums);
       finish(y_rows, rows, tile, reinterpret_cast<const Sum<Value>*>(sums));
@@ -230,7 +237,9 @@ int64_t rows_memory(const Product& a) {
   return factors_offset(a) + up(a.p.rows * static_cast<int64_t>(sizeof(float)), 64);
 }
 
-int64_t working_memory(const Product&) { return static_cast<int64_t>(kRing) * kStepBytes + 3 * kSumBytes; }
+int64_t working_memory(const Product&) {
+  return static_cast<int64_t>(kRing) * kStepBytes + GroupSums<float>::kBytes;
+}
 
 void put_rows(const Product& a, int64_t begin, int64_t end, void* memory) {
   const int64_t pitch = parts_of(a.form) * kRegisterBytes, count = a.p.inputs;
