@@ -109,23 +109,26 @@ struct Kernels {
   decltype(&portable::magnitude_of_piece) magnitude_of_piece;
 };
 
-#define KERNELS(isa)                                                                                      \
+#define KERNELS(isa, of_step)                                                                             \
   Kernels {                                                                                               \
     Isa::isa, isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,           \
         isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv_pieces, isa::binary_conv2d, \
-        isa::step_piece, isa::magnitude_of_piece                                                          \
+        of_step::step_piece, of_step::magnitude_of_piece                                                  \
   }
 
 const Kernels kBuilt[] = {
-    KERNELS(portable),
+    KERNELS(portable, portable),
 #ifdef QUANTOPT_HAVE_AVX2
-    KERNELS(avx2),
+    KERNELS(avx2, avx2),
+#endif
+#ifdef QUANTOPT_HAVE_AVXVNNI
+    KERNELS(avxvnni, avx2),
 #endif
 #ifdef QUANTOPT_HAVE_AVX512
-    KERNELS(avx512),
+    KERNELS(avx512, avx512),
 #endif
 #ifdef QUANTOPT_HAVE_AVX512VNNI
-    KERNELS(avx512vnni),
+    KERNELS(avx512vnni, avx512vnni),
 #endif
 };
 

@@ -5,12 +5,26 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "cpu/kernels/binary_linear.h"
 
 namespace quantopt::QUANTOPT_ISA {
 namespace {
+
+// Memory of a call. (Functions of the library's templates, compiled for this instruction set, might be linked
+// in the place of others.)
+template <class T>
+class Memory {
+ public:
+  explicit Memory(int64_t count) : data_(new T[static_cast<size_t>(count)]) {}
+  ~Memory() { delete[] data_; }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
 
 // to[32 c + r] = from[row r + c] for 16 rows and columns.
 inline void transpose_levels(const int8_t* from, int64_t row, int8_t* to) {
@@ -31,11 +45,12 @@ inline void transpose_levels(const int8_t* from, int64_t row, int8_t* to) {
 class TileLevels {
  public:
   TileLevels(const LinearProblem& p, int64_t begin, int64_t end)
-      : first_(begin / kTileRows), groups_(p.levels != nullptr ? (p.inputs + p.group - 1) / p.group : 0) {
+      : first_(begin / kTileRows),
+        groups_(p.levels != nullptr ? (p.inputs + p.group - 1) / p.group : 0),
+        stride_((groups_ + 15) / 16 * 16 * kTileRows),
+        levels_((tile_count(end) - first_) * stride_) {
     if (groups_ == 0) return;
-    const int64_t padded = (groups_ + 15) / 16 * 16;
-    stride_ = padded * kTileRows;
-    levels_.resize(static_cast<size_t>((tile_count(end) - first_) * stride_));
+    std::memset(levels_.data() + (tile_count(end) - 1 - first_) * stride_, 0, static_cast<size_t>(stride_));
     for (int64_t n = first_ * kTileRows; n < end; n += 16) {
       int8_t* const to = levels_.data() + (n / kTileRows - first_) * stride_ + n % kTileRows;
       for (int64_t g = 0; g < groups_; g += 16) {
@@ -46,8 +61,7 @@ class TileLevels {
         }
         int8_t part[16][16] = {};
         for (int64_t r = 0; r < 16 && n + r < end; ++r) {
-          const int64_t left = groups_ - g;
-          std::memcpy(part[r], from + r * groups_, static_cast<size_t>(left < 16 ? left : 16));
+          std::memcpy(part[r], from + r * groups_, static_cast<size_t>(least(groups_ - g, 16)));
         }
         transpose_levels(part[0], 16, to + g * kTileRows);
       }
@@ -57,11 +71,10 @@ class TileLevels {
   const int8_t* operator()(int64_t tile, int64_t group) const {
     return levels_.data() + (tile - first_) * stride_ + group * kTileRows;
   }
-  int64_t groups() const { return groups_; }
 
  private:
-  int64_t first_, groups_, stride_ = 0;
-  std::vector<int8_t> levels_;
+  int64_t first_, groups_, stride_;
+  Memory<int8_t> levels_;
 };
 
 }  // namespace
