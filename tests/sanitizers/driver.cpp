@@ -156,7 +156,8 @@ struct Weights {
         bits(planes * outputs * ((inputs + 7) / 8)),
         plane_weights(planes) {
     for (int64_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint8_t>(random_word());
-    for (int64_t p = 0; p < planes; ++p) plane_weights[p] = 1 << p;
+    const bool ternary = planes == 2 && inputs % 4 == 3;
+    for (int64_t p = 0; p < planes; ++p) plane_weights[p] = ternary ? 1 : 1 << p;
   }
   double at(int64_t n, int64_t k) const {
     double w = 0.0;
@@ -202,11 +203,14 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
   const Weights w(outputs, inputs, planes);
   const int64_t groups = group > 0 ? (inputs + group - 1) / group : 1;
   const bool one_scale = group == 0 && outputs % 2 == 1;
-  const Array<float> scale = random_floats(one_scale ? 1 : outputs * groups);
+  Array<float> scale = random_floats(one_scale ? 1 : outputs * groups);
   const Array<float> bias = random_floats(outputs);
   Array<float> x = random_floats(rows * inputs), y(rows * outputs, NAN);
   Array<int8_t> q(0);
   const Array<float> x_scale = quantized ? quantize(kernels, x, q, rows) : Array<float>(0);
+  const bool whole = quantized && group > 0 && takes_levels(w.plane_weights.data(), planes, inputs);
+  Array<int8_t> levels(0);
+  const Array<float> row_scale = whole ? quantize(kernels, scale, levels, outputs) : Array<float>(0);
   LinearProblem p{};
   p.rows = rows;
   p.outputs = outputs;
@@ -214,9 +218,10 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
   p.planes = planes;
   p.bits = w.bits.data();
   p.plane_weights = w.plane_weights.data();
-  p.scale = scale.data();
-  p.scale_stride = one_scale ? 0 : groups;
+  p.scale = whole ? row_scale.data() : scale.data();
+  p.scale_stride = one_scale ? 0 : whole ? 1 : groups;
   p.group = group;
+  p.levels = whole ? levels.data() : nullptr;
   p.bias = rows == 1 ? nullptr : bias.data();
   p.x = quantized ? nullptr : x.data();
   p.q = quantized ? q.data() : nullptr;
@@ -236,8 +241,8 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
       double sum = 0.0, size = 1.0;
       for (int64_t k = 0; k < inputs; ++k) {
         const double term = w.at(n, k) * x[m * inputs + k] *
-                            scale[n * p.scale_stride + (group > 0 ? k / group : 0)] *
-                            (quantized ? x_scale[m] : 1.0f);
+                            scale[one_scale ? 0 : n * groups + (group > 0 ? k / group : 0)] *
+                            (whole ? row_scale[n] : 1.0f) * (quantized ? x_scale[m] : 1.0f);
         sum += term;
         size += std::fabs(term);
       }
@@ -261,8 +266,13 @@ void check_products(const Kernels& kernels) {
           check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation);
         }
       }
+      for (int64_t rows : {13, 26}) {
+        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 3, 0, true, Activation::none);
+        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 48, true, Activation::none);
+      }
     }
   }
+  check_linear(kernels, 131, 300, 600, 1, 64, true, Activation::none);  // more rows than share a panel
   for (bool quantized : {false, true}) {
     check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none);  // more than a block of tiles
     check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu);   // more rows than share a panel

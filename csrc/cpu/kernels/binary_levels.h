@@ -49,7 +49,7 @@ class TileLevels {
         groups_(p.levels != nullptr ? (p.inputs + p.group - 1) / p.group : 0),
         stride_((groups_ + 15) / 16 * 16 * kTileRows),
         levels_((tile_count(end) - first_) * stride_) {
-    if (groups_ == 0) return;
+    if (groups_ == 0 || begin >= end) return;
     std::memset(levels_.data() + (tile_count(end) - 1 - first_) * stride_, 0, static_cast<size_t>(stride_));
     for (int64_t n = first_ * kTileRows; n < end; n += 16) {
       int8_t* const to = levels_.data() + (n / kTileRows - first_) * stride_ + n % kTileRows;
