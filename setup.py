@@ -81,7 +81,8 @@ TORCH_FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp
 
 # Kernel file -> flags that it is given where the compiler knows them. The loops of the step branch on what is the
 # same for all elements (Nesterov, decay, ...): gcc takes that out of larger loops than it would by default.
-TUNING = {"step": ["--param=max-unswitch-insns=300"]}
+# Objects of products that allocate hold nothing for exceptions: the linker may keep any one definition of that.
+TUNING = {"step": ["--param=max-unswitch-insns=300"], "binary_linear": ["-fno-exceptions"]}
 # For `python setup.py sanitize`. null and unreachable cost compile time and are caught as crashes; calls in
 # place of inline checks halve it.
 SANITIZER_FLAGS = [

@@ -400,7 +400,7 @@ inline int64_t least_byte_rows(const LinearProblem& p) {
 
 inline bool takes_bytes(const LinearProblem& p) {
   if (p.q == nullptr || p.tiles == nullptr || (p.group != 0 && p.levels == nullptr)) return false;
-  return p.rows >= least_byte_rows(p) && ByteWeights(p).fit;
+  return p.inputs > 0 && p.rows >= least_byte_rows(p) && ByteWeights(p).fit;
 }
 
 inline void linear_by_bytes(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin,
