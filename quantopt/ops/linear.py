@@ -152,6 +152,11 @@ def binary_linear(
             "int8": x is first rounded, row by row, to s * q with s = max|x| / 127 and whole q; the sums of q are
             exact, so the error is that of the rounding of x: at most s/2 * sum_k |W[n, k]|, and |y| errs by about
             0.4 % of its size in practice. A row of x with an infinity or NaN gives NaN.
+            With ``group_size`` the CPU kernels also round the scales of a row of W, as the numbers of x, to whole
+            levels times a 127th of the largest of them, r = max_g |scale[n, g]| / 127: all of the sum is exact then,
+            and y errs by another r/2 * sum_k |s q[k]| at most (the signs of ternary weights add up to 2: twice that).
+            A row whose largest scale is not finite gives NaN. Scales stay as they are with planes other than ternary
+            ones, in rows of more than 2^31 / 127^2 / P weights, on GPUs and in the reference.
             "bf16": x is first rounded to the nearest bfloat16, by at most 2^-8 of each |x| (more for denormals; from
             2^128 - 2^119 on it gives an infinity), the rest is as in "exact", y of the type of x. Where x is bfloat16
             nothing is rounded. On a GPU fp32 x is then multiplied once, not in three parts; on a CPU with AMX 13 rows

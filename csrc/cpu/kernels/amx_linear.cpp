@@ -20,7 +20,6 @@ constexpr int64_t kAhead = 4;  // steps between the expansion of weights and the
 constexpr uint64_t kRing = 8;  // steps
 static_assert(kRowsTogether == kBlockRows);
 
-inline int64_t group_count(const LinearProblem& p) { return (p.inputs + p.group - 1) / p.group; }
 inline TileBits bits_of(const LinearProblem& p) { return {p.tiles, p.planes, 1, p.outputs, p.inputs}; }
 inline int64_t steps_of(const Product& a) {
   const TileBits bits = bits_of(a.p);
