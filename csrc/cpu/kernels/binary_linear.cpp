@@ -1,7 +1,7 @@
-// Products with +-1 weights: by lookups (binary_lookup.h) with AVX2 and AVX-512, or with few outputs by bytes
-// (binary_expand.h); elsewhere, and for groups of scales that are no multiple of 16, rows of W are expanded
-// to floats in a panel. Each output is summed in an order that depends on K alone: any split over threads or
-// rows gives the same bits.
+// Products with +-1 weights: by lookups (binary_lookup.h) with AVX2 and AVX-512, or with VNNI by bytes
+// (binary_bytes.h) for many rows of x or few outputs; elsewhere, and for groups of scales that are no
+// multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an order that depends
+// on K alone: any split over threads or rows gives the same bits.
 #include "cpu/kernels/binary_linear.h"
 
 #include <cmath>
