@@ -6,7 +6,6 @@
 // x pass by the first-level cache, so that the ring stays there.
 #include "cpu/kernels/amx_linear.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "cpu/kernels/amx_block.h"
@@ -202,7 +201,7 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
 template <int parts, bool grouped, class Weights>
 void blocks(const Call& call, const Weights& weights, int64_t row, int64_t end) {
   for (; row < end; row += kRowsTogether) {
-    const int64_t rows = std::min(kRowsTogether, end - row);
+    const int64_t rows = least(kRowsTogether, end - row);
     if (rows > kRegisterRows) {
       block<parts, true, grouped>(call, weights, row, rows);
     } else {

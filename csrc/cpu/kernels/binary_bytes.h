@@ -15,6 +15,7 @@
 #include "cpu/kernels/binary_epilogue.h"
 #include "cpu/kernels/binary_linear.h"
 #include "cpu/kernels/binary_lookup.h"
+#include "cpu/kernels/thresholds.h"
 
 namespace quantopt::QUANTOPT_ISA {
 namespace {
@@ -387,37 +388,10 @@ void bytes_block(const LinearProblem& p, int32_t times, int64_t row_begin, int64
   }
 }
 
-// Rows of x from which products of bytes are faster than lookups, whose tables take longer to make than to
-// use with few outputs. Lookups over bytes in time, one thread of an Intel Xeon (AMX, so all else too),
-// without and with scales of 64:
-//   avx512vnni, 4096 x 4096: 8 rows 0.86, 1.02; 12 rows 1.04, 1.19; 32 rows 1.30, 1.43; 128 rows 1.31, 1.46
-//     32 outputs, 512 inputs: 2 rows 1.15, 1.32; 64 outputs: 4 rows 1.19, 1.38; 256 outputs: 8
-//     rows 1.02, 1.18 1024 outputs, 64 inputs: 16 rows 0.84, 0.96; 256 inputs: 0.98, 1.10
-//   avxvnni, 4096 x 4096: 6 rows 0.99, 1.13; 8 rows 1.00, 1.12; 32 rows 1.34, 1.43; 128 rows 1.45, 1.68
-//     64 outputs, 512 inputs: 2 rows 1.41, 1.18; 128 outputs: 4 rows 1.32, 1.13
-// AMD's processors look up a vector of 16-bit numbers in one cycle, in which Intel's need two: on Zen 4 bytes
-// win with few outputs alone (with 32 from 4 rows on, with 64 from 16).
-inline int64_t least_byte_rows(const LinearProblem& p) {
-  constexpr int64_t kNever = INT64_MAX;
-#if defined(__AVX512VNNI__)
-  static const bool intel = [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel") != 0;
-  }();
-  if (!intel) return p.outputs <= 32 ? 4 : p.outputs <= 64 && p.inputs >= 128 ? 16 : kNever;
-  if (p.outputs <= 64) return p.outputs <= 32 ? 2 : 4;
-  if (p.outputs <= 256) return 8;
-  if (p.inputs < 256) return kNever;
-  return p.levels != nullptr ? 8 : 12;
-#else
-  if (p.outputs <= 128) return p.outputs <= 64 ? 2 : 4;
-  return p.inputs < 128 ? kNever : 6;
-#endif
-}
-
 inline bool takes_bytes(const LinearProblem& p) {
   if (p.q == nullptr || p.tiles == nullptr || (p.group != 0 && p.levels == nullptr)) return false;
-  return p.inputs > 0 && p.rows >= least_byte_rows(p) && ByteWeights(p).fit;
+  return p.inputs > 0 && p.rows >= thresholds::least_byte_rows(p.outputs, p.inputs, p.levels != nullptr) &&
+         ByteWeights(p).fit;
 }
 
 inline void linear_by_bytes(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin,
