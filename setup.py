@@ -66,8 +66,8 @@ KERNELS = {
     "binary_tiles": ("portable", "avx2", "avx512", "avx512vnni"),
     "quantize": ("portable", "avx2", "avx512", "avx512vnni"),
     "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
-    "binary_amx": ("amx",),
     "amx_linear": ("amx",),
+    "amx_conv": ("amx",),
 }
 DEFAULT_ISAS = ("portable", "avx2", "avx512")
 

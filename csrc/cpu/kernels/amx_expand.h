@@ -85,7 +85,7 @@ class StepWords {
     ahead_ = tile_count(bits_.outputs) * kChunkWords * kTileRows;
   }
 
-  const TileBits bits_;
+  TileBits bits_;
   int64_t tile_, position_ = 0, first_ = 0;  // of the chunk
   int64_t done_, left_, ahead_;              // words
   const uint16_t* at_;

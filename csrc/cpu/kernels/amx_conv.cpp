@@ -1,0 +1,396 @@
+// conv2d with +-1 weights on AMX.
+//
+// 32 pixels times 32 outputs at a time, whose sums stay in registers over all kernel positions and channels.
+// Pixels are loaded from their slots, 16 rows some bytes apart: nothing is gathered. The weights of 32
+// outputs are expanded once for all pixels, while the first are multiplied, to a panel that stays in the
+// second-level cache; its loads pass by the first-level cache, where pixels are that several kernel positions
+// meet.
+#include "cpu/kernels/amx_conv.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/kernels/amx_block.h"
+#include "cpu/kernels/amx_expand.h"
+
+namespace quantopt::amx {
+namespace {
+
+constexpr int64_t kAhead = 4;  // steps between the expansion of weights and their first use
+constexpr int64_t kWord = 16;  // values
+
+inline int64_t parts_of(Form form) { return form == Form::parts ? kParts : 1; }
+inline int64_t value_bytes(Form form) { return form == Form::int8 ? 1 : 2; }
+inline int64_t taps_of(const ConvProblem& p) { return p.kernel[0] * p.kernel[1]; }
+inline bool unit_plane(const ConvProblem& p) { return p.planes == 1 && p.plane_weights[0] == 1; }
+
+// Values of a slot.
+inline int64_t slot_values(const ConvProblem& p, bool side_by_side) {
+  return side_by_side ? p.kernel[1] * tile_words(p.channels) * kWord : p.channels;
+}
+inline TileBits bits_of(const Convolution& a, bool side_by_side) {
+  const ConvProblem& p = a.p;
+  return {p.tiles, p.planes, side_by_side ? p.kernel[0] : taps_of(p), p.outputs,
+          slot_values(p, side_by_side)};
+}
+inline int64_t slot_steps(const Convolution& a, bool side_by_side) {
+  const TileBits bits = bits_of(a, side_by_side);
+  return a.form == Form::int8 ? bits.position_steps<int8_t>() : bits.position_steps<uint16_t>();
+}
+
+// ---- the product ----
+
+// sums += 16 or 32 pixels times the 32 outputs of a step.
+template <class Value, int parts, bool two>
+inline __attribute__((always_inline)) void multiply_step(const char* first, const char* second,
+                                                         int64_t stride, const char* weights) {
+  amx_load_once<6>(weights, kRowBytes);
+  amx_load_once<7>(weights + kRegisterBytes, kRowBytes);
+  QUANTOPT_UNROLL for (int part = 0; part < parts; ++part) {
+    amx_load<4>(first + part * kRowBytes, stride);
+    amx_multiply<Value, 0, 4, 6>();
+    amx_multiply<Value, 1, 4, 7>();
+    if constexpr (two) {
+      amx_load<5>(second + part * kRowBytes, stride);
+      amx_multiply<Value, 2, 5, 6>();
+      amx_multiply<Value, 3, 5, 7>();
+    }
+  }
+}
+
+// Pixels of a block as rows of y.
+struct BlockRows {
+  const ConvPlace* places;
+  int64_t first_pixel;
+  const ImageFactor* factors;  // of the first image
+  int64_t row(int64_t m) const { return places[m].pixel < 0 ? -1 : first_pixel + places[m].pixel; }
+  float factor(int64_t m) const { return factors[places[m].image].of_y; }
+};
+
+// The weights of a tile of outputs, in the order of taps.
+template <class Weights>
+class Panel {
+ public:
+  using Value = typename Weights::Value;
+  Panel(const TileBits& bits, const Weights& weights, const ConvSlots& slots, char* memory)
+      : bits_(bits),
+        weights_(weights),
+        taps_(slots.taps),
+        steps_(bits.position_steps<Value>()),
+        count_(slots.tap_rows * slots.tap_columns * steps_),
+        memory_(memory) {}
+
+  void begin(int64_t tile) {
+    tile_ = tile;
+    done_ = 0;
+  }
+  // Expands steps until `end` are there.
+  __attribute__((always_inline)) void expand_to(int64_t end) {
+    for (end = std::min(end, count_); done_ < end; ++done_) {
+      if (done_ % steps_ == 0) {
+        TileBits one = bits_;
+        one.tiles += taps_[done_ / steps_].number * bits_.position_size();
+        one.positions = 1;
+        words_ = StepWords<Value>(one, tile_);
+      } else {
+        words_.advance();
+      }
+      weights_(words_, memory_ + done_ * kStepBytes);
+    }
+  }
+  void expand_all() { expand_to(count_); }
+  bool complete() const { return done_ == count_; }
+  const char* step(int64_t number) const { return memory_ + number * kStepBytes; }
+
+ private:
+  const TileBits bits_;
+  const Weights weights_;
+  const ConvTap* const taps_;
+  const int64_t steps_, count_;
+  char* const memory_;
+  int64_t tile_ = 0, done_ = 0;
+  StepWords<Value> words_{bits_, 0};
+};
+
+struct Call {
+  const Convolution& a;
+  const ConvSlots& slots;
+  const ImageFactor* factors;
+  int64_t image, groups, block_begin, block_end, begin, end;
+  const char* from;
+  char* memory;
+};
+
+template <int parts, bool two, class Weights>
+inline void multiply_block(const Call& call, const char* slots, const ConvBlock& block, int64_t steps,
+                           Panel<Weights>& panel, bool fresh, const Finish& finish, const BlockRows& rows,
+                           int64_t tile) {
+  using Value = typename Weights::Value;
+  const int64_t stride = steps * parts * kRowBytes;
+  const char* const first = slots + block.slot[0] * stride;
+  const char* const second = slots + block.slot[1] * stride;
+  const int64_t lines = finish.lines(two ? kBlockRows : kRegisterRows);
+  const int64_t all = (block.row_end - block.row_begin) * (block.column_end - block.column_begin) * steps;
+  const int64_t lines_per_step = (lines + all - 1) / std::max<int64_t>(all, 1);
+  int64_t line = 0;
+  zero_sums<two>();
+  for (int64_t r = block.row_begin; r < block.row_end; ++r) {
+    for (int64_t c = block.column_begin; c < block.column_end; ++c) {
+      const int64_t tap = r * call.slots.tap_columns + c, at = call.slots.taps[tap].slots * stride;
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t number = tap * steps + step;
+        if (fresh) panel.expand_to(number + kAhead);
+        multiply_step<Value, parts, two>(first + at + step * parts * kRowBytes,
+                                         second + at + step * parts * kRowBytes, stride, panel.step(number));
+        for (int64_t i = 0; i < lines_per_step && line < lines; ++i) finish.prefetch(rows, tile, line++);
+      }
+    }
+  }
+}
+
+template <int parts, class Weights>
+void run(const Call& call, const Weights& weights) {
+  using Value = typename Weights::Value;
+  const Convolution& a = call.a;
+  const ConvProblem& p = a.p;
+  const TileBits bits = bits_of(a, call.slots.side_by_side);
+  const int64_t steps = bits.position_steps<Value>();
+  const int64_t group_bytes = call.slots.count * steps * parts * kRowBytes;
+  const int64_t image_pixels = p.out_height * p.out_width;
+  const Finish finish(
+      {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, 1, p.y, a.y_bf16, p.y_stride});
+  char* const sums = call.memory;
+  Panel<Weights> panel(bits, weights, call.slots, call.memory + 2 * kSumBytes);
+  configure(kBlockRows);
+  for (int64_t tile = call.begin; tile < call.end; ++tile) {
+    panel.begin(tile);
+    for (int64_t group = 0; group < call.groups; ++group) {
+      const int64_t image = call.image + group * call.slots.images;
+      const char* const slots = call.from + group * group_bytes;
+      for (int64_t i = call.block_begin; i < call.block_end; ++i) {
+        const ConvBlock& block = call.slots.blocks[i];
+        const BlockRows rows{block.places, image * image_pixels, call.factors + image};
+        const bool fresh = !panel.complete();
+        if (block.registers == 2) {
+          multiply_block<parts, true>(call, slots, block, steps, panel, fresh, finish, rows, tile);
+          store_sums<true>(sums);
+        } else {
+          multiply_block<parts, false>(call, slots, block, steps, panel, fresh, finish, rows, tile);
+          store_sums<false>(sums);
+        }
+        if (fresh) panel.expand_all();
+        finish(rows, block.registers * kRegisterRows, tile, reinterpret_cast<const Sum<Value>*>(sums));
+      }
+    }
+  }
+  amx_release();
+}
+
+// ---- images into slots ----
+
+// Values of x as they are multiplied, and where those of a step go.
+class Putter {
+ public:
+  Putter(const Convolution& a, const ImageFactor& factor)
+      : form_(a.form), quantizer_(factor.of_x), times_(factor.of_x) {}
+
+  // In the order of registers.
+  void operator()(const float* x, int64_t count, char* to) const {
+    if (form_ == Form::int8) {
+      put_quantized(x, count, quantizer_, to, kRowBytes);
+    } else {
+      put_parts(x, count, times_, to, kParts * kRowBytes, kRowBytes);
+    }
+  }
+  void operator()(const uint16_t* x, int64_t count, char* to) const {
+    if (form_ == Form::int8) {
+      put_quantized(x, count, quantizer_, to, kRowBytes);
+    } else {
+      put_halves(x, count, times_, to, kRowBytes);
+    }
+  }
+
+ private:
+  Form form_;
+  Quantizer quantizer_;
+  float times_;
+};
+
+// `count` values, and zeros up to a multiple of 16.
+inline void copy_words(const float* from, int64_t count, float* to) {
+  for (int64_t k = 0; k < count; k += kWord) {
+    _mm512_storeu_ps(to + k, _mm512_maskz_loadu_ps(lanes_of(count - k), from + k));
+  }
+}
+inline void copy_words(const uint16_t* from, int64_t count, uint16_t* to) {
+  for (int64_t k = 0; k < count; k += kWord) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k),
+                        _mm256_maskz_loadu_epi16(lanes_of(count - k), from + k));
+  }
+}
+
+// The values of pixel (row, column) of an image and, with columns of the kernel side by side, its neighbours.
+template <class X>
+class Pixels {
+ public:
+  Pixels(const ConvProblem& p, const X* x, int64_t image, int64_t row, X* memory)
+      : p_(p), line_(x + (image * p.height + row) * p.width * p.x_stride), memory_(memory) {}
+
+  const X* at(int64_t column) const { return line_ + column * p_.x_stride; }
+  const X* side_by_side(int64_t column) const {
+    const int64_t words = tile_words(p_.channels) * kWord;
+    X* to = memory_;
+    for (int64_t s = 0; s < p_.kernel[1]; ++s, column += p_.dilation[1], to += words) {
+      if (column < 0 || column >= p_.width) {
+        std::memset(to, 0, static_cast<size_t>(words) * sizeof(X));
+      } else {
+        copy_words(at(column), p_.channels, to);
+      }
+    }
+    return memory_;
+  }
+
+ private:
+  const ConvProblem& p_;
+  const X* line_;
+  X* memory_;
+};
+
+template <class X>
+void put_line(const Convolution& a, const ConvSlots& slots, const ImageFactor* factors, int64_t image,
+              const ConvLine& line, const X* x, char* to, void* memory) {
+  const ConvProblem& p = a.p;
+  const int64_t bytes = slot_bytes(a, slots), values = slot_values(p, slots.side_by_side);
+  const int64_t begin = line.row < 0 ? slots.width : line.begin, end = line.row < 0 ? slots.width : line.end;
+  const int64_t together = slots.images;
+  std::memset(to, 0, static_cast<size_t>(begin * together * bytes));
+  std::memset(to + end * together * bytes, 0, static_cast<size_t>((slots.width - end) * together * bytes));
+  if (begin >= end) return;
+  const bool dense = !slots.side_by_side && p.stride[1] == 1 && p.x_stride == p.channels &&
+                     p.channels * value_bytes(a.form) % kRowBytes == 0;
+  for (int64_t i = 0; i < together; ++i) {
+    const Putter put(a, factors[image + i]);
+    const Pixels<X> pixels(p, x, image + i, line.row, static_cast<X*>(memory));
+    char* at = to + (begin * together + i) * bytes;
+    if (dense && together == 1) {  // the pixels are one row of values
+      put(pixels.at(line.column), (end - begin) * values, at);
+      continue;
+    }
+    int64_t column = line.column;
+    for (int64_t u = begin; u < end; ++u, column += p.stride[1], at += together * bytes) {
+      put(slots.side_by_side ? pixels.side_by_side(column) : pixels.at(column), values, at);
+    }
+  }
+}
+
+// Where words of a position begin in tiles of so many channels.
+inline int64_t word_offset(const ConvProblem& p, int64_t channels, int64_t position, int64_t tile,
+                           int64_t word) {
+  const int64_t first = word / kChunkWords * kChunkWidth;
+  return position * tile_count(p.outputs) * kTileRows * tile_words(channels) +
+         tile_offset(p.outputs, channels, 0, first, tile) + word % kChunkWords * kTileRows;
+}
+
+}  // namespace
+
+bool takes(const Convolution& a) {
+  const ConvProblem& p = a.p;
+  return a.form == Form::int8 ? PlaneBytes::covers(p.plane_weights, p.planes)
+                              : PlaneHalves::covers(p.plane_weights, p.planes);
+}
+
+int64_t side_by_side_words(const Convolution& a) {
+  const ConvProblem& p = a.p;
+  return p.planes * taps_of(p) * tile_count(p.outputs) * kTileRows * tile_words(p.channels);
+}
+
+void put_side_by_side(const Convolution& a, uint16_t* tiles) {
+  const ConvProblem& p = a.p;
+  const int64_t words = tile_words(p.channels), channels = slot_values(p, true);
+  for (int64_t row = 0; row < p.planes * p.kernel[0]; ++row) {
+    for (int64_t tile = 0; tile < tile_count(p.outputs); ++tile) {
+      for (int64_t s = 0; s < p.kernel[1]; ++s) {
+        for (int64_t word = 0; word < words; ++word) {
+          std::memcpy(tiles + word_offset(p, channels, row, tile, s * words + word),
+                      p.tiles + word_offset(p, p.channels, row * p.kernel[1] + s, tile, word),
+                      kTileRows * sizeof(uint16_t));
+        }
+      }
+    }
+  }
+}
+
+float largest_value(const Convolution& a, int64_t image, int64_t row_begin, int64_t row_end) {
+  const ConvProblem& p = a.p;
+  const int64_t line = p.width * p.x_stride, first = (image * p.height + row_begin) * line,
+                count = (row_end - row_begin) * line;
+  return p.x != nullptr ? largest_of(p.x + first, count) : largest_of(p.x_bf16 + first, count);
+}
+
+ImageFactor factor_for(Form form, float largest) {
+  if (form == Form::int8) {
+    const float scale = quantization_scale(largest);
+    return {scale, scale};
+  }
+  const PowerOfTwo power = power_for(largest);
+  return {power.times, power.back};
+}
+
+int64_t slot_bytes(const Convolution& a, const ConvSlots& slots) {
+  return slot_steps(a, slots.side_by_side) * parts_of(a.form) * kRowBytes;
+}
+
+int64_t putting_memory(const Convolution& a, const ConvSlots& slots) {
+  return slots.side_by_side ? slot_values(a.p, true) * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
+int64_t working_memory(const Convolution& a, const ConvSlots& slots) {
+  return 2 * kSumBytes + slots.tap_rows * slots.tap_columns * slot_steps(a, slots.side_by_side) * kStepBytes;
+}
+
+void put_lines(const Convolution& a, const ConvSlots& slots, const ImageFactor* factors, int64_t image,
+               int64_t begin, int64_t end, char* to, void* memory) {
+  const int64_t slot = slot_bytes(a, slots), line_bytes = slots.width * slots.images * slot;
+  for (int64_t i = begin; i < end; ++i) {
+    const auto put = [&](const auto* x) {
+      put_line(a, slots, factors, image, slots.lines[i], x, to + i * line_bytes, memory);
+    };
+    if (a.p.x != nullptr) {
+      put(a.p.x);
+    } else {
+      put(a.p.x_bf16);
+    }
+  }
+  if (end == slots.line_count) {
+    const int64_t done = end * line_bytes;
+    std::memset(to + done, 0, static_cast<size_t>(slots.count * slot - done));
+  }
+}
+
+void multiply(const Convolution& a, const ConvSlots& slots, const ImageFactor* factors, int64_t image,
+              int64_t groups, int64_t block_begin, int64_t block_end, int64_t begin, int64_t end,
+              const char* from, void* memory) {
+  const Call call{
+      a, slots, factors, image, groups, block_begin, block_end, begin, end, from, static_cast<char*>(memory)};
+  const TileBits bits = bits_of(a, slots.side_by_side);
+  const int32_t* const w = a.p.plane_weights;
+  if (a.form == Form::int8) {
+    if (unit_plane(a.p)) {
+      run<1>(call, SignBytes(bits, w));
+    } else {
+      run<1>(call, PlaneBytes(bits, w));
+    }
+  } else if (a.form == Form::bfloat16) {
+    if (unit_plane(a.p)) {
+      run<1>(call, SignHalves(bits, w));
+    } else {
+      run<1>(call, PlaneHalves(bits, w));
+    }
+  } else if (unit_plane(a.p)) {
+    run<kParts>(call, SignHalves(bits, w));
+  } else {
+    run<kParts>(call, PlaneHalves(bits, w));
+  }
+}
+
+}  // namespace quantopt::amx
