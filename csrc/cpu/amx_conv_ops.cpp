@@ -128,13 +128,13 @@ void run_images(const Groups& groups, const ConvPlan& plan, int64_t begin, int64
   std::vector<ImageFactor> factors(static_cast<size_t>(end));
   for (; begin < end; begin += most * together) {
     const int64_t count = std::min(most, (end - begin) / together);
-    for (int64_t i = begin; i < begin + count * together; ++i) {
-      factors[static_cast<size_t>(i)] = factor_of(first, i);
-    }
     for (const Convolution& conv : groups.all()) {
       for (int64_t i = 0; i < count; ++i) {
-        amx::put_lines(conv, slots, factors.data(), begin + i * together, 0, slots.line_count, at + i * bytes,
-                       work);
+        const int64_t image = begin + i * together;
+        for (int64_t j = image; &conv == &first && j < image + together; ++j) {
+          factors[static_cast<size_t>(j)] = factor_of(first, j);
+        }
+        amx::put_lines(conv, slots, factors.data(), image, 0, slots.line_count, at + i * bytes, work);
       }
       amx::multiply(conv, slots, factors.data(), begin, count, 0, slots.block_count, 0, tiles, at, work);
     }

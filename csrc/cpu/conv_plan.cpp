@@ -118,7 +118,7 @@ class Blocks {
   void add_register(int64_t begin, int64_t end) {
     if (to_.empty() || to_.back().registers == 2) {
       constexpr int32_t kMost = INT32_MAX;
-      to_.push_back({{begin, begin}, 0, kMost, 0, kMost, 0, {}});
+      to_.push_back({{begin, begin}, 0, 1, kMost, 0, kMost, 0, {}});
     }
     ConvBlock& block = to_.back();
     const int64_t r = block.registers++;
@@ -141,6 +141,13 @@ class Blocks {
       if (++column < width_) continue;
       column = 0;
       ++row;
+    }
+    for (int64_t i = 0; i < kRegister; ++i) {
+      const ConvPlace& first = block.places[0];
+      const auto behind = static_cast<int32_t>(r * kRegister + i);
+      if (first.pixel < 0 || places[i].pixel != first.pixel + behind || places[i].image != first.image) {
+        block.consecutive = 0;
+      }
     }
     const bool one_row = first_row == last_row;
     range_of(rows_.taps, first_row, last_row, block.row_begin, block.row_end);

@@ -58,16 +58,24 @@ inline __attribute__((always_inline)) void multiply_step(const char* first, cons
   }
 }
 
-// Pixels of a block as rows of y.
+// Pixels of a block as rows of y: anywhere, or one behind the other in one image.
 struct BlockRows {
+  static constexpr bool kAll = false, kOneFactor = false;
   const ConvPlace* places;
   int64_t first_pixel;
   const ImageFactor* factors;  // of the first image
   int64_t row(int64_t m) const { return places[m].pixel < 0 ? -1 : first_pixel + places[m].pixel; }
   float factor(int64_t m) const { return factors[places[m].image].of_y; }
 };
+struct NextRows {
+  static constexpr bool kAll = true, kOneFactor = true;
+  int64_t first;
+  float of_all;
+  int64_t row(int64_t m) const { return first + m; }
+  float factor(int64_t) const { return of_all; }
+};
 
-// The weights of a tile of outputs, in the order of taps.
+// The weights of some tiles of outputs, one after the other, in the order of taps.
 template <class Weights>
 class Panel {
  public:
@@ -80,9 +88,11 @@ class Panel {
         count_(slots.tap_rows * slots.tap_columns * steps_),
         memory_(memory) {}
 
-  void begin(int64_t tile) {
+  // Begins tile `tile` in place `place`.
+  void begin(int64_t tile, int64_t place) {
     tile_ = tile;
     done_ = 0;
+    to_ = memory_ + place * count_ * kStepBytes;
   }
   // Expands steps until `end` are there.
   __attribute__((always_inline)) void expand_to(int64_t end) {
@@ -95,12 +105,11 @@ class Panel {
       } else {
         words_.advance();
       }
-      weights_(words_, memory_ + done_ * kStepBytes);
+      weights_(words_, to_ + done_ * kStepBytes);
     }
   }
   void expand_all() { expand_to(count_); }
-  bool complete() const { return done_ == count_; }
-  const char* step(int64_t number) const { return memory_ + number * kStepBytes; }
+  const char* at(int64_t place) const { return memory_ + place * count_ * kStepBytes; }
 
  private:
   const TileBits bits_;
@@ -108,9 +117,17 @@ class Panel {
   const ConvTap* const taps_;
   const int64_t steps_, count_;
   char* const memory_;
+  char* to_ = nullptr;
   int64_t tile_ = 0, done_ = 0;
   StepWords<Value> words_{bits_, 0};
 };
+
+// Tiles whose weights are expanded together.
+inline int64_t panel_tiles(const ConvSlots& slots, int64_t steps, int64_t outputs) {
+  constexpr int64_t kBytes = 256 << 10;  // of the second-level cache
+  const int64_t bytes = slots.tap_rows * slots.tap_columns * steps * kStepBytes;
+  return std::clamp<int64_t>(kBytes / std::max<int64_t>(bytes, 1), 1, tile_count(outputs));
+}
 
 struct Call {
   const Convolution& a;
@@ -121,18 +138,58 @@ struct Call {
   char* memory;
 };
 
+// The end of a block, some rows of which become y with each step of the next block.
+template <class Sums>
+class Ending {
+ public:
+  explicit Ending(const Finish& finish) : finish_(finish) {}
+
+  void begin(const ConvBlock& block, const BlockRows& rows, int64_t tile, const char* sums) {
+    rows_ = rows;
+    next_ = {rows.row(0), rows.factor(0)};
+    consecutive_ = block.consecutive != 0;
+    done_ = 0;
+    count_ = block.registers * kRegisterRows;
+    tile_ = finish_.tile(tile);
+    sums_ = reinterpret_cast<const Sums*>(sums);
+  }
+  __attribute__((always_inline)) void some(int64_t rows) {
+    if (done_ == count_) return;
+    const int64_t end = std::min(done_ + rows, count_);
+    if (consecutive_) {
+      finish_(next_, done_, end, tile_, sums_);
+    } else {
+      finish_(rows_, done_, end, tile_, sums_);
+    }
+    done_ = end;
+  }
+  void rest() { some(kBlockRows); }
+
+ private:
+  const Finish& finish_;
+  BlockRows rows_{};
+  NextRows next_{};
+  bool consecutive_ = false;
+  int64_t done_ = 0, count_ = 0;
+  OutputTile tile_{};
+  const Sums* sums_ = nullptr;
+};
+
 template <int parts, bool two, class Weights>
 inline void multiply_block(const Call& call, const char* slots, const ConvBlock& block, int64_t steps,
-                           Panel<Weights>& panel, bool fresh, const Finish& finish, const BlockRows& rows,
-                           int64_t tile) {
+                           Panel<Weights>& panel, int64_t place, bool fresh, const Finish& finish,
+                           const BlockRows& rows, int64_t tile,
+                           Ending<Sum<typename Weights::Value>>& before) {
   using Value = typename Weights::Value;
   const int64_t stride = steps * parts * kRowBytes;
   const char* const first = slots + block.slot[0] * stride;
   const char* const second = slots + block.slot[1] * stride;
-  const int64_t lines = finish.lines(two ? kBlockRows : kRegisterRows);
+  const char* const weights = panel.at(place);
   const int64_t all = (block.row_end - block.row_begin) * (block.column_end - block.column_begin) * steps;
-  const int64_t lines_per_step = (lines + all - 1) / std::max<int64_t>(all, 1);
-  int64_t line = 0;
+  const int64_t count = two ? kBlockRows : kRegisterRows,
+                per_step = 1 + (kBlockRows - 1) / std::max<int64_t>(all, 1);
+  const NextRows next{rows.row(0), 1.0f};
+  int64_t fetched = 0;
   zero_sums<two>();
   for (int64_t r = block.row_begin; r < block.row_end; ++r) {
     for (int64_t c = block.column_begin; c < block.column_end; ++c) {
@@ -141,11 +198,17 @@ inline void multiply_block(const Call& call, const char* slots, const ConvBlock&
         const int64_t number = tap * steps + step;
         if (fresh) panel.expand_to(number + kAhead);
         multiply_step<Value, parts, two>(first + at + step * parts * kRowBytes,
-                                         second + at + step * parts * kRowBytes, stride, panel.step(number));
-        for (int64_t i = 0; i < lines_per_step && line < lines; ++i) finish.prefetch(rows, tile, line++);
+                                         second + at + step * parts * kRowBytes, stride,
+                                         weights + number * kStepBytes);
+        before.some(per_step);
+        for (const int64_t last = std::min(fetched + per_step, count); fetched < last; ++fetched) {
+          block.consecutive ? finish.prefetch(next, fetched, tile) : finish.prefetch(rows, fetched, tile);
+        }
       }
     }
   }
+  before.rest();
+  if (fresh) panel.expand_all();
 }
 
 template <int parts, class Weights>
@@ -159,30 +222,39 @@ void run(const Call& call, const Weights& weights) {
   const int64_t image_pixels = p.out_height * p.out_width;
   const Finish finish(
       {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, 1, p.y, a.y_bf16, p.y_stride});
-  char* const sums = call.memory;
+  Ending<Sum<Value>> ending(finish);
   Panel<Weights> panel(bits, weights, call.slots, call.memory + 2 * kSumBytes);
+  char *sums = call.memory, *other = call.memory + kSumBytes;
   configure(kBlockRows);
-  for (int64_t tile = call.begin; tile < call.end; ++tile) {
-    panel.begin(tile);
+  const int64_t most = panel_tiles(call.slots, steps, p.outputs);
+  for (int64_t tile = call.begin; tile < call.end; tile += most) {
+    const int64_t tiles = std::min(most, call.end - tile);
+    bool fresh = true;
     for (int64_t group = 0; group < call.groups; ++group) {
       const int64_t image = call.image + group * call.slots.images;
       const char* const slots = call.from + group * group_bytes;
       for (int64_t i = call.block_begin; i < call.block_end; ++i) {
         const ConvBlock& block = call.slots.blocks[i];
         const BlockRows rows{block.places, image * image_pixels, call.factors + image};
-        const bool fresh = !panel.complete();
-        if (block.registers == 2) {
-          multiply_block<parts, true>(call, slots, block, steps, panel, fresh, finish, rows, tile);
-          store_sums<true>(sums);
-        } else {
-          multiply_block<parts, false>(call, slots, block, steps, panel, fresh, finish, rows, tile);
-          store_sums<false>(sums);
+        for (int64_t t = 0; t < tiles; ++t) {
+          if (fresh) panel.begin(tile + t, t);
+          if (block.registers == 2) {
+            multiply_block<parts, true>(call, slots, block, steps, panel, t, fresh, finish, rows, tile + t,
+                                        ending);
+            store_sums<true>(sums);
+          } else {
+            multiply_block<parts, false>(call, slots, block, steps, panel, t, fresh, finish, rows, tile + t,
+                                         ending);
+            store_sums<false>(sums);
+          }
+          ending.begin(block, rows, tile + t, sums);
+          std::swap(sums, other);
         }
-        if (fresh) panel.expand_all();
-        finish(rows, block.registers * kRegisterRows, tile, reinterpret_cast<const Sum<Value>*>(sums));
+        fresh = false;
       }
     }
   }
+  ending.rest();
   amx_release();
 }
 
@@ -345,7 +417,9 @@ int64_t putting_memory(const Convolution& a, const ConvSlots& slots) {
 }
 
 int64_t working_memory(const Convolution& a, const ConvSlots& slots) {
-  return 2 * kSumBytes + slots.tap_rows * slots.tap_columns * slot_steps(a, slots.side_by_side) * kStepBytes;
+  const int64_t steps = slot_steps(a, slots.side_by_side);
+  return 2 * kSumBytes +
+         panel_tiles(slots, steps, a.p.outputs) * slots.tap_rows * slots.tap_columns * steps * kStepBytes;
 }
 
 void put_lines(const Convolution& a, const ConvSlots& slots, const ImageFactor* factors, int64_t image,

@@ -34,6 +34,7 @@ struct ConvPlace {
 struct ConvBlock {
   int64_t slot[2];
   int32_t registers;
+  int32_t consecutive;  // all rows are pixels, one behind the other, of one image
   int32_t row_begin, row_end, column_begin, column_end;
   ConvPlace places[2 * 16];
 };

@@ -126,8 +126,6 @@ inline void store_row(char* to, int64_t row, int half, __m512i value) {
   _mm512_store_si512(to + half * kRegisterBytes + row * kRowBytes, value);
 }
 
-#define QUANTOPT_UNROLL _Pragma("GCC unroll 16")
-
 // The kinds of weights. Each expands one step of the words it is at to `to`.
 
 // One plane of weight 1, as bytes: the matrix puts bit t in all bits of a byte but the lowest, then all are

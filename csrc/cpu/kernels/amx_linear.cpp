@@ -79,6 +79,7 @@ Output output_of(const Product& a) {
 
 // Rows of x and y from one on.
 struct RowsFrom {
+  static constexpr bool kAll = true, kOneFactor = false;
   int64_t first;
   const float* factors;
   int64_t row(int64_t m) const { return first + m; }
@@ -155,7 +156,6 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   char* const sums = ring + kRing * kStepBytes;
   const Finish finish(output_of(a));
   const RowsFrom y_rows{row, call.factors};
-  const int64_t lines = two ? finish.lines(rows) : 0;
   StepWords<Value> words(bits, call.begin);
   int64_t left = (call.end - call.begin) * steps;
   uint64_t written = 0, read = 0;
@@ -176,11 +176,11 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
     GroupSums groups(sums, grouped ? call.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
     if constexpr (grouped) groups.begin(rows);
     zero_sums<two>();
-    int64_t line = 0, group_left = group_steps;
+    int64_t fetched = 0, group_left = group_steps;
     for (int64_t step = 0; step < steps; ++step) {
       multiply_step<Value, parts, two>(x + step * parts * kRegisterBytes, next_rows,
                                        ring + read++ % kRing * kStepBytes);
-      if (line < lines) finish.prefetch(y_rows, tile, line++);
+      if (two && fetched < rows) finish.prefetch(y_rows, fetched++, tile);
       if constexpr (grouped) {
         if (--group_left == 0 || step + 1 == steps) {
           store_sums<two>(groups.place());
@@ -194,10 +194,10 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
       expand();
     }
     if constexpr (grouped) {
-      finish(y_rows, rows, tile, groups.template end<Sum<Value>>(rows));
+      finish(y_rows, 0, rows, finish.tile(tile), groups.template end<Sum<Value>>(rows));
     } else {
       store_sums<two>(sums);
-      finish(y_rows, rows, tile, reinterpret_cast<const Sum<Value>*>(sums));
+      finish(y_rows, 0, rows, finish.tile(tile), reinterpret_cast<const Sum<Value>*>(sums));
     }
   }
 }
