@@ -3,26 +3,35 @@
 import argparse
 import json
 import re
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from amx_gate import LEAST_FAST, Gate, Seconds, gate_of_processor, median
 
 from quantopt.train.environment import header
 
 
 def compare(
-    functions: Mapping[str, Callable[[], object]], *, min_time: float = 0.5, repeat: int = 7, warmup: int = 2
-) -> dict[str, float]:
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    min_time: float = 0.5,
+    repeat: int = 7,
+    warmup: int = 2,
+    gate: Gate | None = None,
+) -> dict[str, Seconds]:
     """Median seconds of one call of each function.
 
     The functions take turns, so that a change in the machine's speed falls on all of them: at least ``repeat`` rounds,
     and more until ``min_time`` seconds per function have passed. Each turn begins with calls that are not timed, for
     20 ms or at least one: the caches then hold what this function uses, not what the one before it did (a third-level
-    cache takes tens of passes to settle). Calls under 5 ms are timed in bunches.
+    cache takes tens of passes to settle). A call of 0.2 s and more needs none. Calls under 3 ms are timed in bunches.
+
+    With a ``gate`` (bench/amx_gate.py) a sample is of the fast mode if the gate says so before and after it, and the
+    medians are taken of such samples. While a function has too few, there are more rounds, for at most twice
+    ``min_time`` more.
     """
     bunch: dict[str, int] = {}
     warm: dict[str, int] = {}
@@ -32,29 +41,54 @@ def compare(
         start = time.perf_counter()
         function()
         seconds = max(time.perf_counter() - start, 1e-7)
-        bunch[name] = max(1, min(1000, round(5e-3 / seconds)))
-        warm[name] = max(1, min(1000, round(2e-2 / seconds)))
+        bunch[name] = max(1, min(1000, round(3e-3 / seconds)))
+        warm[name] = max(1, min(1000, round(2e-2 / seconds))) if seconds < 0.2 else 0
     times: dict[str, list[float]] = {name: [] for name in functions}
-    deadline = time.perf_counter() + min_time * len(functions)
+    fast: dict[str, list[bool]] = {name: [] for name in functions}
+    begin = time.perf_counter()
     rounds = 0
-    while rounds < repeat or (time.perf_counter() < deadline and rounds < 10_000):
+
+    def wanted() -> bool:
+        passed = time.perf_counter() - begin
+        if rounds < repeat or (passed < min_time * len(functions) and rounds < 10_000):
+            return True
+        few = gate is not None and any(sum(modes) < LEAST_FAST for modes in fast.values())
+        return few and passed < 3 * min_time * len(functions)
+
+    while wanted():
         for name, function in functions.items():
             for _ in range(warm[name]):
                 function()
             count = bunch[name]
+            before = gate is None or gate()
             start = time.perf_counter()
             for _ in range(count):
                 function()
             times[name].append((time.perf_counter() - start) / count)
+            fast[name].append(before and (gate is None or gate()))
         rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: median(times[name], fast[name] if gate else None) for name in functions}
+
+
+def compare_products(functions: Mapping[str, Callable[[], object]], **options: Any) -> dict[str, Seconds]:
+    """:func:`compare` with the gate of this processor, for what may run on AMX tiles."""
+    return compare(functions, gate=gate_of_processor(), **options)
 
 
 def row(
     case: str, peer: str, ours: float, theirs: float, target: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    """One comparison: ``ratio`` = theirs / ours in seconds (how many times faster we are), ``ok`` = ratio >= target."""
+    """One comparison: ``ratio`` = theirs / ours in seconds (how many times faster we are), ``ok`` = ratio >= target.
+
+    Of seconds from a gate the row has the ``modes``, ours and theirs, ``fast``, the shares of samples in the fast mode,
+    and the ``mode`` of the comparison, "mixed" unless both are of one.
+    """
     ratio = theirs / ours
+    gated = [s for s in (ours, theirs) if isinstance(s, Seconds) and s.mode is not None]
+    if len(gated) == 2:
+        modes = [s.mode for s in gated]
+        mode = modes[0] if modes[0] == modes[1] else "mixed"
+        more = {"mode": mode, "modes": modes, "fast": [s.fast for s in gated], **more}
     return {
         "case": case,
         "peer": peer,
@@ -82,8 +116,12 @@ def missing(case: str, peer: str, status: str, why: str, target: float | None = 
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text: case, peer, both times, ratio, target, and pass or fall short."""
-    header = ["case", "peer", "ours ms", "peer ms", "ratio", "target", ""]
+    """The rows as text: case, peer, both times, ratio, target, and pass or fall short.
+
+    Where there are modes of the processor, of each row its mode and the smaller share of samples in the fast one.
+    """
+    gated = any("mode" in r for r in rows)
+    header = ["case", "peer", "ours ms", "peer ms", "ratio", "target", *(["AMX mode"] if gated else []), ""]
     several = len({r.get("threads") for r in rows}) > 1
     lines = [
         [
@@ -95,7 +133,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{r['peer_ms']:.3f}" if "peer_ms" in r else "",
             f"{r['ratio']:.2f}" if r["ratio"] is not None else "",
             "" if r["target"] is None else f"{r['target']:g}",
-            r.get("status") or {True: "pass", False: "falls short", None: ""}[r["ok"]],
+            *([f"{r['mode']} {min(r['fast']):4.0%}" if "mode" in r else ""] if gated else []),
+            f"{r['status']}: {r['why']}"
+            if "status" in r
+            else {True: "pass", False: "falls short", None: ""}[r["ok"]],
         ]
         for r in rows
     ]

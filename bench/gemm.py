@@ -1,16 +1,20 @@
 """Products with packed ±1 weights against torch's fp32, bf16 and int8 layers.
 
     python bench/gemm.py [--json FILE] [--threads N ...] [--min-time SECONDS]
-                         [--only linear|groups|rotated|conv|sweep|mlp|models]
+                         [--only linear|groups|rotated|conv|sweep|mlp|models|llama.cpp|litespark]
     python bench/gemm.py --device cuda [--json FILE] [--min-time SECONDS] [--only dispatch|wgmma]
 
 Peers are torch.nn.Linear in fp32 and bf16, and dynamically quantised int8 with the onednn engine (the default engine is
-several times slower). Every product, ours and theirs, is checked against float64 before it is timed. The targets are
-those of processors with AVX-512 and without AMX.
+several times slower), and the libraries of bench/peers.py. Every product, ours and theirs, is checked against float64
+before it is timed. bench/targets.py has the targets of each kind of processor, for one thread; with --threads 1 2 each
+case has a row of its own speed with two threads over that with one, too.
+
+On processors with AMX, which have two modes (bench/amx_gate.py), each row says in which it was measured.
 """
 
 import argparse
 import copy
+import functools
 import math
 import random
 import statistics
@@ -20,32 +24,15 @@ from collections.abc import Callable
 import common
 import gemm_cuda
 import packed_models
+import peers
+import scaling
+import targets
 import torch
 from torch import Tensor, nn
 
 import quantopt.nn as qnn
 from quantopt.ops.weights import pack_signs
 
-# Times faster than (int8, bf16, fp32) by mode and number of rows; None: only shown.
-TARGETS: dict[tuple[str, int], tuple[float | None, float | None, float | None]] = {
-    ("int8", 1): (7, 20, 25),
-    ("exact", 1): (None, None, None),
-    ("int8", 2): (4, None, None),
-    ("exact", 2): (None, None, None),
-    ("int8", 4): (3.5, None, None),
-    ("exact", 4): (None, None, None),
-    ("int8", 8): (2.6, None, None),
-    ("exact", 8): (None, 9, 15),
-    ("int8", 16): (2.3, None, None),
-    ("exact", 16): (None, None, None),
-    ("int8", 32): (2.2, None, None),
-    ("exact", 32): (None, 4, 8),
-    ("int8", 128): (2.1, 4.3, None),
-    ("exact", 128): (None, 1.5, 3.8),
-    ("int8", 512): (2, 4, None),
-    ("exact", 512): (None, 1.4, 3.5),
-}
-GROUPED_TARGETS = {("int8", 1): 12, ("int8", 8): 6, ("int8", 128): 2.5, ("exact", 1): 8, ("exact", 128): 1.2}
 PEER_ERRORS = {"torch int8": 3e-2, "torch bf16": 1e-2, "torch fp32": 1e-5}  # relative, from rounding
 
 
@@ -58,12 +45,19 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
     return model[0]
 
 
-def check(layer: qnn.BinaryLinear, x: Tensor) -> None:
-    """Stops if the layer is wrong: within rounding of float64 (int8: within the rounding of x)."""
-    expected = x.double() @ layer.weight.double().T + (0 if layer.bias is None else layer.bias.double())
+def check(layer: qnn.BinaryLinear | qnn.BinaryConv2d, x: Tensor) -> None:
+    """Stops if the layer is wrong: within rounding of float64 (int8: within that of x, and of scales of groups)."""
+    bias = None if layer.bias is None else layer.bias.double()
+    if isinstance(layer, qnn.BinaryConv2d):
+        expected = nn.functional.conv2d(x.double(), layer.weight.double(), bias, padding=layer.padding)
+    else:
+        expected = nn.functional.linear(x.double(), layer.weight.double(), bias)
+    tolerance = 1e-5 if x.dtype == torch.float32 else 4e-3  # of y, which has the type of x
+    if layer.compute == "int8":
+        tolerance = 2.5e-2 if layer.group_size else 2e-2
     error = float((layer(x).double() - expected).norm() / expected.norm())
-    if error > (2e-2 if layer.compute == "int8" else 1e-5):
-        raise SystemExit(f"{layer}: relative error {error}")
+    if not error <= tolerance:
+        raise SystemExit(f"{layer}, x in {x.dtype}: relative error {error}")
 
 
 def check_peers(functions: dict[str, Callable[[], object]], expected: Tensor) -> None:
@@ -80,9 +74,9 @@ def products(size: int, rows: int, min_time: float) -> list[dict[str, object]]:
     linear = nn.Linear(size, size)
     x = torch.randn(rows, size)
     exact, rough = (qnn.BinaryLinear.from_linear(linear, compute=c) for c in ("exact", "int8"))
-    for layer in (exact, rough):
-        check(layer, x)
     half, short = copy.deepcopy(linear).bfloat16(), x.bfloat16()
+    for layer, value in ((exact, x), (exact, short), (rough, x)):
+        check(layer, value)
     quantised = int8_linear(linear)
     functions: dict[str, Callable[[], object]] = {
         "exact": lambda: exact(x),
@@ -93,13 +87,14 @@ def products(size: int, rows: int, min_time: float) -> list[dict[str, object]]:
         "torch fp32": lambda: linear(x),
     }
     check_peers(functions, nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double()))
-    seconds = common.compare(functions, min_time=min_time)
+    seconds = common.compare_products(functions, min_time=min_time)
     result = []
     for mode in ("int8", "exact"):
-        for peer, target in zip(("int8", "bf16", "fp32"), TARGETS[mode, rows], strict=True):
-            ours = "exact, bf16 x" if mode == "exact" and peer == "bf16" else mode
+        for peer in ("torch int8", "torch bf16", "torch fp32"):
+            ours = "exact, bf16 x" if mode == "exact" and peer == "torch bf16" else mode
+            target = targets.of(f"M={rows} {ours}", peer, size)
             case = f"M={rows} {size}x{size} {ours}"
-            result.append(common.row(case, f"torch {peer}", seconds[ours], seconds[f"torch {peer}"], target))
+            result.append(common.row(case, peer, seconds[ours], seconds[peer], target))
     return result
 
 
@@ -108,31 +103,51 @@ def grouped(size: int, rows: int, min_time: float, group: int = 64) -> list[dict
     if size % group:
         return []
     linear, x = nn.Linear(size, size), torch.randn(rows, size)
-    packed = {}
-    for compute in ("exact", "int8"):
-        layer = qnn.BinaryLinear(size, size, scale="group", group_size=group, compute=compute)
-        layer.set_weights(
-            pack_signs(linear.weight), linear.weight.abs().unflatten(1, (-1, group)).mean(2), linear.bias
-        )
-        check(layer, x)
-        packed[compute] = layer
+    short = x.bfloat16()
+    exact, rough = (
+        qnn.BinaryLinear(size, size, scale="group", group_size=group, compute=c) for c in ("exact", "int8")
+    )
+    scale = linear.weight.abs().unflatten(1, (-1, group)).mean(2)
+    for layer in (exact, rough):
+        layer.set_weights(pack_signs(linear.weight), scale, linear.bias)
+    for layer, value in ((exact, x), (exact, short), (rough, x)):
+        check(layer, value)
     expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
-    half, short = linear.bfloat16(), x.bfloat16()
-    functions: dict[str, Callable[[], object]] = {c: (lambda p=p: p(x)) for c, p in packed.items()}
-    functions["torch bf16"] = lambda: half(short)
+    half = linear.bfloat16()
+    functions: dict[str, Callable[[], object]] = {
+        "int8": lambda: rough(x),
+        "exact, bf16 x": lambda: exact(short),
+        "exact": lambda: exact(x),
+        "torch bf16": lambda: half(short),
+    }
     check_peers(functions, expected)
-    seconds = common.compare(functions, min_time=min_time)
-    case, peer = f"M={rows} {size}x{size}, scales of {group},", "torch bf16"
-    targets = {c: GROUPED_TARGETS.get((c, rows)) for c in packed}
-    return [common.row(f"{case} {c}", peer, seconds[c], seconds[peer], targets[c]) for c in packed]
+    seconds = common.compare_products(functions, min_time=min_time)
+    result, peer = [], "torch bf16"
+    for mode in ("int8", "exact, bf16 x", "exact"):
+        target = targets.of(f"M={rows}, scales of {group}, {mode}", peer, size)
+        case = f"M={rows} {size}x{size}, scales of {group}, {mode}"
+        result.append(common.row(case, peer, seconds[mode], seconds[peer], target))
+    return result
 
 
 def rotated(size: int, min_time: float, megabytes: int = 300) -> list[dict[str, object]]:
     """One row of x and as many layers, in turns, as fill ``megabytes``: the weights come from memory."""
     x = torch.randn(1, size)
     short = x.bfloat16()
-    packed = qnn.BinaryLinear.from_linear(nn.Linear(size, size))
-    rough = qnn.BinaryLinear.from_linear(nn.Linear(size, size), compute="int8")
+    linear = nn.Linear(size, size)
+    packed, rough = (qnn.BinaryLinear.from_linear(linear, compute=c) for c in ("exact", "int8"))
+    for layer in (packed, rough):
+        check(layer, x)
+    kinds: dict[str, tuple[Callable[[nn.Linear], nn.Module], int, Tensor]] = {  # bytes of a weight
+        "torch int8": (int8_linear, 1, x),
+        "torch bf16": (nn.Linear.bfloat16, 2, short),
+        "torch fp32": (lambda layer: layer, 4, x),
+    }
+    one_each: dict[str, Callable[[], object]] = {
+        kind: functools.partial(make(copy.deepcopy(linear)), value)
+        for kind, (make, _, value) in kinds.items()
+    }
+    check_peers(one_each, nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double()))
 
     def turns(make: Callable[[], nn.Module], bytes_each: int, value: Tensor) -> Callable[[], object]:
         layers = [make() for _ in range(-(-megabytes * 10**6 // bytes_each))]
@@ -148,48 +163,54 @@ def rotated(size: int, min_time: float, megabytes: int = 300) -> list[dict[str, 
     functions = {
         "exact": turns(lambda: copy.deepcopy(packed), weights // 8, x),
         "int8": turns(lambda: copy.deepcopy(rough), weights // 8, x),
-        "torch int8": turns(lambda: int8_linear(nn.Linear(size, size)), weights, x),
-        "torch bf16": turns(lambda: nn.Linear(size, size, dtype=torch.bfloat16), weights * 2, short),
-        "torch fp32": turns(lambda: nn.Linear(size, size), weights * 4, x),
+        **{
+            kind: turns(lambda make=make: make(nn.Linear(size, size)), weights * each, value)  # type: ignore[misc]
+            for kind, (make, each, value) in kinds.items()
+        },
     }
-    seconds = common.compare(functions, min_time=min_time)
-    targets = {"torch int8": 8.0, "torch bf16": 15.0, "torch fp32": 25.0}
+    seconds = common.compare_products(functions, min_time=min_time)
     case = f"M=1 {size}x{size}, weights from memory,"
-    rows = [common.row(f"{case} int8", p, seconds["int8"], seconds[p], t) for p, t in targets.items()]
+    rows = [
+        common.row(
+            f"{case} int8", p, seconds["int8"], seconds[p], targets.of("weights from memory, int8", p, size)
+        )
+        for p in kinds
+    ]
     return [*rows, common.row(f"{case} exact", "torch fp32", seconds["exact"], seconds["torch fp32"])]
 
 
-def convolution(min_time: float) -> list[dict[str, object]]:
-    """256 to 256 channels, 3x3, on 8 images of 16x16, all channels last."""
-    conv = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(8, 256, 16, 16).to(memory_format=torch.channels_last)
+def convolution(channels: int, width: int, min_time: float) -> list[dict[str, object]]:
+    """``channels`` to as many, 3x3, on 8 square images, all channels last."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(8, channels, width, width).to(memory_format=torch.channels_last)
     exact, rough = (qnn.BinaryConv2d.from_conv2d(conv, compute=c) for c in ("exact", "int8"))
     grouped = qnn.BinaryConv2d.like(conv, scale="group", group_size=64)
     grouped.set_weights(exact.bits, torch.rand(grouped.scale.shape) / 16, conv.bias)
-    for layer, tolerance in ((exact, 1e-5), (rough, 2e-2), (grouped, 1e-5)):
-        expected = nn.functional.conv2d(x.double(), layer.weight.double(), conv.bias.double(), padding=1)
-        error = float((layer(x).double() - expected).norm() / expected.norm())
-        if error > tolerance:
-            raise SystemExit(f"{layer}: relative error {error}")
     half, short = copy.deepcopy(conv).bfloat16(), x.bfloat16()
+    for layer, value in ((exact, x), (rough, x), (rough, short), (grouped, x)):
+        check(layer, value)
     functions: dict[str, Callable[[], object]] = {
-        "exact": lambda: exact(x),
         "int8": lambda: rough(x),
+        "int8, bf16 x": lambda: rough(short),
+        "exact": lambda: exact(x),
         "exact, scales of 64": lambda: grouped(x),
         "torch bf16": lambda: half(short),
         "torch fp32": lambda: conv(x),
     }
     expected = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
     check_peers(functions, expected)
-    seconds = common.compare(functions, min_time=min_time)
-    case = "conv 256x256x3x3 on 8x16x16,"
-    targets = (
-        ("int8", "torch bf16", 3.5),
-        ("int8", "torch fp32", None),
-        ("exact", "torch fp32", None),
-        ("exact, scales of 64", "torch fp32", None),
+    seconds = common.compare_products(functions, min_time=min_time)
+    case = f"conv {channels}x{channels}x3x3 on 8x{width}x{width},"
+    pairs = (
+        ("int8", "torch bf16"),
+        ("int8, bf16 x", "torch bf16"),
+        ("int8", "torch fp32"),
+        ("exact", "torch fp32"),
+        ("exact, scales of 64", "torch fp32"),
     )
-    return [common.row(f"{case} {c}", p, seconds[c], seconds[p], t) for c, p, t in targets]
+    return [
+        common.row(f"{case} {c}", p, seconds[c], seconds[p], targets.of(f"{case} {c}", p)) for c, p in pairs
+    ]
 
 
 def sweep(min_time: float, shapes: int = 200, seed: int = 0) -> list[dict[str, object]]:
@@ -217,25 +238,20 @@ def sweep(min_time: float, shapes: int = 200, seed: int = 0) -> list[dict[str, o
             "torch bf16": lambda h=half, x=short: h(x),  # type: ignore[misc]
         }
         check_peers(functions, expected)
-        seconds = common.compare(functions, min_time=min_time / 10, repeat=5)
+        seconds = common.compare_products(functions, min_time=min_time / 10, repeat=5)
         shape = f"M={rows} N={outputs} K={inputs}"
         peer = min(("torch int8", "torch bf16"), key=seconds.__getitem__)
         results.append(common.row(shape, peer, seconds["int8"], seconds[peer]))
     ratios = [float(r["ratio"]) for r in results]
-    worst = min(results, key=lambda r: float(r["ratio"]))
-    case = f"sweep of {shapes} shapes, int8,"
-    mean = statistics.geometric_mean(ratios)
-    return [
-        {**worst, "case": f"{case} the least: {worst['case']}", "target": 1.0, "ok": min(ratios) >= 1.0},
-        {
-            "case": f"{case} geometric mean",
-            "peer": "the better of torch int8 and bf16",
-            "ratio": mean,
-            "target": 2.2,
-            "ok": mean >= 2.2,
-            "shapes": results,
-        },
-    ]
+    worst = dict(min(results, key=lambda r: float(r["ratio"])))
+    case, either = f"sweep of {shapes} shapes, int8,", "the better of torch int8 and bf16"
+    least, mean = (targets.of(f"sweep, {which}", either) for which in ("the least", "geometric mean"))
+    ratio = statistics.geometric_mean(ratios)
+    worst |= {"case": f"{case} the least: {worst['case']}", "target": least, "of_sweep": True}
+    worst["ok"] = None if least is None else min(ratios) >= least
+    ok = None if mean is None else ratio >= mean
+    of_all = {"case": f"{case} geometric mean", "peer": either, "ratio": ratio, "target": mean, "ok": ok}
+    return [worst, {**of_all, "shapes": results}]
 
 
 def mlp(size: int, depth: int, rows: int, min_time: float) -> list[dict[str, object]]:
@@ -248,12 +264,20 @@ def mlp(size: int, depth: int, rows: int, min_time: float) -> list[dict[str, obj
         )
         for c in ("exact", "int8")
     }
+    for layers in packed.values():
+        for layer in layers:
+            if isinstance(layer, qnn.BinaryLinear):
+                check(layer, x)
     functions: dict[str, Callable[[], object]] = {c: (lambda p=p: p(x)) for c, p in packed.items()}
     functions["torch fp32"] = lambda: model(x)
-    seconds = common.compare(functions, min_time=min_time)
+    seconds = common.compare_products(functions, min_time=min_time)
     return [
         common.row(
-            f"mlp {depth} x {size}, batch {rows}, {c}", "torch fp32", seconds[c], seconds["torch fp32"], 5.0
+            f"mlp {depth} x {size}, batch {rows}, {c}",
+            "torch fp32",
+            seconds[c],
+            seconds["torch fp32"],
+            targets.of(f"mlp, {c}", "torch fp32", size),
         )
         for c in packed
     ]
@@ -266,10 +290,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
         r for m in (1, 8, 128) for group in (64, 128) for r in grouped(a.size, m, a.min_time, group)
     ],
     "rotated": lambda a: rotated(a.size, a.min_time),
-    "conv": lambda a: convolution(a.min_time),
+    "conv": lambda a: [
+        r
+        for channels, width in ((256, 16), (512, 16), (64, 32))
+        for r in convolution(channels, width, a.min_time)
+    ],
     "sweep": lambda a: sweep(a.min_time),
     "mlp": lambda a: mlp(a.size, 4, 1, a.min_time),
     "models": lambda a: packed_models.rows(a.min_time),
+    "llama.cpp": lambda a: [r for m in (1, 128) for r in peers.llama_cpp(a.size, m, a.min_time)],
+    "litespark": lambda a: [r for m in (1, 128) for r in peers.litespark(a.size, m, a.min_time)],
 }
 CUDA_PARTS = ("dispatch", "wgmma")  # of gemm_cuda
 
@@ -293,7 +323,7 @@ def main() -> None:
             for name, part in PARTS.items():
                 if arguments.only in (None, name):
                     rows += [{**row, "threads": threads} for row in part(arguments)]
-    common.report(rows, arguments.json, max(arguments.threads))
+    common.report([*rows, *scaling.rows(rows)], arguments.json, max(arguments.threads))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python bench/packed_models.py [--json FILE] [--threads N] [--min-time SECONDS] [--profile]
     python bench/packed_models.py --device cuda [--json FILE] [--min-time SECONDS] [--only NAME]
 
-On the CPU: VGG-16 and ResNet-18 of the command line on images of 32x32, random weights, all layers but the first and
-the last at one bit, packed with int8 activations and batch norms folded. The peer is the network with the same levels
-in bfloat16, channels last. Both are checked against fp32, the packed network in exact mode too, before they are timed.
+On the CPU: VGG-16 and ResNet-18 of the command line on images of 32x32, ResNet-50 and ViT-S on images of 224x224,
+random weights, all layers but the first and the last at one bit, packed with int8 activations and batch norms folded.
+The peer is the network with the same levels in bfloat16, channels last. Both are checked against fp32, the packed
+network in exact mode too, before they are timed.
 
 On a GPU both are compiled by torch.compile and replayed from CUDA graphs, x is bfloat16, and there are images of
 224x224 and decoder blocks of Llama's shape too. A network whose outputs are wrong or that does not run is no row: it
@@ -21,6 +22,8 @@ from typing import Any
 import common
 import gemm_cuda
 import llama
+import networks as large
+import targets
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +32,9 @@ from quantopt.train import models
 
 DEVICE = "cuda"  # of the part for GPUs
 NETWORKS = ("vgg16", "resnet18")
+# On the CPU: networks with the size of their images.
+CPU_NETWORKS = {**dict.fromkeys(NETWORKS, 32), **dict.fromkeys(large.NETWORKS, large.SIZE)}
 BATCHES = (1, 64)
-TARGET = 2.0
 # On a GPU: sizes of images, and batch -> times faster than bf16.
 IMAGE_SIZES = (32, 224)
 CUDA_TARGETS = {1: 2.0, 256: 1.3}
@@ -46,6 +50,8 @@ def images(batch: int, size: int = 32) -> Tensor:
 
 def network(name: str, size: int) -> nn.Module:
     """With random weights; ResNet-18 begins on large images as in He et al. (2016)."""
+    if name in large.NETWORKS:
+        return large.NETWORKS[name]()
     layers = models.build(name, (3, size, size), 10, [120.0] * 3, [60.0] * 3)
     if name != "resnet18" or size < 100:
         return layers
@@ -105,18 +111,35 @@ def decoder_block(sizes: llama.Sizes, tokens: int) -> Pair:
 
 
 @torch.inference_mode()
-def row(name: str, batch: int, ours: nn.Module, half: nn.Module, min_time: float) -> dict[str, object]:
-    x = images(batch)
+def rows_of(
+    name: str, size: int, batch: int, ours: nn.Module, half: nn.Module, min_time: float
+) -> list[dict[str, object]]:
+    """The packed network as it is, and with its other layers and images in bfloat16, as its peer has them."""
+    x = images(batch, size)
     short = x.bfloat16()
-    seconds = common.compare({"ours": lambda: ours(x), "bf16": lambda: half(short)}, min_time=min_time)
-    case = f"{name} 32x32, batch {batch}, packed int8"
-    return common.row(case, "torch bf16 channels_last", seconds["ours"], seconds["bf16"], TARGET)
+    ours_short = copy.deepcopy(ours).bfloat16()
+    check(f"{name}, int8, in bf16", ours_short(short[:4]).float(), half(short[:4]).float(), 0.3)
+    functions = {
+        "packed int8": lambda: ours(x),
+        "packed int8, in bf16": lambda: ours_short(short),
+        "bf16": lambda: half(short),
+    }
+    long = size * batch > 10_000  # seconds for each call
+    options = dict(repeat=3, warmup=0) if long else {}
+    seconds = common.compare_products(functions, min_time=min_time, **options)
+    case, peer = f"{name} {size}x{size}, batch {batch}", "torch bf16 channels_last"
+    targets_of = {"packed int8": targets.of(case, peer), "packed int8, in bf16": None}
+    return [common.row(f"{case}, {k}", peer, seconds[k], seconds["bf16"], t) for k, t in targets_of.items()]
 
 
 def rows(min_time: float) -> list[dict[str, object]]:
-    """Both networks at every batch size."""
-    built = {name: networks(name) for name in NETWORKS}
-    return [row(name, batch, *pair, min_time) for name, pair in built.items() for batch in BATCHES]
+    """All networks at every batch size."""
+    found = []
+    for name, size in CPU_NETWORKS.items():
+        pair = networks(name, size)
+        for batch in BATCHES:
+            found += rows_of(name, size, batch, *pair, min_time)
+    return found
 
 
 # ---- on a GPU ----
@@ -199,10 +222,10 @@ def cuda_main(arguments: argparse.Namespace) -> None:
 
 def profile() -> None:
     """Where the time of the packed networks goes, for each batch."""
-    for name in NETWORKS:
-        ours, _ = networks(name)
+    for name, size in CPU_NETWORKS.items():
+        ours, _ = networks(name, size)
         for batch in BATCHES:
-            x = images(batch)
+            x = images(batch, size)
             with torch.inference_mode():
                 ours(x)
                 with torch.profiler.profile() as record:

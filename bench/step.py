@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from common import compare, missing, report, row
+from peers_step import add_deepspeed, check_same
 from step_problems import BETA, CAP, DECAY, DEFAULTS, EPSILON, GPT2, HYPER, LR, RATE, RESNET18
 from torch import Tensor, nn
 
@@ -83,6 +84,16 @@ def flat(rule: str, n: int, eager: bool = False, epsilon: float = EPSILON) -> li
     sgd = torch.optim.SGD([weight], lr=LR, momentum=BETA, fused=True)
     sgd.state[weight]["momentum_buffer"] = m
     compiled = compiled_reference(rule, epsilon)
+    check_same(
+        "torch.compile of the reference",
+        compiled,
+        lambda p, g, m, latent: fused_step(
+            record._replace(params=[p], grads=[g], momentum_buffers=[m], latents=[latent] if latents else [])
+        ),
+        [p, g, m, latent],
+    )
+    if why := fault(sgd, [weight]):
+        raise SystemExit(f"SGD(fused=True): {why}")
     functions: dict[str, Callable[[], object]] = {
         "ours": lambda: fused_step(record),
         "compiled": lambda: compiled(p, g, m, latent),
@@ -123,7 +134,7 @@ def fault(opt: torch.optim.Optimizer, params: list[nn.Parameter]) -> str | None:
     right = total = 0
     for p, w in zip(params, before, strict=True):
         g = p.grad.float()
-        d = g.sign() if isinstance(opt, torch.optim.Adam) else g
+        d = g.sign() if "betas" in opt.defaults else g  # Adam
         moved = w.float() - opt.param_groups[0]["lr"] * d
         near = (p.detach().float() - moved).abs() <= 2 * torch.finfo(p.dtype).eps * moved.abs() + 1e-6
         right += int((near & ((p.detach() != w) | (moved.to(p.dtype) == w))).sum())
@@ -162,6 +173,8 @@ def whole_step(
             rows.append(missing(case, peer, "failed", why))
         else:
             functions[peer] = opt.step
+    if adam:
+        rows += add_deepspeed(case, parameters(shapes, dtype), numbers["lr"], fault, functions)
     if "torch.compile of the reference" in targets:
         functions["torch.compile of the reference"] = compiled_list(shapes, dtype)
     if "probe" in targets:
@@ -190,6 +203,8 @@ def compiled_list(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Callable
 
     # One graph for all tensors of a rank: a graph of the whole list takes minutes to compile.
     compiled = torch.compile(step_one, dynamic=True)
+    first = [weights[0], grads[0], momentums[0], his[0]]
+    check_same("torch.compile of the reference", compiled, step_one, first)
 
     def step() -> None:
         for w, g, m, hi in zip(weights, grads, momentums, his, strict=True):
@@ -253,6 +268,11 @@ def parq_row() -> list[dict[str, Any]]:
     )
     prox = ProxPARQ(anneal_start=0, anneal_end=10**6, steepness=10)
     parq = QuantOptimizer(sgd, LSBQuantizer(), prox, warmup_steps=0)
+    weight = sgd.param_groups[0]["params"][0]
+    before = weight.detach().clone()
+    parq.step()
+    if (moved := float((weight.detach() != before).float().mean())) < 0.99:
+        raise SystemExit(f"torchao PARQ: its first step moves {moved:.1%} of the weights: no peer")
     times = compare({"ours": ours.step, "parq": parq.step}, min_time=2.0, repeat=5)
     return [row("4096x4096 fp32, 1 bit, whole step", "torchao PARQ", times["ours"], times["parq"], 40)]
 

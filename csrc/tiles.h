@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 
 #include "memory.h"
 
@@ -34,5 +35,10 @@ at::Tensor tiles_or_derived(const at::Tensor* tiles, const at::Tensor& bits, con
   check_memory(*tiles, "quantopt", "tiles");
   return tiles_fit(*tiles, bits, form) ? *tiles : derive();
 }
+
+// What derive() makes of `scale` in this form. `tiles` that fit their bits keep the last that was made and
+// give it again until the scale is written to (in ways that torch counts).
+at::Tensor kept_with_tiles(const at::Tensor& tiles, const at::Tensor& scale, int64_t form,
+                           const std::function<at::Tensor()>& derive);
 
 }  // namespace quantopt

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from quantopt.reference import binary as reference
+
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 64, 129)
 
 
@@ -48,9 +50,19 @@ def signs_by_definition(w: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, group_size: int = 0, compute: str = "exact"
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int = 0,
+    compute: str = "exact",
+    exact_scales: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y in float64 from the signs of w, and the sum of the magnitudes that error bounds are relative to."""
+    """y in float64 from the signs of w, and the sum of the magnitudes that error bounds are relative to. With "int8"
+    the scales of groups are rounded to levels, unless ``exact_scales``."""
+    if compute == "int8" and group_size and not exact_scales:
+        levels, r = reference.quantize_rows(scale.float())
+        scale = levels.double() * r.double()
     if compute == "bf16":
         x = x.to(torch.bfloat16)
     if (

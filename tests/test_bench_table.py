@@ -1,4 +1,4 @@
-"""The table of bench/gemm_cuda.py, from made-up measurements: what a device would give cannot be measured here."""
+"""The tables of bench/gemm_cuda.py and bench/gemm.py, from made-up measurements, and the peers of bench/step.py."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ CONTENDERS = (
 )
 
 
-MODULES = ("common", "gemm", "gemm_cuda", "packed_models", "llama", "step", "step_problems")  # of bench/
+MODULES = tuple(path.stem for path in BENCH.glob("*.py"))
 
 
 @pytest.fixture
@@ -113,7 +113,8 @@ def test_rows_of_several_thread_counts(
             gemm.main()
             result = json.loads(path.read_text())
             assert result["threads"] == 2
-            assert [row["threads"] for row in result["rows"]] == [int(n) for n in given]
+            assert [row["threads"] for row in result["rows"]] == [*map(int, given), *[2] * (len(given) - 1)]
+        assert (result["rows"][-1]["peer"], result["rows"][-1]["ok"]) == ("itself with 1 thread", False)
     finally:
         bench.torch.set_num_threads(before)
     assert used == [2, 1, 2]

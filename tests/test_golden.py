@@ -19,5 +19,5 @@ def test_bits(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"{isa} is not built or not supported by this processor")
     monkeypatch.setenv("QUANTOPT_CPU_ISA", isa)
     torch.ops.quantopt.read_cpu_isa()
-    found = golden.steps() if kind == "steps" else golden.products()
+    found = golden.steps() if kind == "steps" else golden.products(isa)
     assert {name: found[name] for name in KNOWN[part]} == KNOWN[part]

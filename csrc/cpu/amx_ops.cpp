@@ -1,12 +1,14 @@
 #include "cpu/amx_ops.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/kernels/amx_linear.h"
+#include "cpu/kernels/thresholds.h"
+#include "cpu/scratch.h"
+#include "tiles.h"
 
 namespace quantopt {
 
@@ -17,14 +19,14 @@ namespace {
 using amx::Form;
 using amx::Product;
 
-// Fewest rows with which registers take less time than lookups.
-int64_t least_rows(Form form, bool grouped) {
+bool enough_rows(Form form, int64_t weights, int64_t rows) {
+  using namespace thresholds;
   switch (form) {
-    case Form::int8: return 2;
-    case Form::bfloat16: return 3;
-    case Form::parts: return 6;
+    case Form::int8: return reached(kAmxInt8, weights, rows);
+    case Form::bfloat16: return reached(kAmxBFloat16, weights, rows);
+    case Form::parts: return reached(kAmxParts, weights, rows);
   }
-  return 2 + grouped;
+  return false;
 }
 
 // How a product is shared out among threads: outputs first, as each thread then reads weights of its own.
@@ -56,24 +58,23 @@ void in_shares(int64_t count, int64_t shares, const Body& body) {
   });
 }
 
-void run(const Product& product, const void* scales) {
+void run(const Product& product) {
   const LinearProblem& p = product.p;
   const int64_t blocks = (p.rows + amx::kRowsTogether - 1) / amx::kRowsTogether,
                 tiles = tile_count(p.outputs);
-  c10::Allocator* const allocator = c10::GetCPUAllocator();  // aligned to 64 bytes
-  c10::DataPtr rows = allocator->allocate(static_cast<size_t>(amx::rows_memory(product)));
+  const Scratch<struct Registers> rows(amx::rows_memory(product));
   constexpr int64_t kPutWork = 16384;  // values that a thread should take at least
   const Shares shares = shares_of(blocks, tiles, p.rows * p.outputs / 32 * p.inputs);
   const int64_t putters = std::min<int64_t>(at::get_num_threads(), 1 + p.rows * p.inputs / kPutWork);
   in_shares(p.rows, putters,
-            [&](int64_t begin, int64_t end) { amx::put_rows(product, begin, end, rows.mutable_get()); });
+            [&](int64_t begin, int64_t end) { amx::put_rows(product, begin, end, rows.get()); });
   at::parallel_for(0, shares.rows * shares.outputs, 1, [&](int64_t first, int64_t last) {
-    c10::DataPtr memory = allocator->allocate(static_cast<size_t>(amx::working_memory(product)));
+    const Scratch<struct Working> memory(amx::working_memory(product));
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = i / shares.outputs, n = i % shares.outputs;
       const int64_t end = std::min(p.rows, (r + 1) * blocks / shares.rows * amx::kRowsTogether);
-      amx::multiply(product, rows.get(), scales, r * blocks / shares.rows * amx::kRowsTogether, end,
-                    n * tiles / shares.outputs, (n + 1) * tiles / shares.outputs, memory.mutable_get());
+      amx::multiply(product, rows.get(), r * blocks / shares.rows * amx::kRowsTogether, end,
+                    n * tiles / shares.outputs, (n + 1) * tiles / shares.outputs, memory.get());
     }
   });
 }
@@ -87,15 +88,15 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   const int64_t count = x.numel() / w.inputs;
   Product product{};
   product.form = w.quantize ? Form::int8 : half ? Form::bfloat16 : Form::parts;
-  if (count < least_rows(product.form, w.group_size > 0)) return {};
+  if (!enough_rows(product.form, w.outputs * w.inputs, count)) return {};
   LinearProblem& p = product.p;
   p = weights_of(w);
   p.rows = count;
-  const ScaleLevels levels = w.quantize ? levels_of(kernels, w) : ScaleLevels{};
-  if (levels.levels.defined()) levels.take(p);
-  if (!amx::takes(product)) return {};
+  const bool levels = w.quantize && takes_levels(p.plane_weights, p.planes, p.inputs);
+  if (!amx::takes(p, product.form, levels)) return {};
   const at::Tensor layout = linear_tiles(kernels, w);
   p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
+  const at::Tensor scales = linear_group_scales(kernels, w, layout, p);
   if (half) {
     product.x_bf16 = bf16_data(x);
   } else {
@@ -107,15 +108,6 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   const bool half_y = y_type == at::kBFloat16;
   at::Tensor y = dense_tensor(shape, half_y ? at::kBFloat16 : at::kFloat);
   product.y_stride = w.outputs;
-  c10::DataPtr scales;
-  if (const int64_t bytes = amx::scales_memory(product); bytes > 0) {
-    scales = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
-    const int64_t tiles = tile_count(w.outputs),
-                  shares = std::min<int64_t>(at::get_num_threads(), 1 + tiles / 32);
-    in_shares(tiles, shares, [&](int64_t begin, int64_t end) {
-      amx::put_scales(product, begin, end, scales.mutable_get());
-    });
-  }
   const int64_t most = rows_at_once(product);
   for (int64_t first = 0; first < count; first += most) {
     Product some = product;
@@ -131,7 +123,7 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
       some.y = y.mutable_data_ptr<float>() + first * w.outputs;
     }
     if (some.x_scale != nullptr) some.x_scale += first;
-    run(some, scales.get());
+    run(some);
   }
   return y;
 }

@@ -119,8 +119,8 @@ bool all_finite(const at::Tensor& x) {
   return largest_magnitude(x.const_data_ptr<float>(), x.numel()) < INFINITY;
 }
 
-// W as fp32 [N, K]: with its scales if grouped, else without.
-at::Tensor dense(const BinaryArguments& w) {
+// W as fp32 [N, K]: with its scales or levels if grouped, else without.
+at::Tensor dense(const BinaryArguments& w, const int8_t* levels) {
   at::Tensor result = at::zeros({w.outputs, w.inputs}, at::TensorOptions().dtype(at::kFloat));
   const int64_t bytes = w.bits.size(-1);
   const uint8_t* bits = w.bits.const_data_ptr<uint8_t>();
@@ -135,7 +135,10 @@ at::Tensor dense(const BinaryArguments& w) {
         for (int64_t k = 0; k < w.inputs; ++k) row[k] += (from[k / 8] >> (k % 8)) & 1 ? weight : -weight;
       }
       if (w.group_size == 0) continue;
-      for (int64_t k = 0; k < w.inputs; ++k) row[k] *= scale[n * w.groups + k / w.group_size];
+      for (int64_t k = 0; k < w.inputs; ++k) {
+        const int64_t at = n * w.groups + k / w.group_size;
+        row[k] *= levels != nullptr ? static_cast<float>(levels[at]) : scale[at];
+      }
     }
   });
   return result;
@@ -151,15 +154,24 @@ void activate_by_aten(Activation activation, at::Tensor& y) {
 }
 
 // ATen's convolution with W expanded, x in fp32 and channels last.
-at::Tensor conv_by_aten(const at::Tensor& x, const ConvArguments& conv, const at::Tensor& x_scale) {
+at::Tensor conv_by_aten(const BinaryKernels& kernels, const at::Tensor& x, const ConvArguments& conv,
+                        const at::Tensor& x_scale) {
   const BinaryArguments& w = conv.weights;
+  at::Tensor levels, scale = w.scale;
+  if (x_scale.defined() && w.group_size > 0 && takes_levels(w.plane_weights.data(), w.planes(), w.inputs)) {
+    levels = dense_tensor(w.scale.sizes(), at::kChar);
+    scale = dense_tensor({w.outputs}, at::kFloat);
+    quantize_rows(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups,
+                  levels.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>());
+  }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // it would round
-  const at::Tensor weight = dense(w).view({w.outputs, conv.channels, conv.kernel[0], conv.kernel[1]});
+  const int8_t* const whole = levels.defined() ? levels.const_data_ptr<int8_t>() : nullptr;
+  const at::Tensor weight = dense(w, whole).view({w.outputs, conv.channels, conv.kernel[0], conv.kernel[1]});
   // The stride of a single channel says nothing, but that of channels last misleads torch 2.13's convolution.
   const at::Tensor image = x.size(1) == 1 ? x.reshape({-1}).view(x.sizes()) : x;
   at::Tensor y = at::conv2d(image, weight, {}, conv.stride, conv.padding, conv.dilation, conv.groups);
   at::Tensor factor;  // as the kernels multiply: one product of both scales
-  if (w.group_size == 0) factor = w.scale.view({-1, 1, 1});
+  if (w.group_size == 0 || levels.defined()) factor = scale.view({-1, 1, 1});
   if (x_scale.defined()) {
     const at::Tensor of_images = x_scale.view({-1, 1, 1, 1});
     factor = factor.defined() ? factor.mul(of_images) : of_images;
@@ -199,11 +211,13 @@ void run_on_patches(const BinaryKernels& kernels, const ConvProblem& c, int64_t 
   w.planes = c.planes;
   w.tiles = c.tiles;
   w.plane_weights = c.plane_weights;
-  w.scale = c.scale;
-  w.scale_stride = c.scale_stride;
   w.group = group;
   w.bias = c.bias;
   w.activation = c.activation;
+  const int64_t groups = (w.inputs + group - 1) / group;
+  const bool levels = c.q != nullptr && takes_levels(w.plane_weights, w.planes, w.inputs);
+  const at::Tensor scales = group_scales_of(kernels, c.scale, w.outputs, groups, levels);
+  set_group_scales(scales, w);
   const int64_t pixels = c.images * c.out_height * c.out_width, blocks = (pixels + kRows - 1) / kRows;
   const int64_t bands = (w.outputs + kBandRows - 1) / kBandRows;
   const int64_t work = kRows * kBandRows * w.inputs * w.planes;
@@ -328,7 +342,7 @@ at::Tensor binary_conv2d(const at::Tensor& x, const at::Tensor& bits, const at::
   // ATen's convolution.
   const bool by_levels = w.planes() > 1 && !w.quantize && !all_finite(values);
   if (by_levels || !on_tiles) {
-    return as_type(conv_by_aten(as_type(values, at::kFloat), conv, x_scale), x.scalar_type());
+    return as_type(conv_by_aten(kernels, as_type(values, at::kFloat), conv, x_scale), x.scalar_type());
   }
   const at::Tensor layout = layout_of(conv);
   for (int64_t group = 0; group < groups; ++group) {

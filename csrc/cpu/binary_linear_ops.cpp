@@ -16,6 +16,11 @@
 #include "tiles.h"
 
 namespace quantopt {
+namespace {
+
+constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
+
+}  // namespace
 
 #define QUANTOPT_BINARY_KERNELS(isa)                                                                     \
   BinaryKernels {                                                                                        \
@@ -44,6 +49,48 @@ void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, i
       scale[m] = kernels.quantize_row(x + m * length, length, q + m * length);
     }
   });
+}
+
+namespace {
+
+template <class T>
+void in_order_of_tiles(const T* from, int64_t outputs, int64_t groups, T* to) {
+  at::parallel_for(0, tile_count(outputs), 1 + 32768 / (groups * kTileRows), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kTileRows; n < end * kTileRows; ++n) {
+      for (int64_t g = 0; g < groups; ++g)
+        to[group_index(n, g, groups)] = n < outputs ? from[n * groups + g] : T{};
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor group_scales_of(const BinaryKernels& kernels, const float* scale, int64_t outputs, int64_t groups,
+                           bool levels) {
+  const int64_t padded = tile_count(outputs) * kTileRows;
+  if (!levels) {
+    at::Tensor result = dense_tensor({padded * groups}, at::kFloat);
+    in_order_of_tiles(scale, outputs, groups, result.mutable_data_ptr<float>());
+    return result;
+  }
+  const at::Tensor rows = dense_tensor({outputs, groups}, at::kChar);
+  at::Tensor result = dense_tensor({padded * (kFloatBytes + groups)}, at::kChar);
+  auto* const to = result.mutable_data_ptr<int8_t>();
+  quantize_rows(kernels, scale, outputs, groups, rows.mutable_data_ptr<int8_t>(),
+                reinterpret_cast<float*>(to));
+  in_order_of_tiles(rows.const_data_ptr<int8_t>(), outputs, groups, to + padded * kFloatBytes);
+  return result;
+}
+
+void set_group_scales(const at::Tensor& scales, LinearProblem& p) {
+  if (scales.scalar_type() == at::kFloat) {
+    p.group_scales = scales.const_data_ptr<float>();
+    return;
+  }
+  const auto* const from = scales.const_data_ptr<int8_t>();
+  p.scale = reinterpret_cast<const float*>(from);
+  p.scale_stride = 1;
+  p.levels = from + tile_count(p.outputs) * kTileRows * kFloatBytes;
 }
 
 at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
@@ -90,7 +137,7 @@ LinearProblem weights_of(const BinaryArguments& w) {
   p.planes = w.planes();
   p.bits = w.bits.const_data_ptr<uint8_t>();
   p.plane_weights = w.plane_weights.data();
-  p.scale = w.scale.const_data_ptr<float>();
+  p.scale = w.group_size == 0 ? w.scale.const_data_ptr<float>() : nullptr;
   p.scale_stride = w.scale_stride();
   p.group = w.group_size;
   p.bias = w.bias_or_null();
@@ -104,14 +151,16 @@ at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w) 
                           [&] { return derive_tiles(kernels, w.bits, w.planes(), w.outputs, w.inputs); });
 }
 
-ScaleLevels levels_of(const BinaryKernels& kernels, const BinaryArguments& w) {
-  ScaleLevels result;
-  if (w.group_size == 0 || !takes_levels(w.inputs, w.plane_weights.data(), w.planes())) return result;
-  result.levels = dense_tensor({w.outputs, w.groups}, at::kChar);
-  result.scale = dense_tensor({w.outputs}, at::kFloat);
-  quantize_rows(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups,
-                result.levels.mutable_data_ptr<int8_t>(), result.scale.mutable_data_ptr<float>());
-  return result;
+at::Tensor linear_group_scales(const BinaryKernels& kernels, const BinaryArguments& w,
+                               const at::Tensor& layout, LinearProblem& p) {
+  if (p.group == 0) return {};
+  const bool levels = w.quantize && takes_levels(p.plane_weights, p.planes, p.inputs);
+  const auto derive = [&] {
+    return group_scales_of(kernels, w.scale.const_data_ptr<float>(), w.outputs, w.groups, levels);
+  };
+  at::Tensor scales = layout.defined() ? kept_with_tiles(layout, w.scale, levels, derive) : derive();
+  set_group_scales(scales, p);
+  return scales;
 }
 
 void run_linear(const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows, at::Tensor& y) {
@@ -126,6 +175,7 @@ void run_linear(const BinaryKernels& kernels, const BinaryArguments& w, const Ro
     layout = linear_tiles(kernels, w);
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   }
+  const at::Tensor scales = linear_group_scales(kernels, w, layout, p);
   run(kernels, p);
 }
 

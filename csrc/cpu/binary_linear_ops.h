@@ -42,6 +42,12 @@ const uint16_t* bf16_data(const at::Tensor& values);
 void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, int64_t length, int8_t* q,
                    float* scale);
 
+// Scales [outputs, groups] of groups of weights as the kernels read them, in the order of tiles: fp32, or
+// int8 levels behind a scale in fp32 for each output.
+at::Tensor group_scales_of(const BinaryKernels& kernels, const float* scale, int64_t outputs, int64_t groups,
+                           bool levels);
+void set_group_scales(const at::Tensor& scales, LinearProblem& p);
+
 // Tiles of so many planes of bits [outputs, inputs], in the layout of cpu/kernels/binary_linear.h.
 at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, int64_t planes, int64_t outputs,
                         int64_t inputs);
@@ -53,19 +59,10 @@ constexpr int64_t tiles_size(int64_t planes, int64_t outputs, int64_t inputs) {
 LinearProblem weights_of(const BinaryArguments& w);
 // Their tiles: those that the caller has if they fit, else derived.
 at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w);
-
-// Scales of groups as whole numbers times a scale for each row of W, quantised as rows of x are.
-struct ScaleLevels {
-  at::Tensor levels, scale;  // int8 [N, groups], fp32 [N]
-
-  void take(LinearProblem& p) const {
-    p.levels = levels.const_data_ptr<int8_t>();
-    p.scale = scale.const_data_ptr<float>();
-    p.scale_stride = 1;
-  }
-};
-// Of weights that take them (takes_levels), else undefined.
-ScaleLevels levels_of(const BinaryKernels& kernels, const BinaryArguments& w);
+// Puts the scales of their groups, if there are any, into p. They stay with the tiles, if those are defined,
+// for the next call. Returns what must outlive the use of p.
+at::Tensor linear_group_scales(const BinaryKernels& kernels, const BinaryArguments& w,
+                               const at::Tensor& layout, LinearProblem& p);
 
 // Rows of x, as fp32, or int8 with a scale for each row.
 struct Rows {

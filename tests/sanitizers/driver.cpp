@@ -199,7 +199,9 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
   const Weights w(outputs, inputs, planes);
   const int64_t groups = group > 0 ? (inputs + group - 1) / group : 1;
   const bool one_scale = group == 0 && outputs % 2 == 1;
-  const Array<float> scale = random_floats(one_scale ? 1 : outputs * groups);
+  const Array<float> scale = random_floats(one_scale ? 1 : outputs);
+  const int64_t in_tiles = group > 0 ? tile_count(outputs) * kTileRows * groups : 0;
+  const Array<float> group_scales = random_floats(in_tiles);
   const Array<float> bias = random_floats(outputs);
   Array<float> x = random_floats(rows * inputs), y(rows * outputs, NAN);
   Array<int8_t> q(0);
@@ -211,9 +213,14 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
   p.planes = planes;
   p.bits = w.bits.data();
   p.plane_weights = w.plane_weights.data();
-  p.scale = scale.data();
-  p.scale_stride = one_scale ? 0 : groups;
+  const bool levelled = group > 0 && quantized && takes_levels(p.plane_weights, planes, inputs);
+  Array<int8_t> levels(levelled ? in_tiles : 0);
+  for (int64_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<int8_t>(127 * group_scales[i]);
+  p.scale = group == 0 || levelled ? scale.data() : nullptr;
+  p.scale_stride = one_scale ? 0 : 1;
   p.group = group;
+  p.group_scales = group > 0 && !levelled ? group_scales.data() : nullptr;
+  p.levels = levelled ? levels.data() : nullptr;
   p.bias = rows == 1 ? nullptr : bias.data();
   p.x = quantized ? nullptr : x.data();
   p.q = quantized ? q.data() : nullptr;
@@ -232,9 +239,10 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
     for (int64_t n = 0; n < outputs; ++n) {
       double sum = 0.0, size = 1.0;
       for (int64_t k = 0; k < inputs; ++k) {
-        const double term = w.at(n, k) * x[m * inputs + k] *
-                            scale[n * p.scale_stride + (group > 0 ? k / group : 0)] *
-                            (quantized ? x_scale[m] : 1.0f);
+        double factor = p.scale != nullptr ? scale[n * p.scale_stride] : 1.0f;
+        if (levelled) factor *= levels[group_index(n, k / group, groups)];
+        if (p.group_scales != nullptr) factor *= group_scales[group_index(n, k / group, groups)];
+        const double term = w.at(n, k) * x[m * inputs + k] * factor * (quantized ? x_scale[m] : 1.0f);
         sum += term;
         size += std::fabs(term);
       }
@@ -256,6 +264,7 @@ void check_products(const Kernels& kernels) {
           const auto activation = static_cast<Activation>((inputs + outputs + rows) % 4);
           check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 0, quantized, activation);
           check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation);
+          check_linear(kernels, rows, outputs, inputs, 3, 32, quantized, activation);
         }
       }
     }

@@ -66,15 +66,7 @@ Output output_of(const Product& a) {
     times = 0;
     for (int64_t i = 0; i < p.planes; ++i) times += p.plane_weights[i];
   }
-  return {p.outputs,
-          p.group != 0 && p.levels == nullptr ? nullptr : p.scale,
-          p.scale_stride,
-          p.bias,
-          p.activation,
-          times,
-          a.y,
-          a.y_bf16,
-          a.y_stride};
+  return {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, times, a.y, a.y_bf16, a.y_stride};
 }
 
 // Rows of x and y from one on.
@@ -86,51 +78,57 @@ struct RowsFrom {
   float factor(int64_t m) const { return factors[first + m]; }
 };
 
-// Sums of one group after another, each times the scales of its outputs.
+// Sums of one group after another, each times the scales of its outputs, added up a few groups at a time.
+template <class Sums>
 class GroupSums {
  public:
-  GroupSums(char* memory, const float* scales) : sums_(memory), scales_(scales) {
-    total_ = reinterpret_cast<float*>(memory + 2 * kSumBytes);
-  }
-  void begin(int64_t rows) {
+  static constexpr int64_t kMost = 4;
+  static constexpr int64_t kBytes = (kMost + 1) * kSumBytes;
+
+  // scales: [group][output] of a tile.
+  GroupSums(char* memory, const float* scales, int64_t rows)
+      : sums_(memory),
+        total_(reinterpret_cast<float*>(memory + kMost * kSumBytes)),
+        scales_(scales),
+        rows_(rows) {
     std::memset(total_, 0, static_cast<size_t>(rows * kTileRows) * sizeof(float));
-    waiting_ = nullptr;
   }
-  // Where the sums of the group that ended are stored; those of the one before are added up meanwhile.
-  char* place() {
-    at_ = at_ == 0 ? kSumBytes : 0;
-    return sums_ + at_;
+  // Where the sums of the group that ended are stored.
+  char* place() { return sums_ + waiting_++ * kSumBytes; }
+  void add_if_full() {
+    if (waiting_ == kMost) add<true>();
   }
-  template <class Sums>
-  void add_before(int64_t rows) {
-    if (waiting_ != nullptr) add<Sums>(rows, waiting_);
-    waiting_ = sums_ + at_;
-  }
-  template <class Sums>
-  const float* end(int64_t rows) {
-    add<Sums>(rows, waiting_);
+  const float* total() {
+    if (waiting_ > 0) add<false>();
     return total_;
   }
 
  private:
-  template <class Sums>
-  void add(int64_t rows, const char* from) {
-    const auto* sums = reinterpret_cast<const Sums*>(from);
+  template <bool full>
+  __attribute__((noinline)) void add() {
+    const int64_t count = full ? kMost : waiting_;
     for (int half = 0; half < 2; ++half) {
-      const __m512 scale = _mm512_load_ps(scales_ + 16 * half);
-      for (int64_t m = 0; m < rows; ++m) {
-        float* total = total_ + m * kTileRows + 16 * half;
-        _mm512_store_ps(total, _mm512_fmadd_ps(as_floats(sums + m * kTileRows + 16 * half), scale,
-                                               _mm512_load_ps(total)));
+      __m512 scale[kMost];
+      for (int64_t g = 0; g < count; ++g) scale[g] = _mm512_load_ps(scales_ + g * kTileRows + 16 * half);
+      for (int64_t m = 0; m < rows_; ++m) {
+        const int64_t at = m * kTileRows + 16 * half;
+        __m512 total = _mm512_load_ps(total_ + at);
+        for (int64_t g = 0; g < count; ++g) {
+          const auto* const sums = reinterpret_cast<const Sums*>(sums_ + g * kSumBytes) + at;
+          total = _mm512_fmadd_ps(as_floats(sums), scale[g], total);
+        }
+        _mm512_store_ps(total_ + at, total);
       }
     }
-    scales_ += kTileRows;
+    scales_ += count * kTileRows;
+    waiting_ = 0;
   }
 
-  char *sums_, *waiting_ = nullptr;
+  char* const sums_;
+  float* const total_;
   const float* scales_;
-  float* total_;
-  int64_t at_ = 0;
+  const int64_t rows_;
+  int64_t waiting_ = 0;
 };
 
 // What a call works with.
@@ -138,8 +136,7 @@ struct Call {
   const Product& a;
   const char* rows;
   const float* factors;
-  const float* group_scales;  // [tile][group][32], or null
-  int64_t begin, end;         // tiles
+  int64_t begin, end;  // tiles
   char* memory;
 };
 
@@ -173,8 +170,9 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   configure(rows);
   for (int64_t i = 0; i < kAhead; ++i) expand();
   for (int64_t tile = call.begin; tile < call.end; ++tile) {
-    GroupSums groups(sums, grouped ? call.group_scales + tile * group_count(a.p) * kTileRows : nullptr);
-    if constexpr (grouped) groups.begin(rows);
+    GroupSums<Sum<Value>> groups(
+        sums, grouped ? a.p.group_scales + group_index(tile * kTileRows, 0, group_count(a.p)) : nullptr,
+        grouped ? rows : 0);
     zero_sums<two>();
     int64_t fetched = 0, group_left = group_steps;
     for (int64_t step = 0; step < steps; ++step) {
@@ -187,14 +185,14 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
           zero_sums<two>();
           group_left = group_steps;
           expand();
-          groups.template add_before<Sum<Value>>(rows);
+          groups.add_if_full();
           continue;
         }
       }
       expand();
     }
     if constexpr (grouped) {
-      finish(y_rows, 0, rows, finish.tile(tile), groups.template end<Sum<Value>>(rows));
+      finish(y_rows, 0, rows, finish.tile(tile), groups.total());
     } else {
       store_sums<two>(sums);
       finish(y_rows, 0, rows, finish.tile(tile), reinterpret_cast<const Sum<Value>*>(sums));
@@ -217,38 +215,20 @@ void blocks(const Call& call, const Weights& weights, int64_t row, int64_t end) 
 
 template <int parts, class Weights>
 void with_groups(const Call& call, const Weights& weights, int64_t row, int64_t end) {
-  if (call.group_scales != nullptr) {
+  if (call.a.p.group_scales != nullptr) {
     blocks<parts, true>(call, weights, row, end);
   } else {
     blocks<parts, false>(call, weights, row, end);
   }
 }
 
-// ---- scales of groups, tile by tile ----
-
-// [32 rows of a tile][group] -> [group][row]
-template <class T>
-void transpose_scales(const T* scales, int64_t outputs, int64_t groups, int64_t tile, T* to) {
-  to += tile * groups * kTileRows;
-  const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, outputs - first);
-  constexpr int64_t kBlock = 16;  // groups: what is read stays in the first-level cache
-  for (int64_t g = 0; g < groups; g += kBlock) {
-    const int64_t last = std::min(g + kBlock, groups);
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      for (int64_t j = g; j < last; ++j)
-        to[j * kTileRows + i] = i < rows ? scales[(first + i) * groups + j] : T{};
-    }
-  }
-}
-
 }  // namespace
 
-bool takes(const Product& a) {
-  const LinearProblem& p = a.p;
+bool takes(const LinearProblem& p, Form form, bool levels) {
   if (p.inputs == 0) return false;
-  const bool int8 = a.form == Form::int8;
-  if (p.group != 0 && p.levels != nullptr) return p.group % 32 == 0;
-  if (p.group != 0 && p.group % (int8 ? 64 : 32) != 0) return false;
+  if (levels && p.group != 0) return p.group % 32 == 0;
+  const bool int8 = form == Form::int8;
+  if (p.group % (int8 ? 64 : 32) != 0) return false;
   return int8 ? PlaneBytes::covers(p.plane_weights, p.planes)
               : PlaneHalves::covers(p.plane_weights, p.planes);
 }
@@ -257,13 +237,9 @@ int64_t rows_memory(const Product& a) {
   return factors_offset(a) + up(a.p.rows * static_cast<int64_t>(sizeof(float)), 64);
 }
 
-int64_t scales_memory(const Product& a) {
-  if (a.p.group == 0) return 0;
-  const int64_t each = a.p.levels != nullptr ? 1 : sizeof(float);
-  return tile_count(a.p.outputs) * kTileRows * group_count(a.p) * each;
+int64_t working_memory(const Product&) {
+  return static_cast<int64_t>(kRing) * kStepBytes + GroupSums<float>::kBytes;
 }
-
-int64_t working_memory(const Product&) { return static_cast<int64_t>(kRing) * kStepBytes + 3 * kSumBytes; }
 
 void put_rows(const Product& a, int64_t begin, int64_t end, void* memory) {
   const int64_t pitch = parts_of(a.form) * kRegisterBytes, count = a.p.inputs;
@@ -293,36 +269,19 @@ void put_rows(const Product& a, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-void put_scales(const Product& a, int64_t begin, int64_t end, void* memory) {
-  for (int64_t tile = begin; a.p.group != 0 && tile < end; ++tile) {
-    if (a.p.levels != nullptr) {
-      transpose_scales(a.p.levels, a.p.outputs, group_count(a.p), tile, static_cast<int8_t*>(memory));
-    } else {
-      transpose_scales(a.p.scale, a.p.outputs, group_count(a.p), tile, static_cast<float*>(memory));
-    }
-  }
-}
-
-void multiply(const Product& a, const void* rows, const void* scales, int64_t row_begin, int64_t row_end,
-              int64_t begin, int64_t end, void* memory) {
+void multiply(const Product& a, const void* rows, int64_t row_begin, int64_t row_end, int64_t begin,
+              int64_t end, void* memory) {
   const LinearProblem& p = a.p;
   const auto* const base = static_cast<const char*>(rows);
-  const bool apart = p.group != 0 && p.levels == nullptr;
-  const Call call{a,
-                  base,
-                  reinterpret_cast<const float*>(base + factors_offset(a)),
-                  apart ? static_cast<const float*>(scales) : nullptr,
-                  begin,
-                  end,
-                  static_cast<char*>(memory)};
+  const Call call{a,     base, reinterpret_cast<const float*>(base + factors_offset(a)),
+                  begin, end,  static_cast<char*>(memory)};
   const TileBits bits = bits_of(p);
   const int32_t* const w = p.plane_weights;
   if (a.form == Form::int8) {
-    const auto* const levels = static_cast<const int8_t*>(scales);
-    if (p.levels != nullptr && p.planes == 1) {
-      blocks<1, false>(call, LevelBytes<1>(bits, levels, p.group), row_begin, row_end);
-    } else if (p.levels != nullptr) {
-      blocks<1, false>(call, LevelBytes<2>(bits, levels, p.group), row_begin, row_end);
+    if (a.p.levels != nullptr && p.planes == 1) {
+      blocks<1, false>(call, LevelBytes<1>(bits, a.p.levels, p.group), row_begin, row_end);
+    } else if (a.p.levels != nullptr) {
+      blocks<1, false>(call, LevelBytes<2>(bits, a.p.levels, p.group), row_begin, row_end);
     } else if (unit_plane(p)) {
       with_groups<1>(call, SignBytes(bits, w), row_begin, row_end);
     } else {

@@ -14,7 +14,7 @@ enum class Form : int32_t { int8, bfloat16, parts };
 
 // One product of packed weights with M rows of x on registers.
 struct Product {
-  LinearProblem p;  // without x, q and y; with group, levels or exact scales (see `takes`)
+  LinearProblem p;  // without x, q and y
   Form form;
   const float* x;          // [M, K], or null
   const uint16_t* x_bf16;  // the same in bfloat16, or null
@@ -24,23 +24,20 @@ struct Product {
   int64_t y_stride;        // elements from one row of y to the next
 };
 
-// Whether there is a kernel for these weights. With groups of scales, in int8: levels (takes_levels) of a
-// multiple of 32 weights; else groups of whole steps, 64 weights in int8 and 32 in bfloat16.
-bool takes(const Product& product);
+// Whether there is a kernel for these weights. With groups of scales: levels of a multiple of 32 weights,
+// else groups of whole steps, 64 weights in int8 and 32 in bfloat16.
+bool takes(const LinearProblem& weights, Form form, bool levels);
 
-// Bytes of the rows of x as registers, of scales as the kernels read them, and of working memory of one call;
-// all aligned to 64 bytes.
+// Bytes of the rows of x as registers, and of working memory of one call, both aligned to 64 bytes and faster
+// on whole pages.
 int64_t rows_memory(const Product& product);
-int64_t scales_memory(const Product& product);
 int64_t working_memory(const Product& product);
 
 // Rows [begin, end) of x, each a multiple of kRowsTogether, but the last.
 constexpr int64_t kRowsTogether = 32;
 void put_rows(const Product& product, int64_t begin, int64_t end, void* rows);
-// Scales of the groups of tiles [begin, end) of outputs; nothing without groups.
-void put_scales(const Product& product, int64_t begin, int64_t end, void* scales);
 // y of rows [row_begin, row_end) and tiles [begin, end) of outputs. The sums of a row depend on K alone.
-void multiply(const Product& product, const void* rows, const void* scales, int64_t row_begin,
-              int64_t row_end, int64_t begin, int64_t end, void* memory);
+void multiply(const Product& product, const void* rows, int64_t row_begin, int64_t row_end, int64_t begin,
+              int64_t end, void* memory);
 
 }  // namespace quantopt::amx

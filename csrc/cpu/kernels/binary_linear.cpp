@@ -19,10 +19,9 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
-inline const float* scale_of(const LinearProblem& p, int64_t n) { return p.scale + n * p.scale_stride; }
+inline int64_t group_count(const LinearProblem& p) { return (p.inputs + p.group - 1) / p.group; }
 inline Epilogue epilogue_of(const LinearProblem& p, int64_t m) {
-  return {p.group == 0 ? p.scale : nullptr, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias,
-          p.activation};
+  return {p.scale, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias, p.activation};
 }
 
 // ---- panels ---
@@ -52,8 +51,8 @@ inline double sum(const Vector& v) {
   return total;
 }
 
-// Weights [first, first + width) of one row, without its scale unless grouped; zero up to the next multiple
-// of 8.
+// Weights [first, first + width) of one row, times the scales or levels of groups; zero up to the next
+// multiple of 8.
 void expand(const LinearProblem& p, int64_t n, int64_t first, int64_t width, float* out) {
   const int64_t bytes = (width + 7) / 8;
   for (int64_t plane = 0; plane < p.planes; ++plane) {
@@ -69,8 +68,11 @@ void expand(const LinearProblem& p, int64_t n, int64_t first, int64_t width, flo
   }
   for (int64_t k = width; k < 8 * bytes; ++k) out[k] = 0.0f;
   if (p.group == 0) return;
-  const float* scale = scale_of(p, n);
-  for (int64_t k = 0; k < width; ++k) out[k] *= scale[(first + k) / p.group];
+  const int64_t groups = group_count(p);
+  for (int64_t k = 0; k < width; ++k) {
+    const int64_t at = group_index(n, (first + k) / p.group, groups);
+    out[k] *= p.levels != nullptr ? static_cast<float>(p.levels[at]) : p.group_scales[at];
+  }
 }
 
 // total[m][r] += x[m] . panel[r] over one panel. Whole numbers stay exact: a lane's sum of 32 products is
@@ -145,49 +147,32 @@ void linear_by_panels(const LinearProblem& p, int64_t row_begin, int64_t row_end
 
 #if defined(QUANTOPT_LOOKUPS)
 
-// Scales of the groups [g, g + count), times the plane's weight, for the 32 rows of a tile.
-inline void group_scales(const LinearProblem& p, int64_t tile, int64_t g, int64_t count, float weight,
-                         float (*factor)[kTileRows]) {
-  const int64_t first = tile * kTileRows, rows = least(kTileRows, p.outputs - first);
-  const __m128 times = _mm_set1_ps(weight);
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    for (int64_t j = 0; j < count; j += 4) {
-      const __m128i mask =
-          _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count - j)), _mm_set_epi32(3, 2, 1, 0));
-      __m128 four[4];
-      for (int64_t r = 0; r < 4; ++r) four[r] = _mm_maskload_ps(scale_of(p, first + i + r) + g + j, mask);
-      _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
-      for (int64_t r = 0; r < least(4, count - j); ++r) {
-        _mm_storeu_ps(factor[j + r] + i, _mm_mul_ps(four[r], times));
-      }
-    }
-  }
-  for (; i < kTileRows; ++i) {
-    for (int64_t j = 0; j < count; ++j) {
-      factor[j][i] = i < rows ? scale_of(p, first + i)[g + j] * weight : 0.0f;
-    }
-  }
+// The scales of a group, times the plane's weight, for the 32 rows of a tile.
+inline Pair scales_of(const LinearProblem& p, int64_t tile, int64_t group, float weight) {
+  const float* from = p.group_scales + group_index(tile * kTileRows, group, group_count(p));
+  float scales[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) scales[i] = from[i] * weight;
+  return load_tile(scales);
 }
 
-// part(g, k, last) for the words [k, last) that group g of scales has in the chunk whose first weight is
-// `first`.
-template <class Part>
-inline void each_group(const LinearProblem& p, int64_t first, const Part& part) {
-  const int64_t words = chunk_words(p.inputs, first);
-  for (int64_t k = 0; k < words;) {
-    const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
-    part(g, k, last);
-    k = last;
+// The words [begin, end) that group `group` of scales has in a chunk.
+struct Part {
+  int64_t group, begin, end;
+};
+// The groups in the chunk whose first weight is `first`.
+struct Parts {
+  int64_t count = 0;
+  Part part[kChunkWords];
+  Parts(const LinearProblem& p, int64_t first) {
+    const int64_t words = chunk_words(p.inputs, first);
+    for (int64_t k = 0; k < words; ++count) {
+      const int64_t g = (first + 16 * k) / p.group, last = least(words, ((g + 1) * p.group - first) / 16);
+      part[count] = {g, k, last};
+      k = last;
+    }
   }
-}
-
-// Groups of scales in the chunk whose first weight is `first`.
-struct GroupsMet {
-  int64_t first, count;
-  GroupsMet(const LinearProblem& p, int64_t chunk)
-      : first(chunk / p.group),
-        count((chunk + 16 * chunk_words(p.inputs, chunk) - 1) / p.group - first + 1) {}
+  const Part* begin() const { return part; }
+  const Part* end() const { return part + count; }
 };
 
 // One chunk of the tiles [tile, end), with a scale for each group of p.group weights.
@@ -195,64 +180,77 @@ template <int MR>
 void grouped_tiles(const LinearProblem& p, const uint16_t* w, int64_t first, int64_t plane, int64_t tile,
                    int64_t end, const float* const* tables, Pair* total) {
   const float weight = static_cast<float>(p.plane_weights[plane]);
-  const GroupsMet met(p, first);
-  float factor[kChunkWords][kTileRows];
+  const Parts parts(p, first);
   for (; tile < end; ++tile, total += MR) {
-    group_scales(p, tile, met.first, met.count, weight, factor);
-    each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
-      const Pair scales = load_tile(factor[g - met.first]);
+    for (const Part& part : parts) {
+      const Pair scales = scales_of(p, tile, part.group, weight);
       Segment<float, MR> segment;
-      segment.w = w + k * kTileRows;
-      for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + k * kFloatTables;
-      float_span<MR, 1>(&segment, 1, 0, last - k, &scales, total);
-    });
+      segment.w = w + part.begin * kTileRows;
+      for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + part.begin * kFloatTables;
+      float_span<MR, 1>(&segment, 1, 0, part.end - part.begin, &scales, total);
+    }
     w += chunk_words(p.inputs, first) * kTileRows;
   }
 }
+
+// Tables of MR rows of whole numbers in a chunk, apart for each of its groups of scales.
+template <int MR>
+struct GroupTables {
+  alignas(64) int16_t tables[MR][kChunkWords * integer_entries(1)];  // groups may be of one word
+  int64_t offset[kChunkWords];
+  int32_t all[kChunkWords][MR];
+
+  template <bool whole>
+  void make(const LinearProblem& p, int64_t m, int64_t first, const Parts& parts) {
+    int64_t next = 0;
+    for (int64_t g = 0; g < parts.count; ++g) {
+      const Part& part = parts.part[g];
+      const int64_t from = first + 16 * part.begin, width = least(first + 16 * part.end, p.inputs) - from;
+      offset[g] = next;
+      for (int i = 0; i < MR; ++i) {
+        all[g][i] = make_tables<whole>(p.q + (m + i) * p.inputs + from, width, tables[i] + next).all;
+      }
+      next += integer_entries(part.end - part.begin);
+    }
+  }
+  // Sums of group g for `count` tiles, at most a band, whose words in the chunk begin at w.
+  void sum(const Parts& parts, int64_t g, const uint16_t* w, int64_t pitch, int64_t count,
+           ShortSums* sums) const {
+    const Part& part = parts.part[g];
+    Segment<int16_t, MR> segment;
+    segment.w = w + part.begin * kTileRows;
+    for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + offset[g];
+    span_tiles<MR>(&segment, 1, pitch, part.end - part.begin, count, false, sums);
+  }
+};
 
 // MR rows of whole numbers from m times the tiles [begin, end), at most kBlockTiles, with a scale for each
 // group of p.group weights: the sum of each is exact.
 template <int MR>
 void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
-  alignas(64) int16_t tables[MR][kChunkWords * integer_entries(1)];  // groups may be of one word
-  float factor[kBandTiles][kChunkWords][kTileRows];
+  GroupTables<MR> tables;
   Pair total[kBlockTiles * MR];
   for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
   for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
-    const GroupsMet met(p, first);
-    int64_t offset[kChunkWords], next = 0, groups = 0;  // of the tables of each group in this chunk
-    int32_t all[kChunkWords][MR];
-    each_group(p, first, [&](int64_t, int64_t k, int64_t last) {
-      const int64_t from = first + 16 * k, width = least(first + 16 * last, p.inputs) - from;
-      for (int i = 0; i < MR; ++i) {
-        all[groups][i] = make_tables(p.q + (m + i) * p.inputs + from, width, tables[i] + next).all;
-      }
-      offset[groups++] = next;
-      next += integer_entries(last - k);
-    });
+    const Parts parts(p, first);
+    tables.template make<false>(p, m, first, parts);
+    const int64_t pitch = chunk_words(p.inputs, first);
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const float weight = static_cast<float>(p.plane_weights[plane]);
       const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
-      const int64_t pitch = chunk_words(p.inputs, first);
       Pair* to = total;
       for (int64_t tile = begin; tile < end; tile += kBandTiles) {
         const int64_t width = band_tiles(p.outputs, tile);
-        for (int64_t r = 0; r < width; ++r) {
-          group_scales(p, tile + r, met.first, met.count, weight, factor[r]);
-        }
-        int64_t group = 0;
-        each_group(p, first, [&](int64_t g, int64_t k, int64_t last) {
+        for (int64_t g = 0; g < parts.count; ++g) {
           ShortSums sums[kBandTiles * MR];
-          Segment<int16_t, MR> segment;
-          segment.w = w + k * kTileRows;
-          for (int i = 0; i < MR; ++i) segment.tables[i] = tables[i] + offset[group];
-          span_tiles<MR>(&segment, 1, pitch, last - k, width, false, sums);
+          tables.sum(parts, g, w, pitch, width, sums);
           for (int64_t r = 0; r < width; ++r) {
-            const Pair scales = load_tile(factor[r][g - met.first]);
-            for (int i = 0; i < MR; ++i) add_scaled(sums[r * MR + i], all[group][i], scales, to[r * MR + i]);
+            const Pair scales = scales_of(p, tile + r, parts.part[g].group, weight);
+            for (int i = 0; i < MR; ++i) {
+              add_scaled(sums[r * MR + i], tables.all[g][i], scales, to[r * MR + i]);
+            }
           }
-          ++group;
-        });
+        }
         w += width * pitch * kTileRows;
         to += width * MR;
       }
@@ -260,6 +258,41 @@ void grouped_integer_block(const LinearProblem& p, int64_t m, int64_t begin, int
   }
   for (int i = 0; i < MR; ++i) {
     epilogue_tiles(total + i, MR, 0, begin, end, p.outputs, epilogue_of(p, m + i), p.y + (m + i) * p.outputs);
+  }
+}
+
+// The same with levels for scales: all of the sum is exact.
+template <int MR>
+void level_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
+  GroupTables<MR> tables;
+  IntegerPair total[kBlockTiles * MR];
+  for (int64_t i = 0; i < (end - begin) * MR; ++i) clear(total[i]);
+  for (int64_t first = 0; first < p.inputs; first += kChunkWidth) {
+    const Parts parts(p, first);
+    tables.template make<true>(p, m, first, parts);
+    const int64_t pitch = chunk_words(p.inputs, first);
+    for (int64_t plane = 0; plane < p.planes; ++plane) {
+      const uint16_t* w = p.tiles + tile_offset(p.outputs, p.inputs, plane, first, begin);
+      IntegerPair* to = total;
+      for (int64_t tile = begin; tile < end; tile += kBandTiles) {
+        const int64_t width = band_tiles(p.outputs, tile);
+        for (int64_t g = 0; g < parts.count; ++g) {
+          ShortSums sums[kBandTiles * MR];
+          tables.sum(parts, g, w, pitch, width, sums);
+          for (int64_t r = 0; r < width; ++r) {
+            const int64_t at = group_index((tile + r) * kTileRows, parts.part[g].group, group_count(p));
+            const RowLevels of = load_levels(p.levels + at);
+            for (int i = 0; i < MR; ++i) add_sums(sums[r * MR + i], of, to[r * MR + i]);
+          }
+        }
+        w += width * pitch * kTileRows;
+        to += width * MR;
+      }
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    epilogue_tiles(total + i, MR, 0, begin, end, p.outputs, epilogue_of(p, m + i), p.y + (m + i) * p.outputs,
+                   p.plane_weights[0]);
   }
 }
 
@@ -349,6 +382,7 @@ void float_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) 
 template <int MR>
 inline void block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end) {
   if (p.q == nullptr) return float_block<MR>(p, m, begin, end);
+  if (p.levels != nullptr) return level_block<MR>(p, m, begin, end);
   if (p.group != 0) return grouped_integer_block<MR>(p, m, begin, end);
   integer_block<MR>(p, m, begin, end);
 }

@@ -13,10 +13,9 @@ enum class Activation : int32_t;  // core/activation.h
 
 // One product. Memory is dense unless a stride is given; all sizes are elements.
 //   exact:   y[m,n] = activation(scale[n] * sum_k x[m,k] w[n,k] + bias[n])
-//   grouped: y[m,n] = activation(sum_k scale[n, k / group] x[m,k] w[n,k] + bias[n])
-//   levels:  y[m,n] = activation(scale[n] * sum_k levels[n, k / group] x[m,k] w[n,k] + bias[n])
-// With q, x is q[m] * x_scale[m]: without groups, and with levels, the sum of q is exact, then multiplied by
-// x_scale[m].
+//   grouped: y[m,n] = activation(sum_k group_scales[n, k / group] x[m,k] w[n,k] + bias[n])
+// With q, x is q[m] * x_scale[m]: without groups the sum of q is exact, then multiplied by x_scale[m]. With
+// levels too, the scale of a group is levels[n, k / group] * scale[n]: the sum of q times levels is exact.
 struct LinearProblem {
   int64_t rows;                  // M
   int64_t outputs;               // N
@@ -25,26 +24,24 @@ struct LinearProblem {
   const uint8_t* bits;           // [P, N, ceil(K / 8)], bit k % 8 of byte k / 8 is weight k: 1 = +1, 0 = -1
   const uint16_t* tiles;         // the same as tiles (see below), or null: the bits are used
   const int32_t* plane_weights;  // [P]
-  const float* scale;            // [1], [N] or [N, ceil(K / group)]
+  const float* scale;            // [1] or [N]; with groups only where there are levels
   int64_t scale_stride;          // elements from one row's scale to the next: 0 for one scale of all
   int64_t group;                 // weights of a row that share a scale; 0: all of them
-  const int8_t* levels;  // [N, ceil(K / group)] with q: the scales of groups as whole numbers, `scale` is
-                         // then [N]; or null
-  const float* bias;     // [N] or null
-  const float* x;        // [M, K], or null with q
-  const int8_t* q;       // [M, K] within +-127, or null with x
-  const float* x_scale;  // [M] with q
-  float* y;              // [M, N]
+  const float* group_scales;     // with groups: their scales in the order of tiles (group_index), or null
+  const int8_t* levels;          // with q, in their place: whole numbers within +-127; or null
+  const float* bias;             // [N] or null
+  const float* x;                // [M, K], or null with q
+  const int8_t* q;               // [M, K] within +-127, or null with x
+  const float* x_scale;          // [M] with q
+  float* y;                      // [M, N]
   Activation activation;
 };
 
-// Whether scales of groups are taken as whole numbers with int8 activations: the sums then fit 32 bits. One
-// plane, or two of the same weight.
-inline bool takes_levels(int64_t inputs, const int32_t* plane_weights, int64_t planes) {
-  int64_t most = 0;
-  for (int64_t plane = 0; plane < planes; ++plane) most += plane_weights[plane];
-  const bool alike = planes == 1 || (planes == 2 && plane_weights[0] == plane_weights[1]);
-  return alike && most < 1 << 16 && 127 * 127 * most * inputs <= INT32_MAX;
+// Whether quantised products take the scales of groups as levels: their sums fit 32 bits then, and a weight
+// times its level, halved where there are two planes, fits a byte. Two planes of equal weight are ternary.
+inline bool takes_levels(const int32_t* plane_weights, int64_t planes, int64_t inputs) {
+  const bool ternary = planes == 2 && plane_weights[0] == plane_weights[1];
+  return (planes == 1 || ternary) && inputs <= INT32_MAX / (127 * 127 * planes * plane_weights[0]);
 }
 
 // Tiles: bits in 16-bit words, those of 32 rows side by side. The words of a row come in chunks of 16 (256
@@ -67,6 +64,10 @@ constexpr int64_t chunk_words(int64_t inputs, int64_t first) {
 constexpr int64_t band_tiles(int64_t outputs, int64_t tile) {
   const int64_t rest = tile_count(outputs) - tile;
   return rest < kBandTiles ? rest : kBandTiles;
+}
+// Where the scale of a group of a row is in the order of tiles: [tile][group][row of the tile].
+constexpr int64_t group_index(int64_t n, int64_t group, int64_t groups) {
+  return (n / kTileRows * groups + group) * kTileRows + n % kTileRows;
 }
 // Where the words of a tile begin in the chunk whose first weight is `first`.
 constexpr int64_t tile_offset(int64_t outputs, int64_t inputs, int64_t plane, int64_t first, int64_t tile) {

@@ -110,14 +110,14 @@ inline void span_tiles(Segment<float, MR>* segment, int64_t segments, int64_t wo
 }
 
 // Outputs of a row of y from the sums of its tiles [begin, end), every `step`th of `sums`; whole numbers are
-// 2 sums - sum.
+// times * sums - sum.
 template <class Sums>
 __attribute__((noinline)) void epilogue_tiles(const Sums* sums, int64_t step, int32_t sum, int64_t begin,
                                               int64_t end, int64_t outputs, const Epilogue& epilogue,
-                                              float* y) {
+                                              float* y, int32_t times = 2) {
   for (int64_t tile = begin; tile < end; ++tile, sums += step) {
     Vec values[kTileRows / kWidth];
-    tile_values(*sums, sum, values);
+    tile_values(*sums, times, sum, values);
     for (int64_t h = 0; h < kTileRows / kWidth; ++h) {
       const int64_t n = tile * kTileRows + h * kWidth;
       if (outputs - n >= kWidth) {

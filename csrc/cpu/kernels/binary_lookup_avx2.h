@@ -24,7 +24,7 @@ struct Pair {
   __m256 even[2], odd[2];
 };
 struct IntegerPair {
-  __m256i eight[4];  // rows in order
+  __m256i even[2], odd[2];
 };
 // Sums of 16 bits, rows in order.
 struct ShortSums {
@@ -34,7 +34,7 @@ inline void clear(Pair& total) {
   for (int h = 0; h < 2; ++h) total.even[h] = total.odd[h] = _mm256_setzero_ps();
 }
 inline void clear(IntegerPair& total) {
-  for (__m256i& t : total.eight) t = _mm256_setzero_si256();
+  for (int h = 0; h < 2; ++h) total.even[h] = total.odd[h] = _mm256_setzero_si256();
 }
 
 // Tables of x[0, width), padded with zeros to whole words; width >= 1.
@@ -55,8 +55,9 @@ inline void make_tables(const float* x, int64_t width, float* tables) {
 }
 
 // The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, less half the sum of its q, so that
-// the lookups of a row add up to at most half the sum of all |q| and one for each table. A table is 16 low
-// bytes and 16 high bytes.
+// the lookups of a row add up to at most half the sum of all |q| and one for each table. With `whole`, twice
+// that: the lookups add up to sum_k +-q_k. A table is 16 low bytes and 16 high bytes.
+template <bool whole = false>
 inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   alignas(32) static constexpr uint8_t kEntry[2][32] = {
       {0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1},
@@ -74,12 +75,13 @@ inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
       all += four[j];
       sizes += four[j] < 0 ? -four[j] : four[j];
     }
-    const int32_t half = all >> 1;
+    const int32_t half = whole ? all : all >> 1;
     sum += all - 2 * half;
     int16_t pair[2];
     std::memcpy(pair, four, sizeof pair);
-    const __m256i from_zero = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi16(pair[0])),
-                                               _mm256_maddubs_epi16(second, _mm256_set1_epi16(pair[1])));
+    __m256i from_zero = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi16(pair[0])),
+                                         _mm256_maddubs_epi16(second, _mm256_set1_epi16(pair[1])));
+    if constexpr (whole) from_zero = _mm256_add_epi16(from_zero, from_zero);
     const __m256i t = _mm256_sub_epi16(from_zero, _mm256_set1_epi16(static_cast<int16_t>(half)));
     const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(t, bytes_apart), 0xD8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables), apart);
@@ -158,21 +160,47 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segments
   }
 }
 
-inline __m256i eight_of(const ShortSums& sums, int h) {
-  const __m256i half = sums.rows[h / 2];
-  return _mm256_cvtepi16_epi32(h % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1));
+// 32-bit sum += a.low * b.low + a.high * b.high of the 16-bit halves
+inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
 }
 
 // total += weight * sums
 inline void add_sums(const ShortSums& sums, int32_t weight, IntegerPair& total) {
-  for (int h = 0; h < 4; ++h) {
-    const __m256i product = _mm256_mullo_epi32(eight_of(sums, h), _mm256_set1_epi32(weight));
-    total.eight[h] = _mm256_add_epi32(total.eight[h], product);
+  for (int h = 0; h < 2; ++h) {
+    total.even[h] = add_products(total.even[h], sums.rows[h], _mm256_set1_epi32(weight));
+    total.odd[h] = add_products(total.odd[h], sums.rows[h], _mm256_set1_epi32(weight << 16));
   }
 }
 
-// The sums of a tile in the order of its rows, and back; 2 total - sum of whole numbers.
-inline void tile_values(const Pair& total, int32_t, Vec* values) {
+// Levels of the rows of a tile: of even rows in the low, of odd rows in the high halves of 32 bits.
+struct RowLevels {
+  __m256i even[2], odd[2];
+};
+inline RowLevels load_levels(const int8_t* levels) {
+  RowLevels of;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i rows =
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + 16 * h)));
+    of.even[h] = _mm256_blend_epi16(rows, _mm256_setzero_si256(), 0xAA);
+    of.odd[h] = _mm256_blend_epi16(rows, _mm256_setzero_si256(), 0x55);
+  }
+  return of;
+}
+// total += levels * sums
+inline void add_sums(const ShortSums& sums, const RowLevels& levels, IntegerPair& total) {
+  for (int h = 0; h < 2; ++h) {
+    total.even[h] = add_products(total.even[h], sums.rows[h], levels.even[h]);
+    total.odd[h] = add_products(total.odd[h], sums.rows[h], levels.odd[h]);
+  }
+}
+
+// The sums of a tile in the order of its rows, and back; of whole numbers times * total - sum.
+inline void tile_values(const Pair& total, int32_t, int32_t, Vec* values) {
   for (int h = 0; h < 2; ++h) {
     const __m256 low = _mm256_unpacklo_ps(total.even[h], total.odd[h]);
     const __m256 high = _mm256_unpackhi_ps(total.even[h], total.odd[h]);
@@ -180,22 +208,32 @@ inline void tile_values(const Pair& total, int32_t, Vec* values) {
     values[2 * h + 1] = (Vec)_mm256_permute2f128_ps(low, high, 0x31);
   }
 }
-inline Vec signed_sum(__m256i half, int32_t sum) {
-  return (Vec)_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32(half, 1), _mm256_set1_epi32(sum)));
+inline __m256 whole_sum(__m256i total, int32_t times, int32_t sum) {
+  const __m256i product = _mm256_mullo_epi32(total, _mm256_set1_epi32(times));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(product, _mm256_set1_epi32(sum)));
 }
-inline void tile_values(const IntegerPair& total, int32_t sum, Vec* values) {
-  for (int h = 0; h < 4; ++h) values[h] = signed_sum(total.eight[h], sum);
+inline void tile_values(const IntegerPair& total, int32_t times, int32_t sum, Vec* values) {
+  Pair whole;
+  for (int h = 0; h < 2; ++h) {
+    whole.even[h] = whole_sum(total.even[h], times, sum);
+    whole.odd[h] = whole_sum(total.odd[h], times, sum);
+  }
+  tile_values(whole, 1, 0, values);
 }
-inline void tile_values(const ShortSums& sums, int32_t sum, Vec* values) {
-  for (int h = 0; h < 4; ++h) values[h] = signed_sum(eight_of(sums, h), sum);
+inline void tile_values(const ShortSums& sums, int32_t times, int32_t sum, Vec* values) {
+  for (int h = 0; h < 4; ++h) {
+    const __m256i half = sums.rows[h / 2];
+    const __m128i eight = h % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
+    values[h] = (Vec)whole_sum(_mm256_cvtepi16_epi32(eight), times, sum);
+  }
 }
 // total += factor * (2 sums - all)
 inline void add_scaled(const ShortSums& sums, int32_t all, const Pair& factor, Pair& total) {
   for (int h = 0; h < 2; ++h) {
     const __m256i even = _mm256_srai_epi32(_mm256_slli_epi32(sums.rows[h], 16), 16);
     const __m256i odd = _mm256_srai_epi32(sums.rows[h], 16);
-    total.even[h] = _mm256_fmadd_ps((__m256)signed_sum(even, all), factor.even[h], total.even[h]);
-    total.odd[h] = _mm256_fmadd_ps((__m256)signed_sum(odd, all), factor.odd[h], total.odd[h]);
+    total.even[h] = _mm256_fmadd_ps(whole_sum(even, 2, all), factor.even[h], total.even[h]);
+    total.odd[h] = _mm256_fmadd_ps(whole_sum(odd, 2, all), factor.odd[h], total.odd[h]);
   }
 }
 

@@ -113,12 +113,17 @@ constexpr Patterns make_patterns() {
 constexpr Patterns kPatterns = make_patterns();
 
 // The same for whole numbers of at most 127: table[e] = sum_j e_j q_j, in the first table less half the sum
-// of all q, so that the lookups of a row add up to at most half the sum of all |q|. Group i of a unit is its
-// bits 6 i to 6 i + 5; those of a word alone are its bits 0-5, 6-11 and 12-15.
+// of all q, so that the lookups of a row add up to at most half the sum of all |q|. With `whole`, twice that:
+// the lookups add up to sum_k +-q_k. Group i of a unit is its bits 6 i to 6 i + 5; those of a word alone are
+// its bits 0-5, 6-11 and 12-15.
+template <bool whole = false>
 inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   int16_t* const all_tables = tables;
   const auto load = [](const auto* p) { return _mm512_load_si512(p); };
-  const __m512i entry[2] = {load(kPatterns.entry[0]), load(kPatterns.entry[1])};
+  __m512i entry[2] = {load(kPatterns.entry[0]), load(kPatterns.entry[1])};
+  if constexpr (whole) {
+    for (__m512i& e : entry) e = _mm512_add_epi8(e, e);
+  }
   const __m512i bytes[2] = {load(kPatterns.bytes[0]), load(kPatterns.bytes[1])};
   const __m512i low[2] = {load(kPatterns.low[0]), load(kPatterns.low[1])};
   const __m512i high[4] = {load(kPatterns.high[0]), load(kPatterns.high[0] + 32), load(kPatterns.high[1]),
@@ -161,7 +166,7 @@ inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
       put(p + 12, 1);
     }
   }
-  const int32_t sum = _mm512_reduce_add_epi32(sums), half = sum >> 1, all = sum - 2 * half;
+  const int32_t sum = _mm512_reduce_add_epi32(sums), half = whole ? sum : sum >> 1, all = sum - 2 * half;
   for (int h = 0; h < 2; ++h) {
     const __m512i table = _mm512_load_si512(all_tables + 32 * h);
     _mm512_store_si512(all_tables + 32 * h,
@@ -322,29 +327,46 @@ inline void add_sums(const ShortSums& sums, int32_t weight, IntegerPair& total) 
   total.odd = add_products(total.odd, sums.rows, _mm512_set1_epi32(weight << 16));
 }
 
-// The sums of a tile in the order of its rows, and back; 2 total - sum of whole numbers.
-inline void tile_values(const Pair& total, int32_t, Vec* values) {
+// Levels of the rows of a tile: of even rows in the low, of odd rows in the high halves of 32 bits.
+struct RowLevels {
+  __m512i even, odd;
+};
+inline RowLevels load_levels(const int8_t* levels) {
+  const __m512i rows = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels)));
+  return {_mm512_maskz_mov_epi16(0x55555555, rows), _mm512_maskz_mov_epi16(0xAAAAAAAA, rows)};
+}
+// total += levels * sums
+inline void add_sums(const ShortSums& sums, const RowLevels& levels, IntegerPair& total) {
+  total.even = add_products(total.even, sums.rows, levels.even);
+  total.odd = add_products(total.odd, sums.rows, levels.odd);
+}
+
+// The sums of a tile in the order of its rows, and back; of whole numbers times * total - sum.
+inline void tile_values(const Pair& total, int32_t, int32_t, Vec* values) {
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
   values[0] = (Vec)_mm512_permutex2var_ps(total.even, low, total.odd);
   values[1] = (Vec)_mm512_permutex2var_ps(total.even, high, total.odd);
 }
-inline __m512 signed_sum(__m512i half, int32_t sum) {
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(half, 1), _mm512_set1_epi32(sum)));
+inline __m512 whole_sum(__m512i total, int32_t times, int32_t sum) {
+  const __m512i product = _mm512_mullo_epi32(total, _mm512_set1_epi32(times));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(product, _mm512_set1_epi32(sum)));
 }
-inline void tile_values(const IntegerPair& total, int32_t sum, Vec* values) {
-  tile_values(Pair{signed_sum(total.even, sum), signed_sum(total.odd, sum)}, 0, values);
+inline void tile_values(const IntegerPair& total, int32_t times, int32_t sum, Vec* values) {
+  tile_values(Pair{whole_sum(total.even, times, sum), whole_sum(total.odd, times, sum)}, 1, 0, values);
 }
-inline void tile_values(const ShortSums& sums, int32_t sum, Vec* values) {
-  values[0] = (Vec)signed_sum(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(sums.rows)), sum);
-  values[1] = (Vec)signed_sum(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums.rows, 1)), sum);
+inline void tile_values(const ShortSums& sums, int32_t times, int32_t sum, Vec* values) {
+  const __m512i low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(sums.rows));
+  const __m512i high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums.rows, 1));
+  values[0] = (Vec)whole_sum(low, times, sum);
+  values[1] = (Vec)whole_sum(high, times, sum);
 }
 // total += factor * (2 sums - all)
 inline void add_scaled(const ShortSums& sums, int32_t all, const Pair& factor, Pair& total) {
   const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(sums.rows, 16), 16);
   const __m512i odd = _mm512_srai_epi32(sums.rows, 16);
-  total.even = _mm512_fmadd_ps(signed_sum(even, all), factor.even, total.even);
-  total.odd = _mm512_fmadd_ps(signed_sum(odd, all), factor.odd, total.odd);
+  total.even = _mm512_fmadd_ps(whole_sum(even, 2, all), factor.even, total.even);
+  total.odd = _mm512_fmadd_ps(whole_sum(odd, 2, all), factor.odd, total.odd);
 }
 
 inline Pair load_tile(const float* y) {
