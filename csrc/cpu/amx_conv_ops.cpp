@@ -11,6 +11,8 @@
 #include "cpu/binary_conv_ops.h"
 #include "cpu/conv_plan.h"
 #include "cpu/kernels/amx_conv.h"
+#include "cpu/kernels/amx_linear.h"
+#include "cpu/scratch.h"
 
 namespace quantopt {
 
@@ -71,7 +73,7 @@ class Groups {
                       conv.weights.quantize ? Form::int8
                       : half                ? Form::bfloat16
                                             : Form::parts,
-                      nullptr};
+                      nullptr, 0, nullptr};
       ConvProblem& p = one.p;
       if (half) {
         p.x_bf16 = bf16_data(x) + group * conv.channels;
@@ -86,6 +88,22 @@ class Groups {
       all_.push_back(one);
     }
   }
+
+  // Scales of groups of weights as levels.
+  void put_levels(const BinaryKernels& kernels, int64_t group, int64_t inputs) {
+    for (Convolution& conv : all_) {
+      LinearProblem p{};
+      p.outputs = conv.p.outputs;
+      scales_.push_back(
+          group_scales_of(kernels, conv.p.scale, p.outputs, (inputs + group - 1) / group, /*levels=*/true));
+      set_group_scales(scales_.back(), p);
+      conv.group = group;
+      conv.levels = p.levels;
+      conv.p.scale = p.scale;
+      conv.p.scale_stride = p.scale_stride;
+    }
+  }
+
   const Convolution& first() const { return all_.front(); }
   const std::vector<Convolution>& all() const { return all_; }
 
@@ -103,6 +121,7 @@ class Groups {
 
  private:
   std::vector<Convolution> all_;
+  std::vector<at::Tensor> scales_;
   c10::DataPtr memory_;
 };
 
@@ -188,24 +207,109 @@ bool side_by_side(const Convolution& conv) {
   return columns > 1 && beside < apart;
 }
 
+// The values that pixel `index` of y meets, in the order of a row of W: [channels, kernel positions].
+template <class X>
+void gather_patch(const ConvProblem& c, const X* x, int64_t index, X* patch) {
+  const int64_t image = index / c.out_width / c.out_height;
+  const int64_t oy = index / c.out_width % c.out_height, ox = index % c.out_width;
+  const int64_t taps = c.kernel[0] * c.kernel[1];
+  for (int64_t r = 0; r < c.kernel[0]; ++r) {
+    const int64_t iy = oy * c.stride[0] - c.padding[0] + r * c.dilation[0];
+    for (int64_t s = 0; s < c.kernel[1]; ++s, ++patch) {
+      const int64_t ix = ox * c.stride[1] - c.padding[1] + s * c.dilation[1];
+      const bool inside = iy >= 0 && iy < c.height && ix >= 0 && ix < c.width;
+      const X* from = inside ? x + ((image * c.height + iy) * c.width + ix) * c.x_stride : nullptr;
+      for (int64_t i = 0; i < c.channels; ++i) patch[i * taps] = inside ? from[i] : X{};
+    }
+  }
+}
+
+// The product of whole rows of W, whose sums of groups are scaled apart, with gathered values; or false where
+// there is no kernel.
+bool run_on_patches(const BinaryKernels& kernels, const Groups& groups, int64_t group) {
+  constexpr int64_t kRows = 2 * amx::kRowsTogether;  // pixels gathered at once
+  for (const Convolution& conv : groups.all()) {
+    const ConvProblem& c = conv.p;
+    amx::Product product{};
+    product.form = conv.form;
+    LinearProblem& p = product.p;
+    p.rows = kRows;
+    p.outputs = c.outputs;
+    p.inputs = c.channels * c.kernel[0] * c.kernel[1];
+    p.planes = c.planes;
+    p.tiles = c.tiles;
+    p.plane_weights = c.plane_weights;
+    p.group = group;
+    p.bias = c.bias;
+    p.activation = c.activation;
+    product.y_stride = c.y_stride;
+    if (!amx::takes(p, product.form, /*levels=*/false)) return false;
+    const at::Tensor scales =
+        group_scales_of(kernels, c.scale, p.outputs, (p.inputs + group - 1) / group, /*levels=*/false);
+    set_group_scales(scales, p);
+    std::vector<ImageFactor> factors;
+    if (conv.form == Form::int8) factors = factors_of(groups.first());
+    const int64_t image = c.out_height * c.out_width, pixels = c.images * image;
+    const int64_t value = c.x != nullptr ? 4 : 2, work = kRows * p.inputs * p.outputs / 32;
+    at::parallel_for(
+        0, (pixels + kRows - 1) / kRows, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
+          const int64_t patch = (kRows * p.inputs * value + 63) / 64 * 64, put = amx::rows_memory(product);
+          const Scratch<struct Patches> memory(patch + put + amx::working_memory(product));
+          char* const at = memory.get();
+          float x_scale[kRows];
+          for (int64_t first = begin * kRows; first < std::min(pixels, end * kRows); first += kRows) {
+            amx::Product some = product;
+            some.p.rows = std::min(kRows, pixels - first);
+            for (int64_t i = 0; i < some.p.rows; ++i) {
+              if (c.x != nullptr) {
+                gather_patch(c, c.x, first + i, reinterpret_cast<float*>(at) + i * p.inputs);
+              } else {
+                gather_patch(c, c.x_bf16, first + i, reinterpret_cast<uint16_t*>(at) + i * p.inputs);
+              }
+              if (!factors.empty()) x_scale[i] = factors[static_cast<size_t>((first + i) / image)].of_x;
+            }
+            if (c.x != nullptr) {
+              some.x = reinterpret_cast<const float*>(at);
+            } else {
+              some.x_bf16 = reinterpret_cast<const uint16_t*>(at);
+            }
+            if (!factors.empty()) some.x_scale = x_scale;
+            if (conv.y_bf16 != nullptr) {
+              some.y_bf16 = conv.y_bf16 + first * c.y_stride;
+            } else {
+              some.y = c.y + first * c.y_stride;
+            }
+            amx::put_rows(some, 0, some.p.rows, at + patch);
+            amx::multiply(some, at + patch, 0, some.p.rows, 0, tile_count(p.outputs), at + patch + put);
+          }
+        });
+  }
+  return true;
+}
+
 }  // namespace
 
-at::Tensor conv_on_amx(const BinaryKernels&, const ConvArguments& conv, const at::Tensor& x,
+at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, const at::Tensor& x,
                        at::ScalarType y_type, const std::function<at::Tensor()>& tiles) {
   const BinaryArguments& w = conv.weights;
-  if (w.group_size > 0) return {};
   const at::Tensor layout = tiles();
   at::Tensor y = dense_tensor({x.size(0), w.outputs, conv.size[0], conv.size[1]},
                               y_type == at::kBFloat16 ? y_type : at::kFloat, at::MemoryFormat::ChannelsLast);
   Groups groups(conv, x, layout, y);
   const Convolution& first = groups.first();
-  if (!amx::takes(first)) return {};
   const ConvProblem& p = first.p;
+  if (w.group_size > 0) {
+    if (!w.quantize || !takes_levels(p.plane_weights, p.planes, w.inputs)) {
+      return run_on_patches(kernels, groups, w.group_size) ? y : at::Tensor();
+    }
+    groups.put_levels(kernels, w.group_size, w.inputs);
+  }
+  if (!amx::takes(first)) return {};
   const int64_t pixels = p.out_height * p.out_width;
   const int64_t work = p.images * pixels / 32 * p.outputs * conv.taps() * p.channels * conv.groups;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + work / kThreadWork);
   const bool shared = threads > 1 && p.images < 4 * threads;
-  const bool beside = side_by_side(first);
+  const bool beside = w.group_size == 0 && side_by_side(first);
   const int64_t image_bytes = p.height * p.width * p.channels * (first.form == Form::parts ? 6 : 2);
   const int64_t together = shared ? 1 : images_together(p, p.images / threads, image_bytes, beside);
   const ConvPlan plan = plan_conv(p, together, beside);

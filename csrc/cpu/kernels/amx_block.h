@@ -92,7 +92,10 @@ struct OutputTile {
 // Products on registers share their port with vector instructions: the fewer of these, the sooner both end.
 class Finish {
  public:
-  explicit Finish(const Output& to) : to_(to) {}
+  explicit Finish(const Output& to)
+      : to_(to),
+        times_((to.times & (to.times - 1)) == 0 ? 1 : to.times),
+        power_(static_cast<float>(to.times / times_)) {}
 
   __attribute__((always_inline)) OutputTile tile(int64_t number) const {
     OutputTile t;
@@ -104,6 +107,7 @@ class Finish {
       if (to_.scale_stride != 0 && to_.scale != nullptr) {
         t.scale[half] = (Vec)_mm512_maskz_loadu_ps(t.mask[half], to_.scale + n);
       }
+      t.scale[half] *= power_;
       t.bias[half] = fill<Vec>(0.0f);
       if (to_.bias != nullptr) t.bias[half] = (Vec)_mm512_maskz_loadu_ps(t.mask[half], to_.bias + n);
     }
@@ -126,7 +130,7 @@ class Finish {
   template <class Sums, class Rows>
   __attribute__((always_inline)) void operator()(const Rows& rows, int64_t begin, int64_t end,
                                                  const OutputTile& tile, const Sums* sums) const {
-    if (to_.activation != Activation::none || to_.times != 1) {
+    if (to_.activation != Activation::none || times_ != 1) {
       with_all(rows, begin, end, tile, sums);
     } else if (to_.y_bf16 != nullptr) {
       put_rows<true>(rows, begin, end, tile, sums, [](Vec v) { return v; });
@@ -144,8 +148,8 @@ class Finish {
     const int32_t* whole = nullptr;
     if constexpr (std::is_same_v<Sums, int32_t>) whole = sums;
     alignas(64) int32_t multiples[kBlockRows * kTileRows];
-    if (whole != nullptr && to_.times != 1) {
-      for (int64_t i = begin * kTileRows; i < end * kTileRows; ++i) multiples[i] = whole[i] * to_.times;
+    if (whole != nullptr && times_ != 1) {
+      for (int64_t i = begin * kTileRows; i < end * kTileRows; ++i) multiples[i] = whole[i] * times_;
       whole = multiples;
     }
     const auto* from = sums;
@@ -169,27 +173,31 @@ class Finish {
       if (!Rows::kAll && row < 0) continue;
       const int64_t at = row * to_.y_stride + tile.first;
       const Vec factor = Rows::kOneFactor ? first : fill<Vec>(rows.factor(m));
+      Vec v[2];
       QUANTOPT_UNROLL for (int h = 0; h < 2; ++h) {
         const Sums* from = sums + m * kTileRows + 16 * h;
-        Vec v;
         if constexpr (kWhole) {
           const Vec scale = Rows::kOneFactor ? both[h] : tile.scale[h] * factor;
-          v = (Vec)_mm512_cvtepi32_ps(_mm512_load_si512(from)) * scale;
+          v[h] = (Vec)_mm512_cvtepi32_ps(_mm512_load_si512(from)) * scale;
         } else {  // a power of two first, which loses nothing; of groups, scaled already, the scale of x
-          v = (Vec)_mm512_load_ps(from) * factor * tile.scale[h];
+          v[h] = (Vec)_mm512_load_ps(from) * factor * tile.scale[h];
         }
-        v = activated(v + tile.bias[h]);
-        if constexpr (half_y) {
-          _mm512_mask_cvtepi32_storeu_epi16(to_.y_bf16 + at + 16 * h, tile.mask[h],
-                                            (__m512i)bfloat16_nearest((VecBits)v));
-        } else {
-          _mm512_mask_storeu_ps(to_.y + at + 16 * h, tile.mask[h], (__m512)v);
-        }
+        v[h] = activated(v[h] + tile.bias[h]);
+      }
+      if constexpr (half_y) {  // rounded to nearest even, denormals to zero
+        const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+        const auto mask = static_cast<__mmask32>(tile.mask[0] | static_cast<uint32_t>(tile.mask[1]) << 16);
+        _mm512_mask_storeu_epi16(to_.y_bf16 + at, mask, (__m512i)halves);
+      } else {
+        _mm512_mask_storeu_ps(to_.y + at, tile.mask[0], (__m512)v[0]);
+        _mm512_mask_storeu_ps(to_.y + at + 16, tile.mask[1], (__m512)v[1]);
       }
     }
   }
 
   const Output to_;
+  const int32_t times_;  // a power of two is part of the scale instead, which loses nothing
+  const float power_;
 };
 
 }  // namespace

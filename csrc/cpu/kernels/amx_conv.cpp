@@ -75,51 +75,130 @@ struct NextRows {
   float factor(int64_t) const { return of_all; }
 };
 
-// The weights of some tiles of outputs, one after the other, in the order of taps.
+// Expands steps of taps, from tiles of each kernel position.
 template <class Weights>
-class Panel {
+class TapWeights {
  public:
   using Value = typename Weights::Value;
-  Panel(const TileBits& bits, const Weights& weights, const ConvSlots& slots, char* memory)
-      : bits_(bits),
-        weights_(weights),
+  TapWeights(const Convolution& a, bool side_by_side)
+      : bits_(bits_of(a, side_by_side)), weights_(bits_, a.p.plane_weights), words_(bits_, 0) {}
+
+  // Step `step` of position `number`; but the first, right after the one before.
+  __attribute__((always_inline)) void operator()(int64_t number, int64_t step, int64_t tile, char* to) {
+    if (step == 0) {
+      TileBits one = bits_;
+      one.tiles += number * bits_.position_size();
+      one.positions = 1;
+      words_ = StepWords<Value>(one, tile);
+    } else {
+      words_.advance();
+    }
+    weights_(words_, to);
+  }
+
+ private:
+  const TileBits bits_;
+  const Weights weights_;
+  StepWords<Value> words_;
+};
+
+// The same from tiles of whole rows of W, [channels, kernel positions], times the levels of groups along
+// them:
+// +-u with one plane, u, 0 and -u with two of the same weight. Weights that are neighbours in a register are
+// far from each other here.
+template <int planes>
+class LevelWeights {
+ public:
+  using Value = int8_t;
+  LevelWeights(const Convolution& a, bool)
+      : a_(a),
+        taps_(taps_of(a.p)),
+        inputs_(taps_ * a.p.channels),
+        groups_((inputs_ + a.group - 1) / a.group) {}
+
+  void operator()(int64_t number, int64_t step, int64_t tile, char* to) const {
+    for (int64_t row = 0; row < kRegisterRows; ++row) {
+      __m256i value[4];
+      for (int64_t j = 0; j < 4; ++j) {  // the order of K: amx_rows.h
+        const int64_t channel = step * kRowBytes + row / 8 * 32 + 8 * j + row % 8;
+        value[j] = channel < a_.p.channels ? weights(channel * taps_ + number, tile) : _mm256_setzero_si256();
+      }
+      const __m256i low[2] = {_mm256_unpacklo_epi8(value[0], value[1]),
+                              _mm256_unpacklo_epi8(value[2], value[3])};
+      const __m256i high[2] = {_mm256_unpackhi_epi8(value[0], value[1]),
+                               _mm256_unpackhi_epi8(value[2], value[3])};
+      const __m256i fours[4] = {_mm256_unpacklo_epi16(low[0], low[1]), _mm256_unpackhi_epi16(low[0], low[1]),
+                                _mm256_unpacklo_epi16(high[0], high[1]),
+                                _mm256_unpackhi_epi16(high[0], high[1])};
+      for (int i = 0; i < 4; ++i) {
+        char* const at = to + row * kRowBytes + 16 * i;
+        _mm_store_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(fours[i]));
+        _mm_store_si128(reinterpret_cast<__m128i*>(at + kRegisterBytes),
+                        _mm256_extracti128_si256(fours[i], 1));
+      }
+    }
+  }
+
+ private:
+  // Weight k of the 32 rows of a tile.
+  __m256i weights(int64_t k, int64_t tile) const {
+    const ConvProblem& p = a_.p;
+    const int64_t first = k / kChunkWidth * kChunkWidth,
+                  group = static_cast<uint32_t>(k) / static_cast<uint32_t>(a_.group);
+    const uint16_t* const words =
+        p.tiles + tile_offset(p.outputs, inputs_, 0, first, tile) + (k - first) / kWord * kTileRows;
+    const __m512i bit = _mm512_set1_epi16(static_cast<short>(1 << k % kWord));
+    const __m256i plus = _mm256_loadu_si256(
+        reinterpret_cast<const __m256i*>(a_.levels + group_index(tile * kTileRows, group, groups_)));
+    const __m256i zero = _mm256_setzero_si256(), minus = _mm256_sub_epi8(zero, plus);
+    const __mmask32 set = _mm512_test_epi16_mask(_mm512_loadu_si512(words), bit);
+    if constexpr (planes == 1) return _mm256_mask_blend_epi8(set, minus, plus);
+    const int64_t plane = tile_count(p.outputs) * kTileRows * tile_words(inputs_);
+    const __mmask32 other = _mm512_test_epi16_mask(_mm512_loadu_si512(words + plane), bit);
+    const __m256i value = _mm256_mask_blend_epi8(set, minus, zero);
+    return _mm256_mask_add_epi8(value, other, value, plus);
+  }
+
+  const Convolution& a_;
+  const int64_t taps_, inputs_, groups_;
+};
+
+// The weights of some tiles of outputs, one after the other, in the order of taps.
+template <class Source>
+class Panel {
+ public:
+  Panel(const Source& source, const ConvSlots& slots, int64_t steps, char* memory)
+      : source_(source),
         taps_(slots.taps),
-        steps_(bits.position_steps<Value>()),
+        steps_(steps),
         count_(slots.tap_rows * slots.tap_columns * steps_),
         memory_(memory) {}
 
   // Begins tile `tile` in place `place`.
   void begin(int64_t tile, int64_t place) {
     tile_ = tile;
-    done_ = 0;
+    done_ = tap_ = step_ = 0;
     to_ = memory_ + place * count_ * kStepBytes;
   }
   // Expands steps until `end` are there.
   __attribute__((always_inline)) void expand_to(int64_t end) {
     for (end = std::min(end, count_); done_ < end; ++done_) {
-      if (done_ % steps_ == 0) {
-        TileBits one = bits_;
-        one.tiles += taps_[done_ / steps_].number * bits_.position_size();
-        one.positions = 1;
-        words_ = StepWords<Value>(one, tile_);
-      } else {
-        words_.advance();
-      }
-      weights_(words_, to_ + done_ * kStepBytes);
+      source_(taps_[tap_].number, step_, tile_, to_ + done_ * kStepBytes);
+      if (++step_ < steps_) continue;
+      step_ = 0;
+      ++tap_;
     }
   }
   void expand_all() { expand_to(count_); }
   const char* at(int64_t place) const { return memory_ + place * count_ * kStepBytes; }
 
  private:
-  const TileBits bits_;
-  const Weights weights_;
+  Source source_;
   const ConvTap* const taps_;
   const int64_t steps_, count_;
   char* const memory_;
   char* to_ = nullptr;
-  int64_t tile_ = 0, done_ = 0;
-  StepWords<Value> words_{bits_, 0};
+  int64_t tile_ = 0, done_ = 0, tap_ = 0, step_ = 0;
 };
 
 // Tiles whose weights are expanded together.
@@ -175,12 +254,11 @@ class Ending {
   const Sums* sums_ = nullptr;
 };
 
-template <int parts, bool two, class Weights>
+template <int parts, bool two, class Source>
 inline void multiply_block(const Call& call, const char* slots, const ConvBlock& block, int64_t steps,
-                           Panel<Weights>& panel, int64_t place, bool fresh, const Finish& finish,
-                           const BlockRows& rows, int64_t tile,
-                           Ending<Sum<typename Weights::Value>>& before) {
-  using Value = typename Weights::Value;
+                           Panel<Source>& panel, int64_t place, bool fresh, const Finish& finish,
+                           const BlockRows& rows, int64_t tile, Ending<Sum<typename Source::Value>>& before) {
+  using Value = typename Source::Value;
   const int64_t stride = steps * parts * kRowBytes;
   const char* const first = slots + block.slot[0] * stride;
   const char* const second = slots + block.slot[1] * stride;
@@ -211,19 +289,23 @@ inline void multiply_block(const Call& call, const char* slots, const ConvBlock&
   if (fresh) panel.expand_all();
 }
 
-template <int parts, class Weights>
-void run(const Call& call, const Weights& weights) {
-  using Value = typename Weights::Value;
+template <int parts, class Source>
+void run(const Call& call) {
+  using Value = typename Source::Value;
   const Convolution& a = call.a;
   const ConvProblem& p = a.p;
-  const TileBits bits = bits_of(a, call.slots.side_by_side);
-  const int64_t steps = bits.position_steps<Value>();
+  const int64_t steps = slot_steps(a, call.slots.side_by_side);
   const int64_t group_bytes = call.slots.count * steps * parts * kRowBytes;
   const int64_t image_pixels = p.out_height * p.out_width;
+  int32_t times = 1;
+  if (a.group > 0) {
+    times = 0;
+    for (int64_t i = 0; i < p.planes; ++i) times += p.plane_weights[i];
+  }
   const Finish finish(
-      {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, 1, p.y, a.y_bf16, p.y_stride});
+      {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, times, p.y, a.y_bf16, p.y_stride});
   Ending<Sum<Value>> ending(finish);
-  Panel<Weights> panel(bits, weights, call.slots, call.memory + 2 * kSumBytes);
+  Panel<Source> panel(Source(a, call.slots.side_by_side), call.slots, steps, call.memory + 2 * kSumBytes);
   char *sums = call.memory, *other = call.memory + kSumBytes;
   configure(kBlockRows);
   const int64_t most = panel_tiles(call.slots, steps, p.outputs);
@@ -367,6 +449,9 @@ inline int64_t word_offset(const ConvProblem& p, int64_t channels, int64_t posit
 
 bool takes(const Convolution& a) {
   const ConvProblem& p = a.p;
+  if (a.group > 0) {
+    return a.form == Form::int8 && takes_levels(p.plane_weights, p.planes, taps_of(p) * p.channels);
+  }
   return a.form == Form::int8 ? PlaneBytes::covers(p.plane_weights, p.planes)
                               : PlaneHalves::covers(p.plane_weights, p.planes);
 }
@@ -446,24 +531,18 @@ void multiply(const Convolution& a, const ConvSlots& slots, const ImageFactor* f
               const char* from, void* memory) {
   const Call call{
       a, slots, factors, image, groups, block_begin, block_end, begin, end, from, static_cast<char*>(memory)};
-  const TileBits bits = bits_of(a, slots.side_by_side);
-  const int32_t* const w = a.p.plane_weights;
   if (a.form == Form::int8) {
-    if (unit_plane(a.p)) {
-      run<1>(call, SignBytes(bits, w));
+    if (a.group > 0) {
+      a.p.planes == 1 ? run<1, LevelWeights<1>>(call) : run<1, LevelWeights<2>>(call);
+    } else if (unit_plane(a.p)) {
+      run<1, TapWeights<SignBytes>>(call);
     } else {
-      run<1>(call, PlaneBytes(bits, w));
+      run<1, TapWeights<PlaneBytes>>(call);
     }
   } else if (a.form == Form::bfloat16) {
-    if (unit_plane(a.p)) {
-      run<1>(call, SignHalves(bits, w));
-    } else {
-      run<1>(call, PlaneHalves(bits, w));
-    }
-  } else if (unit_plane(a.p)) {
-    run<kParts>(call, SignHalves(bits, w));
+    unit_plane(a.p) ? run<1, TapWeights<SignHalves>>(call) : run<1, TapWeights<PlaneHalves>>(call);
   } else {
-    run<kParts>(call, PlaneHalves(bits, w));
+    unit_plane(a.p) ? run<kParts, TapWeights<SignHalves>>(call) : run<kParts, TapWeights<PlaneHalves>>(call);
   }
 }
 

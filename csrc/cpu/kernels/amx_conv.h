@@ -56,6 +56,8 @@ struct Convolution {
   ConvProblem p;
   Form form;
   uint16_t* y_bf16;  // y in bfloat16, in place of p.y; or null
+  int64_t group;     // weights of a row of W that share a level, its tiles being those of whole rows; or 0
+  const int8_t* levels;  // with it, in int8: those of all groups, in the order of tiles (group_index)
 };
 
 // Whether there is a kernel for these weights.
