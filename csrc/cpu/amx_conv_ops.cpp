@@ -25,7 +25,7 @@ using amx::Form;
 using amx::ImageFactor;
 
 constexpr int64_t kPutWork = 16384;       // values that a thread should take at least
-constexpr int64_t kTogether = 512 << 10;  // bytes of images that all outputs are multiplied with in turn
+constexpr int64_t kTogether = 1024 << 10;  // bytes of images that all outputs are multiplied with in turn
 
 c10::DataPtr memory_of(int64_t bytes) {  // aligned to 64 bytes
   return c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
