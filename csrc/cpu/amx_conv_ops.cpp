@@ -12,6 +12,7 @@
 #include "cpu/conv_plan.h"
 #include "cpu/kernels/amx_conv.h"
 #include "cpu/kernels/amx_linear.h"
+#include "cpu/kernels/thresholds.h"
 #include "cpu/scratch.h"
 
 namespace quantopt {
@@ -24,7 +25,7 @@ using amx::Convolution;
 using amx::Form;
 using amx::ImageFactor;
 
-constexpr int64_t kPutWork = 16384;       // values that a thread should take at least
+constexpr int64_t kPutWork = 16384;        // values that a thread should take at least
 constexpr int64_t kTogether = 1024 << 10;  // bytes of images that all outputs are multiplied with in turn
 
 c10::DataPtr memory_of(int64_t bytes) {  // aligned to 64 bytes
@@ -292,6 +293,11 @@ bool run_on_patches(const BinaryKernels& kernels, const Groups& groups, int64_t 
 at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, const at::Tensor& x,
                        at::ScalarType y_type, const std::function<at::Tensor()>& tiles) {
   const BinaryArguments& w = conv.weights;
+  const int64_t pixels = conv.size[0] * conv.size[1];
+  const bool enough = w.quantize                         ? x.size(0) * pixels >= thresholds::kAmxConvInt8
+                      : x.scalar_type() == at::kBFloat16 ? pixels >= thresholds::kAmxConvBFloat16
+                                                         : pixels >= thresholds::kAmxConvParts;
+  if (!enough) return {};
   const at::Tensor layout = tiles();
   at::Tensor y = dense_tensor({x.size(0), w.outputs, conv.size[0], conv.size[1]},
                               y_type == at::kBFloat16 ? y_type : at::kFloat, at::MemoryFormat::ChannelsLast);
@@ -305,7 +311,6 @@ at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, 
     groups.put_levels(kernels, w.group_size, w.inputs);
   }
   if (!amx::takes(first)) return {};
-  const int64_t pixels = p.out_height * p.out_width;
   const int64_t work = p.images * pixels / 32 * p.outputs * conv.taps() * p.channels * conv.groups;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + work / kThreadWork);
   const bool shared = threads > 1 && p.images < 4 * threads;
