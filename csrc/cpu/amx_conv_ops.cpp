@@ -208,23 +208,6 @@ bool side_by_side(const Convolution& conv) {
   return columns > 1 && beside < apart;
 }
 
-// The values that pixel `index` of y meets, in the order of a row of W: [channels, kernel positions].
-template <class X>
-void gather_patch(const ConvProblem& c, const X* x, int64_t index, X* patch) {
-  const int64_t image = index / c.out_width / c.out_height;
-  const int64_t oy = index / c.out_width % c.out_height, ox = index % c.out_width;
-  const int64_t taps = c.kernel[0] * c.kernel[1];
-  for (int64_t r = 0; r < c.kernel[0]; ++r) {
-    const int64_t iy = oy * c.stride[0] - c.padding[0] + r * c.dilation[0];
-    for (int64_t s = 0; s < c.kernel[1]; ++s, ++patch) {
-      const int64_t ix = ox * c.stride[1] - c.padding[1] + s * c.dilation[1];
-      const bool inside = iy >= 0 && iy < c.height && ix >= 0 && ix < c.width;
-      const X* from = inside ? x + ((image * c.height + iy) * c.width + ix) * c.x_stride : nullptr;
-      for (int64_t i = 0; i < c.channels; ++i) patch[i * taps] = inside ? from[i] : X{};
-    }
-  }
-}
-
 // The product of whole rows of W, whose sums of groups are scaled apart, with gathered values; or false where
 // there is no kernel.
 bool run_on_patches(const BinaryKernels& kernels, const Groups& groups, int64_t group) {
@@ -234,15 +217,8 @@ bool run_on_patches(const BinaryKernels& kernels, const Groups& groups, int64_t 
     amx::Product product{};
     product.form = conv.form;
     LinearProblem& p = product.p;
+    p = rows_of_weights(c, group);
     p.rows = kRows;
-    p.outputs = c.outputs;
-    p.inputs = c.channels * c.kernel[0] * c.kernel[1];
-    p.planes = c.planes;
-    p.tiles = c.tiles;
-    p.plane_weights = c.plane_weights;
-    p.group = group;
-    p.bias = c.bias;
-    p.activation = c.activation;
     product.y_stride = c.y_stride;
     if (!amx::takes(p, product.form, /*levels=*/false)) return false;
     const at::Tensor scales =

@@ -56,6 +56,19 @@ ConvProblem problem_of(const at::Tensor& x, const ConvArguments& conv, const at:
   return c;
 }
 
+LinearProblem rows_of_weights(const ConvProblem& c, int64_t group) {
+  LinearProblem w{};
+  w.outputs = c.outputs;
+  w.inputs = c.channels * c.kernel[0] * c.kernel[1];
+  w.planes = c.planes;
+  w.tiles = c.tiles;
+  w.plane_weights = c.plane_weights;
+  w.group = group;
+  w.bias = c.bias;
+  w.activation = c.activation;
+  return w;
+}
+
 namespace {
 
 // Tiles of [groups, planes, kernel positions] times [outputs, channels] of a group.
@@ -182,38 +195,10 @@ at::Tensor conv_by_aten(const BinaryKernels& kernels, const at::Tensor& x, const
   return y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// The values of x that pixel `index` of y meets, in the order of a row of W: [channels, kernel positions].
-template <class T>
-void gather_patch(const ConvProblem& c, const T* x, int64_t index, T* patch) {
-  const int64_t image = index / c.out_width / c.out_height;
-  const int64_t oy = index / c.out_width % c.out_height, ox = index % c.out_width;
-  const int64_t taps = c.kernel[0] * c.kernel[1];
-  for (int64_t r = 0; r < c.kernel[0]; ++r) {
-    const int64_t iy = oy * c.stride[0] - c.padding[0] + r * c.dilation[0];
-    for (int64_t s = 0; s < c.kernel[1]; ++s, ++patch) {
-      const int64_t ix = ox * c.stride[1] - c.padding[1] + s * c.dilation[1];
-      if (iy < 0 || iy >= c.height || ix < 0 || ix >= c.width) {
-        for (int64_t i = 0; i < c.channels; ++i) patch[i * taps] = T{0};
-        continue;
-      }
-      const T* from = x + ((image * c.height + iy) * c.width + ix) * c.x_stride;
-      for (int64_t i = 0; i < c.channels; ++i) patch[i * taps] = from[i];
-    }
-  }
-}
-
 // c with a scale for each `group` weights of a row of W: the product of whole rows with gathered values.
 void run_on_patches(const BinaryKernels& kernels, const ConvProblem& c, int64_t group) {
   constexpr int64_t kRows = 16;  // pixels gathered at once
-  LinearProblem w{};
-  w.outputs = c.outputs;
-  w.inputs = c.channels * c.kernel[0] * c.kernel[1];
-  w.planes = c.planes;
-  w.tiles = c.tiles;
-  w.plane_weights = c.plane_weights;
-  w.group = group;
-  w.bias = c.bias;
-  w.activation = c.activation;
+  LinearProblem w = rows_of_weights(c, group);
   const int64_t groups = (w.inputs + group - 1) / group;
   const bool levels = c.q != nullptr && takes_levels(w.plane_weights, w.planes, w.inputs);
   const at::Tensor scales = group_scales_of(kernels, c.scale, w.outputs, groups, levels);

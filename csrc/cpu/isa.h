@@ -6,7 +6,7 @@
 namespace quantopt {
 
 // In increasing order: each contains the ones before. amx adds products of int8 and bfloat16 on tiles
-// (kernels/binary_amx.h) to the kernels of avx512vnni.
+// (kernels/amx_linear.h, amx_conv.h) to the kernels of avx512vnni.
 enum class Isa { portable, avx2, avx512, avx512vnni, amx };
 constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::amx};
 

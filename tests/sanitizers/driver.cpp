@@ -272,7 +272,8 @@ void check_products(const Kernels& kernels) {
         for (bool quantized : {false, true}) {
           const auto activation = static_cast<Activation>((inputs + outputs + rows) % 4);
           check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 0, quantized, activation, run);
-          check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation, run);
+          check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation,
+                       run);
           check_linear(kernels, rows, outputs, inputs, 3, 32, quantized, activation, run);
         }
       }
@@ -280,7 +281,8 @@ void check_products(const Kernels& kernels) {
   }
   for (bool quantized : {false, true}) {
     check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none, run);  // more than a block of tiles
-    check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu, run);   // more rows than share a panel
+    check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu,
+                 run);  // more rows than share a panel
     check_linear(kernels, 2, 5, 0, 1, 0, quantized, Activation::gelu, run);
   }
 }
