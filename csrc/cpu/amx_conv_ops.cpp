@@ -142,8 +142,8 @@ void run_images(const Groups& groups, const ConvPlan& plan, int64_t begin, int64
   const int64_t bytes = slots.count * amx::slot_bytes(first, slots), tiles = tile_count(first.p.outputs);
   const int64_t most = std::clamp<int64_t>(kTogether / bytes, 1, (end - begin) / together);
   const int64_t putting = amx::putting_memory(first, slots), working = amx::working_memory(first, slots);
-  c10::DataPtr memory = memory_of(most * bytes + std::max(putting, working));
-  char* const at = static_cast<char*>(memory.mutable_get());
+  const Scratch<struct Images> memory(most * bytes + std::max(putting, working));
+  char* const at = memory.get();
   char* const work = at + most * bytes;
   std::vector<ImageFactor> factors(static_cast<size_t>(end));
   for (; begin < end; begin += most * together) {
@@ -168,26 +168,25 @@ void run_shared(const Groups& groups, const ConvPlan& plan, int64_t threads) {
   const int64_t slot = amx::slot_bytes(first, slots), bytes = slots.count * slot;
   const int64_t tiles = tile_count(first.p.outputs), images = first.p.images;
   const std::vector<ImageFactor> factors = factors_of(first);
-  c10::DataPtr memory = memory_of(images * bytes);
-  char* const at = static_cast<char*>(memory.mutable_get());
+  const Scratch<struct Images> memory(images * bytes);
+  char* const at = memory.get();
   const int64_t by_tiles = std::min(tiles, threads), by_blocks = (threads + by_tiles - 1) / by_tiles;
   const int64_t grain = 1 + kPutWork / (slots.width * slot);
   for (const Convolution& conv : groups.all()) {
     at::parallel_for(0, images * slots.line_count, grain, [&](int64_t begin, int64_t end) {
-      c10::DataPtr own = memory_of(amx::putting_memory(conv, slots) + 64);
+      const Scratch<struct Working> own(amx::putting_memory(conv, slots));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / slots.line_count, line = i % slots.line_count;
-        amx::put_lines(conv, slots, factors.data(), image, line, line + 1, at + image * bytes,
-                       own.mutable_get());
+        amx::put_lines(conv, slots, factors.data(), image, line, line + 1, at + image * bytes, own.get());
       }
     });
     at::parallel_for(0, by_tiles * by_blocks, 1, [&](int64_t begin, int64_t end) {
-      c10::DataPtr own = memory_of(amx::working_memory(conv, slots));
+      const Scratch<struct Working> own(amx::working_memory(conv, slots));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i % by_tiles, b = i / by_tiles;
         amx::multiply(conv, slots, factors.data(), 0, images, b * slots.block_count / by_blocks,
                       (b + 1) * slots.block_count / by_blocks, n * tiles / by_tiles,
-                      (n + 1) * tiles / by_tiles, at, own.mutable_get());
+                      (n + 1) * tiles / by_tiles, at, own.get());
       }
     });
   }
