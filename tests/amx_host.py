@@ -61,9 +61,12 @@ def conv(
     side_by_side: bool = False,
     cut: int = 0,
     y_type: torch.dtype = torch.float32,
+    levels: tuple[int, Tensor] | None = None,
     **geometry: tuple[int, int],
 ) -> Tensor:
     """y of x [B, C, H, W] with the signs of w [P, N, C, kh, kw], by the emulated kernel.
+
+    levels: the size of groups of weights, and their levels in the order of tiles.
 
     If x has more channels than w, they are those of group ``group``, and the outputs too.
     """
@@ -72,7 +75,8 @@ def conv(
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
-    tiles = conv_tiles(pack_signs(w.flatten(2)), channels, kernel)
+    group_size, of_groups = (0, None) if levels is None else levels
+    tiles = conv_tiles(pack_signs(w.flatten(2)), channels, kernel, 1, group_size)
     assert tiles is not None
     values = x.permute(0, 2, 3, 1).to(torch.bfloat16 if form == "bf16" else x.dtype).contiguous()
     groups = x.shape[1] // channels
@@ -88,6 +92,8 @@ def conv(
         pointer(scale),
         *whole(0 if scale.numel() == 1 else 1),
         pointer(bias),
+        *whole(group_size),
+        pointer(of_groups),
         FORMS.index(form),
         values.dtype == torch.bfloat16,
         pointer(values),

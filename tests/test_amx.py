@@ -182,6 +182,23 @@ def test_groups_and_planes(library: ctypes.CDLL, form: str) -> None:
         check(y, part, w, scale, None, form, planes, image=x, padding=(1, 1))
 
 
+@pytest.mark.parametrize("planes", [(1,), (1, 1), (2, 2)])
+def test_levels_of_groups_of_weights(library: ctypes.CDLL, planes: tuple[int, ...]) -> None:
+    """Groups along rows of W, [channels, kernel positions], that end within a kernel's positions."""
+    for channels, group in ((20, 32), (70, 64)):
+        x, w = torch.randn(2, channels, 5, 6), torch.randn(len(planes), 70, channels, 3, 3)
+        levels = torch.randint(1, 128, (70, -(-channels * 9 // group)), dtype=torch.int8)
+        tiled = F.pad(levels, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
+        y = conv(
+            library, x, w, torch.ones(1), None, "int8", planes, levels=(group, tiled), cut=1, padding=(1, 1)
+        )
+        signs = (torch.where(w >= 0, 1.0, -1.0) * planes[0]).sum(0)
+        dense = signs.flatten(1) * levels.repeat_interleave(group, 1)[:, : channels * 9]
+        s = x.abs().amax((1, 2, 3), keepdim=True) / 127
+        sums = F.conv2d((x / s).round().double(), dense.view(70, channels, 3, 3).double(), padding=1)
+        assert torch.equal(y, sums.float() * s)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_in_and_out(library: ctypes.CDLL, form: str) -> None:
     """y is rounded from what it is in fp32."""

@@ -69,14 +69,15 @@ const char* conv_on_emulated_amx(amx::Convolution conv, int64_t first, int64_t t
 
 extern "C" {
 
-// geometry: images, height, width, channels, x_stride, out_height, out_width, outputs, y_stride, then pairs:
-// kernel, stride, padding, dilation. x and y: all of their channels, of which those from `first` and
-// `first_output` on are used.
+// levels: with `group` weights of a row to each, in the order of tiles; or null with 0. geometry: images,
+// height, width, channels, x_stride, out_height, out_width, outputs, y_stride, then pairs: kernel, stride,
+// padding, dilation. x and y: all of their channels, of which those from `first` and `first_output` on are
+// used.
 const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t* weights, int64_t words,
                          const int32_t* plane_weights, const float* scale, int64_t scale_stride,
-                         const float* bias, int32_t form, bool half_x, const void* x, int64_t first,
-                         int32_t activation, bool half_y, void* y, int64_t first_output, int64_t together,
-                         bool side_by_side, int64_t cut) {
+                         const float* bias, int64_t group, const int8_t* levels, int32_t form, bool half_x,
+                         const void* x, int64_t first, int32_t activation, bool half_y, void* y,
+                         int64_t first_output, int64_t together, bool side_by_side, int64_t cut) {
   amx::Convolution conv{};
   ConvProblem& c = conv.p;
   int64_t* const sizes[] = {&c.images,     &c.height,    &c.width,   &c.channels, &c.x_stride,
@@ -90,6 +91,8 @@ const char* conv_on_host(const int64_t* geometry, int64_t planes, const uint16_t
   const Guarded tiles(words * 2, weights), scales(scale_stride != 0 ? 4 * c.outputs : 4, scale),
       offsets(bias != nullptr ? 4 * c.outputs : 0, bias),
       values(c.images * c.height * c.width * c.x_stride * x_width, x), result(y_bytes, y);
+  conv.group = group;
+  conv.levels = levels;
   conv.form = static_cast<amx::Form>(form);
   c.planes = planes;
   c.tiles = tiles.get<uint16_t>();
