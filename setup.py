@@ -68,10 +68,13 @@ KERNELS = {
     "binary_tiles": PRODUCTS,
     "quantize": PRODUCTS,
     "binary_conv": PRODUCTS,
-    "binary_amx": ("amx",),
     "amx_linear": ("amx",),
+    "amx_conv": ("amx",),
 }
 DEFAULT_ISAS = ("portable", "avx2", "avx512")
+
+# Of the rest, what needs no torch either: for `python setup.py sanitize`.
+PLAIN = ("csrc/cpu/isa.cpp", "csrc/cpu/conv_plan.cpp")
 
 # No contraction into fused multiply-add: all instruction sets, and CUDA, then give the same bits.
 FLOAT_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -352,21 +355,22 @@ class Sanitize(BuildQuantopt):
         self.build_temp = str(ROOT / "build" / "sanitize")
         with self.lock():
             self.cxx = find_cxx()
-            emulated = ROOT / "csrc/cpu/kernels/binary_amx.cpp"  # part of tests/amx_on_host/driver.cpp
-            self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), emulated]
+            on_host = sorted((ROOT / "tests/amx_on_host").glob("*.cpp"))  # each includes the source of its kernel
+            emulated = [ROOT / f"csrc/cpu/kernels/amx_{source.name}" for source in on_host]
+            self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), *emulated]
             isas = self.usable_isas()
             tasks = [
                 (source, target, [*command, *SANITIZER_FLAGS])
                 for source, target, command in self.kernel_tasks(isas)
-                if source != emulated
+                if source not in emulated
             ]
             macros = [f"-DQUANTOPT_HAVE_{isa.upper()}" for isa in isas]
             command = [*self.cxx, *KERNEL_FLAGS, *SANITIZER_FLAGS, *macros, f"-I{ROOT / 'csrc'}"]
-            for source in (ROOT / "tests/sanitizers/driver.cpp", ROOT / "csrc/cpu/isa.cpp"):
+            for source in [ROOT / "tests/sanitizers/driver.cpp", *map(ROOT.joinpath, PLAIN)]:
                 tasks.append((source, Path(self.build_temp) / f"{source.stem}.o", command))
-            if "amx" in isas:
-                source = ROOT / "tests/amx_on_host/driver.cpp"
-                tasks.append((source, Path(self.build_temp) / "amx.o", [*command, *ISAS["amx"]]))
+            for source in on_host if "amx" in isas else []:
+                target = Path(self.build_temp) / f"amx_{source.stem}.o"
+                tasks.append((source, target, [*command, *ISAS["amx"]]))
             with ThreadPoolExecutor(jobs()) as pool:
                 objects = list(pool.map(self.compile, tasks))
             program = str(Path(self.build_temp) / "driver")

@@ -1,7 +1,8 @@
 """The AMX kernels: their source run on the host with emulated registers, what the compiler made of it, the way to them.
 
 The emulation (csrc/cpu/kernels/amx_registers.h) follows the architecture's description of the instructions, and objects
-to what the processor would refuse. Where the processor has AMX, tests/test_binary_*.py run the kernels themselves.
+to what the processor would refuse. What the kernels read and write lies against pages that may not be touched. Where
+the processor has AMX, tests/test_binary_*.py run the kernels themselves, and int8 must be the same bits here.
 """
 
 import ctypes
@@ -9,7 +10,6 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,319 +17,278 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from amx_host import FORMS, check, conv, linear, load, runs_gfni
 from conftest import force_isa, supported_isas
-from host_library import ROOT, shared_library
+from host_library import ROOT
 from quantopt import _extension
-from quantopt.ops.inputs import ACTIVATIONS, COMPUTE
+from quantopt.ops.conv2d import binary_conv2d
+from quantopt.ops.inputs import COMPUTE
 from quantopt.ops.linear import binary_linear
-from quantopt.ops.tiles import conv_tiles
 from quantopt.ops.weights import pack_signs
-from quantopt.reference import binary as reference
-
-Convolve = Callable[..., Tensor]
 
 pytestmark = pytest.mark.skipif(
-    "avx512vnni" not in supported_isas(), reason="the weights are expanded with AVX-512"
+    "avx512vnni" not in supported_isas() or not runs_gfni(),
+    reason="weights are expanded with AVX-512 and GFNI",
 )
 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    flags = ["-O2", "-march=x86-64-v4", "-Wno-psabi"]
-    path = shared_library("amx_on_host", {ROOT / "tests/amx_on_host/driver.cpp": flags})
-    loaded = ctypes.CDLL(str(path))
-    loaded.conv_on_host.restype = loaded.breach_on_host.restype = ctypes.c_char_p
-    return loaded
+    return load()
 
 
-def convolve(
-    library: ctypes.CDLL,
-    q: Tensor,
-    s: Tensor | None,
-    w: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    plane_weights: tuple[int, ...] = (1,),
-    cut: int = 0,
-    group: int = 0,
-    activation: str = "none",
-    **geometry: tuple[int, int],
+def check_linear(
+    library: ctypes.CDLL, m: int, n: int, k: int, form: str, planes: tuple[int, ...] = (1,), **rest: Any
 ) -> Tensor:
-    """y of q [B, C, H, W] with the signs of w [P, N, C, kh, kw], by the emulated kernel: of int8 (q whole numbers)
-    with scales s, of bfloat16 (which q is rounded to) without.
-
-    If q has more channels than w, they are those of group ``group``, and the outputs too.
-    """
-    planes, outputs, channels, *kernel = w.shape
-    stride, padding, dilation = (
-        geometry.get(name, (default, default))
-        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
-    )
-    size = [
-        (q.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
-    tiles = conv_tiles(pack_signs(w.flatten(2)), channels, kernel)
-    assert tiles is not None
-    x = q.permute(0, 2, 3, 1).to(torch.bfloat16 if s is None else torch.int8).contiguous()
-    groups = q.shape[1] // channels
-    y = torch.full((q.shape[0], *size, groups * outputs), torch.nan)
-    numbers = [q.shape[0], *q.shape[2:], channels, x.shape[3], *size, outputs, y.shape[3]]
-    numbers += [*kernel, *stride, *padding, *dilation]
-
-    def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-        return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-    fault = library.conv_on_host(
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        ctypes.c_int64(planes),
-        pointer(tiles),
-        (ctypes.c_int32 * planes)(*plane_weights),
-        pointer(scale),
-        ctypes.c_int64(0 if scale.numel() == 1 else 1),
-        pointer(bias),
-        pointer(x[..., group * channels :]),
-        pointer(s),
-        ACTIVATIONS.index(activation),
-        pointer(y[..., group * outputs :]),
-        ctypes.c_int64(cut),
-    )
-    assert fault is None, fault
-    return y[..., group * outputs : (group + 1) * outputs].permute(0, 3, 1, 2)
-
-
-def expected(
-    q: Tensor,
-    s: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    plane_weights: tuple[int, ...] = (1,),
-    **geometry: tuple[int, int],
-) -> Tensor:
-    """The same from whole sums, exact in float64, and the roundings of the kernels after them: the same bits."""
-    signs = torch.where(w >= 0, 1.0, -1.0).double() * torch.tensor(plane_weights).view(-1, 1, 1, 1, 1)
-    sums = F.conv2d(q.double(), signs.sum(0), **geometry).float()  # type: ignore[arg-type]
-    y = sums * (scale.view(-1, 1, 1) * s.view(-1, 1, 1, 1))
-    return y if bias is None else y + bias.view(-1, 1, 1)
-
-
-def linear_case(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q = torch.randint(-127, 128, (m, k, 1, 1)).double()
-    return q, torch.rand(m), torch.randn(1, n, k, 1, 1), torch.rand(n) + 0.5, torch.randn(n)
-
-
-def test_linear(library: ctypes.CDLL) -> None:
-    """Rows in and around registers of 16, pairs of them and blocks of 256; outputs around 16, 32 and 128; inputs around
-    words of 16, steps of 64, chunks of 256 and panels of 512."""
-    shapes = list(itertools.product((8, 15, 16, 17, 31, 32, 33, 47, 64, 129), (1, 17, 32, 33), (70,)))
-    shapes += list(itertools.product((9, 33), (15, 16, 31, 127, 128, 129, 161), (64,)))
-    shapes += list(
-        itertools.product(
-            (8, 33), (33,), (1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300, 511, 512, 513, 1029)
-        )
-    )
-    shapes += [(255, 5, 20), (256, 5, 20), (257, 5, 20), (300, 33, 70), (530, 3, 600)]
-    for m, n, k in shapes:
-        case = linear_case(m, n, k)
-        assert torch.equal(convolve(library, *case), expected(*case)), (m, n, k)
-
-
-@pytest.mark.parametrize("cut", range(10))
-def test_parts_are_the_same_bits(library: ctypes.CDLL, cut: int) -> None:
-    """As two threads divide the 9 parts: 3 bands of outputs of 3 blocks of rows, the last of 1 to 10 rows."""
-    case = linear_case(513 + cut, 261, 130)
-    assert torch.equal(convolve(library, *case, cut=cut), expected(*case))
-
-
-def test_extremes_planes_and_scales(library: ctypes.CDLL) -> None:
-    for sign, weight_sign in itertools.product((127.0, -127.0), (1.0, -1.0)):
-        q, s, w, _, _ = linear_case(9, 33, 5000)
-        q, w = torch.full_like(q, sign), torch.full_like(w, weight_sign)
-        y = convolve(library, q, torch.ones(9), w, torch.ones(1))
-        assert torch.equal(y, torch.full_like(y, sign * weight_sign * 5000))
-    q, s, _, scale, bias = linear_case(20, 40, 300)
-    s[3], s[4], scale[::2] = torch.nan, 0.0, 0.0
-    for plane_weights in ((1, 1), (1, 2), (1, 2, 4, 8), (127,), (64, 63)):
-        w = torch.randn(len(plane_weights), 40, 300, 1, 1)
-        y = convolve(library, q, s, w, scale, bias, plane_weights)
-        assert torch.equal(y.nan_to_num(7), expected(q, s, w, scale, bias, plane_weights).nan_to_num(7))
-        assert bool(y[3].isnan().all())
-        y = convolve(library, q, s, w, scale[1:2], None, plane_weights)
-        assert torch.equal(y[5:], expected(q, s, w, scale[1:2], None, plane_weights)[5:])
-
-
-def test_conv2d(library: ctypes.CDLL) -> None:
-    shapes = itertools.product(
-        [(3, 3), (1, 1), (2, 5)],
-        [(1, 1), (2, 3)],
-        [(0, 0), (2, 1)],
-        [(1, 1), (2, 1)],
-        [1, 3, 16, 40, 64, 128],
-    )
-    for kernel, stride, padding, dilation, channels in shapes:
-        q = torch.randint(-127, 128, (2, channels, 9, 11)).double()
-        w, s, scale, bias = (
-            torch.randn(1, 35, channels, *kernel),
-            torch.rand(2),
-            torch.rand(35),
-            torch.randn(35),
-        )
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-        assert torch.equal(
-            convolve(library, q, s, w, scale, bias, **geometry),
-            expected(q, s, w, scale, bias, **geometry),
-        ), (kernel, geometry, channels)
-
-
-def test_groups(library: ctypes.CDLL) -> None:
-    q = torch.randint(-127, 128, (2, 120, 5, 6)).double()
-    for group in range(3):
-        w, s, scale = torch.randn(1, 35, 40, 3, 3), torch.rand(2), torch.rand(35)
-        y = convolve(library, q, s, w, scale, group=group, padding=(1, 1))
-        part = q[:, 40 * group : 40 * (group + 1)]
-        assert torch.equal(y, expected(part, s, w, scale, None, padding=(1, 1)))
-
-
-# ---- bfloat16
-
-
-def multiplied(
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    plane_weights: tuple[int, ...] = (1,),
-    activation: str = "none",
-    **geometry: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """y in float64 of x [B, C, H, W] rounded to bfloat16, and the sum of the magnitudes that errors are relative to."""
-    signs = torch.where(w >= 0, 1.0, -1.0).double() * torch.tensor(plane_weights).view(-1, 1, 1, 1, 1)
-    levels = signs.sum(0) * scale.double().view(-1, 1, 1, 1)
-    offset = None if bias is None else bias.double()
-    values = x.to(torch.bfloat16).double()
-    y = reference.activate(F.conv2d(values, levels, offset, **geometry), activation)  # type: ignore[arg-type]
-    size = F.conv2d(values.abs(), levels.abs(), None if offset is None else offset.abs(), **geometry)  # type: ignore[arg-type]
-    return y, size
-
-
-def check_halves(library: ctypes.CDLL, x: Tensor, w: Tensor, *rest: Any, **form: Any) -> Tensor:
-    """The emulated kernel's y, which fp32 sums of the products of bfloat16 must be; in one call and in four."""
-    y = convolve(library, x, None, w, *rest, **form)
-    expected, size = multiplied(x, w, *rest, **form)
-    error = (y.double() - expected).abs()
-    assert bool((error <= 2e-6 * size).all()), (tuple(x.shape), tuple(w.shape), float((error / size).max()))
+    x, w = torch.randn(m, k), torch.randn(len(planes), n, k)
+    scale, bias = torch.rand(n) + 0.5, torch.randn(n)
+    y = linear(library, x, w, scale, bias, form, planes, **rest)
+    check(y[:, :, None, None], x[:, :, None, None], w[..., None, None], scale, bias, form, planes)
     return y
 
 
-def halves_case(m: int, n: int, k: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.randn(m, k, 1, 1), torch.randn(planes, n, k, 1, 1), torch.rand(n) + 0.5, torch.randn(n)
+# ---- products of rows
 
-
-# Rows around registers of 16, pairs of them and blocks of 128; outputs around halves of 16, tiles of 32 and bands of
-# 128; inputs around pairs, words of 16, steps of 32, panels of 256 and chunks of 256.
-HALVES = [
-    *itertools.product((8, 15, 16, 17, 31, 32, 33, 64, 129), (1, 17, 33), (70,)),
-    *itertools.product((9, 33), (15, 16, 31, 32, 127, 128, 129, 161), (40,)),
-    *itertools.product((8, 33), (33,), (1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 255, 256, 257, 300, 511, 513)),
-    *((127, 5, 20), (128, 5, 20), (130, 3, 600)),
+# Rows in and around registers of 16 and pairs of them; outputs around halves of 16 and tiles of 32; inputs around
+# words of 16, steps of 32 and 64, rings of 8 steps and chunks of 256.
+SHAPES = [
+    *itertools.product((1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65), (1, 33), (70,)),
+    *itertools.product((5, 33), (15, 16, 31, 32, 64, 129), (40,)),
+    *itertools.product(
+        (3, 33), (33,), (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 300, 511, 513, 577)
+    ),
 ]
 
 
-def test_bfloat16_linear(library: ctypes.CDLL) -> None:
-    for m, n, k in HALVES:
-        check_halves(library, *halves_case(m, n, k))
+@pytest.mark.parametrize("form", FORMS)
+def test_linear(library: ctypes.CDLL, form: str) -> None:
+    for m, n, k in SHAPES:
+        check_linear(library, m, n, k, form)
 
 
-@pytest.mark.parametrize("cut", range(10))
-def test_bfloat16_in_parts_is_the_same_bits(library: ctypes.CDLL, cut: int) -> None:
-    """As two threads divide it; and a row's sums depend on K alone, whatever rows and outputs share its registers."""
-    x, w, scale, bias = halves_case(257 + cut, 261, 330)
-    whole = check_halves(library, x, w, scale, bias)
-    assert torch.equal(convolve(library, x, None, w, scale, bias, cut=cut), whole)
-    some = convolve(library, x[-9:], None, w[:, 128:], scale[128:], bias[128:])
-    assert torch.equal(some, whole[-9:, 128:])
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_in_parts_is_the_same_bits(library: ctypes.CDLL, form: str) -> None:
+    """As threads divide it; and a row's sums depend on K alone, whatever rows and outputs share its registers."""
+    x, w, scale, bias = torch.randn(75, 330), torch.randn(1, 161, 330), torch.rand(161), torch.randn(161)
+    whole_y = linear(library, x, w, scale, bias, form)
+    for cuts in ((32, 0), (0, 2), (64, 5)):
+        assert torch.equal(linear(library, x, w, scale, bias, form, cuts=cuts), whole_y)
+    some = linear(library, x[-9:], w[:, 128:], scale[128:], bias[128:], form)
+    assert torch.equal(some, whole_y[-9:, 128:])
 
 
-def test_bfloat16_is_rounded_to_levels_planes_and_extremes(library: ctypes.CDLL) -> None:
-    for sign, weight_sign in itertools.product((255.0, -255.0), (1.0, -1.0)):
-        x, w, *_ = halves_case(9, 33, 4000)
-        x, w = torch.full_like(x, sign), torch.full_like(w, weight_sign)
-        y = convolve(library, x, None, w, torch.ones(1))
-        assert torch.equal(y, torch.full_like(y, sign * weight_sign * 4000))
-    for plane_weights in (
-        (3,),
-        (1, 1),
-        (1, 2),
-        (1, 2, 4, 8),
-        (128, 127),
-        (64, 32, 128, 16, 8, 4, 3, 1),
-        (128, 128),
+@pytest.mark.parametrize("form", FORMS)
+def test_planes(library: ctypes.CDLL, form: str) -> None:
+    for planes in ((3,), (1, 1), (1, 2), (1, 2, 4, 8), (64, 63) if form == "int8" else (128, 127)):
+        check_linear(library, 20, 40, 300, form, planes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extremes(library: ctypes.CDLL, form: str) -> None:
+    for sign, weight_sign in itertools.product((127.0, -127.0), (1.0, -1.0)):
+        x, w = torch.full((9, 5000), sign), torch.full((1, 33, 5000), weight_sign)
+        y = linear(library, x, w, torch.ones(33), None, form)
+        assert torch.equal(y, torch.full_like(y, sign * weight_sign * 5000))
+
+
+def test_scales_of_groups(library: ctypes.CDLL) -> None:
+    """fp32 scales in every form, and int8 levels, in the order of tiles."""
+    m, n, k, group = 35, 40, 300, 64
+    x, w, scales = torch.randn(m, k), torch.randn(1, n, k), torch.rand(n, 5) + 0.5
+    ones, padded = torch.ones(n), F.pad(scales, (0, 0, 0, 24))
+    tiled = padded.view(2, 32, 5).transpose(1, 2).contiguous()
+    signs = torch.where(w[0] >= 0, 1.0, -1.0).double()
+    dense = signs * scales.double().repeat_interleave(group, 1)[:, :k]
+    for form in FORMS:
+        y = linear(library, x, w, ones, None, form, group=group, group_scales=tiled)
+        values = x.double()
+        if form == "int8":
+            s = x.abs().amax(1, keepdim=True) / 127
+            values = (x / s).round().double() * s
+        elif form == "bf16":
+            values = x.bfloat16().double()
+        size = values.abs() @ dense.abs().T
+        assert bool(((y - values @ dense.T).abs() <= 2e-6 * size).all())
+    levels = torch.randint(1, 128, (n, 5), dtype=torch.int8)
+    tiled = F.pad(levels, (0, 0, 0, 24)).view(2, 32, 5).transpose(1, 2).contiguous()
+    s = x.abs().amax(1, keepdim=True) / 127
+    sums = (x / s).round().double() @ (signs * levels.double().repeat_interleave(group, 1)[:, :k]).T
+    y = linear(library, x, w, ones, None, "int8", group=group, levels=tiled)
+    assert torch.equal(y, sums.float() * s)
+
+
+# ---- convolutions
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 5)])
+def test_conv2d(library: ctypes.CDLL, kernel: tuple[int, int], form: str) -> None:
+    cases = itertools.product([(1, 1), (2, 3)], [(0, 0), (2, 1)], [(1, 1), (2, 1)], [1, 3, 33, 64])
+    for i, (stride, padding, dilation, channels) in enumerate(cases):
+        x, w = torch.randn(3, channels, 9, 11), torch.randn(1, 35, channels, *kernel)
+        scale, bias = torch.rand(35), torch.randn(35)
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        layout = {"together": 1 + i % 3, "side_by_side": i % 5 < 2, "cut": i % 4}
+        y = conv(library, x, w, scale, bias, form, **layout, **geometry)  # type: ignore[arg-type]
+        check(y, x, w, scale, bias, form, **geometry)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layouts_are_the_same_bits(library: ctypes.CDLL, form: str) -> None:
+    """Whatever images alternate and blocks are cut; images that fill registers leave out what is beyond the border."""
+    for size, channels in (((2, 3), 40), ((4, 16), 70), ((7, 5), 20), ((1, 17), 64)):
+        x, w, scale = torch.randn(5, channels, *size), torch.randn(1, 70, channels, 3, 3), torch.rand(70)
+        y = conv(library, x, w, scale, None, form, padding=(1, 1))
+        check(y, x, w, scale, None, form, padding=(1, 1))
+        for together, cut in ((2, 1), (4, 0), (5, 2)):
+            other = conv(library, x, w, scale, None, form, together=together, cut=cut, padding=(1, 1))
+            assert torch.equal(other, y)
+        beside = conv(library, x, w, scale, None, form, side_by_side=True, padding=(1, 1))
+        check(beside, x, w, scale, None, form, padding=(1, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_geometries_of_few_pixels(library: ctypes.CDLL, form: str) -> None:
+    """One column or row, nothing but border around it, kernel positions that meet nothing, and many of them."""
+    far = 2**30
+    for size, kernel, geometry in (
+        ((6, 1), (3, 3), {"padding": (1, 1)}),
+        ((1, 6), (3, 3), {"padding": (1, 1), "stride": (2, 2)}),
+        ((1, 1), (3, 3), {"padding": (1, 1)}),
+        ((3, 4), (3, 3), {"padding": (far, far), "dilation": (far, far), "stride": (far, far)}),
+        ((3, 3), (3, 3), {"padding": (4, 4)}),
+        ((3, 5), (3, 3), {"padding": (7, 7), "dilation": (7, 7)}),
+        ((9, 8), (6, 7), {"padding": (3, 3), "stride": (3, 2)}),
+        ((7, 7), (1, 1), {"stride": (2, 2)}),
+        ((5, 40), (1, 3), {"stride": (1, 4)}),
     ):
-        x, w, scale, bias = halves_case(20, 40, 300, len(plane_weights))
-        scale[::2] = 0.0
-        y = check_halves(library, x, w, scale, bias, plane_weights)
-        assert torch.equal(y[:, ::2, 0, 0], bias[::2].expand(20, -1))
-        check_halves(library, x, w, scale[1:2], None, plane_weights)
+        x, w, scale = torch.randn(2, 20, *size), torch.randn(1, 33, 20, *kernel), torch.rand(33)
+        for together, beside in ((1, False), (2, False), (2, True)):
+            y = conv(library, x, w, scale, None, form, together=together, side_by_side=beside, **geometry)
+            if geometry.get("dilation") == (far, far):
+                centre = w[..., 1:2, 1:2]
+                check(y, x, centre, scale, None, form, stride=(9, 9))
+            else:
+                check(y, x, w, scale, None, form, **geometry)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_and_planes(library: ctypes.CDLL, form: str) -> None:
+    x, planes = torch.randn(2, 120, 5, 6), (1, 2)
+    for group, beside in ((0, False), (1, True), (2, False)):
+        w, scale = torch.randn(2, 35, 40, 3, 3), torch.rand(35)
+        y = conv(library, x, w, scale, None, form, planes, group=group, side_by_side=beside, padding=(1, 1))
+        part = x[:, 40 * group : 40 * (group + 1)]
+        check(y, part, w, scale, None, form, planes, image=x, padding=(1, 1))
+
+
+@pytest.mark.parametrize("planes", [(1,), (1, 1), (2, 2)])
+def test_levels_of_groups_of_weights(library: ctypes.CDLL, planes: tuple[int, ...]) -> None:
+    """Groups along rows of W, [channels, kernel positions], that end within a kernel's positions."""
+    for channels, group in ((20, 32), (70, 64)):
+        x, w = torch.randn(2, channels, 5, 6), torch.randn(len(planes), 70, channels, 3, 3)
+        levels = torch.randint(1, 128, (70, -(-channels * 9 // group)), dtype=torch.int8)
+        tiled = F.pad(levels, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
+        y = conv(
+            library, x, w, torch.ones(1), None, "int8", planes, levels=(group, tiled), cut=1, padding=(1, 1)
+        )
+        signs = (torch.where(w >= 0, 1.0, -1.0) * planes[0]).sum(0)
+        dense = signs.flatten(1) * levels.repeat_interleave(group, 1)[:, : channels * 9]
+        s = x.abs().amax((1, 2, 3), keepdim=True) / 127
+        sums = F.conv2d((x / s).round().double(), dense.view(70, channels, 3, 3).double(), padding=1)
+        assert torch.equal(y, sums.float() * s)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_in_and_out(library: ctypes.CDLL, form: str) -> None:
+    """y is rounded from what it is in fp32."""
+    x, w, scale, bias = (
+        torch.randn(2, 40, 5, 6),
+        torch.randn(1, 37, 40, 3, 3),
+        torch.rand(37),
+        torch.randn(37),
+    )
+    x = x if form == "exact" else x.bfloat16()
+    y = conv(library, x, w, scale, bias, form)
+    assert torch.equal(conv(library, x, w, scale, bias, form, y_type=torch.bfloat16), y.bfloat16())
+    check(y, x.float(), w, scale, bias, form)
+    rows = x.float().flatten(2).transpose(1, 2).reshape(-1, 40)
+    y = linear(library, rows, w[..., 0, 0], scale, bias, form)
+    assert torch.equal(
+        linear(library, rows, w[..., 0, 0], scale, bias, form, y_type=torch.bfloat16), y.bfloat16()
+    )
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_bfloat16_activations(library: ctypes.CDLL, activation: str) -> None:
-    x, w, scale, bias = halves_case(17, 37, 80)
-    check_halves(library, x, w, scale / 9, bias, activation=activation)
-
-
-@pytest.mark.parametrize("plane_weights", [(1,), (1, 1), (1, 2)])
-def test_bfloat16_not_finite(library: ctypes.CDLL, plane_weights: tuple[int, ...]) -> None:
-    """Infinities and NaN as in a dense product with the levels, in the rows that hold them alone."""
-    x, w, *_ = halves_case(18, 40, 70, len(plane_weights))
-    x[1, 5], x[2, 69], x[3, 0], x[16, 3:5] = torch.inf, -torch.inf, torch.nan, torch.inf
-    x[5, 7] = 3.4e38  # an infinity, rounded to bfloat16
-    y = convolve(library, x, None, w, torch.ones(1), None, plane_weights)
-    expected = multiplied(x, w, torch.ones(1), None, plane_weights)[0]
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4, equal_nan=True)
-    assert bool(y[[1, 2, 5]].isinf().any(1).all()) and bool(y[3].isnan().all()) and bool(y[16].isnan().any())
-    finite = [m for m in range(18) if m not in (1, 2, 3, 5, 16)]
-    assert bool(y[finite].isfinite().all())
-
-
-def test_bfloat16_denormals_are_zero(library: ctypes.CDLL) -> None:
-    """Those of x, and those that sums come to; next to them the smallest normal numbers are not."""
-    x, w = torch.zeros(8, 40, 1, 1), torch.ones(1, 5, 40, 1, 1)
-    x[0, 0], x[1, 0], x[2, 0] = 2.0**-127, 2.0**-126, -(2.0**-126)
-    x[3, 0], x[3, 2] = 1.5 * 2.0**-126, -(2.0**-126)
-    y = convolve(library, x, None, w, torch.ones(1))
-    assert torch.equal(y[:4, 0, 0, 0], torch.tensor([0.0, 2.0**-126, -(2.0**-126), 0.0]))
-
-
-def test_bfloat16_conv2d(library: ctypes.CDLL) -> None:
-    shapes = itertools.product(
-        [(3, 3), (1, 1), (2, 5)], [(1, 1), (2, 3)], [(0, 0), (2, 1)], [(1, 1), (2, 1)], [1, 3, 16, 40, 64]
+def test_activations(library: ctypes.CDLL, activation: str) -> None:
+    x, w, scale, bias = (
+        torch.randn(2, 40, 5, 6),
+        torch.randn(1, 37, 40, 3, 3),
+        torch.rand(37) / 9,
+        torch.randn(37),
     )
-    for kernel, stride, padding, dilation, channels in shapes:
-        x, w = torch.randn(2, channels, 9, 11), torch.randn(1, 35, channels, *kernel)
-        scale, bias = torch.rand(35), torch.randn(35)
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-        check_halves(library, x, w, scale, bias, **geometry)
+    for form in ("bf16", "exact"):
+        y = conv(library, x, w, scale, bias, form, activation=activation)
+        check(y, x, w, scale, bias, form, activation=activation)
 
 
-def test_bfloat16_conv2d_in_groups_and_parts(library: ctypes.CDLL) -> None:
-    x = torch.randn(5, 120, 5, 6)
-    for group in range(3):
-        w, scale = torch.randn(2, 35, 40, 3, 3), torch.rand(35)
-        form = {"plane_weights": (1, 2), "padding": (1, 1)}
-        y = convolve(library, x, None, w, scale, group=group, **form)
-        assert torch.equal(y, convolve(library, x, None, w, scale, group=group, cut=1, **form))
-        part = x[:, 40 * group : 40 * (group + 1)]
-        expected, size = multiplied(part, w, scale, **form)
-        assert bool(((y.double() - expected).abs() <= 2e-6 * size).all())
+@pytest.mark.parametrize("planes", [(1,), (1, 1), (1, 2)])
+@pytest.mark.parametrize("form", ["bf16", "exact"])
+def test_not_finite(library: ctypes.CDLL, form: str, planes: tuple[int, ...]) -> None:
+    """Infinities and NaN as in a dense product with the levels, in the sums that hold them alone."""
+    x, w = torch.randn(2, 40, 6, 7), torch.randn(len(planes), 33, 40, 3, 3)
+    x[0, 5, 0, 0], x[0, 39, 5, 6], x[0, 3, 3, 3] = torch.inf, -torch.inf, torch.nan
+    signs = torch.where(w >= 0, 1.0, -1.0).double() * torch.tensor(planes).view(-1, 1, 1, 1, 1)
+    values = (x.bfloat16() if form == "bf16" else x).double()
+    expected = F.conv2d(values, signs.sum(0), padding=1)
+    for beside in (False, True):
+        y = conv(library, x, w, torch.ones(1), None, form, planes, side_by_side=beside, padding=(1, 1))
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+        assert bool(y[0].isnan().any()) and bool(y[0].isinf().any()) and bool(y[1].isfinite().all())
+
+
+@pytest.mark.parametrize("form", ["bf16", "exact"])
+def test_small_and_large_images(library: ctypes.CDLL, form: str) -> None:
+    """Denormals, which products of bfloat16 take as zero, and the largest numbers: multiplied by powers of two."""
+    for size in (2.0**-120, 2.0**-135, 2.0**100):
+        x, w = torch.randn(2, 40, 5, 5), torch.randn(1, 33, 40, 3, 3)
+        x[1] *= size
+        x[1, 0, 2, 2] = 3 * size
+        values = (x.bfloat16() if form == "bf16" else x).double()
+        expected = F.conv2d(values, torch.where(w[0] >= 0, 1.0, -1.0).double())
+        y = conv(library, x, w, torch.ones(1), None, form)
+        error = (y.double() - expected).abs().amax((1, 2, 3)) / expected.abs().amax((1, 2, 3))
+        assert bool((error < (1e-3 if size == 2.0**-135 else 1e-6)).all())
+
+
+def test_zeros_and_not_finite_in_int8(library: ctypes.CDLL) -> None:
+    x, w, bias = torch.randn(3, 40, 4, 5), torch.randn(1, 33, 40, 3, 3), torch.randn(33)
+    x[0], x[1, 3, 1, 1] = 0.0, torch.inf
+    y = conv(library, x, w, torch.ones(1), bias)
+    assert torch.equal(y[0], bias.view(-1, 1, 1).expand_as(y[0]))
+    assert bool(y[1].isnan().all()) and bool(y[2].isfinite().all())
 
 
 def test_what_is_not_for_amx(library: ctypes.CDLL) -> None:
     """Levels that are not exact."""
-    for plane_weights, s in (((128, 127, 2), None), ((127, 1), torch.ones(8))):
-        x, w, *_ = halves_case(8, 5, 20, len(plane_weights))
+    for planes, form in (((128, 127, 2), "bf16"), ((127, 1), "int8")):
+        w = torch.randn(len(planes), 5, 20)
         with pytest.raises(AssertionError, match="not for AMX"):
-            convolve(library, x, s, w, torch.ones(1), None, plane_weights)
+            linear(library, torch.randn(8, 20), w, torch.ones(5), None, form, planes)
+        with pytest.raises(AssertionError, match="not for AMX"):
+            conv(library, torch.randn(1, 20, 3, 3), w[..., None, None], torch.ones(5), None, form, planes)
+
+
+@pytest.mark.skipif("amx" not in supported_isas(), reason="the processor has no AMX")
+def test_the_processor_gives_the_same_bits(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_isa(monkeypatch, "amx")
+    for form, (shape, stride) in itertools.product(FORMS, (((3, 64, 16, 16), 1), ((2, 70, 9, 7), 2))):
+        x = torch.randn(shape).bfloat16().float() if form == "bf16" else torch.randn(shape)
+        w, scale, bias = torch.randn(1, 40, shape[1], 3, 3), torch.rand(40), torch.randn(40)
+        emulated = conv(library, x, w, scale, bias, form, padding=(1, 1), stride=(stride, stride))
+        bits = pack_signs(w[0].flatten(1))
+        y = binary_conv2d(x, bits, scale, bias, kernel_size=3, padding=1, stride=stride, compute=form)
+        assert torch.equal(y, emulated) if form == "int8" else torch.allclose(y, emulated, atol=1e-4)
 
 
 def test_the_emulation_objects(library: ctypes.CDLL) -> None:
@@ -341,9 +300,9 @@ def test_the_emulation_objects(library: ctypes.CDLL) -> None:
 # ---- what the compiler made of it
 
 
-@pytest.fixture(scope="module")
-def assembly() -> str:
-    objects = list(ROOT.glob("build/cpython*/kernels/binary_amx.amx.o"))
+@pytest.fixture(scope="module", params=["amx_linear", "amx_conv"])
+def assembly(request: pytest.FixtureRequest) -> str:
+    objects = list(ROOT.glob(f"build/cpython*/kernels/{request.param}.amx.o"))
     objdump = shutil.which("objdump")
     if objdump is None or not objects:
         pytest.skip("needs objdump and a build tree in which the compiler knows AMX")

@@ -266,8 +266,8 @@ def test_threads_and_other_images_give_the_same_bits(isa: str, compute: str, gro
     if isa == "portable":
         pytest.skip("ATen's convolution runs here")
     threads = torch.get_num_threads()
-    for size in ((2, 2), (9, 7)):
-        x = torch.randn(5, channels, *size)
+    for images, *size in ((5, 2, 2), (5, 9, 7), (9, 4, 5)):
+        x = torch.randn(images, channels, *size)
         results = []
         try:
             for count in (1, 2):

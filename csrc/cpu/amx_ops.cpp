@@ -131,7 +131,7 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
 #else
 
 at::Tensor linear_on_amx(Isa, const BinaryKernels&, const BinaryArguments&, const at::Tensor&,
-                         const at::Tensor&) {
+                         const at::Tensor&, at::ScalarType) {
   return {};
 }
 

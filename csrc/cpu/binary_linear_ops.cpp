@@ -13,7 +13,6 @@
 #include <optional>
 
 #include "cpu/amx_ops.h"
-#include "cpu/kernels/binary_amx.h"
 #include "tiles.h"
 
 namespace quantopt {
@@ -31,32 +30,8 @@ constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
 
 BinaryKernels binary_kernels(Isa isa) { return QUANTOPT_FOR_ISA(isa, QUANTOPT_BINARY_KERNELS); }
 
-bool takes_amx([[maybe_unused]] Isa isa, [[maybe_unused]] const BinaryArguments& w,
-               [[maybe_unused]] int64_t rows) {
-#ifdef QUANTOPT_HAVE_AMX
-  return isa == Isa::amx && (w.quantize || w.round) && w.group_size == 0 && w.inputs > 0 &&
-         rows >= amx::least_rows(w.quantize) &&
-         amx::binary_amx_covers(w.quantize, w.plane_weights.data(), w.planes());
-#else
-  return false;
-#endif
-}
-
-void run_on_amx([[maybe_unused]] const ConvProblem& c) {
-#ifdef QUANTOPT_HAVE_AMX
-  const int64_t parts = amx::binary_amx_parts(c), bytes = amx::binary_amx_memory(c);
-  const int64_t sums = c.images * c.out_height * c.out_width * c.outputs;
-  const int64_t work = sums / parts * c.channels * c.kernel[0] * c.kernel[1];
-  at::parallel_for(0, parts, 1 + kThreadWork / (work + 1), [&](int64_t begin, int64_t end) {
-    at::Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));  // aligned to 64 bytes
-    amx::binary_amx(c, begin, end, memory.mutable_data_ptr());
-  });
-#endif
-}
-
-at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, bool amx, at::MemoryFormat format) {
-  const at::Tensor values = rounded(x, w);
-  return (w.round && amx ? values : as_type(values, at::kFloat)).contiguous(format);
+at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, at::MemoryFormat format) {
+  return as_type(rounded(x, w), at::kFloat).contiguous(format);
 }
 
 const uint16_t* bf16_data(const at::Tensor& values) {
@@ -138,16 +113,6 @@ at::Tensor derive_tiles(const BinaryKernels& kernels, const at::Tensor& bits, in
   return tiles;
 }
 
-Rows rows_of(const at::Tensor& values, int64_t count) {
-  Rows rows{count};
-  if (values.scalar_type() == at::kFloat) {
-    rows.x = values.const_data_ptr<float>();
-  } else {
-    rows.x_bf16 = bf16_data(values);
-  }
-  return rows;
-}
-
 namespace {
 
 // Many rows of x: each thread takes rows. Few: each takes outputs.
@@ -203,8 +168,7 @@ at::Tensor linear_group_scales(const BinaryKernels& kernels, const BinaryArgumen
   return scales;
 }
 
-void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
-                at::Tensor& y) {
+void run_linear(const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows, at::Tensor& y) {
   LinearProblem p = weights_of(w);
   p.rows = rows.count;
   p.x = rows.x;
@@ -217,10 +181,7 @@ void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w
     p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   }
   const at::Tensor scales = linear_group_scales(kernels, w, layout, p);
-  if (!amx) return run(kernels, p);
-  ConvProblem c = as_conv(p);
-  c.x_bf16 = rows.x_bf16;
-  run_on_amx(c);
+  run(kernels, p);
 }
 
 namespace {
@@ -255,9 +216,8 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   at::Tensor y = dense_tensor(shape, at::kFloat);
   if (y.numel() > 0) {
     const int64_t count = y.numel() / w.outputs;
-    const bool amx = false;
-    const at::Tensor values = values_of(x, w, amx, at::MemoryFormat::Contiguous);
-    Rows rows = rows_of(values, count);
+    const at::Tensor values = values_of(x, w, at::MemoryFormat::Contiguous);
+    Rows rows{count, values.const_data_ptr<float>(), nullptr, nullptr};
     c10::DataPtr memory;  // a tensor would take small products a twentieth of their time
     if (w.quantize) {
       const size_t scales = sizeof(float) * static_cast<size_t>(count);
@@ -265,9 +225,9 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
       auto* const scale = static_cast<float*>(memory.mutable_get());
       auto* const q = reinterpret_cast<int8_t*>(scale + count);
       quantize_rows(kernels, rows.x, count, w.inputs, q, scale);
-      rows = {count, nullptr, nullptr, q, scale};
+      rows = {count, nullptr, q, scale};
     }
-    run_linear(amx, kernels, w, rows, y);
+    run_linear(kernels, w, rows, y);
   }
   return as_type(y, x.scalar_type());
 }

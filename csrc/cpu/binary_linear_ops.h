@@ -30,17 +30,12 @@ BinaryKernels binary_kernels(Isa isa);
 // Multiply-adds below which another thread takes longer to start than to do its share.
 constexpr int64_t kThreadWork = 1 << 18;
 
-// Whether the products run on AMX, `rows` of y in all. Exact ones do not, of bfloat16 either: they have the
-// same bits for any number of rows, and take denormals as they are.
-bool takes_amx(Isa isa, const BinaryArguments& w, int64_t rows);
-void run_on_amx(const ConvProblem& c);
-
 // A new dense tensor; at::empty passes the dispatcher twice.
 at::Tensor dense_tensor(at::IntArrayRef shape, at::ScalarType type,
                         at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
-// x as the kernels read it: in fp32, but what was rounded to bfloat16 goes to AMX as that.
-at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, bool amx, at::MemoryFormat format);
+// x as the kernels read it, but those of AMX.
+at::Tensor values_of(const at::Tensor& x, const BinaryArguments& w, at::MemoryFormat format);
 const uint16_t* bf16_data(const at::Tensor& values);
 
 // Each of `rows` rows of x as int8 in q, and their scales.
@@ -69,18 +64,15 @@ at::Tensor linear_tiles(const BinaryKernels& kernels, const BinaryArguments& w);
 at::Tensor linear_group_scales(const BinaryKernels& kernels, const BinaryArguments& w,
                                const at::Tensor& layout, LinearProblem& p);
 
-// Rows of x, as fp32, bfloat16 for AMX, or int8 with a scale for each row.
+// Rows of x, as fp32, or int8 with a scale for each row.
 struct Rows {
   int64_t count;
-  const float* x = nullptr;
-  const uint16_t* x_bf16 = nullptr;
-  const int8_t* q = nullptr;
-  const float* scale = nullptr;
+  const float* x;
+  const int8_t* q;
+  const float* scale;
 };
-Rows rows_of(const at::Tensor& values, int64_t count);
 
 // y = x W^T + b.
-void run_linear(bool amx, const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows,
-                at::Tensor& y);
+void run_linear(const BinaryKernels& kernels, const BinaryArguments& w, const Rows& rows, at::Tensor& y);
 
 }  // namespace quantopt

@@ -7,7 +7,7 @@ namespace quantopt {
 
 // In increasing order: the best that a machine supports is the last. Each contains the ones before, but for
 // avxvnni (AVX2 with products of bytes and GFNI), which processors with AVX-512 may lack. amx adds products
-// of int8 and bfloat16 on tiles (kernels/binary_amx.h) to the kernels of avx512vnni.
+// on its tile registers (kernels/amx_linear.h, amx_conv.h) to the kernels of avx512vnni.
 enum class Isa { portable, avx2, avxvnni, avx512, avx512vnni, amx };
 constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::avx512vnni, Isa::amx};
 

@@ -20,14 +20,18 @@
 #include "core/activation.h"
 #include "core/rounding.h"
 #include "cpu/isa.h"
+#include "cpu/kernels/amx_conv.h"
+#include "cpu/kernels/amx_linear.h"
 #include "cpu/kernels/binary_conv.h"
 #include "cpu/kernels/binary_linear.h"
 #include "cpu/kernels/quantize.h"
 #include "cpu/kernels/step.h"
 
 namespace quantopt {
-// tests/amx_on_host/driver.cpp
-const char* conv_on_emulated_amx(const ConvProblem& c, int64_t cut);
+// tests/amx_on_host
+const char* conv_on_emulated_amx(amx::Convolution conv, int64_t first, int64_t together, bool side_by_side,
+                                 int64_t cut);
+const char* linear_on_emulated_amx(const amx::Product& product, int64_t row, int64_t tile);
 }  // namespace quantopt
 
 using namespace quantopt;
@@ -198,8 +202,10 @@ Array<float> quantize(const Kernels& kernels, Array<float>& x, Array<int8_t>& q,
   return scales;
 }
 
+// run(p) computes the y of p.
+template <class Run>
 void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t inputs, int64_t planes,
-                  int64_t group, bool quantized, Activation activation) {
+                  int64_t group, bool quantized, Activation activation, const Run& run) {
   const Weights w(outputs, inputs, planes);
   const int64_t groups = group > 0 ? (inputs + group - 1) / group : 1;
   const bool one_scale = group == 0 && outputs % 2 == 1;
@@ -236,9 +242,7 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
     tiles = tiles_of(kernels, w.bits.data(), planes, outputs, inputs);
     p.tiles = tiles.data();
   }
-  const int64_t middle = outputs / 2 / kBandRows * kBandRows;  // in two pieces, as two threads would
-  kernels.linear(p, 0, rows, 0, middle);
-  kernels.linear(p, 0, rows, middle, outputs);
+  run(p);
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < outputs; ++n) {
       double sum = 0.0, size = 1.0;
@@ -260,15 +264,21 @@ void check_linear(const Kernels& kernels, int64_t rows, int64_t outputs, int64_t
 }
 
 void check_products(const Kernels& kernels) {
+  const auto run = [&](const LinearProblem& p) {
+    const int64_t middle = p.outputs / 2 / kBandRows * kBandRows;  // in two pieces, as two threads would
+    kernels.linear(p, 0, p.rows, 0, middle);
+    kernels.linear(p, 0, p.rows, middle, p.outputs);
+  };
   const int64_t most[] = {1, 7, 16, 31, 47, 49, 128, 255, 256, 257, 500};
   for (int64_t inputs : most) {
     for (int64_t outputs : {1, 31, 33, 129, 161}) {
       for (int64_t rows : {1, 2, 5}) {
         for (bool quantized : {false, true}) {
           const auto activation = static_cast<Activation>((inputs + outputs + rows) % 4);
-          check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 0, quantized, activation);
-          check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation);
-          check_linear(kernels, rows, outputs, inputs, 3, 32, quantized, activation);
+          check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 0, quantized, activation, run);
+          check_linear(kernels, rows, outputs, inputs, 1, inputs % 3 == 0 ? 7 : 16, quantized, activation,
+                       run);
+          check_linear(kernels, rows, outputs, inputs, 3, 32, quantized, activation, run);
         }
       }
       for (int64_t rows : {13, 26}) {
@@ -279,9 +289,10 @@ void check_products(const Kernels& kernels) {
   }
   check_linear(kernels, 131, 300, 600, 1, 64, true, Activation::none);  // more rows than share a panel
   for (bool quantized : {false, true}) {
-    check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none);  // more than a block of tiles
-    check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu);   // more rows than share a panel
-    check_linear(kernels, 2, 5, 0, 1, 0, quantized, Activation::gelu);
+    check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none, run);  // more than a block of tiles
+    check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu,
+                 run);  // more rows than share a panel
+    check_linear(kernels, 2, 5, 0, 1, 0, quantized, Activation::gelu, run);
   }
 }
 
@@ -411,30 +422,70 @@ void check_convolutions(const Kernels& kernels) {
 }
 
 #ifdef QUANTOPT_HAVE_AMX
-// On emulated registers: linear layers, which are convolutions of images of one pixel, and others.
+// What q of `rows` rows stands for.
+Array<float> restored(const int8_t* q, const float* scale, int64_t rows, int64_t length) {
+  Array<float> x(rows * length);
+  for (int64_t i = 0; i < x.size(); ++i) x[i] = q[i] * scale[i / length];
+  return x;
+}
+
+// On emulated registers, which need only that the processor expands weights.
 void check_tiles(const Kernels& kernels) {
-  std::vector<ConvCase> cases = {
+  const auto check = [](const char* fault) {
+    expect(fault == nullptr, std::string("tiles: ") + (fault != nullptr ? fault : ""));
+  };
+  const ConvCase cases[] = {
       {2, 5, 6, 1, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
       {1, 4, 5, 17, 33, {2, 3}, {2, 1}, {1, 2}, {1, 2}, 2},
       {2, 3, 9, 48, 31, {1, 1}, {1, 2}, {0, 0}, {1, 1}, 1},
       {1, 6, 5, 257, 65, {3, 2}, {1, 1}, {2, 1}, {2, 1}, 1},
       {1, 9, 9, 64, 161, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
+      {5, 2, 2, 65, 40, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},
+      {1, 7, 1, 16, 35, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 1},
       {2, 4, 5, 20, 35, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 2, 3},
   };
-  for (int64_t inputs : {1, 31, 33, 64, 129, 300, 513}) {
-    for (int64_t rows : {8, 17, 33, 47}) {
-      cases.push_back(
-          {rows, 1, 1, inputs, 3 * rows + inputs % 40, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1 + rows % 2});
+  for (const ConvCase& v : cases) {
+    for (Compute compute : {Compute::int8, Compute::bfloat16, Compute::exact}) {
+      for (int layout = 0; layout < 3; ++layout) {
+        check_conv(kernels, v, compute, [&](const ConvProblem& c) {
+          const int64_t first = (v.groups - 1) * v.channels;
+          Array<float> x(0);
+          amx::Convolution conv{c,
+                                compute == Compute::int8       ? amx::Form::int8
+                                : compute == Compute::bfloat16 ? amx::Form::bfloat16
+                                                               : amx::Form::parts,
+                                nullptr};
+          if (c.q != nullptr) {
+            x = restored(c.q - first, c.x_scale, v.images, v.height * v.width * c.x_stride);
+            conv.p.x = x.data() + first;
+          }
+          check(conv_on_emulated_amx(conv, first, 1 + layout, layout == 1, layout));
+        });
+      }
     }
   }
-  cases.push_back({259, 1, 1, 20, 5, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1});  // more than a block of rows
-  for (const ConvCase& v : cases) {
-    for (Compute compute : {Compute::int8, Compute::bfloat16}) {
-      check_conv(kernels, v, compute, [&](const ConvProblem& c) {
-        const bool several = c.outputs > kBandRows || c.images * c.out_height * c.out_width > 256;
-        const char* fault = conv_on_emulated_amx(c, several ? 1 : 0);
-        expect(fault == nullptr, std::string("tiles: ") + (fault != nullptr ? fault : ""));
-      });
+  for (int64_t inputs : {1, 31, 33, 64, 129, 300, 513}) {
+    for (int64_t rows : {8, 17, 33, 47}) {
+      for (bool quantized : {false, true}) {
+        for (int64_t group : {0, 64}) {
+          check_linear(kernels, rows, 3 * rows + inputs % 40, inputs, 1 + rows % 2, group, quantized,
+                       Activation::none, [&](const LinearProblem& p) {
+                         Array<float> x(0);
+                         amx::Product product{};
+                         product.p = p;
+                         product.form = quantized ? amx::Form::int8 : amx::Form::parts;
+                         product.x = p.x;
+                         product.x_scale = p.x_scale;
+                         if (quantized) {
+                           x = restored(p.q, p.x_scale, p.rows, p.inputs);
+                           product.x = x.data();
+                         }
+                         product.y = p.y;
+                         product.y_stride = p.outputs;
+                         check(linear_on_emulated_amx(product, 32, 1));
+                       });
+        }
+      }
     }
   }
   std::printf("amx: done, with emulated registers\n");
@@ -598,7 +649,7 @@ int main() {
     check_steps(kernels);
     std::printf("%s: done\n", isa_name(kernels.isa));
 #ifdef QUANTOPT_HAVE_AMX
-    if (kernels.isa == Isa::avx512vnni) check_tiles(kernels);
+    if (kernels.isa == Isa::avx512vnni && __builtin_cpu_supports("gfni")) check_tiles(kernels);
 #endif
   }
   return failed ? 1 : 0;

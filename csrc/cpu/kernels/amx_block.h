@@ -77,67 +77,127 @@ struct Output {
   int64_t y_stride;  // elements from one row of y to the next
 };
 
-// The end of a block: y from the sums of 32 outputs. Rows: which row of y each of the block is (`row(m)`,
-// less than 0 if it is none) and the factor of x (`factor(m)`), before or after the scale.
+// What 32 outputs are scaled by and moved to.
+struct OutputTile {
+  int64_t first;
+  __mmask16 mask[2];
+  Vec scale[2], bias[2];
+};
+
+// The end of a block: y from the sums of 32 outputs. Rows say which row of y each of the block is (`row(m)`,
+// or less than 0 if it is none, but with `kAll`) and by what its sums are multiplied, before or after the
+// scale
+// (`factor(m)`, with `kOneFactor` the same for all).
+//
+// Products on registers share their port with vector instructions: the fewer of these, the sooner both end.
 class Finish {
  public:
-  explicit Finish(const Output& to) : to_(to) {}
+  explicit Finish(const Output& to)
+      : to_(to),
+        times_((to.times & (to.times - 1)) == 0 ? 1 : to.times),
+        power_(static_cast<float>(to.times / times_)) {}
 
-  // Brings a line of y into the cache, where it is written soon: `line` of the block's.
+  __attribute__((always_inline)) OutputTile tile(int64_t number) const {
+    OutputTile t;
+    t.first = number * kTileRows;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = t.first + 16 * half;
+      t.mask[half] = lanes_of(to_.outputs - n);
+      t.scale[half] = fill<Vec>(to_.scale == nullptr ? 1.0f : *to_.scale);
+      if (to_.scale_stride != 0 && to_.scale != nullptr) {
+        t.scale[half] = (Vec)_mm512_maskz_loadu_ps(t.mask[half], to_.scale + n);
+      }
+      t.scale[half] *= power_;
+      t.bias[half] = fill<Vec>(0.0f);
+      if (to_.bias != nullptr) t.bias[half] = (Vec)_mm512_maskz_loadu_ps(t.mask[half], to_.bias + n);
+    }
+    return t;
+  }
+
+  // Brings row m of the block into the cache, where it is written soon.
   template <class Rows>
-  __attribute__((always_inline)) void prefetch(const Rows& rows, int64_t tile, int64_t line) const {
+  __attribute__((always_inline)) void prefetch(const Rows& rows, int64_t m, int64_t tile) const {
+    const int64_t at = rows.row(m) * to_.y_stride + tile * kTileRows;
     if (to_.y_bf16 != nullptr) {
-      __builtin_prefetch(to_.y_bf16 + rows.row(line) * to_.y_stride + tile * kTileRows, 1);
+      __builtin_prefetch(to_.y_bf16 + at, 1);
     } else {
-      __builtin_prefetch(to_.y + rows.row(line / 2) * to_.y_stride + tile * kTileRows + line % 2 * 16, 1);
+      __builtin_prefetch(to_.y + at, 1);
+      __builtin_prefetch(to_.y + at + 16, 1);
     }
   }
-  int64_t lines(int64_t rows) const { return to_.y_bf16 != nullptr ? rows : 2 * rows; }
 
+  // Rows [begin, end) of the block.
   template <class Sums, class Rows>
-  void operator()(const Rows& rows, int64_t count, int64_t tile, const Sums* sums) const {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = tile * kTileRows + 16 * half;
-      const __mmask16 mask = lanes_of(to_.outputs - n);
-      if (mask == 0) return;
-      Vec scale = fill<Vec>(1.0f), bias = fill<Vec>(0.0f);
-      if (to_.scale != nullptr) {
-        scale =
-            to_.scale_stride == 0 ? fill<Vec>(*to_.scale) : (Vec)_mm512_maskz_loadu_ps(mask, to_.scale + n);
-      }
-      if (to_.bias != nullptr) bias = (Vec)_mm512_maskz_loadu_ps(mask, to_.bias + n);
-      for (int64_t m = 0; m < count; ++m) {
-        const int64_t row = rows.row(m);
-        if (row < 0) continue;
-        const Sums* from = sums + m * kTileRows + 16 * half;
-        const Vec factor = fill<Vec>(rows.factor(m));
-        Vec v;
-        if constexpr (std::is_same_v<Sums, int32_t>) {
-          __m512i whole = _mm512_load_si512(from);
-          if (to_.times != 1) whole = _mm512_mullo_epi32(whole, _mm512_set1_epi32(to_.times));
-          v = (Vec)_mm512_cvtepi32_ps(whole) * (scale * factor);
-        } else {  // a power of two first, which loses nothing; without scale that of an int8 row
-          v = (Vec)_mm512_load_ps(from) * factor;
-          if (to_.scale != nullptr) v *= scale;
-        }
-        if (to_.bias != nullptr) v += bias;
-        if (to_.activation != Activation::none) v = activate(to_.activation, v);
-        put(v, mask, row, n);
-      }
+  __attribute__((always_inline)) void operator()(const Rows& rows, int64_t begin, int64_t end,
+                                                 const OutputTile& tile, const Sums* sums) const {
+    if (to_.activation != Activation::none || times_ != 1) {
+      with_all(rows, begin, end, tile, sums);
+    } else if (to_.y_bf16 != nullptr) {
+      put_rows<true>(rows, begin, end, tile, sums, [](Vec v) { return v; });
+    } else {
+      put_rows<false>(rows, begin, end, tile, sums, [](Vec v) { return v; });
     }
   }
 
  private:
-  void put(Vec v, __mmask16 mask, int64_t row, int64_t n) const {
+  template <class Sums, class Rows>
+  __attribute__((noinline)) void with_all(const Rows& rows, int64_t begin, int64_t end,
+                                          const OutputTile& tile, const Sums* sums) const {
+    const auto activated = [&](Vec v) { return activate(to_.activation, v); };
+    OutputTile t = tile;
+    const int32_t* whole = nullptr;
+    if constexpr (std::is_same_v<Sums, int32_t>) whole = sums;
+    alignas(64) int32_t multiples[kBlockRows * kTileRows];
+    if (whole != nullptr && times_ != 1) {
+      for (int64_t i = begin * kTileRows; i < end * kTileRows; ++i) multiples[i] = whole[i] * times_;
+      whole = multiples;
+    }
+    const auto* from = sums;
+    if constexpr (std::is_same_v<Sums, int32_t>) from = whole;
     if (to_.y_bf16 != nullptr) {
-      _mm512_mask_cvtepi32_storeu_epi16(to_.y_bf16 + row * to_.y_stride + n, mask,
-                                        (__m512i)bfloat16_nearest((VecBits)v));
+      put_rows<true>(rows, begin, end, t, from, activated);
     } else {
-      _mm512_mask_storeu_ps(to_.y + row * to_.y_stride + n, mask, (__m512)v);
+      put_rows<false>(rows, begin, end, t, from, activated);
+    }
+  }
+
+  template <bool half_y, class Sums, class Rows, class Activated>
+  __attribute__((always_inline)) void put_rows(const Rows& rows, int64_t begin, int64_t end,
+                                               const OutputTile& tile, const Sums* sums,
+                                               const Activated& activated) const {
+    constexpr bool kWhole = std::is_same_v<Sums, int32_t>;
+    const Vec first = fill<Vec>(rows.factor(begin));
+    const Vec both[2] = {tile.scale[0] * first, tile.scale[1] * first};
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t row = rows.row(m);
+      if (!Rows::kAll && row < 0) continue;
+      const int64_t at = row * to_.y_stride + tile.first;
+      const Vec factor = Rows::kOneFactor ? first : fill<Vec>(rows.factor(m));
+      Vec v[2];
+      QUANTOPT_UNROLL for (int h = 0; h < 2; ++h) {
+        const Sums* from = sums + m * kTileRows + 16 * h;
+        if constexpr (kWhole) {
+          const Vec scale = Rows::kOneFactor ? both[h] : tile.scale[h] * factor;
+          v[h] = (Vec)_mm512_cvtepi32_ps(_mm512_load_si512(from)) * scale;
+        } else {  // a power of two first, which loses nothing; of groups, scaled already, the scale of x
+          v[h] = (Vec)_mm512_load_ps(from) * factor * tile.scale[h];
+        }
+        v[h] = activated(v[h] + tile.bias[h]);
+      }
+      if constexpr (half_y) {  // rounded to nearest even, denormals to zero
+        const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+        const auto mask = static_cast<__mmask32>(tile.mask[0] | static_cast<uint32_t>(tile.mask[1]) << 16);
+        _mm512_mask_storeu_epi16(to_.y_bf16 + at, mask, (__m512i)halves);
+      } else {
+        _mm512_mask_storeu_ps(to_.y + at, tile.mask[0], (__m512)v[0]);
+        _mm512_mask_storeu_ps(to_.y + at + 16, tile.mask[1], (__m512)v[1]);
+      }
     }
   }
 
   const Output to_;
+  const int32_t times_;  // a power of two is part of the scale instead, which loses nothing
+  const float power_;
 };
 
 }  // namespace

@@ -85,7 +85,7 @@ class StepWords {
     ahead_ = tile_count(bits_.outputs) * kChunkWords * kTileRows;
   }
 
-  const TileBits bits_;
+  TileBits bits_;
   int64_t tile_, position_ = 0, first_ = 0;  // of the chunk
   int64_t done_, left_, ahead_;              // words
   const uint16_t* at_;
@@ -125,8 +125,6 @@ inline Both interleaved(const uint16_t* first, const uint16_t* second) {
 inline void store_row(char* to, int64_t row, int half, __m512i value) {
   _mm512_store_si512(to + half * kRegisterBytes + row * kRowBytes, value);
 }
-
-#define QUANTOPT_UNROLL _Pragma("GCC unroll 16")
 
 // The kinds of weights. Each expands one step of the words it is at to `to`.
 

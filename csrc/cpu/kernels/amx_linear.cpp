@@ -69,6 +69,7 @@ Output output_of(const Product& a) {
 
 // Rows of x and y from one on.
 struct RowsFrom {
+  static constexpr bool kAll = true, kOneFactor = false;
   int64_t first;
   const float* factors;
   int64_t row(int64_t m) const { return first + m; }
@@ -150,7 +151,6 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
   char* const sums = ring + kRing * kStepBytes;
   const Finish finish(output_of(a));
   const RowsFrom y_rows{row, call.factors};
-  const int64_t lines = two ? finish.lines(rows) : 0;
   StepWords<Value> words(bits, call.begin);
   int64_t left = (call.end - call.begin) * steps;
   uint64_t written = 0, read = 0;
@@ -172,11 +172,11 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
         sums, grouped ? a.p.group_scales + group_index(tile * kTileRows, 0, group_count(a.p)) : nullptr,
         grouped ? rows : 0);
     zero_sums<two>();
-    int64_t line = 0, group_left = group_steps;
+    int64_t fetched = 0, group_left = group_steps;
     for (int64_t step = 0; step < steps; ++step) {
       multiply_step<Value, parts, two>(x + step * parts * kRegisterBytes, next_rows,
                                        ring + read++ % kRing * kStepBytes);
-      if (line < lines) finish.prefetch(y_rows, tile, line++);
+      if (two && fetched < rows) finish.prefetch(y_rows, fetched++, tile);
       if constexpr (grouped) {
         if (--group_left == 0 || step + 1 == steps) {
           store_sums<two>(groups.place());
@@ -190,10 +190,10 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
       expand();
     }
     if constexpr (grouped) {
-      finish(y_rows, rows, tile, groups.total());
+      finish(y_rows, 0, rows, finish.tile(tile), groups.total());
     } else {
       store_sums<two>(sums);
-      finish(y_rows, rows, tile, reinterpret_cast<const Sum<Value>*>(sums));
+      finish(y_rows, 0, rows, finish.tile(tile), reinterpret_cast<const Sum<Value>*>(sums));
     }
   }
 }

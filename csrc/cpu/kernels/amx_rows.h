@@ -10,6 +10,8 @@
 namespace quantopt::amx {
 namespace {
 
+#define QUANTOPT_UNROLL _Pragma("GCC unroll 16")
+
 constexpr int64_t kRegisterRows = 16;
 constexpr int64_t kRowBytes = 64;
 constexpr int64_t kRegisterBytes = kRegisterRows * kRowBytes;
