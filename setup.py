@@ -77,9 +77,6 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 KERNEL_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wextra", *QUIET, *FLOAT_FLAGS]
 TORCH_FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
 
-# Kernel file -> flags that it is given where the compiler knows them. The loops of the step branch on what is the
-# same for all elements (Nesterov, decay, ...): gcc takes that out of larger loops than it would by default.
-TUNING = {"step": ["--param=max-unswitch-insns=300"]}
 # For `python setup.py sanitize`. null and unreachable cost compile time and are caught as crashes; calls in
 # place of inline checks halve it.
 SANITIZER_FLAGS = [
@@ -277,13 +274,11 @@ class BuildQuantopt(BuildExtension):
     def kernel_tasks(self, isas: list[str]) -> list[tuple[Path, Path, list[str]]]:
         tasks = []
         for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
-            tuning = TUNING.get(source.stem, [])
-            tuning = tuning if self.compiler_knows(tuning) else []
             for isa in KERNELS.get(source.stem, DEFAULT_ISAS):
                 if isa not in isas:
                     continue
                 macros = [f"-DQUANTOPT_ISA={isa}", f"-DQUANTOPT_ISA_{isa.upper()}"]
-                command = [*self.cxx, *KERNEL_FLAGS, *tuning, *ISAS[isa], *macros, f"-I{ROOT / 'csrc'}"]
+                command = [*self.cxx, *KERNEL_FLAGS, *ISAS[isa], *macros, f"-I{ROOT / 'csrc'}"]
                 tasks.append((source, Path(self.build_temp) / "kernels" / f"{source.stem}.{isa}.o", command))
         return tasks
 

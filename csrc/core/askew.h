@@ -68,10 +68,10 @@ struct Constraint {
   // x turned outward and no less than `least` where the weight is infeasible and has a side, t != 0.
   template <class F, class Least>
   QUANTOPT_HOST_DEVICE F at_least(F x, F offset, const Least& least) const {
-    if (nearest == 0.0f) return x;  // e = 1
     const F distance = absolute(offset);
-    const F bound = positive_below(distance, nearest) ? least(distance) : fill<F>(-INFINITY);
-    return turned_by(offset, maximum(turned_by(offset, x), bound));
+    const auto infeasible = positive_below(distance, nearest);
+    if (!any(infeasible)) return x;  // always at e = 1, and mostly where training has moved the weights there
+    return turned_by(offset, maximum_where(infeasible, turned_by(offset, x), least(distance)));
   }
 
   template <class F>
@@ -158,7 +158,7 @@ struct AskewMemory : Constraint<Binary> {
     if (LimitedSpeed) {
       const F distance_before = absolute(this->offset(before));
       const F reached = minimum(distance, distance_before + this->restoring_step(distance_before));
-      distance = distance_before < this->nearest ? reached : distance;
+      distance = select(distance_before < this->nearest, reached, distance);
     }
     return mid + sign(offset) * distance;
   }
