@@ -82,7 +82,7 @@ QUANTOPT_INLINE PairMask positive_below(Pair x, float bound) {
 
 QUANTOPT_INLINE bool any(PairMask mask) {
 #if defined(__AVX512F__)
-  return (mask.first | mask.second) != 0;
+  return !_mm512_kortestz(mask.first, mask.second);
 #elif defined(__AVX2__)
   return _mm256_movemask_ps((__m256)(mask.first | mask.second)) != 0;
 #else
@@ -95,15 +95,14 @@ QUANTOPT_INLINE bool any(PairMask mask) {
 
 // Whether a magnitude is `bound` or more.
 QUANTOPT_INLINE bool any_magnitude_from(Pair x, uint32_t bound) {
-  const auto from = [bound](Vec part) {
-    const VecBits twice = (VecBits)part + (VecBits)part;  // without the sign
+  const VecBits first = (VecBits)x.first + (VecBits)x.first;  // without the sign
+  const VecBits second = (VecBits)x.second + (VecBits)x.second;
 #if defined(__AVX512F__)
-    return _mm512_cmpge_epu32_mask((__m512i)twice, _mm512_set1_epi32(static_cast<int>(2 * bound)));
+  const __m512i larger = _mm512_max_epu32((__m512i)first, (__m512i)second);
+  return _mm512_cmpge_epu32_mask(larger, _mm512_set1_epi32(static_cast<int>(2 * bound))) != 0;
 #else
-    return (VecInt)(twice >= 2 * bound);
+  return any(PairMask{(VecInt)(first >= 2 * bound), (VecInt)(second >= 2 * bound)});
 #endif
-  };
-  return any(PairMask{from(x.first), from(x.second)});
 }
 
 QUANTOPT_INLINE Vec select(VecMask mask, Vec x, Vec otherwise) {
@@ -198,13 +197,19 @@ struct Line {
 
 // The high halves of the words.
 QUANTOPT_INLINE Line high_halves(VecBits first, VecBits second) {
-#if defined(__AVX512BW__)  // a permutation of both, vpermt2w, is three instructions too, two of them shuffles
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
-                                                      22, 24, 26, 28, 30, 1,  3,  5,  7,  9,  11,
-                                                      13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+#if defined(__AVX512BW__)  // one permutation of both, vpermt2w, takes as long as the three
   const __m512i both =
       _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
+#if defined(__AVX512VBMI__)
+  alignas(64) static constexpr uint8_t kOrder[64] = {
+      0, 1, 4, 5, 8,  9,  12, 13, 16, 17, 20, 21, 24, 25, 28, 29, 32, 33, 36, 37, 40, 41, 44, 45, 48, 49, 52, 53, 56, 57, 60, 61,
+      2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31, 34, 35, 38, 39, 42, 43, 46, 47, 50, 51, 54, 55, 58, 59, 62, 63};
+  return _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), both);
+#else
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                      1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+#endif
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)(first >> 16), (__m256i)(second >> 16));
   return _mm256_permute4x64_epi64(packed, 0xD8);
@@ -233,7 +238,7 @@ QUANTOPT_INLINE Line rounded_stochastically(Pair x, const uint16_t* random) {
 
 QUANTOPT_INLINE void store_line(BFloat16* p, Line line) { std::memcpy(p, &line, sizeof line); }
 QUANTOPT_INLINE void store_pair(BFloat16* p, Pair x) { store_line(p, rounded_to_nearest(x)); }
-// Past the caches, to an address that is a multiple of the line's size.
+// Past the caches, to an address that is a multiple of the vector's size, which is also that of the line.
 QUANTOPT_INLINE void stream_pair(BFloat16* p, Pair x) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), rounded_to_nearest(x));

@@ -178,7 +178,7 @@ void step_span(const Span<P>& span_in, int64_t n, float factor, const Direction&
   const Direction direction = direction_in;
   const R rule = rule_in;
   Writing writing = writing_in;
-  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % (kPair * sizeof(P)) == 0;
+  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   int64_t begin = 0;
   if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
     if (writing.key != nullptr) {
