@@ -83,10 +83,9 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 KERNEL_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wextra", *QUIET, *FLOAT_FLAGS]
 TORCH_FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
 
-# Kernel file -> flags that it is given where the compiler knows them. The loops of the step branch on what is the
-# same for all elements (Nesterov, decay, ...): gcc takes that out of larger loops than it would by default.
-# Objects of products that allocate hold nothing for exceptions: the linker may keep any one definition of that.
-TUNING = {"step": ["--param=max-unswitch-insns=300"], "binary_linear": ["-fno-exceptions"]}
+# Kernel file -> further flags. Objects of products that allocate hold nothing for exceptions: the linker may keep any
+# one definition of that.
+TUNING = {"binary_linear": ["-fno-exceptions"]}
 # For `python setup.py sanitize`. null and unreachable cost compile time and are caught as crashes; calls in
 # place of inline checks halve it.
 SANITIZER_FLAGS = [
@@ -284,13 +283,12 @@ class BuildQuantopt(BuildExtension):
     def kernel_tasks(self, isas: list[str]) -> list[tuple[Path, Path, list[str]]]:
         tasks = []
         for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
-            tuning = TUNING.get(source.stem, [])
-            tuning = tuning if self.compiler_knows(tuning) else []
             for isa in KERNELS.get(source.stem, DEFAULT_ISAS):
                 if isa not in isas:
                     continue
                 macros = [f"-DQUANTOPT_ISA={isa}", f"-DQUANTOPT_ISA_{isa.upper()}"]
-                command = [*self.cxx, *KERNEL_FLAGS, *tuning, *ISAS[isa], *macros, f"-I{ROOT / 'csrc'}"]
+                flags = [*KERNEL_FLAGS, *TUNING.get(source.stem, []), *ISAS[isa], *macros]
+                command = [*self.cxx, *flags, f"-I{ROOT / 'csrc'}"]
                 tasks.append((source, Path(self.build_temp) / "kernels" / f"{source.stem}.{isa}.o", command))
         return tasks
 
@@ -355,7 +353,9 @@ class Sanitize(BuildQuantopt):
         self.build_temp = str(ROOT / "build" / "sanitize")
         with self.lock():
             self.cxx = find_cxx()
-            on_host = sorted((ROOT / "tests/amx_on_host").glob("*.cpp"))  # each includes the source of its kernel
+            on_host = sorted(
+                (ROOT / "tests/amx_on_host").glob("*.cpp")
+            )  # each includes the source of its kernel
             emulated = [ROOT / f"csrc/cpu/kernels/amx_{source.name}" for source in on_host]
             self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), *emulated]
             isas = self.usable_isas()

@@ -27,11 +27,11 @@ def write(ptr, i, x, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def philox(seed, c0, c1, c2, c3):
-    """Philox4x32-10 on uint32 counters with a 64-bit key."""
+    """Philox4x32-7 on uint32 counters with a 64-bit key."""
     seed = seed.to(tl.uint64)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(7):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high1 = tl.umulhi(c2, 0xCD9E8D57)
         low0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)

@@ -176,11 +176,11 @@ def sgd_direction(g, m, h, NESTEROV: tl.constexpr):
 
 
 @triton.jit
-def adam_direction(g, m, v, correction1, correction2, h):
+def adam_direction(g, m, v, root_factor, root_offset, h):
     """(d, m, v)"""
     m = h.momentum * m + h.one_minus_beta1 * g
     v = h.beta2 * v + h.one_minus_beta2 * g * g
-    d = tl.div_rn(tl.div_rn(m, correction1), tl.sqrt_rn(tl.div_rn(v, correction2)) + h.adam_eps)
+    d = tl.div_rn(m, root_factor * tl.sqrt_rn(v) + root_offset)
     return d, m, v
 
 
@@ -188,12 +188,12 @@ def adam_direction(g, m, v, correction1, correction2, h):
 def direction(
     g, m, v, corrections_ptr, tensor_index, h, BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr
 ):  # fmt: skip
-    """(d, m, v). At corrections_ptr: 1 - beta1^k and 1 - beta2^k of each tensor."""
+    """(d, m, v). At corrections_ptr: c1 / sqrt(c2) and c1 eps of each tensor."""
     d = g
     if BASE == "adam":
-        correction1 = tl.load(corrections_ptr + 2 * tensor_index)
-        correction2 = tl.load(corrections_ptr + 2 * tensor_index + 1)
-        d, m, v = adam_direction(g, m, v, correction1, correction2, h)
+        root_factor = tl.load(corrections_ptr + 2 * tensor_index)
+        root_offset = tl.load(corrections_ptr + 2 * tensor_index + 1)
+        d, m, v = adam_direction(g, m, v, root_factor, root_offset, h)
     elif HAS_MOMENTUM:
         d, m = sgd_direction(g, m, h, NESTEROV)
     return d, m, v

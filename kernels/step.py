@@ -405,7 +405,7 @@ def fused_step(record: StepRecord) -> None:
 
 
 def _count_step(record: StepRecord) -> tuple[Tensor | None, Tensor | None]:
-    """Counts up ``steps``; the numbers of the steps, and Adam's 1 - beta1^k and 1 - beta2^k of each tensor."""
+    """Counts up ``steps``; the numbers of the steps, and Adam's c1 / sqrt(c2) and c1 eps of each tensor."""
     if not record.steps:
         return None, None
     found_inf, hyper = record.found_inf, record.hyper
@@ -416,8 +416,8 @@ def _count_step(record: StepRecord) -> tuple[Tensor | None, Tensor | None]:
     if record.base != "adam":
         return counted, None
     values = hyper if hyper.device == counted.device else hyper.tolist()
-    powers = [values[HYPER.index(name)] ** counted.double() for name in ("momentum", "beta2")]
-    return counted, (1 - torch.stack(powers, dim=1)).float()
+    c1, c2 = (1 - values[HYPER.index(name)] ** counted.double() for name in ("momentum", "beta2"))
+    return counted, torch.stack([c1 / c2.sqrt(), c1 * values[HYPER.index("adam_eps")]], dim=1).float()
 
 
 def _derived_numbers(record: StepRecord) -> Tensor:

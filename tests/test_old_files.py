@@ -1,4 +1,5 @@
-"""Files of quantopt 0.1.0 (tests/data/old, written by tests/old_files.py) load and go on as they did."""
+"""Files of quantopt 0.1.0 (tests/data/old, written by tests/old_files.py) load and go on as they did; Adam, which divided
+three times where one division gives the direction now, up to roundings."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +30,8 @@ def test_optimizer_state(name: str) -> None:
     anneal.load_state_dict(saved["anneal"])
     advance(opt, anneal, 6, 2)
     for p, expected in zip(params, saved["expected"], strict=True):
-        assert torch.equal(p, expected)
+        ulps = 8 if "adam" in name else 0
+        torch.testing.assert_close(p, expected, rtol=ulps * torch.finfo(p.dtype).eps, atol=0)
     for group in opt.param_groups:
         assert set(opt.defaults) - {"differentiable"} <= set(group)
 

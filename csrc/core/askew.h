@@ -17,6 +17,7 @@ struct AskewConstants {
   float lr;
   float decay;    // wd where it is part of the velocity, else 0
   float shrink;   // 1 - lr wd where it acts before the step, else 1
+  bool shrinks;   // shrink != 1
   float epsilon;  // e
   float t_star;   // sqrt(1 - sqrt(e)): feasible iff |t| >= t_star
   float rate;     // r
@@ -30,6 +31,7 @@ QUANTOPT_HOST_DEVICE AskewConstants make_askew_constants(const Hyper& h, bool de
   c.lr = static_cast<float>(h.lr);
   c.decay = static_cast<float>(decay_before_step ? 0.0 : h.weight_decay);
   c.shrink = static_cast<float>(decay_before_step ? 1.0 - h.lr * h.weight_decay : 1.0);
+  c.shrinks = c.shrink != 1.0f;
   c.epsilon = static_cast<float>(h.epsilon);
   c.t_star = static_cast<float>(sqrt(1.0 - sqrt(h.epsilon)));
   c.rate = static_cast<float>(h.rate);
@@ -68,10 +70,10 @@ struct Constraint {
   // x turned outward and no less than `least` where the weight is infeasible and has a side, t != 0.
   template <class F, class Least>
   QUANTOPT_HOST_DEVICE F at_least(F x, F offset, const Least& least) const {
-    if (nearest == 0.0f) return x;  // e = 1
     const F distance = absolute(offset);
-    const F bound = positive_below(distance, nearest) ? least(distance) : fill<F>(-INFINITY);
-    return turned_by(offset, maximum(turned_by(offset, x), bound));
+    const auto infeasible = positive_below(distance, nearest);
+    if (!any(infeasible)) return x;  // always at e = 1, and mostly where training has moved the weights there
+    return turned_by(offset, maximum_where(infeasible, turned_by(offset, x), least(distance)));
   }
 
   template <class F>
@@ -97,7 +99,7 @@ struct AskewVelocity : Constraint<Binary> {
   template <class F>
   QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     const AskewConstants& c = this->c;
-    if (c.shrink != 1.0f) w = w * c.shrink;
+    if (c.shrinks) w = w * c.shrink;
     const F v = -c.lr * (d + c.decay * w);
     const F taken =
         this->at_least(v, this->offset(w), [this](F distance) { return this->restoring_step(distance); });
@@ -158,7 +160,7 @@ struct AskewMemory : Constraint<Binary> {
     if (LimitedSpeed) {
       const F distance_before = absolute(this->offset(before));
       const F reached = minimum(distance, distance_before + this->restoring_step(distance_before));
-      distance = distance_before < this->nearest ? reached : distance;
+      distance = select(distance_before < this->nearest, reached, distance);
     }
     return mid + sign(offset) * distance;
   }

@@ -1,7 +1,8 @@
 // The base: where the direction d comes from that a rule then constrains.
 //   SGD   m <- beta m + g;  d = g + beta m (Nesterov) or m
 //   Adam  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / c1) / (sqrt(v / c2) + eps)
-// with c1 = 1 - b1^k, c2 = 1 - b2^k at the k-th step.
+// with c1 = 1 - b1^k, c2 = 1 - b2^k at the k-th step, computed as d = m / (c1 / sqrt(c2) sqrt(v) + c1 eps):
+// divisions and roots are what the step waits for where the caches hold its data.
 //   given d = g: the caller has put the direction where the gradient is.
 // Source: docs/algorithms.md.
 #pragma once
@@ -38,7 +39,7 @@ struct MomentumDirection {
   QUANTOPT_HOST_DEVICE F operator()(F g, F& m, F&) const {
     m = beta * m + g;
     const F ahead = g + beta * m;
-    return nesterov ? ahead : m;
+    return select(nesterov, ahead, m);
   }
 };
 
@@ -47,14 +48,14 @@ struct AdamDirection {
   static constexpr bool kExpAvgSq = true;
 
   float beta1, beta2, one_minus_beta1, one_minus_beta2;
-  float correction1, correction2;  // c1, c2
-  float eps;
+  float root_factor;  // c1 / sqrt(c2)
+  float root_offset;  // c1 eps
 
   template <class F>
   QUANTOPT_HOST_DEVICE F operator()(F g, F& m, F& v) const {
     m = beta1 * m + one_minus_beta1 * g;
     v = beta2 * v + one_minus_beta2 * g * g;
-    return (m / correction1) / (square_root(v / correction2) + eps);
+    return m / (root_factor * square_root(v) + root_offset);
   }
 };
 
@@ -64,9 +65,9 @@ QUANTOPT_HOST_DEVICE AdamDirection make_adam_direction(const Hyper& h, double st
   a.beta2 = static_cast<float>(h.beta2);
   a.one_minus_beta1 = static_cast<float>(1.0 - h.momentum);
   a.one_minus_beta2 = static_cast<float>(1.0 - h.beta2);
-  a.correction1 = static_cast<float>(1.0 - pow(h.momentum, step));
-  a.correction2 = static_cast<float>(1.0 - pow(h.beta2, step));
-  a.eps = static_cast<float>(h.adam_eps);
+  const double correction1 = 1.0 - pow(h.momentum, step), correction2 = 1.0 - pow(h.beta2, step);
+  a.root_factor = static_cast<float>(correction1 / sqrt(correction2));
+  a.root_offset = static_cast<float>(correction1 * h.adam_eps);
   return a;
 }
 

@@ -55,8 +55,8 @@ QUANTOPT_HOST_DEVICE F project(F w, const Grid& grid) {
   if (Binary) return with_sign_of(fill<F>(grid.hi), w);
   const F mid = cell_middle<false>(w, grid);
   const F offset = w - mid;
-  const F away = mid < 0.0f ? offset - 1.0f : offset + 1.0f;
-  return mid + with_sign_of(fill<F>(grid.half_step), offset == 0.0f ? away : offset);
+  const F away = select(mid < 0.0f, offset - 1.0f, offset + 1.0f);
+  return mid + with_sign_of(fill<F>(grid.half_step), select(offset == 0.0f, away, offset));
 }
 
 }  // namespace quantopt

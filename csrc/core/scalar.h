@@ -1,6 +1,6 @@
-// The few functions that the rules are written in. F is float, or on the CPU a vector of floats (GCC's vector
-// extension), for which comparisons give masks and ?: selects lane by lane. Comparisons let a NaN through, as
-// torch.clamp does.
+// The few functions that the rules are written in. F is float, or on the CPU several floats
+// (cpu/kernels/vec.h), of which comparisons give masks and select chooses lane by lane. Comparisons let a NaN
+// through, as torch.clamp does.
 #pragma once
 
 #include <cmath>
@@ -15,13 +15,22 @@ template <class F>
 QUANTOPT_HOST_DEVICE F fill(float x) {
   return F{} + x;
 }
+template <class Mask, class F>
+QUANTOPT_HOST_DEVICE F select(Mask mask, F x, F otherwise) {
+  return mask ? x : otherwise;
+}
+QUANTOPT_HOST_DEVICE bool any(bool mask) { return mask; }
 template <class F>
 QUANTOPT_HOST_DEVICE F minimum(F x, F bound) {
-  return x > bound ? bound : x;
+  return select(x > bound, bound, x);
 }
 template <class F>
 QUANTOPT_HOST_DEVICE F maximum(F x, F bound) {
-  return x < bound ? bound : x;
+  return select(x < bound, bound, x);
+}
+// The maximum where the mask is set, else x.
+QUANTOPT_HOST_DEVICE float maximum_where(bool mask, float x, float bound) {
+  return mask ? maximum(x, bound) : x;
 }
 template <class F>
 QUANTOPT_HOST_DEVICE F clamp(F x, float lo, float hi) {
@@ -30,13 +39,12 @@ QUANTOPT_HOST_DEVICE F clamp(F x, float lo, float hi) {
 // sgn with sgn(0) = +1; -1 for NaN, whose factor carries it on.
 template <class F>
 QUANTOPT_HOST_DEVICE F sign(F x) {
-  return x >= 0.0f ? fill<F>(1.0f) : fill<F>(-1.0f);
+  return select(x >= 0.0f, fill<F>(1.0f), fill<F>(-1.0f));
 }
 // magnitude * sgn(x), and NaN for NaN.
 template <class F>
 QUANTOPT_HOST_DEVICE F with_sign_of(F magnitude, F x) {
-  const F negative = x < 0.0f ? -magnitude : x;
-  return x >= 0.0f ? magnitude : negative;
+  return select(x >= 0.0f, magnitude, select(x < 0.0f, -magnitude, x));
 }
 
 // Whether 0 < x < bound, for x >= 0 or NaN.

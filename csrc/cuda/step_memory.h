@@ -159,13 +159,22 @@ __device__ __forceinline__ uint32_t float16_pair(float low, float high) {
 #endif
 }
 
+// The high halves of two words, that of `low` first.
+__device__ __forceinline__ uint32_t high_halves(uint32_t low, uint32_t high) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low, high, 0x7632);
+#else
+  return low >> 16 | (high & 0xFFFF0000u);
+#endif
+}
+
 __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
 #ifdef __CUDA_ARCH__  // the same result as below, except for the payload of a NaN
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 #else
-  return bfloat16_nearest(bits_of(low)) | bfloat16_nearest(bits_of(high)) << 16;
+  return high_halves(bfloat16_nearest(bits_of(low)), bfloat16_nearest(bits_of(high)));
 #endif
 }
 
@@ -214,14 +223,14 @@ __device__ __forceinline__ Raw<N> narrow_stochastic(const Floats<N>& x, const Ph
   if constexpr (N == 1) {
     const int lane = static_cast<int>(i % 8);
     const uint32_t first = lane < 2 ? random[0] : random[1], last = lane < 6 ? random[2] : random[3];
-    raw.word[0] =
-        bfloat16_stochastic(bits_of(x.at[0]), (lane < 4 ? first : last) >> (lane % 2 * 16) & 0xFFFFu);
+    const uint32_t random16 = (lane < 4 ? first : last) >> (lane % 2 * 16) & 0xFFFFu;
+    raw.word[0] = bfloat16_stochastic(bits_of(x.at[0]), random16) >> 16;
   } else {
     const auto round = [&](auto rounded) {
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         const uint32_t low = rounded(bits_of(x.at[n]), random[n / 2] & 0xFFFFu);
-        raw.word[n / 2] = low | rounded(bits_of(x.at[n + 1]), random[n / 2] >> 16) << 16;
+        raw.word[n / 2] = high_halves(low, rounded(bits_of(x.at[n + 1]), random[n / 2] >> 16));
       }
     };
     bool special = false;

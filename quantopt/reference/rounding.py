@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 by Philox4x32-10 (Salmon et al., SC 2011), bit for bit as the kernels do it.
+"""Stochastic rounding to bfloat16 by Philox4x32-7 (Salmon et al., SC 2011), bit for bit as the kernels do it.
 
 Element i of tensor n at step k takes the 16-bit half i % 8 of the block with counter (i/8 low, i/8 high, k, n) and
 the 64-bit seed as key, so the result does not depend on chunks, threads or vector width.
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+ROUNDS = 7
 
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,12 +18,12 @@ def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(blocks: Tensor, step: int, tensor: int, seed: int) -> Tensor:
+def philox(blocks: Tensor, step: int, tensor: int, seed: int, rounds: int = ROUNDS) -> Tensor:
     """[n] block numbers (int64) -> [n, 4] random 32-bit words in int64."""
     c0, c1 = blocks & _MASK, (blocks >> 32) & _MASK
     c2, c3 = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, tensor & _MASK)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    for _ in range(rounds):
         (h0, l0), (h1, l1) = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK

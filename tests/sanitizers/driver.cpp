@@ -309,7 +309,7 @@ Array<uint16_t> round_to_bfloat16(Array<float>& x) {
   for (int64_t i = 0; i < x.size(); ++i) {
     uint32_t bits;
     std::memcpy(&bits, &x[i], sizeof bits);
-    halves[i] = static_cast<uint16_t>(bfloat16_nearest(bits));
+    halves[i] = static_cast<uint16_t>(bfloat16_nearest(bits) >> 16);
     bits = static_cast<uint32_t>(halves[i]) << 16;
     std::memcpy(&x[i], &bits, sizeof bits);
   }

@@ -1,5 +1,5 @@
-// clang-format off: the vectors come before the rules, which are written in them
-#include "cpu/kernels/vec.h"
+// clang-format off: the vectors come before what is written in them
+#include "cpu/kernels/pair.h"
 #include "cpu/kernels/step.h"
 // clang-format on
 
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kBlock = 128;        // elements between two rounds of prefetches
 constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
-constexpr int64_t kRandomBlock = 512;  // elements whose random bits are made together
+constexpr int64_t kRandomBlock = 128;  // elements whose random bits are made together; a multiple of 8 kWidth
 
 // Sixteen random bits for each of kRandomBlock elements from `first`, a multiple of 8. Little endian: the low
 // half of a word comes first.
@@ -37,169 +37,201 @@ inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
 
 // ---- one span: elements that share a scale
 
-// Pointers of a span, already advanced to its first element. P and M are float, or both BFloat16.
-template <class P, class M>
+// Momentum beside bfloat16 weights, of either type.
+struct Momentum {
+  void* data;
+  bool narrow;
+};
+QUANTOPT_INLINE Pair load_momentum(const Momentum& m, int64_t i) {
+  if (m.narrow) return load_pair(static_cast<const BFloat16*>(m.data) + i);
+  return load_pair(static_cast<const float*>(m.data) + i);
+}
+QUANTOPT_INLINE void store_momentum(const Momentum& m, int64_t i, Pair x) {
+  m.narrow ? store_pair(static_cast<BFloat16*>(m.data) + i, x)
+           : store_pair(static_cast<float*>(m.data) + i, x);
+}
+QUANTOPT_INLINE Pair load_momentum(const float* m, int64_t i) { return load_pair(m + i); }
+QUANTOPT_INLINE void store_momentum(float* m, int64_t i, Pair x) { store_pair(m + i, x); }
+
+// Pointers of a span, already advanced to its first element. P is float or BFloat16.
+template <class P>
 struct Span {
   P* param;
   const P* grad;
-  M* momentum;
+  std::conditional_t<std::is_same_v<P, float>, float*, Momentum> momentum;
   float* exp_avg_sq;
-  float* latent;
+  float* latent;  // of the rule, or master weights of bfloat16; else null
 };
-
-template <class T>
-inline void prefetch_block(const T* p) {
-  const char* line = reinterpret_cast<const char*>(p) + kAheadBytes;
-  for (size_t offset = 0; offset < kBlock * sizeof(T); offset += 64) __builtin_prefetch(line + offset);
-}
-
-// The first `count` elements of a vector, the rest zero.
-template <class T>
-inline __attribute__((always_inline)) Vec load_some(const T* p, int64_t count) {
-  T part[kWidth] = {};
-  std::memcpy(part, p, static_cast<size_t>(count) * sizeof(T));
-  return load(part);
-}
 
 // How the weights of a span are written.
 struct Writing {
-  bool stream = false;             // past the caches
+  bool stream = false;             // past the caches, where they are not read
   const PhiloxKey* key = nullptr;  // rounded stochastically
 };
 
-// One vector of elements from i: the whole of the fused step.
-template <class P, class M, class Direction, class R>
-inline __attribute__((always_inline)) void step_vector(const Span<P, M>& s, int64_t i, float factor,
-                                                       const Direction& direction, const R& rule,
-                                                       const Writing& writing,
-                                                       const uint16_t* random = nullptr) {
-  const Vec w = R::kLatent ? load(s.latent + i) : load(s.param + i);
-  Vec m{}, v{};
-  if constexpr (Direction::kMomentum) m = load(s.momentum + i);
-  if constexpr (Direction::kExpAvgSq) v = load(s.exp_avg_sq + i);
-  Vec g = load(s.grad + i);
-  if (factor != 1.0f) g *= factor;
-  g = rule.gradient(g, w);
-  const Vec d = direction(g, m, v);
-  const Vec before = R::kReadsWeight ? load(s.param + i) : Vec{};
-  const Vec next = rule.step(w, d, before);
-  if constexpr (Direction::kMomentum) store(s.momentum + i, m);
-  if constexpr (Direction::kExpAvgSq) store(s.exp_avg_sq + i, v);
-  if constexpr (R::kLatent) {
-    store(s.latent + i, next);
-    const Vec weight = rule.weight(next, before);
-    if constexpr (std::is_same_v<P, float> && !R::kReadsWeight) {
-      if (writing.stream) return store_past_caches(s.param + i, weight);
-    }
-    store(s.param + i, weight);
-  } else if (sizeof(P) == 2 && random != nullptr) {
-    const VecBits bits = (VecBits)next, halves = load_halves(random + i);
-    const bool large = any_at_least(bits & 0x7FFFFFFFu, kBFloat16Top);
-    store_halves(s.param + i,
-                 large ? bfloat16_stochastic(bits, halves) : bfloat16_stochastic_finite(bits, halves));
+// One pair of vectors of elements from i: the whole of the fused step.
+template <class P, class Direction, class R>
+QUANTOPT_INLINE void step_pair(const Span<P>& s, int64_t i, float factor, const Direction& direction,
+                               const R& rule, const Writing& writing, const uint16_t* random = nullptr) {
+  const bool master = !R::kLatent && !std::is_same_v<P, float> && s.latent != nullptr;
+  Pair w;
+  if (R::kLatent || master) {
+    w = load_pair(s.latent + i);
   } else {
-    store(s.param + i, next);
+    w = load_pair(s.param + i);
   }
+  Pair m{}, v{};
+  if constexpr (Direction::kMomentum) m = load_momentum(s.momentum, i);
+  if constexpr (Direction::kExpAvgSq) v = load_pair(s.exp_avg_sq + i);
+  const Pair before = R::kReadsWeight ? load_pair(s.param + i) : Pair{};
+  Pair g = load_pair(s.grad + i);
+  if (factor != 1.0f) g = g * factor;
+  g = rule.gradient(g, w);
+  const Pair d = direction(g, m, v);
+  const Pair next = rule.step(w, d, before);
+  Pair weight = next;
+  if constexpr (R::kLatent) weight = rule.weight(next, before);
+  if constexpr (Direction::kMomentum) store_momentum(s.momentum, i, m);
+  if constexpr (Direction::kExpAvgSq) store_pair(s.exp_avg_sq + i, v);
+  if (R::kLatent || master) store_pair(s.latent + i, next);
+  if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
+    if (random != nullptr) return store_line(s.param + i, rounded_stochastically(weight, random + i));
+  }
+  if constexpr (R::kLatent ? !R::kReadsWeight : !std::is_same_v<P, float>) {
+    if (writing.stream && (R::kLatent || master)) return stream_pair(s.param + i, weight);
+  }
+  store_pair(s.param + i, weight);
 }
 
 // The last elements of a span, in a padded copy.
-template <class P, class M, class Direction, class R>
-void step_tail(const Span<P, M>& s, int64_t i, int64_t count, float factor, const Direction& direction,
-               const R& rule, const Writing& writing, const uint16_t* random = nullptr) {
-  P param[kWidth] = {}, grad[kWidth] = {};
-  M momentum[kWidth] = {};
-  float exp_avg_sq[kWidth] = {}, latent[kWidth] = {};
-  uint16_t halves[kWidth] = {};
+template <class P, class Direction, class R>
+void step_tail(const Span<P>& s, int64_t i, int64_t count, float factor, const Direction& direction,
+               const R& rule, const uint16_t* random = nullptr) {
+  P param[kPair] = {}, grad[kPair] = {};
+  float momentum[kPair] = {}, exp_avg_sq[kPair] = {}, latent[kPair] = {};
+  uint16_t halves[kPair] = {};
   const auto in = [count, i](auto* to, const auto* from) {
     if (from) std::memcpy(to, from + i, static_cast<size_t>(count) * sizeof(*to));
   };
   const auto out = [count, i](auto* to, const auto* from) {
     if (to) std::memcpy(to + i, from, static_cast<size_t>(count) * sizeof(*from));
   };
+  // calls visit(its array in s, in the padded copy)
+  const auto with_momentum = [&](const auto& visit) {
+    if constexpr (std::is_same_v<P, float>) {
+      visit(s.momentum, momentum);
+    } else if (s.momentum.narrow) {
+      visit(static_cast<BFloat16*>(s.momentum.data), reinterpret_cast<BFloat16*>(momentum));
+    } else {
+      visit(static_cast<float*>(s.momentum.data), momentum);
+    }
+  };
   in(param, s.param);
   in(grad, s.grad);
-  in(momentum, s.momentum);
+  with_momentum([&](auto* from, auto* to) { in(to, from); });
   in(exp_avg_sq, s.exp_avg_sq);
   in(latent, s.latent);
   in(halves, random);
-  const Span<P, M> padded{param, grad, momentum, exp_avg_sq, latent};
-  step_vector(padded, 0, factor, direction, rule, Writing{}, random ? halves : nullptr);
+  Span<P> padded{param, grad, {}, exp_avg_sq, s.latent ? latent : nullptr};
+  if constexpr (std::is_same_v<P, float>) {
+    padded.momentum = momentum;
+  } else {
+    padded.momentum = {momentum, s.momentum.narrow};
+  }
+  step_pair(padded, 0, factor, direction, rule, Writing{}, random ? halves : nullptr);
   out(s.param, param);
-  out(s.momentum, momentum);
+  with_momentum([&](auto* to, auto* from) { out(to, from); });
   out(s.exp_avg_sq, exp_avg_sq);
   out(s.latent, latent);
 }
 
+// Always inlined: of a call that does nothing but prefetch, gcc 12 thinks that it does nothing.
+template <class T>
+QUANTOPT_INLINE void prefetch_block(const T* p) {
+  const char* line = reinterpret_cast<const char*>(p) + kAheadBytes;
+  for (size_t offset = 0; offset < kBlock * sizeof(T); offset += 64) __builtin_prefetch(line + offset);
+}
+
+template <class P, class Direction, class R>
+QUANTOPT_INLINE void prefetch_span(const Span<P>& span, int64_t at) {
+  const bool master = !R::kLatent && span.latent != nullptr;
+  if (R::kLatent ? R::kReadsWeight : !master) prefetch_block(span.param + at);
+  if (R::kLatent || master) prefetch_block(span.latent + at);
+  prefetch_block(span.grad + at);
+  if constexpr (Direction::kMomentum) {
+    if constexpr (std::is_same_v<P, float>) {
+      prefetch_block(span.momentum + at);
+    } else if (span.momentum.narrow) {
+      prefetch_block(static_cast<const BFloat16*>(span.momentum.data) + at);
+    } else {
+      prefetch_block(static_cast<const float*>(span.momentum.data) + at);
+    }
+  }
+  if constexpr (Direction::kExpAvgSq) prefetch_block(span.exp_avg_sq + at);
+}
+
 // Steps the first n elements of a span; `first` is the number of its first element in its tensor.
-template <class P, class M, class Direction, class R>
-void step_span(const Span<P, M>& span_in, int64_t n, float factor, const Direction& direction_in,
+template <class P, class Direction, class R>
+void step_span(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
                const R& rule_in, const Writing& writing_in, bool prefetch = false, int64_t first = 0) {
-  const Span<P, M> span = span_in;  // local copies, so that the compiler keeps the constants in registers
+  const Span<P> span = span_in;  // local copies, so that the compiler keeps the constants in registers
   const Direction direction = direction_in;
   const R rule = rule_in;
   Writing writing = writing_in;
   writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   int64_t begin = 0;
-  if constexpr (sizeof(P) == 2) {
+  if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
     if (writing.key != nullptr) {
       uint16_t halves[kRandomBlock];
       while (begin < n) {
         const int64_t lead = (first + begin) % 8;
         const int64_t end = std::min(n, begin + kRandomBlock - lead);
+        if (prefetch) prefetch_span<P, Direction, R>(span, begin);
         random_halves(*writing.key, first + begin - lead, halves);
         const uint16_t* random = halves + lead - begin;
-        for (; begin + kWidth <= end; begin += kWidth)
-          step_vector(span, begin, factor, direction, rule, writing, random);
-        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, writing, random);
+        for (; begin + kPair <= end; begin += kPair)
+          step_pair(span, begin, factor, direction, rule, writing, random);
+        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, random);
         begin = end;
       }
       return;
     }
   }
   for (; begin + kBlock <= n; begin += kBlock) {
-    if (prefetch) {
-      if constexpr (!R::kLatent || R::kReadsWeight) prefetch_block(span.param + begin);
-      if constexpr (R::kLatent) prefetch_block(span.latent + begin);
-      prefetch_block(span.grad + begin);
-      if constexpr (Direction::kMomentum) prefetch_block(span.momentum + begin);
-      if constexpr (Direction::kExpAvgSq) prefetch_block(span.exp_avg_sq + begin);
-    }
-    for (int64_t i = begin; i < begin + kBlock; i += kWidth) {
-      step_vector(span, i, factor, direction, rule, writing);
-    }
+    if (prefetch) prefetch_span<P, Direction, R>(span, begin);
+    for (int64_t i = begin; i < begin + kBlock; i += kPair)
+      step_pair(span, i, factor, direction, rule, writing);
   }
-  writing.stream = false;
-  for (; begin + kWidth <= n; begin += kWidth) step_vector(span, begin, factor, direction, rule, writing);
-  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule, writing);
+  for (; begin + kPair <= n; begin += kPair) step_pair(span, begin, factor, direction, rule, writing);
+  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule);
 }
 
 // Sum of |rule.point| in an order that depends on n alone: 16 lanes, carried over to double.
 template <class Direction, class R>
-double magnitude_of_span(const Span<float, float>& s, int64_t n, float factor, const Direction& direction,
+double magnitude_of_span(const Span<float>& s, int64_t n, float factor, const Direction& direction,
                          const R& rule) {
-  constexpr int64_t kLanes = 16, kCarry = 1024;
+  constexpr int64_t kLanes = 16, kCarry = 1024, kSums = kLanes / kWidth;
   double total = 0.0;
   for (int64_t start = 0; start < n; start += kCarry) {
     const int64_t stop = std::min(n, start + kCarry);
-    Vec sums[kLanes / kWidth] = {};
-    for (int64_t i = start; i < stop; i += kLanes) {
-      for (int k = 0; k < kLanes / kWidth; ++k) {
-        const int64_t at = i + k * kWidth;
-        const int64_t count = std::min<int64_t>(kWidth, stop - at);
-        if (count <= 0) break;
-        const auto read = [&](const float* p) {
-          return count == kWidth ? load(p + at) : load_some(p + at, count);
-        };
-        Vec m{}, v{};
-        if constexpr (Direction::kMomentum) m = read(s.momentum);
-        if constexpr (Direction::kExpAvgSq) v = read(s.exp_avg_sq);
-        const Vec w = read(s.latent);
-        const Vec g = rule.gradient(read(s.grad) * factor, w);
-        const Vec before = R::kReadsWeight ? read(s.param) : Vec{};
-        Vec size = absolute(rule.point(w, direction(g, m, v), before));
-        for (int64_t lane = count; lane < kWidth; ++lane) size[lane] = 0.0f;
-        sums[k] += size;
-      }
+    Vec sums[kSums] = {};
+    for (int64_t at = start; at < stop; at += kPair) {
+      const int64_t count = std::min<int64_t>(kPair, stop - at);
+      const auto read = [&](const float* p) {
+        return count == kPair ? load_pair(p + at) : load_some(p + at, count);
+      };
+      Pair m{}, v{};
+      if constexpr (Direction::kMomentum) m = read(s.momentum);
+      if constexpr (Direction::kExpAvgSq) v = read(s.exp_avg_sq);
+      const Pair w = read(s.latent);
+      const Pair g = rule.gradient(read(s.grad) * factor, w);
+      const Pair before = R::kReadsWeight ? read(s.param) : Pair{};
+      Pair size = absolute(rule.point(w, direction(g, m, v), before));
+      for (int64_t lane = count; lane < kPair; ++lane)
+        (lane < kWidth ? size.first : size.second)[lane % kWidth] = 0.0f;
+      const int64_t k = (at - start) / kWidth;
+      sums[k % kSums] += size.first;
+      sums[(k + 1) % kSums] += size.second;
     }
     for (const Vec& part : sums) {
       for (int lane = 0; lane < kWidth; ++lane) total += part[lane];
@@ -214,9 +246,9 @@ template <class T>
 void widen(const void* from, int64_t at, float* to, int64_t n) {
   const T* source = static_cast<const T*>(from) + at;
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(to + i, load(source + i));
+  for (; i + kPair <= n; i += kPair) store_pair(to + i, load_pair(source + i));
   if (i == n) return;
-  const Vec rest = load_some(source + i, n - i);
+  const Pair rest = load_some(source + i, n - i);
   std::memcpy(to + i, &rest, static_cast<size_t>(n - i) * sizeof(float));
 }
 
@@ -224,10 +256,10 @@ template <class T>
 void narrow(const float* from, void* to, int64_t at, int64_t n) {
   T* target = static_cast<T*>(to) + at;
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(target + i, load(from + i));
+  for (; i + kPair <= n; i += kPair) store_pair(target + i, load_pair(from + i));
   if (i == n) return;
-  T rest[kWidth];
-  store(rest, load_some(from + i, n - i));
+  T rest[kPair];
+  store_pair(rest, load_some(from + i, n - i));
   std::memcpy(target + i, rest, static_cast<size_t>(n - i) * sizeof(T));
 }
 
@@ -247,9 +279,9 @@ void write_from_float(Dtype dtype, const float* from, void* to, int64_t at, int6
   }
 }
 
-// bfloat16 momentum, or fp32 with bfloat16 parameters: everything that is not float is converted to float
-// arrays that stay in the first cache. The float kernel then does the work. Weights and latents that stay as
-// they are, are stepped there too.
+// float16, or bfloat16 momentum of float weights: everything that is not float is converted to float arrays
+// that stay in the first cache. The float kernel then does the work. Weights and latents that stay as they
+// are, are stepped there too, of all types.
 struct Stage {
   alignas(64) float param[kStage];
   alignas(64) float grad[kStage];
@@ -257,9 +289,9 @@ struct Stage {
   alignas(64) float latent[kStage];
 };
 
-Span<float, float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
-                              bool latent_rule, bool reads_weight) {
-  Span<float, float> span{};
+Span<float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
+                       bool latent_rule, bool reads_weight) {
+  Span<float> span{};
   read_as_float(o.param_dtype, s.grad, at, stage.grad, n);
   span.grad = stage.grad;
   if (s.momentum != nullptr) {
@@ -292,7 +324,7 @@ void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int6
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
     const auto span = fill_stage(o, s, stage, at, n, R::kLatent, R::kReadsWeight);
-    step_span<float, float>(span, n, o.gradient_factor, direction, rule, Writing{});
+    step_span(span, n, o.gradient_factor, direction, rule, Writing{});
     if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
     if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, at, n);
   }
@@ -307,29 +339,25 @@ void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64
   const int64_t n = end - begin;
   if (o.frozen) return step_staged(o, s, begin, end, direction, rule);
   if (o.param_dtype == Dtype::kFloat32 && float_momentum) {
-    const Span<float, float> span{
-        static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
-        static_cast<float*>(s.momentum) + (s.momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0),
-        s.latent + (s.latent ? begin : 0)};
+    const Span<float> span{static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
+                           static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
+                           s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), s.latent + (s.latent ? begin : 0)};
     return step_span(span, n, o.gradient_factor, direction, rule, Writing{o.stream}, o.prefetch);
   }
-  if constexpr (!R::kLatent) {
-    const bool bfloat_momentum = !Direction::kMomentum || o.momentum_dtype == Dtype::kBFloat16;
-    if (o.param_dtype == Dtype::kBFloat16 && s.latent == nullptr &&
-        (bfloat_momentum || o.stochastic_rounding)) {
-      PhiloxKey key = o.key;
-      key.tensor = s.index;
-      key.step = static_cast<uint32_t>(s.step);
-      const auto run = [&](auto* momentum) {
-        using M = std::remove_pointer_t<decltype(momentum)>;
-        const Span<BFloat16, M> span{
-            static_cast<BFloat16*>(s.param) + begin, static_cast<const BFloat16*>(s.grad) + begin,
-            momentum + (momentum ? begin : 0), s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), nullptr};
-        const Writing writing{false, o.stochastic_rounding ? &key : nullptr};
-        step_span(span, n, o.gradient_factor, direction, rule, writing, o.prefetch, begin);
-      };
-      return bfloat_momentum ? run(static_cast<BFloat16*>(s.momentum)) : run(static_cast<float*>(s.momentum));
-    }
+  if (o.param_dtype == Dtype::kBFloat16) {
+    PhiloxKey key = o.key;
+    key.tensor = s.index;
+    key.step = static_cast<uint32_t>(s.step);
+    const bool narrow = o.momentum_dtype == Dtype::kBFloat16;
+    const int64_t bytes = narrow ? sizeof(BFloat16) : sizeof(float);
+    const Span<BFloat16> span{static_cast<BFloat16*>(s.param) + begin,
+                              static_cast<const BFloat16*>(s.grad) + begin,
+                              {static_cast<char*>(s.momentum) + (s.momentum ? begin * bytes : 0), narrow},
+                              s.exp_avg_sq + (s.exp_avg_sq ? begin : 0),
+                              s.latent + (s.latent ? begin : 0)};
+    const bool stochastic = o.stochastic_rounding && s.latent == nullptr;
+    const Writing writing{o.stream, stochastic ? &key : nullptr};
+    return step_span(span, n, o.gradient_factor, direction, rule, writing, o.prefetch, begin);
   }
   step_staged(o, s, begin, end, direction, rule);
 }
@@ -396,10 +424,9 @@ template <class Direction, class R>
 double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                           const Direction& direction, const R& rule) {
   if (o.param_dtype == Dtype::kFloat32 && (!Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32)) {
-    const Span<float, float> span{static_cast<float*>(s.param) + begin,
-                                  static_cast<const float*>(s.grad) + begin,
-                                  static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
-                                  s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), s.latent + begin};
+    const Span<float> span{static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
+                           static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
+                           s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), s.latent + begin};
     return magnitude_of_span(span, end - begin, o.gradient_factor, direction, rule);
   }
   double total = 0.0;

@@ -116,7 +116,7 @@ inline __attribute__((always_inline)) void store(BFloat16* p, Vec x) {
   const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
   std::memcpy(p, &half, sizeof(half));
 #else
-  store_halves(p, bfloat16_nearest((VecBits)x));
+  store_halves(p, bfloat16_nearest((VecBits)x) >> 16);
 #endif
 }
 
@@ -141,27 +141,6 @@ inline __attribute__((always_inline)) void store(Float16* p, Vec x) {
 #endif
 }
 
-inline __attribute__((always_inline)) bool any_at_least(VecBits x, uint32_t bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmpge_epu32_mask((__m512i)x, _mm512_set1_epi32(static_cast<int>(bound))) != 0;
-#else
-  const VecInt mask = x >= bound;
-#if defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask) != 0;
-#else
-  int32_t lanes = 0;
-  for (int k = 0; k < kWidth; ++k) lanes |= mask[k];
-  return lanes != 0;
-#endif
-#endif
-}
-
-// Floats without a sign order as integers do: one comparison sees both bounds.
-inline __attribute__((always_inline)) VecInt positive_below(Vec x, float bound) {
-  const uint32_t end = __builtin_bit_cast(uint32_t, bound);
-  return (VecBits)x - 1u < (end == 0 ? 0u : end - 1u);
-}
-
 inline __attribute__((always_inline)) Vec absolute(Vec x) { return (Vec)((VecBits)x & 0x7FFFFFFFu); }
 
 inline __attribute__((always_inline)) Vec power_of_two(Vec shifted) {
@@ -178,15 +157,24 @@ inline __attribute__((always_inline)) Vec turned_by(Vec s, Vec x) {
 }
 
 // As the templates: x < bound ? bound : x. One instruction, where gcc may make a comparison and a selection.
+inline __attribute__((always_inline)) Vec maximum(Vec x, Vec bound) {
 #if defined(__AVX512F__)
-inline __attribute__((always_inline)) Vec maximum(Vec x, Vec bound) {
   return (Vec)_mm512_max_ps((__m512)bound, (__m512)x);
-}
 #elif defined(__AVX2__)
-inline __attribute__((always_inline)) Vec maximum(Vec x, Vec bound) {
   return (Vec)_mm256_max_ps((__m256)bound, (__m256)x);
-}
+#else
+  return x < bound ? bound : x;
 #endif
+}
+inline __attribute__((always_inline)) Vec minimum(Vec x, Vec bound) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)bound, (__m256)x);
+#else
+  return x > bound ? bound : x;
+#endif
+}
 
 inline __attribute__((always_inline)) Vec round_down(Vec x) {
 #if defined(__AVX512F__)
