@@ -49,23 +49,25 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "quantopt/_version.py").read_text())[1]
 
-# Instruction set -> flags. Each contains the ones before it.
+# Instruction set -> flags. Each contains the ones before it, but avx512 does not contain avxvnni.
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"]
 ISAS = {
     "portable": [],
     "avx2": ["-march=x86-64-v3"],
+    "avxvnni": ["-march=x86-64-v3", "-mavxvnni", "-mgfni"],
     "avx512": AVX512,
     "avx512vnni": VNNI,
     "amx": [*VNNI, "-mgfni", "-mprfchw", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
+PRODUCTS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni")
 # Kernel file (without .cpp) -> the instruction sets it is compiled for.
 KERNELS = {
     "step": ("portable", "avx2", "avx512", "avx512vnni"),
-    "binary_linear": ("portable", "avx2", "avx512", "avx512vnni"),
-    "binary_tiles": ("portable", "avx2", "avx512", "avx512vnni"),
-    "quantize": ("portable", "avx2", "avx512", "avx512vnni"),
-    "binary_conv": ("portable", "avx2", "avx512", "avx512vnni"),
+    "binary_linear": PRODUCTS,
+    "binary_tiles": PRODUCTS,
+    "quantize": PRODUCTS,
+    "binary_conv": PRODUCTS,
     "amx_linear": ("amx",),
     "amx_conv": ("amx",),
 }
@@ -83,7 +85,8 @@ TORCH_FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp
 
 # Kernel file -> flags that it is given where the compiler knows them. The loops of the step branch on what is the
 # same for all elements (Nesterov, decay, ...): gcc takes that out of larger loops than it would by default.
-TUNING = {"step": ["--param=max-unswitch-insns=300"]}
+# Objects of products that allocate hold nothing for exceptions: the linker may keep any one definition of that.
+TUNING = {"step": ["--param=max-unswitch-insns=300"], "binary_linear": ["-fno-exceptions"]}
 # For `python setup.py sanitize`. null and unreachable cost compile time and are caught as crashes; calls in
 # place of inline checks halve it.
 SANITIZER_FLAGS = [

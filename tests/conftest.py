@@ -16,7 +16,7 @@ from quantopt import _extension
 hypothesis.settings.register_profile("quantopt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("quantopt")
 
-ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
+ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx")
 
 
 def supported_isas() -> list[str]:

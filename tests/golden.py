@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import quantopt
 
 FILE = Path(__file__).parent / "data" / "golden.json"
-ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni")
 SHAPES = ((5, 13, 3), (129,), (0, 4), (64, 32), (1,), (7, 1031))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Digests = dict[str, str]

@@ -46,6 +46,11 @@ void quantize_rows(const BinaryKernels& kernels, const float* x, int64_t rows, i
                    float* scale) {
   at::parallel_for(0, rows, 1 + 32768 / (length + 1), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
+      // The scales of groups, which are short rows, come from memory: in time, if asked for two pages ahead.
+      constexpr int64_t kAhead = 2048, kLine = 16, kShort = 1024;
+      for (int64_t k = 0; k < length && length <= kShort; k += kLine) {
+        __builtin_prefetch(x + m * length + k + kAhead);
+      }
       scale[m] = kernels.quantize_row(x + m * length, length, q + m * length);
     }
   });

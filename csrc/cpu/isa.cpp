@@ -27,6 +27,12 @@ bool built(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::avxvnni:
+#ifdef QUANTOPT_HAVE_AVXVNNI
+      return built(Isa::avx2);
+#else
+      return false;
+#endif
     case Isa::avx512:
 #ifdef QUANTOPT_HAVE_AVX512
       return true;
@@ -52,6 +58,13 @@ bool built(Isa isa) {
 constexpr const char* kNoProcessor = "is not supported by this processor";
 
 #if defined(__x86_64__)
+
+// AVX-VNNI, in the encoding of AVX2, for which gcc 12 has no name.
+bool ask_for_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvxVnni = 1u << 4;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
+}
 
 // Why tile registers cannot be used, or null. Linux grants them for the whole process, to threads that run
 // already too, and keeps no count: asking again is harmless.
@@ -97,6 +110,10 @@ const char* refusal(Isa isa) {
   switch (isa) {
     case Isa::portable: return nullptr;
     case Isa::avx2: return v3 ? nullptr : kNoProcessor;
+    case Isa::avxvnni: {
+      static const bool avx_vnni = ask_for_avx_vnni();  // virtual machines take long to answer
+      return v3 && avx_vnni && __builtin_cpu_supports("gfni") ? nullptr : kNoProcessor;
+    }
     case Isa::avx512: return v4 ? nullptr : kNoProcessor;
     case Isa::avx512vnni: return vnni ? nullptr : kNoProcessor;
     case Isa::amx: {
@@ -126,6 +143,7 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::portable: return "portable";
     case Isa::avx2: return "avx2";
+    case Isa::avxvnni: return "avxvnni";
     case Isa::avx512: return "avx512";
     case Isa::avx512vnni: return "avx512vnni";
     case Isa::amx: return "amx";
@@ -150,7 +168,7 @@ Isa active_isa() {
     if (const char* why = refusal(isa)) throw std::runtime_error(prefix + " " + why);
     return isa;
   }
-  throw std::runtime_error(prefix + " is unknown: use portable, avx2, avx512, avx512vnni or amx");
+  throw std::runtime_error(prefix + " is unknown: use portable, avx2, avxvnni, avx512, avx512vnni or amx");
 }
 
 void read_isa_choice() {

@@ -5,10 +5,11 @@
 
 namespace quantopt {
 
-// In increasing order: each contains the ones before. amx adds products of int8 and bfloat16 on tiles
-// (kernels/amx_linear.h, amx_conv.h) to the kernels of avx512vnni.
-enum class Isa { portable, avx2, avx512, avx512vnni, amx };
-constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::amx};
+// In increasing order: the best that a machine supports is the last. Each contains the ones before, but for
+// avxvnni (AVX2 with products of bytes and GFNI), which processors with AVX-512 may lack. amx adds products
+// on its tile registers (kernels/amx_linear.h, amx_conv.h) to the kernels of avx512vnni.
+enum class Isa { portable, avx2, avxvnni, avx512, avx512vnni, amx };
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::avx512vnni, Isa::amx};
 
 const char* isa_name(Isa isa);
 
@@ -19,9 +20,9 @@ bool isa_supported(Isa isa);
 // The best supported instruction set.
 Isa best_isa();
 
-// best_isa(), or the one that the environment variable QUANTOPT_CPU_ISA names (portable, avx2, avx512,
-// avx512vnni, amx; empty: no choice). Throws std::runtime_error with the reason if the name is unknown or the
-// instruction set is not supported. Any thread may call it.
+// best_isa(), or the one that the environment variable QUANTOPT_CPU_ISA names (portable, avx2, avxvnni,
+// avx512, avx512vnni, amx; empty: no choice). Throws std::runtime_error with the reason if the name is
+// unknown or the instruction set is not supported. Any thread may call it.
 Isa active_isa();
 
 // Reads the variable: when the extension is loaded, and for tests. Not while a thread may write to the
@@ -41,6 +42,9 @@ void read_isa_choice();
   namespace quantopt::avx2 {          \
   __VA_ARGS__                         \
   }                                   \
+  namespace quantopt::avxvnni {       \
+  __VA_ARGS__                         \
+  }                                   \
   namespace quantopt::avx512 {        \
   __VA_ARGS__                         \
   }                                   \
@@ -51,12 +55,18 @@ void read_isa_choice();
 // OF(n) for the namespace n of the best kernels that were built for `isa`, e.g.
 //     #define KERNELS(n) Kernels{&quantopt::n::scale}
 //     const Kernels kernels = QUANTOPT_FOR_ISA(isa, KERNELS);
-#define QUANTOPT_FOR_ISA(isa, OF)                                                    \
-  [](::quantopt::Isa chosen) {                                                       \
-    switch (chosen) {                                                                \
-      QUANTOPT_CASE_AVX512VNNI(OF)                                                   \
-      QUANTOPT_CASE_AVX512(OF) QUANTOPT_CASE_AVX2(OF) default : return OF(portable); \
-    }                                                                                \
+#define QUANTOPT_FOR_ISA(isa, OF) QUANTOPT_CHOOSE_ISA(isa, OF, avxvnni)
+// The same for kernels that are not compiled for avxvnni: those of avx2 take their place.
+#define QUANTOPT_FOR_ISA_BUT_AVXVNNI(isa, OF) QUANTOPT_CHOOSE_ISA(isa, OF, avx2)
+#define QUANTOPT_CHOOSE_ISA(isa, OF, OF_AVXVNNI) \
+  [](::quantopt::Isa chosen) {                   \
+    switch (chosen) {                            \
+      QUANTOPT_CASE_AVX512VNNI(OF)               \
+      QUANTOPT_CASE_AVX512(OF)                   \
+      QUANTOPT_CASE_AVXVNNI(OF, OF_AVXVNNI)      \
+      QUANTOPT_CASE_AVX2(OF)                     \
+      default: return OF(portable);              \
+    }                                            \
   }(isa)
 #ifdef QUANTOPT_HAVE_AVX512VNNI
 #define QUANTOPT_CASE_AVX512VNNI(OF) \
@@ -70,6 +80,12 @@ void read_isa_choice();
   case ::quantopt::Isa::avx512: return OF(avx512);
 #else
 #define QUANTOPT_CASE_AVX512(OF)
+#endif
+#ifdef QUANTOPT_HAVE_AVXVNNI
+#define QUANTOPT_CASE_AVXVNNI(OF, name) \
+  case ::quantopt::Isa::avxvnni: return OF(name);
+#else
+#define QUANTOPT_CASE_AVXVNNI(OF, name)
 #endif
 #ifdef QUANTOPT_HAVE_AVX2
 #define QUANTOPT_CASE_AVX2(OF) \

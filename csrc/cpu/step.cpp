@@ -20,7 +20,7 @@ struct Kernels {
 #define QUANTOPT_STEP_KERNELS(isa) \
   Kernels { &isa::step_piece, &isa::magnitude_of_piece }
 
-Kernels choose_kernels() { return QUANTOPT_FOR_ISA(active_isa(), QUANTOPT_STEP_KERNELS); }
+Kernels choose_kernels() { return QUANTOPT_FOR_ISA_BUT_AVXVNNI(active_isa(), QUANTOPT_STEP_KERNELS); }
 
 // Software prefetch is worth 10-20 % beyond the caches on Intel server cores (measured on one with AMX), and
 // costs as much on AMD Zen 4.

@@ -113,23 +113,26 @@ struct Kernels {
   decltype(&portable::magnitude_of_piece) magnitude_of_piece;
 };
 
-#define KERNELS(isa)                                                                                      \
+#define KERNELS(isa, of_step)                                                                             \
   Kernels {                                                                                               \
     Isa::isa, isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,           \
         isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv_pieces, isa::binary_conv2d, \
-        isa::step_piece, isa::magnitude_of_piece                                                          \
+        of_step::step_piece, of_step::magnitude_of_piece                                                  \
   }
 
 const Kernels kBuilt[] = {
-    KERNELS(portable),
+    KERNELS(portable, portable),
 #ifdef QUANTOPT_HAVE_AVX2
-    KERNELS(avx2),
+    KERNELS(avx2, avx2),
+#endif
+#ifdef QUANTOPT_HAVE_AVXVNNI
+    KERNELS(avxvnni, avx2),
 #endif
 #ifdef QUANTOPT_HAVE_AVX512
-    KERNELS(avx512),
+    KERNELS(avx512, avx512),
 #endif
 #ifdef QUANTOPT_HAVE_AVX512VNNI
-    KERNELS(avx512vnni),
+    KERNELS(avx512vnni, avx512vnni),
 #endif
 };
 
@@ -157,7 +160,8 @@ struct Weights {
         bits(planes * outputs * ((inputs + 7) / 8)),
         plane_weights(planes) {
     for (int64_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint8_t>(random_word());
-    for (int64_t p = 0; p < planes; ++p) plane_weights[p] = 1 << p;
+    const bool ternary = planes == 2 && inputs % 4 == 3;
+    for (int64_t p = 0; p < planes; ++p) plane_weights[p] = ternary ? 1 : 1 << p;
   }
   double at(int64_t n, int64_t k) const {
     double w = 0.0;
@@ -277,8 +281,13 @@ void check_products(const Kernels& kernels) {
           check_linear(kernels, rows, outputs, inputs, 3, 32, quantized, activation, run);
         }
       }
+      for (int64_t rows : {13, 26}) {
+        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 3, 0, true, Activation::none);
+        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 48, true, Activation::none);
+      }
     }
   }
+  check_linear(kernels, 131, 300, 600, 1, 64, true, Activation::none);  // more rows than share a panel
   for (bool quantized : {false, true}) {
     check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none, run);  // more than a block of tiles
     check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu,

@@ -6,13 +6,13 @@
 #include "core/activation.h"
 // clang-format on
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "core/tile.h"
 #include "cpu/kernels/amx_registers.h"
 #include "cpu/kernels/amx_rows.h"
+#include "cpu/kernels/binary_linear.h"
 
 namespace quantopt::amx {
 namespace {
@@ -28,7 +28,7 @@ inline int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit
 // Registers of a block of `rows` rows: sums 0 to 3 (rows x outputs), rows 4 and 5, weights 6 and 7.
 inline void configure(int64_t rows) {
   AmxConfig config;
-  const int64_t first = std::min(rows, kRegisterRows), second = rows - first;
+  const int64_t first = least(rows, kRegisterRows), second = rows - first;
   for (int half = 0; half < 2; ++half) {
     config.shape(half, first, kRowBytes);
     config.shape(2 + half, second, kRowBytes);

@@ -6,7 +6,6 @@
 // x pass by the first-level cache, so that the ring stays there.
 #include "cpu/kernels/amx_linear.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "cpu/kernels/amx_block.h"
@@ -20,7 +19,6 @@ constexpr int64_t kAhead = 4;  // steps between the expansion of weights and the
 constexpr uint64_t kRing = 8;  // steps
 static_assert(kRowsTogether == kBlockRows);
 
-inline int64_t group_count(const LinearProblem& p) { return (p.inputs + p.group - 1) / p.group; }
 inline TileBits bits_of(const LinearProblem& p) { return {p.tiles, p.planes, 1, p.outputs, p.inputs}; }
 inline int64_t steps_of(const Product& a) {
   const TileBits bits = bits_of(a.p);
@@ -203,7 +201,7 @@ void block(const Call& call, Weights weights, int64_t row, int64_t rows) {
 template <int parts, bool grouped, class Weights>
 void blocks(const Call& call, const Weights& weights, int64_t row, int64_t end) {
   for (; row < end; row += kRowsTogether) {
-    const int64_t rows = std::min(kRowsTogether, end - row);
+    const int64_t rows = least(kRowsTogether, end - row);
     if (rows > kRegisterRows) {
       block<parts, true, grouped>(call, weights, row, rows);
     } else {

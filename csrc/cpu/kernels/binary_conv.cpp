@@ -18,8 +18,6 @@ namespace quantopt::QUANTOPT_ISA {
 
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 constexpr int64_t kBlockPixels = 64;  // of y
 constexpr int64_t kTableBytes =
     576 << 10;                       // of one chunk of the rows of a block: they fit the second-level cache

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cpu/kernels/binary_linear.h"
+
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
@@ -41,6 +43,11 @@ struct Epilogue {
   Activation activation;
   Vec all, row;
 };
+
+// Of row m of a product.
+inline Epilogue epilogue_of(const LinearProblem& p, int64_t m) {
+  return {p.scale, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias, p.activation};
+}
 
 // y[n] = epilogue(y[n]) for outputs [begin, end) of a row.
 inline void epilogue_row(float* y, int64_t begin, int64_t end, const Epilogue& epilogue) {

@@ -1,7 +1,7 @@
-// Products with +-1 weights: by lookups (binary_lookup.h) with AVX2 and AVX-512, or with few outputs by bytes
-// (binary_expand.h); elsewhere, and for groups of scales that are no multiple of 16, rows of W are expanded
-// to floats in a panel. Each output is summed in an order that depends on K alone: any split over threads or
-// rows gives the same bits.
+// Products with +-1 weights: by lookups (binary_lookup.h) with AVX2 and AVX-512, or with VNNI by bytes
+// (binary_bytes.h) for many rows of x or few outputs; elsewhere, and for groups of scales that are no
+// multiple of 16, rows of W are expanded to floats in a panel. Each output is summed in an order that depends
+// on K alone: any split over threads or rows gives the same bits.
 #include "cpu/kernels/binary_linear.h"
 
 #include <cmath>
@@ -10,19 +10,15 @@
 #include "cpu/kernels/binary_epilogue.h"
 #include "cpu/kernels/binary_lookup.h"
 #include "cpu/kernels/quantize.h"
-#if defined(__AVX512VNNI__)
-#include "cpu/kernels/binary_expand.h"
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define QUANTOPT_BYTES
+#include "cpu/kernels/binary_bytes.h"
 #endif
 
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
-inline int64_t group_count(const LinearProblem& p) { return (p.inputs + p.group - 1) / p.group; }
-inline Epilogue epilogue_of(const LinearProblem& p, int64_t m) {
-  return {p.scale, p.scale_stride, p.q != nullptr ? p.x_scale[m] : 1.0f, p.bias, p.activation};
-}
 
 // ---- panels ---
 
@@ -404,120 +400,6 @@ void linear_by_lookups(const LinearProblem& p, int64_t row_begin, int64_t row_en
 
 #endif
 
-// ---- products of bytes ---
-
-#if defined(__AVX512VNNI__)
-
-// With few outputs, tables of sums take longer to make than to use: weights that were expanded to bytes, 0
-// for -1, are then faster. On Zen 4, times of the lookups over those of bytes: 32 outputs 1.0 to 1.2 with 4
-// rows, 1.5 to 2.5 with 64; 64 outputs 0.65 with 4, 0.85 to 0.98 with 8, with 16 rows 0.8 to 0.9 up to 64
-// inputs and 1.0 to 1.17 above, with 64 rows 0.9 to 1.4; 96 outputs at most 1.05.
-inline bool few_outputs(const LinearProblem& p) {
-  int64_t most = 0;
-  for (int64_t plane = 0; plane < p.planes; ++plane) most += p.plane_weights[plane];
-  int64_t few = 0;
-  if (p.rows >= 4) few = 32;
-  if (p.rows >= 16 && p.inputs >= 128) few = 64;
-  return p.q != nullptr && p.group == 0 && p.outputs <= few && most <= 255;
-}
-
-// The sum of a row of q.
-inline int32_t sum_of(const int8_t* q, int64_t inputs) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t k = 0; k < inputs; k += 64) {
-    const __mmask64 mask = inputs - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (inputs - k)) - 1;
-    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(mask, q + k));
-  }
-  return _mm512_reduce_add_epi32(sum);
-}
-
-// sums[i] += weights of `width` inputs from a panel times row i of q, for the first 16 H outputs of a tile.
-template <int MR, int H>
-void multiply_bytes(const int8_t* q, int64_t row, const int8_t* panel, int64_t width,
-                    int32_t (*sums)[kTileRows]) {
-  __m512i acc[MR][H];
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    for (int h = 0; h < H; ++h) acc[i][h] = _mm512_loadu_si512(sums[i] + 16 * h);
-  }
-  const auto add = [&](int64_t k, auto four) __attribute__((always_inline)) {
-    const int8_t* weights = panel + k / kStep * 2 * kHalfBytes + k % kStep / 4 * kStep;
-    __m512i w[H];
-    for (int h = 0; h < H; ++h) w[h] = _mm512_loadu_si512(weights + h * kHalfBytes);
-    QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-      const __m512i x = four(q + i * row + k);
-      for (int h = 0; h < H; ++h) acc[i][h] = _mm512_dpbusd_epi32(acc[i][h], w[h], x);
-    }
-  };
-  int64_t k = 0;
-  for (; k + 4 <= width; k += 4) {
-    add(k, [](const int8_t* p) {
-      int32_t x;
-      std::memcpy(&x, p, sizeof x);
-      return _mm512_set1_epi32(x);
-    });
-  }
-  if (k < width) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << (width - k)) - 1);
-    add(k, [=](const int8_t* p) { return _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(mask, p)); });
-  }
-  QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) {
-    for (int h = 0; h < H; ++h) _mm512_storeu_si512(sums[i] + 16 * h, acc[i][h]);
-  }
-}
-
-template <int H>
-void multiply_rows(const int8_t* q, int64_t rows, int64_t row, const int8_t* panel, int64_t width,
-                   int32_t (*sums)[kTileRows]) {
-  constexpr int kMost = 16 / H;  // two sums of 16 outputs would take 34 registers with 16 rows
-  int64_t m = 0;
-  for (; m + kMost <= rows; m += kMost) multiply_bytes<kMost, H>(q + m * row, row, panel, width, sums + m);
-  for (; m + 4 <= rows; m += 4) multiply_bytes<4, H>(q + m * row, row, panel, width, sums + m);
-  for (; m < rows; ++m) multiply_bytes<1, H>(q + m * row, row, panel, width, sums + m);
-}
-
-void linear_by_bytes(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 64;  // that share the expanded weights
-  constexpr int64_t kSteps = 8;
-  alignas(64) int8_t panel[kSteps * 2 * kHalfBytes];
-  alignas(64) int32_t sums[kRows][kTileRows];
-  int32_t row_sums[kRows];
-  const ConvProblem c = as_conv(p);
-  int32_t weight = 0;
-  for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
-  for (int64_t first = row_begin; first < row_end; first += kRows) {
-    const int64_t rows = least(kRows, row_end - first);
-    for (int64_t m = 0; m < rows; ++m) row_sums[m] = weight * sum_of(p.q + (first + m) * p.inputs, p.inputs);
-    for (int64_t tile = begin / kTileRows; tile < tile_count(end); ++tile) {
-      const int64_t n = tile * kTileRows, count = least(kTileRows, p.outputs - n);
-      const Words words(c, tile);
-      std::memset(sums, 0, sizeof sums[0] * static_cast<size_t>(rows));
-      for (int64_t step = 0; step < row_steps(c); step += kSteps) {
-        expand<true>(c, words, step, least(kSteps, row_steps(c) - step), panel);
-        const int64_t width = least(kSteps * kStep, p.inputs - step * kStep);
-        const int8_t* q = p.q + first * p.inputs + step * kStep;
-        if (count > 16) {
-          multiply_rows<2>(q, rows, p.inputs, panel, width, sums);
-        } else {
-          multiply_rows<1>(q, rows, p.inputs, panel, width, sums);
-        }
-      }
-      for (int64_t m = 0; m < rows; ++m) {
-        float* y = p.y + (first + m) * p.outputs;
-        for (int64_t i = 0; i < count; i += 16) {
-          const __m512i sum = _mm512_loadu_si512(sums[m] + i);
-          const __m512 v = _mm512_cvtepi32_ps(
-              _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(row_sums[m])));
-          store_part(y + n + i, (Vec)v, static_cast<int>(least(16, count - i)));
-        }
-        epilogue_row(y, n, n + count, epilogue_of(p, first + m));
-      }
-    }
-  }
-}
-
-#endif
-
 }  // namespace
 
 bool binary_uses_tiles([[maybe_unused]] const LinearProblem& p) {
@@ -529,8 +411,8 @@ bool binary_uses_tiles([[maybe_unused]] const LinearProblem& p) {
 }
 
 void binary_linear(const LinearProblem& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-#if defined(__AVX512VNNI__)
-  if (few_outputs(p)) return linear_by_bytes(p, row_begin, row_end, begin, end);
+#if defined(QUANTOPT_BYTES)
+  if (takes_bytes(p)) return linear_by_bytes(p, row_begin, row_end, begin, end);
 #endif
 #if defined(QUANTOPT_LOOKUPS)
   if (p.tiles != nullptr && binary_uses_tiles(p)) {

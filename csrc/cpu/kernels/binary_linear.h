@@ -44,6 +44,8 @@ inline bool takes_levels(const int32_t* plane_weights, int64_t planes, int64_t i
   return (planes == 1 || ternary) && inputs <= INT32_MAX / (127 * 127 * planes * plane_weights[0]);
 }
 
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Tiles: bits in 16-bit words, those of 32 rows side by side. The words of a row come in chunks of 16 (256
 // weights), the last chunk shorter: [plane][chunk][tile][word of the chunk][row of the tile]; zero where
 // there is no weight. Lookups take bands of 4 tiles together.
@@ -57,14 +59,13 @@ constexpr int64_t tile_count(int64_t outputs) { return (outputs + kTileRows - 1)
 constexpr int64_t tile_words(int64_t inputs) { return (inputs + 15) / 16; }
 // Words of the chunk whose first weight is `first`.
 constexpr int64_t chunk_words(int64_t inputs, int64_t first) {
-  const int64_t rest = tile_words(inputs) - first / 16;
-  return rest < kChunkWords ? rest : kChunkWords;
+  return least(tile_words(inputs) - first / 16, kChunkWords);
 }
 // Tiles of the band whose first tile is `tile`.
 constexpr int64_t band_tiles(int64_t outputs, int64_t tile) {
-  const int64_t rest = tile_count(outputs) - tile;
-  return rest < kBandTiles ? rest : kBandTiles;
+  return least(tile_count(outputs) - tile, kBandTiles);
 }
+constexpr int64_t group_count(const LinearProblem& p) { return (p.inputs + p.group - 1) / p.group; }
 // Where the scale of a group of a row is in the order of tiles: [tile][group][row of the tile].
 constexpr int64_t group_index(int64_t n, int64_t group, int64_t groups) {
   return (n / kTileRows * groups + group) * kTileRows + n % kTileRows;

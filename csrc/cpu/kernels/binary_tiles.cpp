@@ -10,7 +10,6 @@
 namespace quantopt::QUANTOPT_ISA {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t row_bytes(int64_t inputs) { return (inputs + 7) / 8; }
 
 }  // namespace
