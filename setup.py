@@ -355,7 +355,9 @@ class Sanitize(BuildQuantopt):
         self.build_temp = str(ROOT / "build" / "sanitize")
         with self.lock():
             self.cxx = find_cxx()
-            on_host = sorted((ROOT / "tests/amx_on_host").glob("*.cpp"))  # each includes the source of its kernel
+            on_host = sorted(
+                (ROOT / "tests/amx_on_host").glob("*.cpp")
+            )  # each includes the source of its kernel
             emulated = [ROOT / f"csrc/cpu/kernels/amx_{source.name}" for source in on_host]
             self.headers = [*sorted((ROOT / "csrc").rglob("*.h")), *emulated]
             isas = self.usable_isas()
