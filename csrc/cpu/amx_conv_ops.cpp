@@ -161,30 +161,31 @@ void run_images(const Groups& groups, const ConvPlan& plan, int64_t begin, int64
   }
 }
 
-// All images, each by several threads.
-void run_shared(const Groups& groups, const ConvPlan& plan, int64_t threads) {
+// Images [begin, end), each by several threads.
+void run_shared(const Groups& groups, const ConvPlan& plan, const std::vector<ImageFactor>& factors,
+                int64_t begin, int64_t end, int64_t threads) {
   const Convolution& first = groups.first();
   const amx::ConvSlots& slots = plan.slots;
-  const int64_t slot = amx::slot_bytes(first, slots), bytes = slots.count * slot;
-  const int64_t tiles = tile_count(first.p.outputs), images = first.p.images;
-  const std::vector<ImageFactor> factors = factors_of(first);
+  const int64_t slot = amx::slot_bytes(first, slots), bytes = slots.count * slot, images = end - begin;
+  const int64_t tiles = tile_count(first.p.outputs);
   const Scratch<struct Images> memory(images * bytes);
   char* const at = memory.get();
   const int64_t by_tiles = std::min(tiles, threads), by_blocks = (threads + by_tiles - 1) / by_tiles;
   const int64_t grain = 1 + kPutWork / (slots.width * slot);
   for (const Convolution& conv : groups.all()) {
-    at::parallel_for(0, images * slots.line_count, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, images * slots.line_count, grain, [&](int64_t from, int64_t to) {
       const Scratch<struct Working> own(amx::putting_memory(conv, slots));
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = from; i < to; ++i) {
         const int64_t image = i / slots.line_count, line = i % slots.line_count;
-        amx::put_lines(conv, slots, factors.data(), image, line, line + 1, at + image * bytes, own.get());
+        amx::put_lines(conv, slots, factors.data(), begin + image, line, line + 1, at + image * bytes,
+                       own.get());
       }
     });
-    at::parallel_for(0, by_tiles * by_blocks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, by_tiles * by_blocks, 1, [&](int64_t from, int64_t to) {
       const Scratch<struct Working> own(amx::working_memory(conv, slots));
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = from; i < to; ++i) {
         const int64_t n = i % by_tiles, b = i / by_tiles;
-        amx::multiply(conv, slots, factors.data(), 0, images, b * slots.block_count / by_blocks,
+        amx::multiply(conv, slots, factors.data(), begin, images, b * slots.block_count / by_blocks,
                       (b + 1) * slots.block_count / by_blocks, n * tiles / by_tiles,
                       (n + 1) * tiles / by_tiles, at, own.get());
       }
@@ -296,7 +297,13 @@ at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, 
   if (plan.taps.empty()) return {};
   if (beside) groups.put_side_by_side();
   if (shared) {
-    run_shared(groups, plan, threads);
+    constexpr int64_t kBytes = 32 << 20;
+    const int64_t most =
+        std::max<int64_t>(kBytes / (plan.slots.count * amx::slot_bytes(first, plan.slots)), 1);
+    const std::vector<ImageFactor> factors = factors_of(first);
+    for (int64_t image = 0; image < p.images; image += most) {
+      run_shared(groups, plan, factors, image, std::min(p.images, image + most), threads);
+    }
     return y;
   }
   const int64_t units = (p.images + together - 1) / together;

@@ -33,27 +33,6 @@ struct ConvProblem {
   Activation activation;
 };
 
-// A linear layer of M rows as the convolution of M images of one pixel with a kernel of one position.
-inline ConvProblem as_conv(const LinearProblem& p) {
-  ConvProblem c{};
-  c.images = p.rows;
-  c.height = c.width = c.out_height = c.out_width = 1;
-  c.channels = c.x_stride = p.inputs;
-  c.outputs = c.y_stride = p.outputs;
-  for (int i = 0; i < 2; ++i) c.kernel[i] = c.stride[i] = c.dilation[i] = 1;
-  c.planes = p.planes;
-  c.tiles = p.tiles;
-  c.plane_weights = p.plane_weights;
-  c.scale = p.scale;
-  c.scale_stride = p.scale_stride;
-  c.bias = p.bias;
-  c.q = p.q;
-  c.x_scale = p.x_scale;
-  c.y = p.y;
-  c.activation = p.activation;
-  return c;
-}
-
 }  // namespace quantopt
 
 QUANTOPT_DECLARE_PER_ISA(
