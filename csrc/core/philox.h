@@ -20,26 +20,29 @@ QUANTOPT_HOST_DEVICE void wide_product(uint32_t constant, uint32_t x, uint32_t& 
   low = static_cast<uint32_t>(product);
 }
 
-// Four random words of the block (low, high); U is uint32_t, or a vector of them.
-template <class U>
-QUANTOPT_HOST_DEVICE void philox(const PhiloxKey& key, U low, U high, U out[4]) {
-  U c0 = low, c1 = high, c2 = U{} + key.step, c3 = U{} + key.tensor;
-  uint32_t k0 = key.seed_low, k1 = key.seed_high;
-  for (int round = 0; round < 7; ++round) {
-    U high0, low0, high1, low1;
+// The last `Rounds` rounds. The words are numbers or vectors of them: what is the same in all lanes stays one
+// number for as long as it is.
+template <int Rounds, class A, class B, class C, class D, class U>
+QUANTOPT_HOST_DEVICE void philox_rounds(A c0, B c1, C c2, D c3, uint32_t k0, uint32_t k1, U out[4]) {
+  if constexpr (Rounds == 0) {
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
+  } else {
+    A high0, low0;
+    C high1, low1;
     wide_product(0xD2511F53u, c0, high0, low0);
     wide_product(0xCD9E8D57u, c2, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c2 = high0 ^ c3 ^ k1;
-    c1 = low1;
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    philox_rounds<Rounds - 1>(high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0, k0 + 0x9E3779B9u,
+                              k1 + 0xBB67AE85u, out);
   }
-  out[0] = c0;
-  out[1] = c1;
-  out[2] = c2;
-  out[3] = c3;
+}
+
+// Four random words of the block (low, high), which are uint32_t, or vectors of them.
+template <class U, class High>
+QUANTOPT_HOST_DEVICE void philox(const PhiloxKey& key, U low, High high, U out[4]) {
+  philox_rounds<7>(low, high, key.step, key.tensor, key.seed_low, key.seed_high, out);
 }
 
 }  // namespace quantopt

@@ -218,7 +218,7 @@ template <int N>
 __device__ __forceinline__ Raw<N> narrow_stochastic(const Floats<N>& x, const PhiloxKey& key, int64_t i) {
   const auto block = static_cast<uint64_t>(i) / 8;
   uint32_t random[4];
-  philox<uint32_t>(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), random);
+  philox(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), random);
   Raw<N> raw;
   if constexpr (N == 1) {
     const int lane = static_cast<int>(i % 8);

@@ -26,10 +26,15 @@ inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
   for (int64_t b = 0; b < kRandomBlock / 8; b += kWidth) {
     const uint64_t block = start + static_cast<uint64_t>(b);
     const VecBits low = lane + static_cast<uint32_t>(block);
-    const auto carry =
-        (VecBits)(low < static_cast<uint32_t>(block));  // all ones, -1, where the low word wrapped
+    const auto high = static_cast<uint32_t>(block >> 32);
     VecBits words[4];
-    philox(key, low, static_cast<uint32_t>(block >> 32) - carry, words);
+    if (static_cast<uint32_t>(block) <= UINT32_MAX - kWidth) {
+      philox(key, low, high, words);
+    } else {
+      const auto carry =
+          (VecBits)(low < static_cast<uint32_t>(block));  // all ones, -1, where the low word wraps
+      philox(key, low, high - carry, words);
+    }
     transpose_quads(words);
     std::memcpy(out + 8 * b, words, sizeof(words));
   }
