@@ -86,8 +86,7 @@ struct OutputTile {
 
 // The end of a block: y from the sums of 32 outputs. Rows say which row of y each of the block is (`row(m)`,
 // or less than 0 if it is none, but with `kAll`) and by what its sums are multiplied, before or after the
-// scale
-// (`factor(m)`, with `kOneFactor` the same for all).
+// scale (`factor(m)`, with `kOneFactor` the same for all).
 //
 // Products on registers share their port with vector instructions: the fewer of these, the sooner both end.
 class Finish {
@@ -108,7 +107,7 @@ class Finish {
         t.scale[half] = (Vec)_mm512_maskz_loadu_ps(t.mask[half], to_.scale + n);
       }
       t.scale[half] *= power_;
-      t.bias[half] = fill<Vec>(0.0f);
+      t.bias[half] = fill<Vec>(-0.0f);  // changes nothing, zeros neither
       if (to_.bias != nullptr) t.bias[half] = (Vec)_mm512_maskz_loadu_ps(t.mask[half], to_.bias + n);
     }
     return t;
@@ -144,20 +143,17 @@ class Finish {
   __attribute__((noinline)) void with_all(const Rows& rows, int64_t begin, int64_t end,
                                           const OutputTile& tile, const Sums* sums) const {
     const auto activated = [&](Vec v) { return activate(to_.activation, v); };
-    OutputTile t = tile;
-    const int32_t* whole = nullptr;
-    if constexpr (std::is_same_v<Sums, int32_t>) whole = sums;
-    alignas(64) int32_t multiples[kBlockRows * kTileRows];
-    if (whole != nullptr && times_ != 1) {
-      for (int64_t i = begin * kTileRows; i < end * kTileRows; ++i) multiples[i] = whole[i] * times_;
-      whole = multiples;
+    alignas(64) Sums multiples[kBlockRows * kTileRows];
+    if (times_ != 1) {
+      for (int64_t i = begin * kTileRows; i < end * kTileRows; ++i) {
+        multiples[i] = sums[i] * static_cast<Sums>(times_);
+      }
+      sums = multiples;
     }
-    const auto* from = sums;
-    if constexpr (std::is_same_v<Sums, int32_t>) from = whole;
     if (to_.y_bf16 != nullptr) {
-      put_rows<true>(rows, begin, end, t, from, activated);
+      put_rows<true>(rows, begin, end, tile, sums, activated);
     } else {
-      put_rows<false>(rows, begin, end, t, from, activated);
+      put_rows<false>(rows, begin, end, tile, sums, activated);
     }
   }
 
@@ -184,15 +180,27 @@ class Finish {
         }
         v[h] = activated(v[h] + tile.bias[h]);
       }
-      if constexpr (half_y) {  // rounded to nearest even, denormals to zero
-        const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+      if constexpr (half_y) {
         const auto mask = static_cast<__mmask32>(tile.mask[0] | static_cast<uint32_t>(tile.mask[1]) << 16);
-        _mm512_mask_storeu_epi16(to_.y_bf16 + at, mask, (__m512i)halves);
+        _mm512_mask_storeu_epi16(to_.y_bf16 + at, mask, as_bfloat16(v));
       } else {
         _mm512_mask_storeu_ps(to_.y + at, tile.mask[0], (__m512)v[0]);
         _mm512_mask_storeu_ps(to_.y + at + 16, tile.mask[1], (__m512)v[1]);
       }
     }
+  }
+
+  // Rounded to the nearest, ties to even. The instruction takes denormals as zero.
+  static __attribute__((always_inline)) __m512i as_bfloat16(const Vec* v) {
+    constexpr int kDenormal = 0x20;
+    const __mmask16 denormal =
+        _mm512_fpclass_ps_mask((__m512)v[0], kDenormal) | _mm512_fpclass_ps_mask((__m512)v[1], kDenormal);
+    if (__builtin_expect(denormal == 0, 1)) {
+      return (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    }
+    const __m256i low = _mm512_cvtepi32_epi16((__m512i)bfloat16_nearest((VecBits)v[0]));
+    const __m256i high = _mm512_cvtepi32_epi16((__m512i)bfloat16_nearest((VecBits)v[1]));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
 
   const Output to_;
