@@ -198,8 +198,8 @@ class Finish {
     if (__builtin_expect(denormal == 0, 1)) {
       return (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
     }
-    const __m256i low = _mm512_cvtepi32_epi16((__m512i)bfloat16_nearest((VecBits)v[0]));
-    const __m256i high = _mm512_cvtepi32_epi16((__m512i)bfloat16_nearest((VecBits)v[1]));
+    const __m256i low = _mm512_cvtepi32_epi16((__m512i)(bfloat16_nearest((VecBits)v[0]) >> 16));
+    const __m256i high = _mm512_cvtepi32_epi16((__m512i)(bfloat16_nearest((VecBits)v[1]) >> 16));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
 
