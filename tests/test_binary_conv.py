@@ -39,10 +39,8 @@ def check(
     if group_size:
         if compute == "int8" and not x.requires_grad:  # with gradients the reference runs
             levels, r = reference.quantize_rows(scale)
-            scales = levels.double() * r.double()
-        else:
-            scales = scale.double()
-        scales = scales.repeat_interleave(group_size, 1)[:, : w[0].numel()]
+            scale = levels.double() * r.double()
+        scales = scale.double().repeat_interleave(group_size, 1)[:, : w[0].numel()]
     weight = (torch.where(w >= 0, 1.0, -1.0).double().flatten(1) * scales).view(w.shape)
     expected = F.conv2d(values, weight, None if bias is None else bias.double(), **geometry)  # type: ignore[arg-type]
     size = F.conv2d(values.abs(), weight.abs(), None, **geometry) + 1  # type: ignore[arg-type]
@@ -492,8 +490,7 @@ def test_one_channel_whatever_its_stride(compute: str) -> None:
     choice = random.Random(0)
     cases = [((3, 1, 2, 2), (2, 2), (1, 3), (1, 1))]
     for _ in range(400):
-        sizes = [choice.randint(1, n) for n in (3, 5, 5, 3, 3, 2, 3)]
-        b, h, w, *kernel, down, right = sizes
+        b, h, w, *kernel, down, right = (choice.randint(1, n) for n in (3, 5, 5, 3, 3, 2, 3))
         padding = choice.choice([(1, 0), (1, 1), (2, 0)])
         if h + 2 * padding[0] >= kernel[0] and w + 2 * padding[1] >= kernel[1]:
             cases.append(((b, 1, h, w), (kernel[0], kernel[1]), (down, right), padding))

@@ -1,5 +1,6 @@
-"""Files of quantopt 0.1.0 (tests/data/old, written by tests/old_files.py) load and go on as they did; Adam, which divided
-three times where one division gives the direction now, up to roundings."""
+"""Files of quantopt 0.1.0 (tests/data/old, written by tests/old_files.py) load and go on as they did.
+
+Adam goes on up to roundings: it divided three times where one division gives the direction now."""
 
 import shutil
 from pathlib import Path

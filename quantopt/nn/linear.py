@@ -22,9 +22,9 @@ class BinaryModule(nn.Module):
     bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] where levels > 2. scale: fp32 [1] | [N] | [N, ceil(K/group_size)].
     The layout is derived again when a state_dict is loaded, the module moved or copied. It serves only the bits that it
     comes from: after writing to ``bits``, and with other bits (torch.func.functional_call), each call derives it, which
-    takes longer, until :meth:`prepare`; a program that torch.export saved always does. Scales of groups are kept in that
-    layout until they are written to. Writes that torch does not count (through ``bits.data``, ``scale.data``) are not
-    seen.
+    takes longer, until :meth:`prepare`; a program that torch.export saved always does. Scales of groups are kept in
+    that layout until they are written to. Writes that torch does not count (as those through ``bits.data`` and
+    ``scale.data``) are not seen.
     """
 
     bits: Tensor
