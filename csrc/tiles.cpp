@@ -3,6 +3,7 @@
 #include <c10/core/StorageImpl.h>
 
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace quantopt {
@@ -77,9 +78,12 @@ at::Tensor kept_with_tiles(const at::Tensor& tiles, const at::Tensor& scale, int
     }
   }
   at::Tensor derived = derive();
-  const std::lock_guard lock(tied->mutex);
-  tied->scales = {scale.storage(), scale.const_data_ptr(), scale.sizes().vec(), version, form, derived};
-  return derived;
+  Scales made{scale.storage(), scale.const_data_ptr(), scale.sizes().vec(), version, form, derived};
+  {
+    const std::lock_guard lock(tied->mutex);
+    std::swap(tied->scales, made);
+  }
+  return derived;  // what was kept before goes without the lock: its memory may be Python's, who has one too
 }
 
 }  // namespace quantopt

@@ -16,15 +16,30 @@ from quantopt.reference import binary as reference
 
 pytestmark = pytest.mark.skipif("amx" not in supported_isas(), reason="needs a processor with AMX")
 
-ROWS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 129)
-PLANES = ([1], [1], [1, 1], [1, 2], [1, 2, 4, 8], [3], [64, 63])
+ROWS = (0, 1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 31, 32, 33, 47)
+MANY_ROWS = (48, 49, 63, 64, 65, 100, 129)  # with which all but the smallest layers run on registers
+# The last ones are at, and beyond, what fits in a byte, in bfloat16, and in a table of 32 levels.
+PLANES = (
+    [1],
+    [1],
+    [1],
+    [1, 1],
+    [1, 2],
+    [1, 2, 4, 8],
+    [3],
+    [64, 63],
+    [64, 64],
+    [128, 128],
+    [128, 127, 2],
+    [1] * 6,
+)
 
 
 def draw(seed: int) -> tuple[Tensor, PackedWeight]:
     """x of any number of rows, and weights of any form that has a kernel on registers, and of some that have none."""
     pick = random.Random(seed)
-    m, n = pick.choice(ROWS), pick.randint(1, 300)
-    k = pick.choice([pick.randint(1, 1200), pick.randint(1, 100), 64 * pick.randint(1, 20)])
+    m, n = pick.choice(ROWS + MANY_ROWS * 2), pick.choice([pick.randint(1, 300), pick.randint(100, 300)])
+    k = pick.choice([pick.randint(1, 1200), pick.randint(1, 100), 64 * pick.randint(4, 20)])
     planes, group = pick.choice(PLANES), pick.choice([0, 0, 16, 32, 64, 96, 128])
     torch.manual_seed(seed)
     scale = torch.randn(n, -(-k // group)) if group else torch.rand(pick.choice([1, n])) + 0.5
@@ -104,7 +119,7 @@ def test_rows_of_any_magnitude(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     """Denormals, and what lies near the largest number: rows are multiplied by powers of two before and after."""
     force_isa(monkeypatch, "amx")
     torch.manual_seed(0)
-    weight = PackedWeight(pack_signs(torch.randn(40, 300)), torch.rand(40) + 0.5, None, 300, [1])
+    weight = PackedWeight(pack_signs(torch.randn(80, 300)), torch.rand(80) + 0.5, None, 300, [1])
     x = torch.randn(48, 300)
     for size in (1e-44, 1e-41, 1e-38, 1e-36, 1e-30, 1e-19, 1e19, 1e36):
         scaled = (x * size).to(dtype)
@@ -124,7 +139,7 @@ def test_infinities_and_nan(dtype: torch.dtype, planes: list[int], monkeypatch: 
     """As in a dense product, and in their rows alone."""
     force_isa(monkeypatch, "amx")
     torch.manual_seed(0)
-    weight = PackedWeight(pack_signs(torch.randn(len(planes), 40, 70)), torch.ones(40), None, 70, planes)
+    weight = PackedWeight(pack_signs(torch.randn(len(planes), 240, 70)), torch.ones(240), None, 70, planes)
     x = torch.randn(48, 70)
     x[1, 5], x[2, 69], x[3, 0], x[16, 3:5] = torch.inf, -torch.inf, torch.nan, torch.inf
     x[33, 1] = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)  # NaN in the lowest bits alone
@@ -133,6 +148,33 @@ def test_infinities_and_nan(dtype: torch.dtype, planes: list[int], monkeypatch: 
     expected = x.double() @ reference.dense_weight(weight, torch.float64).T
     torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=1e-4, equal_nan=True)
     assert bool(y[[1, 2]].isinf().all()) and bool(y[[3, 33]].isnan().all())
+
+
+def test_registers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a threshold on exact sums have other bits than by lookups; below it the same."""
+    torch.manual_seed(0)
+    weight = PackedWeight(pack_signs(torch.randn(512, 1024)), torch.rand(512) + 0.5, None, 1024, [1])
+    x = torch.randn(16, 1024)
+    for rows, same in ((2, True), (16, False)):
+        found = []
+        for isa in ("amx", "avx512vnni"):
+            force_isa(monkeypatch, isa)
+            found.append(run(x[:rows], weight, "exact"))
+        assert torch.equal(*found) == same
+
+
+def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than are put into registers together (8 MB), in each form of x."""
+    force_isa(monkeypatch, "amx")
+    torch.manual_seed(0)
+    weight = PackedWeight(pack_signs(torch.randn(40, 4096)), torch.rand(40) + 0.5, torch.randn(40), 4096, [1])
+    x = torch.randn(2100, 4096)
+    for compute, value in (("int8", x), ("exact", x), ("exact", x.bfloat16())):
+        y = run(value, weight, compute)
+        for first in range(0, 2100, 100):
+            assert torch.equal(y[first : first + 100], run(value[first : first + 100], weight, compute)), (
+                first
+            )
 
 
 @pytest.mark.parametrize("compute", ["int8", "exact"])
@@ -153,6 +195,8 @@ def test_scales_that_change_are_read_again(compute: str, monkeypatch: pytest.Mon
     first = checked(scale)
     other = scale.flip(0)
     assert not torch.equal(checked(other), first)
+    both = torch.stack([scale, other])  # slices of one storage
+    assert torch.equal(checked(both[0]), first) and torch.equal(checked(both[1]), checked(other))
     assert torch.equal(checked(scale), first)
     scale.mul_(2)
     assert torch.equal(checked(scale), 2 * first)
@@ -161,6 +205,6 @@ def test_scales_that_change_are_read_again(compute: str, monkeypatch: pytest.Mon
         assert torch.equal(checked(uncounted), 4 * first)
         uncounted.mul_(2)
         assert torch.equal(checked(uncounted), 8 * first)
-    both = "int8" if compute == "exact" else "exact"
-    assert torch.equal(run(x, PackedWeight(bits, scale, None, 256, [1], 64), both, tiles),
-                       run(x, PackedWeight(bits, scale, None, 256, [1], 64), both))  # fmt: skip
+    weight = PackedWeight(bits, scale, None, 256, [1], 64)
+    for mode in ("int8", "exact", "int8"):
+        assert torch.equal(run(x, weight, mode, tiles), run(x, weight, mode))

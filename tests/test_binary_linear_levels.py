@@ -140,3 +140,26 @@ def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         force_isa(monkeypatch, name)
         results.append(run(x, weight, activation="gelu"))
     assert len(results) > 1 and all(torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("group_size", [7, 64])
+@pytest.mark.parametrize("weights", [[32], [16, 16], [33], [128]])
+def test_heavy_planes(isa: str, weights: list[int], group_size: int) -> None:
+    """Levels up to a weight of 32, so that sums are whole numbers in fp32 too; scales above that."""
+    x = torch.randint(120, 128, (9, 256)).float()
+    x[:, 0] = 127  # so that nothing is rounded
+    bits = torch.full((len(weights), 3, 32), 255, dtype=torch.uint8)
+    scale = torch.rand(3, -(-256 // group_size)) + 0.5
+    weight = PackedWeight(bits, scale, torch.zeros(3), 256, weights, group_size)
+    y = run(x, weight)
+    levels = reference.level_scales(weight)
+    assert (levels is not None) == (sum(weights) <= 32)
+    if levels is not None:
+        assert torch.equal(y, by_whole_numbers(x, weight))
+    else:
+        torch.testing.assert_close(y, reference.binary_linear(x, weight, "int8"))
+
+
+def test_no_inputs(isa: str) -> None:
+    weight = PackedWeight(torch.zeros(3, 0, dtype=torch.uint8), torch.zeros(3, 0), torch.ones(3), 0, [1], 16)
+    assert torch.equal(run(torch.randn(2, 0), weight), torch.ones(2, 3))

@@ -81,11 +81,11 @@ void run(const Product& product) {
 
 }  // namespace
 
-at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArguments& w, const at::Tensor& x,
+at::Tensor linear_on_amx(const BinaryKernels& kernels, const BinaryArguments& w, const at::Tensor& given,
                          const at::Tensor& x_scale, at::ScalarType y_type) {
-  if (isa != Isa::amx || w.inputs == 0 || x.numel() == 0) return {};
-  const bool half = x.scalar_type() == at::kBFloat16;
-  const int64_t count = x.numel() / w.inputs;
+  if (w.inputs == 0 || given.numel() == 0) return {};
+  const bool half = w.round || given.scalar_type() == at::kBFloat16;
+  const int64_t count = given.numel() / w.inputs;
   Product product{};
   product.form = w.quantize ? Form::int8 : half ? Form::bfloat16 : Form::parts;
   if (!enough_rows(product.form, w.outputs * w.inputs, count)) return {};
@@ -97,6 +97,7 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
   const at::Tensor layout = linear_tiles(kernels, w);
   p.tiles = reinterpret_cast<const uint16_t*>(layout.const_data_ptr<int16_t>());
   const at::Tensor scales = linear_group_scales(kernels, w, layout, p);
+  const at::Tensor x = as_type(given, half ? at::kBFloat16 : at::kFloat).contiguous();
   if (half) {
     product.x_bf16 = bf16_data(x);
   } else {
@@ -130,8 +131,8 @@ at::Tensor linear_on_amx(Isa isa, const BinaryKernels& kernels, const BinaryArgu
 
 #else
 
-at::Tensor linear_on_amx(Isa, const BinaryKernels&, const BinaryArguments&, const at::Tensor&,
-                         const at::Tensor&, at::ScalarType) {
+at::Tensor linear_on_amx(const BinaryKernels&, const BinaryArguments&, const at::Tensor&, const at::Tensor&,
+                         at::ScalarType) {
   return {};
 }
 

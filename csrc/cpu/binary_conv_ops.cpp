@@ -289,7 +289,7 @@ at::Tensor run_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, c
   if (is_linear(conv) && (w.group_size > 0 || !once)) {
     const at::Tensor scale = w.quantize ? scales_of_pixels(x, pixels) : at::Tensor();
     const at::Tensor rows = met(x, conv).permute({0, 2, 3, 1});
-    const at::Tensor y = linear_on_amx(Isa::amx, kernels, w, rows, scale, y_type);
+    const at::Tensor y = linear_on_amx(kernels, w, rows, scale, y_type);
     return y.defined() ? y.permute({0, 3, 1, 2}) : y;
   }
   return conv_on_amx(kernels, conv, x, y_type, [&] { return layout_of(conv); });

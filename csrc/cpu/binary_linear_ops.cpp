@@ -60,12 +60,13 @@ namespace {
 
 template <class T>
 void in_order_of_tiles(const T* from, int64_t outputs, int64_t groups, T* to) {
-  at::parallel_for(0, tile_count(outputs), 1 + 32768 / (groups * kTileRows), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kTileRows; n < end * kTileRows; ++n) {
-      for (int64_t g = 0; g < groups; ++g)
-        to[group_index(n, g, groups)] = n < outputs ? from[n * groups + g] : T{};
-    }
-  });
+  at::parallel_for(0, tile_count(outputs), 1 + 32768 / (groups * kTileRows + 1),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t n = begin * kTileRows; n < end * kTileRows; ++n) {
+                       for (int64_t g = 0; g < groups; ++g)
+                         to[group_index(n, g, groups)] = n < outputs ? from[n * groups + g] : T{};
+                     }
+                   });
 }
 
 }  // namespace
@@ -206,9 +207,7 @@ at::Tensor binary_linear(const at::Tensor& x, const at::Tensor& bits, const at::
   const Isa isa = active_isa();
   const BinaryKernels kernels = binary_kernels(isa);
   if (isa == Isa::amx) {
-    at::Tensor given = rounded(x, w);
-    if (given.scalar_type() == at::kHalf) given = given.to(at::kFloat);
-    const at::Tensor y = linear_on_amx(isa, kernels, w, given.contiguous(), {}, x.scalar_type());
+    const at::Tensor y = linear_on_amx(kernels, w, x, {}, x.scalar_type());
     if (y.defined()) return as_type(y, x.scalar_type());
   }
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());

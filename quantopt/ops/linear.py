@@ -155,8 +155,9 @@ def binary_linear(
             With ``group_size`` the CPU kernels also round the scales of a row of W, as the numbers of x, to whole
             levels times a 127th of the largest of them, r = max_g |scale[n, g]| / 127: all of the sum is exact then,
             and y errs by another r/2 * sum_k |s q[k]| at most (the signs of ternary weights add up to 2: twice that).
-            A row whose largest scale is not finite gives NaN. Scales stay as they are with planes other than ternary
-            ones, in rows of more than 2^31 / 127^2 / P weights, on GPUs and in the reference.
+            A row whose largest scale is not finite gives NaN, one whose largest scale is denormal loses more. Scales
+            stay as they are with planes other than ternary ones or of weights above 32 in sum, in rows of more than
+            2^31 / 127^2 over that sum, on GPUs and in the reference.
             "bf16": x is first rounded to the nearest bfloat16, by at most 2^-8 of each |x| (more for denormals; from
             2^128 - 2^119 on it gives an infinity), the rest is as in "exact", y of the type of x. Where x is bfloat16
             nothing is rounded. On a GPU and on a CPU with AMX fp32 x is then multiplied once, not in three parts.
@@ -168,14 +169,14 @@ def binary_linear(
             before y is rounded to its type.
 
     Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
-    for any number of threads or rows. On a CPU with AMX that holds for "int8" (but with scales for groups and planes
-    other than ternary ones); in the other modes for any number of rows from a threshold on, where registers of AMX take
+    for any number of threads or rows. On a CPU with AMX that holds for "int8" (but where scales for groups stay as they
+    are); in the other modes for any number of rows from a threshold on, where registers of AMX take
     over from lookups, and for any number below it: 1 to 48 rows by size and type (csrc/cpu/kernels/thresholds.h). On a
     GPU the order depends on the sizes and the device, never on the run; in "int8" mode without groups the sums are
     whole numbers and y is that of the CPU.
     With AMX and on a GPU "exact" multiplies fp32 x in three bfloat16 parts that add up to it. AMX takes denormals as
     zero, so rows whose largest |x| is not within 2^±60 are multiplied by a power of two before and after: what is lost
-    is less than 2^-60 of the largest. In "exact" and "bf16" mode infinities and NaN propagate as in a dense layer, on
+    is less than 2^-60 of the largest (with scales for groups, where those are normal numbers). In "exact" and "bf16" mode infinities and NaN propagate as in a dense layer, on
     the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
     ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by
     torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that

@@ -61,12 +61,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def level_scales(weight: PackedWeight) -> tuple[Tensor, Tensor] | None:
     """(u [N, groups], r [N, 1]) by which the CPU kernels replace the scales of groups in ``compute="int8"``: those of a
     row are rounded to r * u as :func:`quantize_rows` rounds a row of x, so that the sum of whole numbers q u (±1) is
-    exact. None where they keep the scales: without groups, with planes other than one or two of equal weight, and
-    where the sum might leave 32 bits. The reference, and the kernels of GPUs, always keep them."""
+    exact. None where they keep the scales: without groups, with planes other than one or two of equal weight (32 in
+    all at most), and where the sum might leave 32 bits. The reference, and the kernels of GPUs, always keep them."""
     weights = list(weight.plane_weights)
     if not weight.group_size or weights not in ([weights[0]], [weights[0]] * 2):
         return None
-    if weight.in_features > (2**31 - 1) // (127 * 127 * sum(weights)):
+    if sum(weights) > 32 or weight.in_features > (2**31 - 1) // (127 * 127 * sum(weights)):
         return None
     return quantize_rows(weight.scale.to(torch.promote_types(weight.scale.dtype, torch.float32)))
 

@@ -33,8 +33,8 @@ bool takes(const LinearProblem& weights, Form form, bool levels);
 int64_t rows_memory(const Product& product);
 int64_t working_memory(const Product& product);
 
-// Rows [begin, end) of x, each a multiple of kRowsTogether, but the last.
-constexpr int64_t kRowsTogether = 32;
+// Rows [begin, end) of x.
+constexpr int64_t kRowsTogether = 32;  // of a block: `multiply` begins at multiples of it
 void put_rows(const Product& product, int64_t begin, int64_t end, void* rows);
 // y of rows [row_begin, row_end) and tiles [begin, end) of outputs. The sums of a row depend on K alone.
 void multiply(const Product& product, const void* rows, int64_t row_begin, int64_t row_end, int64_t begin,

@@ -40,8 +40,10 @@ struct LinearProblem {
 // Whether quantised products take the scales of groups as levels: their sums fit 32 bits then, and a weight
 // times its level, halved where there are two planes, fits a byte. Two planes of equal weight are ternary.
 inline bool takes_levels(const int32_t* plane_weights, int64_t planes, int64_t inputs) {
+  constexpr int64_t kMost = 32;  // of the weights, so that panels' sums of fp32 are whole numbers too
   const bool ternary = planes == 2 && plane_weights[0] == plane_weights[1];
-  return (planes == 1 || ternary) && inputs <= INT32_MAX / (127 * 127 * planes * plane_weights[0]);
+  const int64_t most = planes * plane_weights[0];
+  return (planes == 1 || ternary) && most <= kMost && inputs <= INT32_MAX / (127 * 127 * most);
 }
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
