@@ -81,6 +81,9 @@ def all_cases() -> Iterator[Case]:
         yield Case(rule, 2, "sgd", "tensor", decoupled=True)
         yield Case(rule, 2, "adam", "channel", maximize=True, grad_scale=8.0, found_inf=0.0)
         yield Case(rule, 4, "adam", "channel", found_inf=1.0)
+        yield Case(
+            rule, 2, "adam", "channel", adam_eps=0.5
+        )  # of the size of the square roots that it is added to
         yield Case(rule, 4, "adam", "channel", hyper_on_device=True)
     yield from typed_cases()
     for epsilon in (0.0, 1.0):

@@ -291,6 +291,33 @@ def test_the_processor_gives_the_same_bits(library: ctypes.CDLL, monkeypatch: py
         assert torch.equal(y, emulated) if form == "int8" else torch.allclose(y, emulated, atol=1e-4)
 
 
+@pytest.mark.skipif("amx" not in supported_isas(), reason="the processor has no AMX")
+@pytest.mark.parametrize(("kernel", "compute", "planes", "group"), [
+    (3, "exact", [1], 0), (3, "exact", [1, 2], 0), (3, "int8", [1, 2], 64), (3, "int8", [1], 64), (1, "int8", [1, 2], 0)
+])  # fmt: skip
+def test_an_image_does_not_depend_on_others(
+    kernel: int, compute: str, planes: list[int], group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both sides of the thresholds, and where a pixel is tiny beside the rest."""
+    force_isa(monkeypatch, "amx")
+    for size in (2, 3, 8):
+        x = torch.randn(13, 64, size, size)
+        x[:, :, 0, 0] *= 2.0**-100
+        k = 64 * kernel**2
+        bits = pack_signs(torch.randn(len(planes), 64, k))
+        scale = torch.rand(64, -(-k // group)) if group else torch.rand(64)
+
+        def run(x: Tensor, bits: Tensor = bits, scale: Tensor = scale) -> Tensor:
+            return binary_conv2d(
+                x, bits, scale, kernel_size=kernel, padding=kernel // 2, compute=compute, group_size=group,
+                plane_weights=planes,
+            )  # fmt: skip
+
+        y = run(x)
+        for image in range(0, 13, 4):
+            assert torch.equal(run(x[image : image + 1])[0], y[image]), (size, image)
+
+
 def test_the_emulation_objects(library: ctypes.CDLL) -> None:
     assert b"do not fit" in library.breach_on_host(0)
     assert b"not configured" in library.breach_on_host(1)

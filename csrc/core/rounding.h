@@ -1,5 +1,5 @@
 // Rounding of float to bfloat16, to nearest and stochastic. U is uint32_t, or a vector of them: the bits of
-// floats. A result is the high half of its word; the low half is not zero.
+// floats. A result is the high half of its word; the low half may be anything.
 #pragma once
 
 #include <cstdint>

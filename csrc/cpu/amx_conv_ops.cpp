@@ -270,10 +270,15 @@ at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, 
                        at::ScalarType y_type, const std::function<at::Tensor()>& tiles) {
   const BinaryArguments& w = conv.weights;
   const int64_t pixels = conv.size[0] * conv.size[1];
-  const bool enough = w.quantize                         ? x.size(0) * pixels >= thresholds::kAmxConvInt8
-                      : x.scalar_type() == at::kBFloat16 ? pixels >= thresholds::kAmxConvBFloat16
-                                                         : pixels >= thresholds::kAmxConvParts;
-  if (!enough) return {};
+  const bool half = x.scalar_type() == at::kBFloat16;
+  const bool levels =
+      w.quantize && w.group_size > 0 && takes_levels(w.plane_weights.data(), w.planes(), w.inputs);
+  const bool whole = w.quantize && (w.group_size == 0 || levels);  // sums, which no order changes
+  const int64_t least = w.quantize ? thresholds::kAmxConvInt8
+                        : half     ? thresholds::kAmxConvBFloat16
+                                   : thresholds::kAmxConvParts;
+  if ((whole ? x.size(0) : 1) * pixels < least) return {};
+  if (!w.quantize && !half && conv.channels < thresholds::kAmxConvPartsChannels) return {};
   const at::Tensor layout = tiles();
   at::Tensor y = dense_tensor({x.size(0), w.outputs, conv.size[0], conv.size[1]},
                               y_type == at::kBFloat16 ? y_type : at::kFloat, at::MemoryFormat::ChannelsLast);
@@ -281,7 +286,7 @@ at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, 
   const Convolution& first = groups.first();
   const ConvProblem& p = first.p;
   if (w.group_size > 0) {
-    if (!w.quantize || !takes_levels(p.plane_weights, p.planes, w.inputs)) {
+    if (!levels) {
       return run_on_patches(kernels, groups, w.group_size) ? y : at::Tensor();
     }
     groups.put_levels(kernels, w.group_size, w.inputs);
@@ -295,11 +300,14 @@ at::Tensor conv_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, 
   const int64_t together = shared ? 1 : images_together(p, p.images / threads, image_bytes, beside);
   const ConvPlan plan = plan_conv(p, together, beside);
   if (plan.taps.empty()) return {};
+  const int64_t laid_out = plan.slots.count * amx::slot_bytes(first, plan.slots);
+  if (laid_out > (first.form == Form::parts ? thresholds::kAmxConvPartsBytes : thresholds::kAmxConvBytes)) {
+    return {};
+  }
   if (beside) groups.put_side_by_side();
   if (shared) {
     constexpr int64_t kBytes = 32 << 20;
-    const int64_t most =
-        std::max<int64_t>(kBytes / (plan.slots.count * amx::slot_bytes(first, plan.slots)), 1);
+    const int64_t most = std::max<int64_t>(kBytes / laid_out, 1);
     const std::vector<ImageFactor> factors = factors_of(first);
     for (int64_t image = 0; image < p.images; image += most) {
       run_shared(groups, plan, factors, image, std::min(p.images, image + most), threads);

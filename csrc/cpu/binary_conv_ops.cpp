@@ -282,10 +282,11 @@ at::Tensor run_on_amx(const BinaryKernels& kernels, const ConvArguments& conv, c
   const at::Tensor x =
       as_type(given, half ? at::kBFloat16 : at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t pixels = conv.size[0] * conv.size[1], stride = conv.stride[0] * conv.stride[1];
-  // Many pixels of few channels are multiplied with weights that are expanded once. Measured at 256 channels
-  // on 2048 pixels, 0.40 ms against 0.51, and at 1024 on 196, 0.21 against 0.18 (int8, an Intel Xeon with AMX
-  // and AVX512-FP16, one thread, November 2026).
-  const bool once = stride > 1 || (w.inputs <= 512 && x.size(0) * pixels >= 512);
+  // Many pixels of few channels are multiplied with weights that are expanded once, in int8: in other modes a
+  // linear layer has a power of two for each pixel. Measured at 256 channels on 2048 pixels, 0.40 ms against
+  // 0.51, and at 1024 on 196, 0.21 against 0.18 (an Intel Xeon with AMX and AVX512-FP16, one thread, November
+  // 2026).
+  const bool once = w.quantize && (stride > 1 || (w.inputs <= 512 && x.size(0) * pixels >= 512));
   if (is_linear(conv) && (w.group_size > 0 || !once)) {
     const at::Tensor scale = w.quantize ? scales_of_pixels(x, pixels) : at::Tensor();
     const at::Tensor rows = met(x, conv).permute({0, 2, 3, 1});

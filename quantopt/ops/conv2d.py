@@ -63,7 +63,9 @@ def binary_conv2d(
     weights too. Where none of this holds, W is expanded to ±1 (exact in every type) for each call, and torch's
     convolution runs in fp32: that saves memory but no time. So it does where gradients for x or bias are asked for:
     call packed networks under torch.inference_mode or no_grad. The same bits for any number of threads and images are
-    promised for the packed kernels alone.
+    promised for the packed kernels alone; with AMX not for 1x1 kernels but in "int8", as there a threshold of rows is
+    one of the pixels of all images. With AMX the power of two of "exact" and "bf16" (see :func:`binary_linear`) is that
+    of an image: what is lost is less than 2^-60 of the largest |x| of the image, in 1x1 kernels of the pixel.
 
     Returns [B, N, H', W'] of the type of x, channels last in memory. Differentiable with respect to x and bias. Raises
     TypeError or ValueError naming the argument that does not fit.

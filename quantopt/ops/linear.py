@@ -170,14 +170,15 @@ def binary_linear(
 
     Returns y [..., N] of the type of x. On the CPU each sum is taken in an order that depends on K alone: the same bits
     for any number of threads or rows. On a CPU with AMX that holds for "int8" (but where scales for groups stay as they
-    are); in the other modes for any number of rows from a threshold on, where registers of AMX take
-    over from lookups, and for any number below it: 1 to 48 rows by size and type (csrc/cpu/kernels/thresholds.h). On a
-    GPU the order depends on the sizes and the device, never on the run; in "int8" mode without groups the sums are
-    whole numbers and y is that of the CPU.
+    are); in the other modes for any number of rows from a threshold on, where registers of AMX take over from lookups,
+    and for any number below it: 1 to 48 rows by size and type (csrc/cpu/kernels/thresholds.h). On a GPU the order
+    depends on the sizes and the device, never on the run; in "int8" mode without groups the sums are whole numbers and
+    y is that of the CPU.
     With AMX and on a GPU "exact" multiplies fp32 x in three bfloat16 parts that add up to it. AMX takes denormals as
     zero, so rows whose largest |x| is not within 2^±60 are multiplied by a power of two before and after: what is lost
-    is less than 2^-60 of the largest (with scales for groups, where those are normal numbers). In "exact" and "bf16" mode infinities and NaN propagate as in a dense layer, on
-    the CPU whatever the planes; on a GPU an infinity may give NaN with several planes, which are summed one by one.
+    is less than 2^-60 of the largest (with scales for groups, where those are normal numbers). In "exact" and "bf16"
+    mode infinities and NaN propagate as in a dense layer, on the CPU whatever the planes; on a GPU an infinity may give
+    NaN with several planes, which are summed one by one.
     ``tiles`` that are not those of ``bits`` as they are now are not used. Differentiable with respect to x and bias, by
     torch.func too; in forward mode (jvp) the reference runs. Raises TypeError or ValueError naming the argument that
     does not fit.

@@ -87,7 +87,8 @@ void put_lines(const Convolution& conv, const ConvSlots& slots, const ImageFacto
                int64_t begin, int64_t end, char* to, void* memory);
 
 // y of blocks [block_begin, block_end) of each of `groups` layouts, one behind the other, whose first image
-// is `image`, in tiles [begin, end) of outputs. A sum depends on the kernel and the channels alone.
+// is `image`, in tiles [begin, end) of outputs. A sum's order depends on the kernel,
+// the channels and the order of positions alone.
 void multiply(const Convolution& conv, const ConvSlots& slots, const ImageFactor* factors, int64_t image,
               int64_t groups, int64_t block_begin, int64_t block_end, int64_t begin, int64_t end,
               const char* from, void* memory);

@@ -10,9 +10,9 @@ namespace quantopt {
 
 enum class Activation : int32_t;  // core/activation.h
 
-// y[b, oy, ox, n] = activation(scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s]
-// x[b, oy S + r D - P, ox S + s D - P, c] + bias[n]), x zero outside the image. With q, x is q[b] x_scale[b]
-// and the sum of q is exact.
+// y[b,oy,ox,n] = activation(scale[n] x_scale[b] sum_{r,s,c} w[n,c,r,s] x[b,iy,ix,c] + bias[n]) with
+// iy = oy S + r D - P and ix = ox S + s D - P; x is zero outside the image. With q, x is q[b] x_scale[b] and
+// the sum of q is exact.
 struct ConvProblem {
   int64_t images, height, width, channels;
   int64_t x_stride;  // elements of x from one pixel to the next: more than `channels` with groups

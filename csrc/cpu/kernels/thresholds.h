@@ -31,11 +31,15 @@ constexpr LeastRows kAmxBFloat16[] = {{1 << 18, 4}, {0, 1}};
 // 256 x 256 0.90 with 12 and 1.14 with 16; 128 x 128 0.98 with 32.
 constexpr LeastRows kAmxParts[] = {{1 << 22, 8}, {1 << 18, 12}, {1 << 16, 16}, {1 << 14, 48}};
 
-// The same for convolutions, from so many pixels of y on: in int8 of all images together, else of each, so
-// that what becomes of an image does not depend on others. Same processor; one image, kernels of 3x3, 16 to
-// 512 channels. Times of lookups over those of AMX, 256 channels: int8 0.62 with 4 pixels, 1.22 with 16, 2.1
-// with 64; bfloat16 x 0.65, 1.08 and 2.0; fp32 x 0.44, 0.85 and 1.18.
+// The same for convolutions, from so many pixels of y on: of all images together where sums are whole
+// numbers, else of each, so that what becomes of an image does not depend on others. Same processor; one
+// image, kernels of 3x3, 16 to 512 channels. Times of lookups over those of AMX, 256 channels: int8 0.62 with
+// 4 pixels, 1.22 with 16, 2.1 with 64; bfloat16 x 0.65, 1.08 and 2.0; fp32 x 0.44, 0.85 and 1.18.
 constexpr int64_t kAmxConvInt8 = 12, kAmxConvBFloat16 = 16, kAmxConvParts = 32;
+// Of fp32 x so many channels, and images that take no more bytes as they are laid out: 16 channels of 64x64
+// 1.4, 3 channels of 224x224 with a kernel of 7x7 0.7; 64 channels of 224x224 (19 MB) 1.19, of 500x500 (96
+// MB) 0.8. Other forms of x are faster at any size; their bound is one of memory.
+constexpr int64_t kAmxConvPartsChannels = 16, kAmxConvPartsBytes = 32 << 20, kAmxConvBytes = 256 << 20;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 

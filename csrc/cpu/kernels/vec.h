@@ -89,36 +89,8 @@ inline __attribute__((always_inline)) VecBits load_halves(const void* p) {
   return __builtin_convertvector(half, VecBits);
 #endif
 }
-inline __attribute__((always_inline)) void store_halves(void* p, VecBits x) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
-#elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // the halves fit: no saturation
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-#else
-  const VecHalf half = __builtin_convertvector(x, VecHalf);
-  std::memcpy(p, &half, sizeof(half));
-#endif
-}
 
-inline __attribute__((always_inline)) Vec load(const BFloat16* p) {
-#if defined(__AVX512BW__)  // one permutation in place of a widening and a shift
-  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6,
-                                         6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vec)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, twice, _mm512_castsi256_si512(halves));
-#else
-  return (Vec)(load_halves(p) << 16);
-#endif
-}
-inline __attribute__((always_inline)) void store(BFloat16* p, Vec x) {
-#if defined(__AVX512BF16__)  // flushes denormals to zero, otherwise the same
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
-  std::memcpy(p, &half, sizeof(half));
-#else
-  store_halves(p, bfloat16_nearest((VecBits)x) >> 16);
-#endif
-}
+inline __attribute__((always_inline)) Vec load(const BFloat16* p) { return (Vec)(load_halves(p) << 16); }
 
 inline __attribute__((always_inline)) Vec load(const Float16* p) {
 #if defined(__AVX512F__)
