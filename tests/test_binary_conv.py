@@ -75,11 +75,8 @@ def test_geometry(isa: str, compute: str) -> None:
 def test_groups(isa: str, compute: str) -> None:
     """On the packed weights, but for a group of too few channels."""
     for channels, outputs, groups in ((48, 66, 2), (60, 96, 3), (16, 16, 16)):
-        w, scale, bias = (
-            torch.randn(outputs, channels // groups, 3, 3),
-            torch.rand(outputs),
-            torch.randn(outputs),
-        )
+        w = torch.randn(outputs, channels // groups, 3, 3)
+        scale, bias = torch.rand(outputs), torch.randn(outputs)
         packed = conv_tiles(pack_signs(w.flatten(1)), channels // groups, (3, 3), groups) is not None
         assert packed == (groups < 16)
         x = torch.randn(2, channels, 5, 6)
