@@ -297,11 +297,7 @@ void run(const Call& call) {
   const int64_t steps = slot_steps(a, call.slots.side_by_side);
   const int64_t group_bytes = call.slots.count * steps * parts * kRowBytes;
   const int64_t image_pixels = p.out_height * p.out_width;
-  int32_t times = 1;
-  if (a.group > 0) {
-    times = 0;
-    for (int64_t i = 0; i < p.planes; ++i) times += p.plane_weights[i];
-  }
+  const int32_t times = a.group > 0 ? largest_level(p.plane_weights, p.planes) : 1;
   const Finish finish(
       {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, times, p.y, a.y_bf16, p.y_stride});
   Ending<Sum<Value>> ending(finish);

@@ -153,16 +153,13 @@ class PlaneBytes {
  public:
   using Value = int8_t;
   PlaneBytes(const TileBits& bits, const int32_t* weights)
-      : planes_(bits.planes), plane_size_(bits.plane_size()) {
-    int32_t all = 0;
+      : planes_(bits.planes), plane_size_(bits.plane_size()), all_(largest_level(weights, bits.planes)) {
     for (int64_t p = 0; p < planes_; ++p) {
-      all += weights[p];
       matrix_[p] = 0;
       for (int bit = 0; bit < 8; ++bit) {
         if ((2 * weights[p]) >> bit & 1) matrix_[p] |= uint64_t{1} << (8 * (7 - bit));
       }
     }
-    all_ = all;
   }
   void operator()(const StepWords<int8_t>& words, char* to) const {
     const __m512i all = _mm512_set1_epi8(static_cast<char>(-all_));
@@ -183,9 +180,7 @@ class PlaneBytes {
     }
   }
   static bool covers(const int32_t* weights, int64_t planes) {
-    int64_t all = 0;
-    for (int64_t p = 0; p < planes; ++p) all += weights[p];
-    return planes <= kMost && all <= 127;
+    return planes <= kMost && largest_level(weights, planes) <= 127;
   }
 
  private:
@@ -292,9 +287,7 @@ class PlaneHalves {
     }
   }
   static bool covers(const int32_t* weights, int64_t planes) {
-    int64_t all = 0;
-    for (int64_t p = 0; p < planes; ++p) all += weights[p];
-    return planes <= kMost && all <= 256;
+    return planes <= kMost && largest_level(weights, planes) <= 256;
   }
 
  private:

@@ -59,11 +59,7 @@ inline __attribute__((always_inline)) void multiply_step(const char* rows, int64
 // What becomes of the sums. Scales of groups are multiplied in before.
 Output output_of(const Product& a) {
   const LinearProblem& p = a.p;
-  int32_t times = 1;
-  if (p.levels != nullptr) {
-    times = 0;
-    for (int64_t i = 0; i < p.planes; ++i) times += p.plane_weights[i];
-  }
+  const int32_t times = p.levels != nullptr ? largest_level(p.plane_weights, p.planes) : 1;
   return {p.outputs, p.scale, p.scale_stride, p.bias, p.activation, times, a.y, a.y_bf16, a.y_stride};
 }
 

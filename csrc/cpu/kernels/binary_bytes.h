@@ -171,8 +171,7 @@ struct ByteWeights {
   bool fit;  // whether they are bytes
 
   explicit ByteWeights(const LinearProblem& p) {
-    int32_t most = 0;
-    for (int64_t plane = 0; plane < p.planes; ++plane) most += p.plane_weights[plane];
+    const int32_t most = largest_level(p.plane_weights, p.planes);
     if (p.planes == 1 || (p.planes == 2 && p.plane_weights[0] == p.plane_weights[1])) {
       expansion = p.planes == 1 ? Expansion::binary : Expansion::ternary;
       times = most;

@@ -373,8 +373,7 @@ void add_group(const Call<Form>& call, const Chunk<Form>& chunk, const Group& gr
 template <class Form>
 void epilogue(const Call<Form>& call, const Plan& plan, int64_t begin, int64_t end, const int32_t* sums) {
   const ConvProblem& c = call.c;
-  int32_t weights = 0;
-  for (int64_t plane = 0; plane < c.planes; ++plane) weights += c.plane_weights[plane];
+  const int32_t weights = largest_level(c.plane_weights, c.planes);
   for (int64_t g = 0; g < plan.group_count; ++g) {
     const Group& group = plan.groups[g];
     const auto* total = call.memory.totals + group.begin * (end - begin);

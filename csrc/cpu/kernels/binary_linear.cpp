@@ -299,8 +299,7 @@ void integer_block(const LinearProblem& p, int64_t m, int64_t begin, int64_t end
   ShortSums sums[kBlockTiles * MR];
   IntegerPair total[kBlockTiles * MR];
   int32_t sum[MR] = {}, most[MR] = {};  // most: size of the sums of 16 bits
-  int32_t weight = 0;
-  for (int64_t plane = 0; plane < p.planes; ++plane) weight += p.plane_weights[plane];
+  const int32_t weight = largest_level(p.plane_weights, p.planes);
   const int64_t count = (end - begin) * MR;
   bool waiting = false, totals = false;
   const auto clear_totals = [&] {

@@ -37,12 +37,19 @@ struct LinearProblem {
   Activation activation;
 };
 
+// The largest level of a weight: the sum of the weights of its planes, each at most 128.
+constexpr int32_t largest_level(const int32_t* plane_weights, int64_t planes) {
+  int32_t sum = 0;
+  for (int64_t plane = 0; plane < planes; ++plane) sum += plane_weights[plane];
+  return sum;
+}
+
 // Whether quantised products take the scales of groups as levels: their sums fit 32 bits then, and a weight
 // times its level, halved where there are two planes, fits a byte. Two planes of equal weight are ternary.
 inline bool takes_levels(const int32_t* plane_weights, int64_t planes, int64_t inputs) {
   constexpr int64_t kMost = 32;  // of the weights, so that panels' sums of fp32 are whole numbers too
   const bool ternary = planes == 2 && plane_weights[0] == plane_weights[1];
-  const int64_t most = planes * plane_weights[0];
+  const int64_t most = largest_level(plane_weights, planes);
   return (planes == 1 || ternary) && most <= kMost && inputs <= INT32_MAX / (127 * 127 * most);
 }
 
