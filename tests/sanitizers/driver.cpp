@@ -282,12 +282,12 @@ void check_products(const Kernels& kernels) {
         }
       }
       for (int64_t rows : {13, 26}) {
-        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 3, 0, true, Activation::none);
-        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 48, true, Activation::none);
+        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 3, 0, true, Activation::none, run);
+        check_linear(kernels, rows, outputs, inputs, 1 + inputs % 2, 48, true, Activation::none, run);
       }
     }
   }
-  check_linear(kernels, 131, 300, 600, 1, 64, true, Activation::none);  // more rows than share a panel
+  check_linear(kernels, 131, 300, 600, 1, 64, true, Activation::none, run);  // more rows than share a panel
   for (bool quantized : {false, true}) {
     check_linear(kernels, 3, 4130, 17, 1, 0, quantized, Activation::none, run);  // more than a block of tiles
     check_linear(kernels, 67, 9, 300, 2, 0, quantized, Activation::relu,
@@ -454,7 +454,7 @@ void check_tiles(const Kernels& kernels) {
                                 compute == Compute::int8       ? amx::Form::int8
                                 : compute == Compute::bfloat16 ? amx::Form::bfloat16
                                                                : amx::Form::parts,
-                                nullptr};
+                                nullptr, 0, nullptr};
           if (c.q != nullptr) {
             x = restored(c.q - first, c.x_scale, v.images, v.height * v.width * c.x_stride);
             conv.p.x = x.data() + first;

@@ -232,8 +232,11 @@ double magnitude_of_span(const Span<float>& s, int64_t n, float factor, const Di
       const Pair g = rule.gradient(read(s.grad) * factor, w);
       const Pair before = R::kReadsWeight ? read(s.param) : Pair{};
       Pair size = absolute(rule.point(w, direction(g, m, v), before));
-      for (int64_t lane = count; lane < kPair; ++lane)
-        (lane < kWidth ? size.first : size.second)[lane % kWidth] = 0.0f;
+      if (count < kPair) {
+        float lanes[kPair] = {};
+        std::memcpy(lanes, &size, static_cast<size_t>(count) * sizeof(float));
+        size = load_pair(lanes);
+      }
       const int64_t k = (at - start) / kWidth;
       sums[k % kSums] += size.first;
       sums[(k + 1) % kSums] += size.second;
