@@ -37,6 +37,8 @@ __device__ __forceinline__ void step_row(const StepParams& params, const StepTen
                                          const BlockConstants<Row, Direction>& constants) {
   constexpr int kVector = vector_of(S);
   constexpr int kVectors = static_cast<int>(kRowPerThread) / kVector;
+  // Vectors that are loaded before the first is stepped: all of them, but one where Adam has five arrays.
+  constexpr int kInFlight = Direction::kAdam ? 1 : kVectors;
   const auto stepper = make_stepper<R, S>(params, t, constants.direction, constants.frozen);
 
   const bool by_warp = t.row <= kWarpRow;
@@ -57,24 +59,28 @@ __device__ __forceinline__ void step_row(const StepParams& params, const StepTen
 
   Elements<kVector> e[kVectors];
   Floats<kVector> w[kVectors], d[kVectors];
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const int count = count_of(k);
-    if (count > 0) e[k] = stepper.template load<kVector>(element_of(k), vectors && count == kVector, count);
-  }
   SpanLevels levels = levels_at<Row, R>(constants.bound, params, t, row, start);
   const R old_rule = Row::template object<R>(constants.rule, levels);
   float part = 0.0f;
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const int count = count_of(k);
-    if (count > 0) {
-      w[k] = stepper.weights(e[k]);
-      d[k] = stepper.directions(old_rule, e[k], w[k]);
-      const Floats<kVector> before = stepper.ran_with(e[k]);
+  for (int first = 0; first < kVectors; first += kInFlight) {
 #pragma unroll
-      for (int n = 0; n < kVector; ++n) {
-        if (n < count) part += absolute(old_rule.point(w[k].at[n], d[k].at[n], before.at[n]));
+    for (int k = first; k < first + kInFlight; ++k) {
+      const int count = count_of(k);
+      if (count > 0) e[k] = stepper.template load<kVector>(element_of(k), vectors && count == kVector, count);
+    }
+#pragma unroll
+    for (int k = first; k < first + kInFlight; ++k) {
+      const int count = count_of(k);
+      if (count > 0) {
+        w[k] = stepper.weights(e[k]);
+        d[k] = stepper.directions(old_rule, e[k], w[k]);
+        stepper.store_base_state(e[k], element_of(k), vectors && count == kVector, count);
+        const Floats<kVector> before = stepper.ran_with(e[k]);
+#pragma unroll
+        for (int n = 0; n < kVector; ++n) {
+          if (n < count) part += absolute(old_rule.point(w[k].at[n], d[k].at[n], before.at[n]));
+        }
       }
     }
   }

@@ -214,7 +214,17 @@ struct Stepper {
     return d;
   }
 
-  // Steps the weights w by d and stores the elements with all their state.
+  // Momentum and exp_avg_sq, which are ready before the scale of a row is: their registers are free then.
+  template <int N>
+  __device__ __forceinline__ void store_base_state(const Elements<N>& e, int64_t i, bool full,
+                                                   int count) const {
+    if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, full, count);
+    if constexpr (Direction::kAdam) {
+      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
+    }
+  }
+
+  // Steps the weights w by d and stores them with their latents.
   template <int N>
   __device__ __forceinline__ void update_and_store(const R& rule, const Elements<N>& e, const Floats<N>& w,
                                                    const Floats<N>& d, int64_t i, bool full,
@@ -229,10 +239,6 @@ struct Stepper {
       } else {
         weight.at[n] = next.at[n];
       }
-    }
-    if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, full, count);
-    if constexpr (Direction::kAdam) {
-      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
     }
     if (frozen) return;
     if (has_latent()) {
@@ -251,6 +257,7 @@ struct Stepper {
   __device__ __forceinline__ void step(const R& rule, Elements<N>& e, int64_t i) const {
     const Floats<N> w = weights(e);
     const Floats<N> d = directions(rule, e, w);
+    store_base_state(e, i, true, N);
     update_and_store(rule, e, w, d, i, true, N);
   }
 };
