@@ -1,16 +1,16 @@
 """The table of options (`config.OPTIONS`) as arguments of the command line."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from quantopt.train.config import OPTIONS, Option
 
 
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+def add_options(parser: argparse.ArgumentParser, command: str, table: Mapping[str, Option] = OPTIONS) -> None:
     """Adds the options of the table that `command` has."""
-    for option in OPTIONS.values():
+    for option in table.values():
         if command in option.commands:
             add_option(parser, option)
 
@@ -76,9 +76,9 @@ def nonempty(text: str) -> str:
     return text
 
 
-def given(arguments: argparse.Namespace) -> dict[str, Any]:
+def given(arguments: argparse.Namespace, table: Mapping[str, Option] = OPTIONS) -> dict[str, Any]:
     """The options of the table that have a value in `arguments`."""
-    values = {name: getattr(arguments, name, None) for name in OPTIONS}
+    values = {name: getattr(arguments, name, None) for name in table}
     if values["skip"] == ["none"]:
         values["skip"] = []
     return {name: value for name, value in values.items() if value is not None}

@@ -30,7 +30,7 @@ _PARTS = (
     "epoch seconds update_seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms"
 )
 KEYS = frozenset(["config", *_PARTS.split()])
-"""What a checkpoint holds."""
+"""What the checkpoint of `quantopt train` holds."""
 
 
 # ---------------------------------------------------------------------------------------------------- the file
@@ -84,12 +84,12 @@ def refusals(argument: str, source: object) -> Iterator[None]:
         raise InputError(argument, f"{source} does not fit: {reason[:300]}") from None
 
 
-def check_parts(state: Any) -> None:
-    """Raises ValueError unless `state` has the parts of a checkpoint and a configuration of plain values."""
+def check_parts(state: Any, keys: frozenset[str] = KEYS) -> None:
+    """Raises ValueError unless `state` has the parts `keys` of a checkpoint and a configuration of plain values."""
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise ValueError("is not a checkpoint of quantopt")
-    if state.keys() != KEYS:
-        missing, unknown = KEYS - state.keys(), state.keys() - KEYS
+    if state.keys() != keys:
+        missing, unknown = keys - state.keys(), state.keys() - keys
         parts = [f"lacks {key}" for key in sorted(missing)] + [f"has {shown(key)}" for key in unknown]
         raise ValueError(f"is not a checkpoint of quantopt: it {', '.join(parts[:3])}")
     for key, value in state["config"].items():
@@ -220,16 +220,23 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: Any, steps: i
             needed |= {SIGNS} & optimizer.state.get(p, {}).keys()  # sign flips are counted
             known = STATE.keys() | {SIGNS}
         else:
-            needed = known = {"momentum_buffer"} if group["momentum"] else set()
+            needed = known = _state_of_torch(group)
         if steps and p.numel() and (missing := needed - state.keys()):
             raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
         for key, value in state.items():
             if key not in known:
                 raise ValueError(f"{where} has {shown(key)}, which this optimizer does not keep")
-            like = p if not isinstance(optimizer, LevelOptimizer) else value
+            like = value if isinstance(optimizer, LevelOptimizer) or key == "step" else p
             check_tensor(value, like, f"{where}: {key}")
             if key == "step" and (value.numel() != 1 or value.item() != steps):
                 raise ValueError(f"{where}: step is not {steps}")
+
+
+def _state_of_torch(group: Mapping[str, Any]) -> set[str]:
+    """What torch.optim.SGD or AdamW keeps of a parameter."""
+    if "betas" in group:
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum_buffer"} if group["momentum"] else set()
 
 
 def check_same(saved: Any, own: Any, name: str) -> None:

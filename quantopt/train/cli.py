@@ -1,4 +1,4 @@
-"""The command line: `quantopt train | sweep | eval | pack | env`, also `python -m quantopt`.
+"""The command line: `quantopt train | sweep | lm | eval | pack | env`, also `python -m quantopt`.
 
 Exit status: 0 done, 1 training failed (the loss became infinite), 2 a bad argument or input (named on stderr),
 3 the time given was over (the same command continues), 130 interrupted.
@@ -17,6 +17,7 @@ from quantopt.train import commands, models
 from quantopt.train.arguments import add_from_report, add_option, add_options, nonempty
 from quantopt.train.config import OPTIONS, Option
 from quantopt.train.errors import OUT_OF_TIME, InputError, OutOfTime, TrainingError
+from quantopt.train.lm import config as lm
 
 # Options that are not settings of a run.
 _MINUTES = Option(
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"quantopt {quantopt.__version__}")
     subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="train | sweep | eval | pack | env"
+        dest="command", required=True, metavar="train | sweep | lm | eval | pack | env"
     )
 
     command = subparsers.add_parser(
@@ -86,6 +87,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=nonempty, required=True, metavar="DIR", help="directory to write to")
     add_option(command, _MINUTES)
     command.set_defaults(run=commands.sweep)
+
+    command = subparsers.add_parser(
+        "lm",
+        help="train a language model on a text file",
+        description="Trains a small Llama on the bytes of a text file, its linear layers with quantised weights, and "
+        "packs it. Writes report.json, checkpoint.pt and, except in full precision, model.safetensors (packed). Needs "
+        "the transformers library.",
+    )
+    command.add_argument(
+        "--recipe",
+        type=nonempty,
+        metavar="NAME_OR_FILE",
+        default=lm.DEFAULT_RECIPE,
+        help=f"one of {', '.join(lm.names())}, or a TOML file; options given beside it override it (%(default)s)",
+    )
+    add_options(command, "lm", lm.OPTIONS)
+    command.add_argument("--out", type=nonempty, metavar="DIR", help="directory to write to (runs/lm-RECIPE)")
+    command.add_argument(
+        "--resume", action="store_true", help="continue the run in --out from its checkpoint"
+    )
+    add_option(command, _MINUTES)
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=commands.language_model)
 
     command = subparsers.add_parser(
         "eval",

@@ -29,6 +29,9 @@ from quantopt.train.directory import (
     write_run,
 )
 from quantopt.train.errors import InputError, writing
+from quantopt.train.lm import config as lm
+from quantopt.train.lm import loop as language_models
+from quantopt.train.lm import text
 from quantopt.train.optimizers import FLOAT
 
 
@@ -87,6 +90,26 @@ def sweep(arguments: argparse.Namespace) -> int:
     with held(out):
         dataset = data.load(arguments.data, progress=False)
         return runs.sweep(arguments, device, dataset)
+
+
+def language_model(arguments: argparse.Namespace) -> int:
+    settings = given(arguments, lm.OPTIONS)
+    config = lm.configuration(lm.load(arguments.recipe), settings)
+    out = Path(arguments.out or Path("runs") / f"lm-{Path(arguments.recipe).stem}")
+    check_out(out)
+    with held(out) as hold:
+        results = language_models.train(
+            config,
+            text.load(config.data, config.context, config.validation),
+            out=out,
+            resume=arguments.resume,
+            progress=not arguments.quiet,
+            minutes=arguments.minutes,
+            hold=hold,
+        )
+    print(language_models.summary(results))
+    print(f"written: {out}/")
+    return 0
 
 
 def _why_unpacked(optimizer: str) -> str:

@@ -6,6 +6,7 @@ of recipes (`recipes.py`) and the command line (`arguments.py`) are derived from
 
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -84,7 +85,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _option(default: Any, help: str, **row: Any) -> Any:
+def option(default: Any, help: str, **row: Any) -> Any:
+    """A field of a class of options, with its row of the table."""
     return field(default=default, metadata={"option": Option(help, default=default, **row)})
 
 
@@ -103,10 +105,10 @@ DATA_HELP = (
 class Config:
     """What determines a run; `OPTIONS` describes the fields. None means the value of the optimizer's recipe."""
 
-    data: str = _option("digits", DATA_HELP, metavar="DATA", commands=_ALL, otherwise="default %(default)s")
-    model: str = _option("cnn", "network", choices=tuple(models.MODELS), recipe="run", commands=_ALL)
-    epochs: int = _option(30, "passes over the data", metavar="N", least=1, recipe="run", commands=_ALL)
-    batch_size: int = _option(
+    data: str = option("digits", DATA_HELP, metavar="DATA", commands=_ALL, otherwise="default %(default)s")
+    model: str = option("cnn", "network", choices=tuple(models.MODELS), recipe="run", commands=_ALL)
+    epochs: int = option(30, "passes over the data", metavar="N", least=1, recipe="run", commands=_ALL)
+    batch_size: int = option(
         64,
         "images per step",
         metavar="B",
@@ -116,28 +118,28 @@ class Config:
         commands=_ALL,
         otherwise="64 below 10,000 training images, else 128",
     )
-    limit: int | None = _option(
+    limit: int | None = option(
         None,
         "train on N images, as many of each class (all); the test images stay",
         metavar="N",
         least=2,
         commands=_ALL,
     )
-    validation: int | None = _option(
+    validation: int | None = option(
         None,
         "measure on N training images, held out, in place of the test images: for choosing hyper-parameters",
         metavar="N",
         least=2,
         commands=_ALL,
     )
-    device: str = _option(
+    device: str = option(
         "cpu",
         "auto is the GPU if torch can use one",
         commands=_ALL,
         offered=("auto", "cpu", "cuda"),
         argument_default="auto",
     )
-    seed: int = _option(
+    seed: int = option(
         0,
         "of all random numbers",
         metavar="S",
@@ -145,14 +147,14 @@ class Config:
         commands=("train", "demo"),
         otherwise="%(default)s",
     )
-    optimizer: str = _option(
+    optimizer: str = option(
         "askew",
         "how the quantised weights are trained, in place of a recipe; sgd is full precision",
         choices=tuple(OPTIMIZERS),
         recipe="run",
         commands=_TRAIN,
     )
-    bits: int | str | None = _option(
+    bits: int | str | None = option(
         None,
         "per quantised weight",
         recipe="hyperparameter",
@@ -160,7 +162,7 @@ class Config:
         offered=(1, 2, 3, 4, "ternary"),
         otherwise="1",
     )
-    activations: int | None = _option(
+    activations: int | None = option(
         None,
         "bits of the inputs of quantised layers, 0 is float",
         choices=(0, SAWB_BITS),
@@ -168,7 +170,7 @@ class Config:
         commands=_TRAIN,
         otherwise="0",
     )
-    skip: list[str] | None = _option(  # noqa: RUF009
+    skip: list[str] | None = option(  # noqa: RUF009
         None,
         'layers in full precision: "first", "last", name patterns; "none" quantises all',
         metavar="LAYER",
@@ -176,7 +178,7 @@ class Config:
         commands=_TRAIN,
         otherwise="first last",
     )
-    scale: str | None = _option(
+    scale: str | None = option(
         None,
         "levels in units of 1, or of the initial standard deviation of the tensor or of each output channel",
         recipe="hyperparameter",
@@ -184,7 +186,7 @@ class Config:
         offered=("none", "tensor", "channel"),
         otherwise="tensor",
     )
-    lr: float | None = _option(
+    lr: float | None = option(
         None,
         "learning rate of the quantised weights",  # for levels one standard deviation from zero
         metavar="LR",
@@ -192,29 +194,29 @@ class Config:
         recipe="hyperparameter",
         commands=_TRAIN,
     )
-    weight_decay: float | None = _option(
+    weight_decay: float | None = option(
         None, "of the quantised weights", most=math.inf, recipe="hyperparameter"
     )
-    momentum: float | None = _option(None, "of all weights; Adam has betas", most=1, recipe="hyperparameter")
-    warmup: float | None = _option(
+    momentum: float | None = option(None, "of all weights; Adam has betas", most=1, recipe="hyperparameter")
+    warmup: float | None = option(
         None,
         "fraction of the steps in which the learning rate rises linearly, before it falls by a cosine to 0",
         most=1,
         recipe="hyperparameter",
     )
-    float_lr: float | None = _option(
+    float_lr: float | None = option(
         None, "learning rate of the other parameters", positive=True, recipe="hyperparameter"
     )
-    float_weight_decay: float | None = _option(
+    float_weight_decay: float | None = option(
         None, "of the other parameters", most=math.inf, recipe="hyperparameter"
     )
-    options: dict[str, bool | float | str | list[float]] | None = _option(  # noqa: RUF009
+    options: dict[str, bool | float | str | list[float]] | None = option(  # noqa: RUF009
         None, "further arguments of the optimizer's class", recipe="hyperparameter"
     )
-    anneal: dict[str, float] | None = _option(  # noqa: RUF009
+    anneal: dict[str, float] | None = option(  # noqa: RUF009
         None, "settings of the optimizer's schedule (quantopt.Anneal)", recipe="hyperparameter"
     )
-    augment: str = _option(
+    augment: str = option(
         "none",
         "auto: crop, flip if in colour, none below 16x16",
         choices=augment.MODES,
@@ -223,20 +225,20 @@ class Config:
         offered=("auto", *augment.MODES),
         otherwise="auto",
     )
-    init: str | None = _option(
+    init: str | None = option(
         None,
         "start from the weights of this run of the same network, or of its checkpoint.pt",
         metavar="RUN",
         commands=_TRAIN,
     )
-    precision: str = _option(
+    precision: str = option(
         "float32",
         "bfloat16 trains under autocast",
         choices=("float32", "bfloat16"),
         recipe="run",
         commands=_TRAIN,
     )
-    test_every: int = _option(
+    test_every: int = option(
         1,
         "test accuracy for the curves after every N epochs, 0 for none",
         metavar="N",
@@ -244,14 +246,14 @@ class Config:
         recipe="run",
         commands=_TRAIN,
     )
-    channels_last: bool = _option(False, "images and weights in channels-last memory", **_SPEED)
-    compile: bool = _option(False, "torch.compile of the network in training", **_SPEED)
-    cuda_graph: bool = _option(
+    channels_last: bool = option(False, "images and weights in channels-last memory", **_SPEED)
+    compile: bool = option(False, "torch.compile of the network in training", **_SPEED)
+    cuda_graph: bool = option(
         False,
         "capture the training iteration and replay it; the optimizer's step is then not timed",
         **_SPEED,
     )
-    backend: str = _option(
+    backend: str = option(
         "auto",
         "of the optimizer's step",
         commands=_TRAIN,
@@ -261,12 +263,7 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError, naming the option, for a value that the table excludes or that does not fit another."""
-        for name, option in OPTIONS.items():
-            value = getattr(self, name)
-            if value is None and option.default is None:
-                continue
-            expected = option.expected(value)
-            self._require(name, expected is None, f"must be {expected}")
+        check_values(self, OPTIONS)
         self._require("cuda_graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
         if self.optimizer in FLOAT:
             bits = FLOAT[self.optimizer]
@@ -278,19 +275,30 @@ class Config:
         if self.optimizer == "luq":
             self._require("activations", self.activations in (None, SAWB_BITS), f"luq has {SAWB_BITS}")
 
-    def _require(self, name: str, holds: bool, expected: str | None) -> None:
+    def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(OPTIONS[name].flag, f"{shown(getattr(self, name))} is not accepted: {expected}")
+
+
+def check_values(config: Any, table: Mapping[str, Option]) -> None:
+    """Raises InputError, naming the option, for a value of `config` that its row of the table excludes."""
+    for name, row in table.items():
+        value = getattr(config, name)
+        if value is None and row.default is None:
+            continue
+        if expected := row.expected(value):
+            raise InputError(row.flag, f"{shown(value)} is not accepted: must be {expected}")
 
 
 def _listed(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values))
 
 
-def _table() -> dict[str, Option]:
-    hints = get_type_hints(Config)
+def table_of(options: type) -> dict[str, Option]:
+    """Name -> row of every option, in the order of the fields of `options`, a dataclass of :func:`option`."""
+    hints = get_type_hints(options)
     rows = {}
-    for f in fields(Config):
+    for f in fields(options):
         hint = hints[f.name]
         parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = tuple(get_origin(part) or part for part in parts if part is not types.NoneType)
@@ -304,8 +312,8 @@ def _table() -> dict[str, Option]:
     return rows
 
 
-OPTIONS = _table()
-"""Name -> row of every option, in the order of the fields of `Config`."""
+OPTIONS = table_of(Config)
+"""The table of `Config`."""
 
 HYPERPARAMETERS = tuple(name for name, option in OPTIONS.items() if option.recipe == "hyperparameter")
 """What the recipe of every optimizer sets."""

@@ -1,8 +1,8 @@
 """The optimizers that a recipe may name, with the schedules that belong to them.
 
-`sgd` is full precision, `luq` trains 4-bit layers: both are torch.optim.SGD on every parameter. The others train the
-quantised weights with their rule and everything else (skipped layers, biases, batch norm) with the base rule at
-`float_lr` and `float_weight_decay`.
+`sgd` and `adamw` are full precision, torch.optim's on every parameter; `luq` trains 4-bit layers by torch.optim.SGD.
+The others train the quantised weights with their rule and everything else (skipped layers, biases, batch norm) with the
+base rule at `float_lr` and `float_weight_decay`.
 """
 
 import inspect
@@ -34,6 +34,7 @@ def _annealed_key(optimizer: type[LevelOptimizer]) -> str | None:
 # Each optimizer's class, and the group key that Anneal drives.
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "sgd": (torch.optim.SGD, None),
+    "adamw": (torch.optim.AdamW, None),
     **{
         _SPELLED.get(name, name.lower()): (value, _annealed_key(value))
         for name, value in vars(quantopt.optim).items()
@@ -41,13 +42,9 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     },
     "luq": (torch.optim.SGD, None),
 }
-_OF_THE_STEP = (
-    "capturable",
-    "differentiable",
-    "foreach",
-    "fused",
-)  # arguments of the classes that no recipe sets
-FLOAT = {"sgd": 0, "luq": 4}
+# Arguments of the classes that no recipe sets.
+_OF_THE_STEP = ("params", "backend", "capturable", "differentiable", "foreach", "fused", "fused_amp")
+FLOAT = {"sgd": 0, "adamw": 0, "luq": 4}
 """Optimizers of torch, which have no levels: the bits of their recipes."""
 
 
@@ -169,17 +166,17 @@ def build(
     anneal = None
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
-    known = make([{"params": [nn.Parameter(torch.ones(1))], "bits": 0}]).defaults
-    known = {key: value for key, value in known.items() if key not in settings and key not in _OF_THE_STEP}
+    known = {
+        argument.name: argument.default
+        for argument in inspect.signature(make).parameters.values()
+        if argument.name not in settings and argument.name not in _OF_THE_STEP
+    }
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
     if name in FLOAT:  # torch looks at them at the first step
         for key, value in options.items():
-            kind = bool if known[key] is None or isinstance(known[key], bool) else int | float
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"{key}={value!r}: must be {'True or False' if kind is bool else 'a number'}"
-                )
+            if (kind := _kind_of(known[key])) and not _is_of(kind, value):
+                raise ValueError(f"{key}={value!r}: must be {kind}")
     if name == "luq":
         quantopt.nn.luq(model, skip=skip, repeat=repeat)
     elif settings["activations"]:
@@ -220,6 +217,25 @@ def build(
     )
     has_own_rate = name not in FLOAT and settings["scale"] == "none"
     return Optimizer(optimizer, scheduler, anneal, relaxation, has_own_rate)
+
+
+def _kind_of(default: Any) -> str:
+    """What a value must be in place of an argument's default."""
+    if isinstance(default, tuple):
+        return f"{len(default)} numbers"
+    return "True or False" if default is None or isinstance(default, bool) else "a number"
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    if kind == "True or False":
+        return isinstance(value, bool)
+    if kind == "a number":
+        return isinstance(value, int | float)
+    return (
+        isinstance(value, list)
+        and f"{len(value)} numbers" == kind
+        and all(_is_of("a number", x) for x in value)
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ The keys are the fields of `config.Config` that its table gives to recipes.
 """
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
@@ -44,9 +45,10 @@ def names() -> list[str]:
     return sorted([*OPTIMIZERS, *_networks()])
 
 
-def load(name: str) -> dict[str, Any]:
-    """The settings of a recipe: of the package by its name, else of a file. Raises InputError naming --recipe."""
-    settings = dict(_networks().get(name) or _parse(name))
+def load(name: str, own: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The settings of a recipe: of `own` (those of networks.toml) by its name, of an optimizer, else of a file. Raises
+    InputError naming --recipe."""
+    settings = dict((_networks() if own is None else own).get(name) or _parse(name))
     base = settings.pop("base", None)
     if base is not None:
         if base not in list(OPTIMIZERS):

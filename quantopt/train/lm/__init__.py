@@ -1,0 +1,1 @@
+"""A small language-model trainer on the bytes of a text file: `quantopt lm`."""

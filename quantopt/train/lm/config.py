@@ -1,0 +1,113 @@
+"""The options of a language-model run, and its recipes.
+
+The fields of `Config` are the table of options, as in `quantopt.train.config`, whose rows of hyper-parameters they
+share. `quantopt/recipes/lm.toml` has the recipes: hyper-parameters over those of an optimizer's recipe, the `base`.
+"""
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from quantopt.train import config as training
+from quantopt.train import recipes
+from quantopt.train.config import HYPERPARAMETERS, Option, check_values, option, table_of
+from quantopt.train.errors import InputError, shown
+
+_LM = ("lm",)
+_KEYS = ("optimizer", *HYPERPARAMETERS)
+DEFAULT_RECIPE = "stam"
+
+
+def _shared(name: str) -> Any:
+    """A field with the row that `quantopt train` has for the option."""
+    row = training.OPTIONS[name]
+    commands = (*row.commands, *_LM) if row.commands else ()
+    return field(default=row.default, metadata={"option": replace(row, commands=commands)})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What determines a run; `OPTIONS` describes the fields. Hyper-parameters that are None have the recipe's value."""
+
+    data: str = option("", "text file; its bytes are the tokens", metavar="FILE", commands=_LM)
+    layers: int = option(4, "decoder layers", metavar="N", least=1, commands=_LM, otherwise="%(default)s")
+    width: int = option(
+        128, "of the hidden states", metavar="D", least=8, commands=_LM, otherwise="%(default)s"
+    )
+    heads: int = option(4, "of attention", metavar="H", least=1, commands=_LM, otherwise="%(default)s")
+    context: int = option(
+        128, "bytes of a window", metavar="T", least=2, commands=_LM, otherwise="%(default)s"
+    )
+    batch_size: int = option(
+        16, "windows per step", metavar="B", least=1, commands=_LM, otherwise="%(default)s"
+    )
+    steps: int = option(1200, "of training", metavar="N", least=1, commands=_LM, otherwise="%(default)s")
+    validation: float = option(
+        0.1,
+        "fraction of the file, its end, that is held out",
+        metavar="F",
+        most=1,
+        commands=_LM,
+        otherwise="%(default)s",
+    )
+    precision: str = option(
+        "bfloat16",
+        "bfloat16 trains under autocast",
+        choices=("float32", "bfloat16"),
+        commands=_LM,
+        otherwise="%(default)s",
+    )
+    device: str = _shared("device")
+    seed: int = _shared("seed")
+    optimizer: str = _shared("optimizer")
+    bits: int | str | None = _shared("bits")
+    activations: int | None = _shared("activations")
+    skip: list[str] | None = _shared("skip")  # noqa: RUF009
+    scale: str | None = _shared("scale")
+    lr: float | None = _shared("lr")
+    weight_decay: float | None = _shared("weight_decay")
+    momentum: float | None = _shared("momentum")
+    warmup: float | None = _shared("warmup")
+    float_lr: float | None = _shared("float_lr")
+    float_weight_decay: float | None = _shared("float_weight_decay")
+    options: dict[str, bool | float | str | list[float]] | None = _shared("options")  # noqa: RUF009
+    anneal: dict[str, float] | None = _shared("anneal")  # noqa: RUF009
+    backend: str = _shared("backend")
+
+    def check(self) -> None:
+        """Raises InputError, naming the option, for a value that the table excludes."""
+        check_values(self, OPTIONS)
+
+
+OPTIONS: dict[str, Option] = table_of(Config)
+"""The table of `Config`."""
+
+
+@cache
+def _own_recipes() -> dict[str, dict[str, Any]]:
+    text = (resources.files("quantopt") / "recipes" / "lm.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def names() -> list[str]:
+    """The recipes of language models that come with the package."""
+    return sorted(_own_recipes())
+
+
+def load(name: str) -> dict[str, Any]:
+    """The settings of a recipe: of lm.toml by its name, else of a file. Raises InputError naming --recipe."""
+    settings = recipes.load(name, _own_recipes())
+    if unknown := sorted(settings.keys() - set(_KEYS)):
+        raise InputError(
+            "--recipe", f"{name}: {shown(unknown[0])} is not for language models; known: {', '.join(_KEYS)}"
+        )
+    return settings
+
+
+def configuration(recipe: dict[str, Any], given: dict[str, Any]) -> Config:
+    """The defaults, overridden by a recipe, overridden by the options `given`; checked."""
+    config = Config(**{**recipe, **given})
+    config.check()
+    return config

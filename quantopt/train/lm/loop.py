@@ -1,0 +1,215 @@
+"""The training loop of a language model: `train` runs a `Trainer`, which can be stopped and continued."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import quantopt
+from quantopt.backends import BackendError
+from quantopt.files import remove_temporaries
+from quantopt.train import checkpoint, optimizers
+from quantopt.train.config import resolve_device
+from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, Hold, read_checkpoint, write_checkpoint
+from quantopt.train.environment import header
+from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
+from quantopt.train.lm import model as models
+from quantopt.train.lm.config import Config
+from quantopt.train.lm.text import Text
+from quantopt.train.measure import tensor_bytes
+from quantopt.train.report import write_json
+
+KEYS = frozenset(
+    ["config", "step", "seconds", "model", "optimizer", "scheduler", "anneal", "generator", "curve"]
+)
+"""What a checkpoint holds."""
+
+EVERY = 50  # steps of which the curve of the training loss has the mean
+
+
+class Trainer:
+    """A run: network, optimizer, schedules, random numbers and the curve of the loss, after `step` steps.
+
+    Everything that influences the next step is in `state_dict()`. The global random state of torch is seeded.
+    Raises InputError if a value is refused.
+    """
+
+    def __init__(self, config: Config, text: Text) -> None:
+        config.check()
+        self.config, self.text = config, text
+        self.device = torch.device(resolve_device(config.device))
+        torch.manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.model = models.build(config.layers, config.width, config.heads, config.context).to(self.device)
+        try:
+            self.optimizer = optimizers.build(
+                config.optimizer, self.model, config.steps, asdict(config), backend=config.backend
+            )
+        except BackendError as error:
+            raise InputError("--backend", str(error)) from None
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise InputError("--recipe", str(error)) from None
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[float] = []
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the optimizer has levels."""
+        return self.config.optimizer not in optimizers.FLOAT
+
+    def train_until(self, step: int, bar: "tqdm[Any]") -> None:
+        """Steps until `step` of them are done. Raises TrainingError where the loss is not finite."""
+        started = time.perf_counter()
+        config = self.config
+        self.model.train()
+        while self.step < step:
+            inputs, targets = self.text.windows(config.batch_size, config.context, self.generator)
+            self.optimizer.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss = models.loss(self.model, inputs.to(self.device), targets.to(self.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.update()
+            self.optimizer.advance()
+            self.step += 1
+            self._loss += loss.detach()
+            bar.update()
+            if self.step % EVERY == 0 or self.step == config.steps:
+                self.curve.append(float(self._loss) / ((self.step - 1) % EVERY + 1))
+                self._loss.zero_()
+                bar.set_postfix(loss=f"{self.curve[-1]:.4f}")
+                if not math.isfinite(self.curve[-1]):
+                    raise TrainingError(
+                        f"the loss became {self.curve[-1]} by step {self.step}: try a smaller --lr"
+                    )
+        self.seconds += time.perf_counter() - started
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration; `fingerprint` identifies the text by content."""
+        return {**asdict(self.config), "fingerprint": self.text.fingerprint()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """After a multiple of `EVERY` steps. Can be read by torch.load(weights_only=True)."""
+        return {
+            "config": self.describe(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            **self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "curve": self.curve,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], argument: str, source: object) -> None:
+        """Continues from `state`. Raises InputError, naming `argument`, `source` and what differs, if it is not a state
+        of this run; the trainer is not to be used then."""
+        if differing := checkpoint.differences(state["config"], self.describe(), "the checkpoint", ("data",)):
+            raise InputError(argument, f"{source} is of another run: {differing}")
+        with checkpoint.refusals(argument, source):
+            step, curve = state["step"], state["curve"]
+            checkpoint.check_number(step, "step", 0, self.config.steps, kind=int)
+            checkpoint.check_number(state["seconds"], "seconds", 0, 2**40)
+            if not isinstance(curve, list) or len(curve) != -(-step // EVERY):
+                raise ValueError(f"curve is not one value for every {EVERY} steps")
+            for value in curve:
+                checkpoint.check_number(value, "a value of the curve")
+            checkpoint.check_model(state["model"], self.model.state_dict())
+            checkpoint.check_tensor(state["generator"], self.generator.get_state(), "generator")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(dict(state), step)
+            self.generator.set_state(state["generator"])
+        self.step, self.seconds, self.curve = step, state["seconds"], list(curve)
+
+    def finish(self) -> tuple[dict[str, Any], nn.Module | None]:
+        """(the report, the packed network or None): losses of the validation part, in nats per byte."""
+        config, text = self.config, self.text
+        optimizer: Any = self.optimizer.optimizer
+        projected = packed_loss = None
+        packed: Any = None
+        running = models.validation_loss(self.model, text, config.context)
+        if self.quantised:
+            with optimizer.quantized():
+                projected = models.validation_loss(self.model, text, config.context)
+            packed = quantopt.pack(self.model.eval(), optimizer)
+            packed_loss = models.validation_loss(packed, text, config.context)
+        report = {
+            "config": self.describe(),
+            **header(str(self.device), torch.get_num_threads()),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "loss": running,  # of the weights that training ran with
+            "loss_quantized": projected,
+            "loss_packed": packed_loss,
+            "bytes_float": tensor_bytes(self.model),
+            "bytes_packed": None if packed is None else tensor_bytes(packed),
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
+        return report, packed
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The report in two lines."""
+    losses = [("loss_quantized", "projected"), ("loss_packed", "packed")]
+    shown = [f"{name} {results[key]:.4f}" for key, name in losses if results[key] is not None]
+    size = f"{results['bytes_float']:,} bytes"
+    if results["bytes_packed"] is not None:
+        size += f", packed {results['bytes_packed']:,}"
+    lines = f"validation loss, nats per byte: {', '.join(shown or [format(results['loss'], '.4f')])}"
+    return f"{lines}\n{results['parameters']:,} parameters, {size}; {results['seconds']:.0f} s of training"
+
+
+def train(
+    config: Config,
+    text: Text,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    hold: Hold | None = None,
+    minutes: float | None = None,
+    checkpoint_every: int = 200,
+) -> dict[str, Any]:
+    """Trains, with a checkpoint in `out` after every `checkpoint_every` steps (a multiple of `EVERY`), and measures.
+    Returns the report, which `out` has as report.json, beside model.safetensors (packed).
+
+    out, resume, progress, hold, minutes: as `quantopt.train.loop.train`. Raises InputError, TrainingError, OutOfTime.
+    """
+    started = time.monotonic()
+    trainer = Trainer(config, text)
+    file = Path() if out is None else out / CHECKPOINT
+    if resume and out is not None and file.exists():
+        trainer.load_state_dict(read_checkpoint(file, "--resume", KEYS), "--resume", file)
+    if out is not None:
+        if hold is not None:
+            hold.check()
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(out)
+    longest = 0.0
+    with tqdm(
+        total=config.steps, initial=trainer.step, unit=" steps", mininterval=0.5, disable=not progress
+    ) as bar:
+        while trainer.step < config.steps:
+            begun = time.monotonic()
+            if longest and minutes is not None and begun + longest > started + 60 * minutes:
+                raise OutOfTime(f"{minutes:g} minutes are over after step {trainer.step} of {config.steps}")
+            trainer.train_until(min(config.steps, trainer.step + checkpoint_every), bar)
+            if out is not None:
+                write_checkpoint(out, trainer.state_dict(), hold)
+            longest = max(longest, time.monotonic() - begun)
+    report, packed = trainer.finish()
+    if out is not None:
+        if hold is not None:
+            hold.check()
+        if packed is not None:
+            with writing(out / MODEL):
+                quantopt.save(packed, out / MODEL)
+        write_json(out / REPORT, report)
+    return report
