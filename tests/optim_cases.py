@@ -9,6 +9,20 @@ from torch import Tensor, nn
 
 import quantopt
 
+
+def on_muon(make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Of ``make`` on muon, with the groups that have vectors on Adam."""
+
+    def made(params: Any, **more: Any) -> Any:
+        vectors = [
+            isinstance(g, dict) and any(p.dim() < 2 for p in g["params"]) for g in (params := list(params))
+        ]
+        groups = [{**g, "base": "adam"} if vector else g for g, vector in zip(params, vectors, strict=True)]
+        return make(groups, base="muon", **options, **more)
+
+    return made
+
+
 MAKERS: dict[str, Callable[..., Any]] = {
     "askew": quantopt.AskewSGD,
     "askew-gradient": lambda p, **k: quantopt.AskewSGD(p, constrain="gradient", **k),
@@ -27,6 +41,9 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "stam-splitting-adam": lambda p, **k: quantopt.STAM(p, base="adam", form="splitting", **k),
     "binaryrelax-adam": lambda p, **k: quantopt.BinaryRelax(p, base="adam", **k),
     "proxquant-adam": lambda p, **k: quantopt.ProxQuant(p, base="adam", **k),
+    "askew-muon": on_muon(quantopt.AskewSGD),
+    "stam-muon": on_muon(quantopt.STAM),
+    "binaryrelax-muon": on_muon(quantopt.BinaryRelax),
 }
 every = pytest.mark.parametrize("name", MAKERS)
 

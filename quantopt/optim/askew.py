@@ -82,9 +82,9 @@ class AskewSGD(LevelOptimizer):
         self,
         params: Any,
         lr: float | None = None,
-        momentum: float = 0.9,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         *,
         epsilon: float = 1.0,
         rate: float | None = None,
@@ -95,6 +95,8 @@ class AskewSGD(LevelOptimizer):
         base: str = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "original",
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         bits: int | str | None = None,
@@ -137,6 +139,11 @@ class AskewSGD(LevelOptimizer):
             )
         if group["memory"] and group["constrain"] == "gradient":
             raise ValueError("constrain='gradient' has no form with memory=True; use constrain='velocity'")
+        if group["base"] == "muon" and group["constrain"] == "gradient":
+            raise ValueError(
+                "constrain='gradient' has no form on base='muon', which mixes the gradients of a matrix after they are "
+                "bent; use constrain='velocity'"
+            )
 
     def annealed(
         self,
@@ -180,8 +187,10 @@ class AskewAdam(AskewSGD):
         memory: bool = False,
         bound: float = 2.0,
         base: str = "adam",
-        momentum: float = 0.9,
-        nesterov: bool = False,
+        momentum: float | None = None,
+        nesterov: bool | None = None,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "original",
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         bits: int | str | None = None,

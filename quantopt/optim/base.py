@@ -11,23 +11,26 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from quantopt.backends import BACKENDS
 from quantopt.levels import Quantization
-from quantopt.optim import gradients, sharded, state, views
+from quantopt.optim import gradients, muon, sharded, state, views
 from quantopt.optim.options import (
     ADAM_LR,
     BASE_OPTIONS,
+    MUON_LR,
     OPTIONS,
     SCHEDULED,
     SHARED,
     check_group,
     flag,
     keep_position,
+    of_base,
     one_device,
     place_scheduled,
     scheduled_value,
+    shared_options,
 )
 from quantopt.optim.step import GroupStep, same
 from quantopt.optim.written import Record
-from quantopt.rules import BASES, RULES
+from quantopt.rules import RULES
 from quantopt.wrappers import unwrapped
 
 
@@ -62,8 +65,8 @@ class LevelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"backend={backend!r}: use 'auto' or one of {BACKENDS}")
         self.backend = backend
         self._step_supports_amp_scaling = fused_amp  # torch.amp.GradScaler asks for it
-        shared = {key: OPTIONS[key].default for key in SHARED}
-        self._options: dict[str, Any] = {"bits": None} | shared | options | dict(self.extra_options)
+        options = {"bits": None} | shared_options() | options
+        self._options: dict[str, Any] = options | dict(self.extra_options)
         self._forget_steps()
         super().__init__(params, self._completed({}))
 
@@ -74,9 +77,10 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
-        if "_options" not in self.__dict__:  # pickled by quantopt 0.1.0
-            shared = {key: OPTIONS[key].default for key in SHARED}
-            self._options = shared | {"base": self._base} | self.defaults
+        options = self.__dict__.get(
+            "_options", {"base": self._base} | self.defaults
+        )  # none of quantopt 0.1.0
+        self._options = shared_options() | options
         self.__dict__.setdefault("_step_supports_amp_scaling", False)
         self._forget_steps()
 
@@ -101,7 +105,8 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _form_defaults(self, group: dict[str, Any]) -> dict[str, Any]:
         """Defaults of the options that a constructor leaves None, which depend on others of the group."""
-        return {"lr": {"sgd": self._sgd_lr(group), "adam": ADAM_LR}.get(group["base"])}
+        rates = {"sgd": self._sgd_lr(group), "adam": ADAM_LR, "muon": MUON_LR}
+        return {"lr": rates.get(group["base"])}
 
     def _dynamic_scale(self, group: dict[str, Any]) -> bool:
         """Whether the scale follows the weights (mean magnitude) instead of being frozen."""
@@ -154,6 +159,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         try:
             place_scheduled(self.param_groups[-1])
             sharded.check_parameters(self.param_groups[-1], self.name_of)
+            muon.check_parameters(self.whole(self.param_groups[-1]), self.name_of)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -161,20 +167,23 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with every option that it reads, but for the usual base."""
         full = self._options | group
+        full |= of_base(self._options, group, full["base"])
         unset = [key for key, value in full.items() if value is None and key in OPTIONS and key not in group]
-        if unset and full["base"] in BASES:  # the check refuses another base
+        if unset and full["base"] in tuple(BASE_OPTIONS):  # the check refuses another base
             defaults = self._form_defaults(full)
             full |= {key: defaults.get(key) for key in unset}
             if "lr" in unset and full["lr"] is None:
                 raise ValueError(f"lr=None: base={full['base']!r} has no default of it; pass lr")
-        unread = {key for base, keys in BASE_OPTIONS.items() if base != full["base"] for key in keys}
+        read = next((keys for base, keys in BASE_OPTIONS.items() if base == full["base"]), ())
+        unread = {key for keys in BASE_OPTIONS.values() for key in keys} - set(read)
         if full["base"] == self._base:
             unread.add("base")
         return {key: value for key, value in full.items() if key in group or key not in unread}
 
     def whole(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with all options, also those that it does not read."""
-        return self._options | {"base": self._base} | group
+        full = self._options | {"base": self._base} | group
+        return full | of_base(self._options, group, full["base"])
 
     def _check(self, group: dict[str, Any]) -> None:
         check_group(group, self._options)
@@ -239,7 +248,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         def restore(_: torch.optim.Optimizer) -> None:  # before the user's hooks
             for group, own, before in zip(self.param_groups, groups, scheduled, strict=True):
                 for key in set(own) & _LATER - {"base"}:  # a group without a base has the usual one
-                    group.setdefault(key, self._options[key])
+                    group.setdefault(key, self.whole(group)[key])
                 place_scheduled(group, before)
             for p, values in loaded:
                 for key, value in values.items():
@@ -285,6 +294,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             self._check(whole)
             if whole["capturable"] and own["params"]:
                 one_device(whole)
+            muon.check_parameters(whole, self.name_of)
             state.check_states(self, own, self.whole(group), state_dict["state"])
         return state_dict | {"param_groups": groups}
 
@@ -385,6 +395,7 @@ class LevelOptimizer(torch.optim.Optimizer):
                 if key in OPTIONS:
                     OPTIONS[key].check(key, group[key])
             gradients.check_kinds(self, group)
+            muon.check_parameters(self.whole(group), self.name_of)
         indices = [state.with_gradients(group) for group in groups]
         for group, chosen in zip(groups, indices, strict=True):
             state.ensure(self, group, chosen, stepping=True)
@@ -416,8 +427,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         if base == "adam":
             numbers["momentum"], numbers["beta2"] = group.get("betas", self._options["betas"])
             numbers["adam_eps"] = group.get("eps", self._options["eps"])
-        elif base == "sgd":
-            numbers["momentum"] = group.get("momentum", self._options["momentum"])
+        elif base in ("sgd", "muon"):
+            numbers["momentum"] = (
+                self.whole(group)["momentum"] if "momentum" not in group else group["momentum"]
+            )
         if group["bits"] != 0:
             numbers |= self._hyper(group)
         return numbers

@@ -8,11 +8,24 @@ import torch
 from torch import Tensor
 
 from quantopt.levels import SCALES, level_count
-from quantopt.rules import BASES
+from quantopt.optim.muon import ADJUSTMENTS
 
 Check = Callable[[str, Any], None]
 
 ADAM_LR = 1e-3  # default learning rate of every rule on Adam
+MUON_LR = (
+    1e-3  # and on Muon: torch's, and that of Adam, whose steps adjust_lr_fn="match_rms_adamw" makes as long
+)
+
+# Where the direction of a group comes from, with the options that are read on this base alone. A group on another base
+# has no such key: torch's schedulers look for them. Muon's direction is given to the kernels.
+BASE_OPTIONS = {
+    "sgd": ("momentum",),
+    "adam": ("betas", "eps"),
+    "given": (),
+    "muon": ("momentum", "ns_steps", "adjust_lr_fn"),
+}
+NESTEROV = ("sgd", "muon")  # bases that have a Nesterov form
 
 
 class Option(NamedTuple):
@@ -20,6 +33,7 @@ class Option(NamedTuple):
 
     check: Check  # raises ValueError naming the key, its value and the remedy
     default: Any = None  # of the options that every optimizer has; those of one class are in its constructor
+    on: Mapping[str, Any] = {}  # bases with another default; a constructor has None then
     per_step: bool = False  # read at every step; where another key changes, the step is laid out again
     scheduled: bool = False  # driven by schedules: a float64 tensor on the device in capturable groups
 
@@ -82,12 +96,14 @@ def _bits(key: str, value: Any) -> None:
 
 OPTIONS: dict[str, Option] = {
     # the base
-    "base": Option(choice(*BASES), "sgd"),
+    "base": Option(choice(*BASE_OPTIONS), "sgd"),
     "lr": Option(number(), per_step=True, scheduled=True),
-    "momentum": Option(number(0.0, 1.0, open_end=True), 0.9, per_step=True),
-    "nesterov": Option(flag, False),
+    "momentum": Option(number(0.0, 1.0, open_end=True), 0.9, on={"muon": 0.95}, per_step=True),
+    "nesterov": Option(flag, False, on={"muon": True}),
     "betas": Option(_betas, (0.9, 0.999), per_step=True),
     "eps": Option(number(), 1e-8, per_step=True),
+    "ns_steps": Option(whole(1, 100, "an int of at least 1 and below 100"), 5),
+    "adjust_lr_fn": Option(choice(*ADJUSTMENTS), "original"),
     "weight_decay": Option(number(), per_step=True),
     "decoupled_weight_decay": Option(flag, False),
     "maximize": Option(flag, False),
@@ -119,13 +135,30 @@ OPTIONS: dict[str, Option] = {
 }
 SHARED = tuple(key for key, option in OPTIONS.items() if option.default is not None)
 SCHEDULED = tuple(key for key, option in OPTIONS.items() if option.scheduled)
-# Options that are read on one base alone. A group on another has no such key: torch's schedulers look for them.
-BASE_OPTIONS = {"sgd": ("momentum",), "adam": ("betas", "eps"), "given": ()}
 # The position of an Anneal: no options, but keys that a quantised group has once an Anneal drives it.
 POSITION: dict[str, Check] = {
     "anneal_step": whole(0, 2**63, "an int of at least 0"),  # updates of the optimizer since the anneal began
     "anneal_total": whole(1, 2**63, "an int of at least 1"),  # how many there will be
 }
+
+
+def shared_options() -> dict[str, Any]:
+    """The options of every optimizer, as a constructor that has none of them leaves them."""
+    return {key: None if OPTIONS[key].on else OPTIONS[key].default for key in SHARED}
+
+
+def of_base(options: Mapping[str, Any], group: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    """What a group on ``base`` has of the options that depend on the base, where it does not say them itself.
+
+    ``options``: those of the constructor; where they say it, it holds, but nesterov on their base alone."""
+    values = {
+        key: next((value for name, value in option.on.items() if name == base), option.default)
+        for key, option in OPTIONS.items()
+        if option.on and key not in group and options[key] is None
+    }
+    if "nesterov" not in group and base != options["base"] and base not in NESTEROV:
+        values["nesterov"] = False
+    return values
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,9 +178,11 @@ def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
             raise ValueError(f"{key}={group[key]!r}: this optimizer has no such option; use another name")
         if key in group:
             option.check(key, group[key])
-    if group["nesterov"] and group["base"] != "sgd":
-        raise ValueError(f"nesterov=True: only base='sgd' has a Nesterov form, not {group['base']!r}")
-    if group["nesterov"] and not group["momentum"] > 0:
+    if group["nesterov"] and group["base"] not in NESTEROV:
+        raise ValueError(
+            f"nesterov=True: only the bases {NESTEROV} have a Nesterov form, not {group['base']!r}"
+        )
+    if group["nesterov"] and group["base"] == "sgd" and not group["momentum"] > 0:
         raise ValueError("nesterov=True needs momentum > 0")
     if group["capturable"] and group["error_if_nonfinite"]:
         raise ValueError(

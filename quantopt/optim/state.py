@@ -32,7 +32,7 @@ class Facts(NamedTuple):
 
     rule: Rule
     base: str
-    momentum: bool  # of SGD, not 0
+    momentum: bool  # of Muon, or of SGD and not 0
     stochastic: bool  # the weights themselves are rounded stochastically
     master: bool  # 16-bit weights with float32 ones behind them
     bounded: bool  # the latent is clipped at a multiple of a frozen scale
@@ -49,7 +49,7 @@ def facts_of(opt: LevelOptimizer, group: dict[str, Any], dtype: torch.dtype) -> 
     return Facts(
         rule=rule,
         base=group["base"],
-        momentum=group["base"] == "sgd" and group["momentum"] != 0,
+        momentum=group["base"] == "muon" or (group["base"] == "sgd" and group["momentum"] != 0),
         stochastic=low and dtype == torch.bfloat16 and group["rounding"] == "stochastic",
         master=low and group["rounding"] == "master",
         bounded=rule.quantised and opt._bounds_latent(group),

@@ -13,6 +13,7 @@ from quantopt import _extension
 from quantopt.backends import choose
 from quantopt.levels import level_count
 from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.optim.muon import Directions
 from quantopt.optim.sharded import is_sharded, local, local_gradient
 from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
 from quantopt.optim.written import Mark, mark
@@ -143,6 +144,7 @@ class GroupStep:
         if not self.buckets:
             return
         values, tensors = opt._hyperparameters(self.group), None
+        momentum = values.get("momentum", 0.0)
         if self.group["capturable"]:
             tensors = {name: value.reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
             values = {name: value for name, value in values.items() if name not in tensors}
@@ -159,7 +161,7 @@ class GroupStep:
         if tensors:  # on the device: a CUDA graph reads their values when it is replayed
             torch._foreach_copy_([self.hyper[HYPER.index(name)] for name in tensors], list(tensors.values()))
         for bucket in self.buckets:
-            bucket.step(grad_scale, found_inf, opt.backend)
+            bucket.step(grad_scale, found_inf, opt.backend, momentum)
         self.has_stepped = True
         if self.used is not None:
             self._keep_numbers(found_inf)
@@ -202,7 +204,8 @@ class Bucket:
     """The parameters of one dtype and device of a group: one call of the fused step.
 
     Where compiled kernels run, a plan holds the checked arguments. It looks up the gradients itself
-    (``finds_gradients``), unless they belong to DTensors or have another layout than their parameters.
+    (``finds_gradients``), unless they belong to DTensors or have another layout than their parameters. On muon the
+    kernels take directions in place of the gradients.
     """
 
     def __init__(
@@ -224,6 +227,7 @@ class Bucket:
         self.shards: list[Tensor] = [local(p) for p in params] if self.sharded else list(params)
         self.copied: list[tuple[Tensor, Tensor]] = []  # (tensor, copy in a layout that kernels take)
         self.grads: list[Tensor] = []
+        self.directions: Directions | None = None  # of muon
         self.record = self._record(opt, group, group_index, hyper)
         self.weights = list(self.record.params)
         self.looked_at = [
@@ -244,7 +248,7 @@ class Bucket:
             self.plan = _extension.StepPlan(self.record, [] if self.sharded else left_out, counted)
             self.watch = self.plan.watched
             plain = all(type(p) in (nn.Parameter, Tensor) for p in params) and not self.copied
-            self.finds_gradients = plain and self.plan.valid()
+            self.finds_gradients = plain and self.directions is None and self.plan.valid()
         elif _extension.TensorWatch is not None and all(
             type(t) in (nn.Parameter, Tensor) for t in self.shards
         ):
@@ -263,9 +267,13 @@ class Bucket:
                 if STATE[key].layout == PARAMETER and value.stride() != w.stride():
                     value = self._copy(value, torch.empty_like(w, dtype=value.dtype))
                 tensors.setdefault(key, []).append(value)
+        base, maximize = facts.base, group["maximize"]
+        if base == "muon":
+            self.directions = Directions(opt.whole(group), weights, tensors.pop("momentum_buffer"))
+            base, maximize = "given", False
         return StepRecord(
             rule=facts.rule.name,
-            base=facts.base,
+            base=base,
             params=weights,
             grads=(),
             momentum_buffers=tensors.get("exp_avg", tensors.get("momentum_buffer", [])),
@@ -279,7 +287,7 @@ class Bucket:
             group_size=group["group_size"],
             dynamic_scale=facts.rule.quantised and opt._dynamic_scale(group),
             nesterov=group["nesterov"],
-            maximize=group["maximize"],
+            maximize=maximize,
             decoupled=group["decoupled_weight_decay"],
             # each group has a random stream, as the kernels count the tensors of a list from 0
             seed=(group["seed"] + group_index * 0x9E3779B97F4A7C15) % 2**62 if facts.stochastic else -1,
@@ -321,7 +329,8 @@ class Bucket:
             with torch.no_grad():
                 if not self._find_gradients():
                     return False
-        return self.plan is None or bool(self.plan.valid(self.grads))
+        taken = self.grads if self.directions is None else self.directions.tensors
+        return self.plan is None or bool(self.plan.valid(taken))
 
     def _find_gradients(self) -> bool:
         """Puts the gradients, in their weights' dtype and layout, into ``grads``. False where a parameter has none or
@@ -345,8 +354,10 @@ class Bucket:
             self.grads.append(g)
         return True
 
-    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None, backend: str) -> None:
-        """The update with the gradients that valid() found."""
+    def step(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, backend: str, momentum: float
+    ) -> None:
+        """The update with the gradients that valid() found. ``momentum``: of muon, which the kernels do not know."""
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.device, torch.float32)
         if found_inf is not None:
@@ -357,6 +368,9 @@ class Bucket:
         with torch.no_grad():
             for tensor, copy in self.copied:
                 copy.copy_(tensor)
+            if self.directions is not None:
+                self.grads = self.directions.update(self.grads, momentum, grad_scale, found_inf)
+                grad_scale = None  # they are divided by it
             if self.plan is not None:
                 self.plan.step(grad_scale, found_inf)
             else:
