@@ -10,10 +10,10 @@ methods are done.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from quantopt.train.environment import header
 from quantopt.train.errors import OUT_OF_TIME, OutOfTime
 from quantopt.train.lm import config as lm
 from quantopt.train.lm import loop, text
-from quantopt.train.report import read_json, write_json
+from quantopt.train.report import write_json
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"layers": 4, "width": 128, "heads": 4, "steps": 1200},
@@ -58,7 +58,7 @@ class Sweep:
         left = None if self.end is None else (self.end - time.monotonic()) / 60
         with held(directory) as hold:
             if (directory / REPORT).is_file():
-                report = read_json(directory / REPORT)
+                report = json.loads((directory / REPORT).read_text())
                 expected = loop.describe(config, self.text)
                 if differing := checkpoint.differences(report["config"], expected, "the report", ("data",)):
                     sys.exit(f"{directory} is of another run: {differing}")
@@ -122,7 +122,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="text file")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--methods", nargs="+", choices=lm.names(), default=lm.names(), metavar="NAME")
@@ -142,7 +144,10 @@ def main() -> int:
         print(table(sorted(rows, key=lambda row: float(row["mean"]))))
     if status == 0 and set(arguments.methods) == set(lm.names()):
         head = header("cpu", torch.get_num_threads())
-        write_json(RESULTS / f"language-{arguments.size}.json", {**head, "data": Path(arguments.data).name, "rows": rows})
+        write_json(
+            RESULTS / f"language-{arguments.size}.json",
+            {**head, "data": Path(arguments.data).name, "rows": rows},
+        )
     return status
 
 

@@ -264,30 +264,30 @@ class Config:
     def check(self) -> None:
         """Raises InputError, naming the option, for a value that the table excludes or that does not fit another."""
         check_values(self, OPTIONS)
-        self._require("cuda_graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
-        if self.optimizer in FLOAT:
-            bits = FLOAT[self.optimizer]
-            self._require(
-                "bits",
-                self.bits in (None, bits),
-                f"{self.optimizer} has {bits or 'full precision, no'} bits",
-            )
-        if self.optimizer == "luq":
-            self._require("activations", self.activations in (None, SAWB_BITS), f"luq has {SAWB_BITS}")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InputError(OPTIONS[name].flag, f"{shown(getattr(self, name))} is not accepted: {expected}")
+        if self.cuda_graph and self.device != "cuda":
+            raise _refused(OPTIONS["cuda_graph"], self.cuda_graph, "needs --device cuda")
 
 
 def check_values(config: Any, table: Mapping[str, Option]) -> None:
-    """Raises InputError, naming the option, for a value of `config` that its row of the table excludes."""
+    """Raises InputError, naming the option, for a value of `config` that its row of the table excludes, or that its
+    optimizer does not have."""
     for name, row in table.items():
         value = getattr(config, name)
         if value is None and row.default is None:
             continue
         if expected := row.expected(value):
-            raise InputError(row.flag, f"{shown(value)} is not accepted: must be {expected}")
+            raise _refused(row, value, f"must be {expected}")
+    bits = FLOAT.get(config.optimizer)
+    if bits is not None and config.bits not in (None, bits):
+        raise _refused(
+            table["bits"], config.bits, f"{config.optimizer} has {bits or 'full precision, no'} bits"
+        )
+    if config.optimizer == "luq" and config.activations not in (None, SAWB_BITS):
+        raise _refused(table["activations"], config.activations, f"luq has {SAWB_BITS}")
+
+
+def _refused(row: Option, value: Any, expected: str) -> InputError:
+    return InputError(row.flag, f"{shown(value)} is not accepted: {expected}")
 
 
 def _listed(values: tuple[Any, ...]) -> str:

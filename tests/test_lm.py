@@ -1,0 +1,194 @@
+"""`quantopt lm`: the text, the network, training, checkpoints, the command line."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantopt.train.cli import main
+from quantopt.train.directory import CHECKPOINT, MODEL, REPORT
+from quantopt.train.errors import InputError, OutOfTime, TrainingError
+from quantopt.train.lm import config as lm
+from quantopt.train.lm import loop, model, text
+
+pytest.importorskip("transformers")
+
+TINY: dict[str, Any] = {
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "context": 16,
+    "batch_size": 2,
+    "device": "cpu",
+    "precision": "float32",
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A text that repeats: what follows is known from what was."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"abcdefgh" * 100)
+    return path
+
+
+def configured(file: Path, recipe: str = "stam", **settings: Any) -> lm.Config:
+    return lm.configuration(lm.load(recipe), {"data": str(file), "steps": 100, **TINY, **settings})
+
+
+def loaded(config: lm.Config) -> text.Text:
+    return text.load(config.data, config.context, config.validation)
+
+
+def test_text(file: Path) -> None:
+    found = text.load(str(file), context=16, validation=0.25)
+    assert len(found.train) == 600 and len(found.validation) == 200
+    assert bytes(found.train.tolist() + found.validation.tolist()) == file.read_bytes()
+    inputs, targets = found.windows(5, 16, torch.Generator().manual_seed(0))
+    assert inputs.shape == targets.shape == (5, 16) and inputs.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    again, _ = found.windows(5, 16, torch.Generator().manual_seed(0))
+    assert torch.equal(inputs, again)
+    inputs, targets = found.validation_windows(16)
+    assert inputs.shape == (12, 16)  # 199 pairs: 7 are left over
+    assert torch.equal(targets.flatten()[:-1], inputs.flatten()[1:])
+    assert found.fingerprint() != text.load(str(file), 16, 0.5).fingerprint()
+
+
+def test_windows_reach_both_ends() -> None:
+    found = text.Text("", torch.arange(18, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8))
+    inputs, targets = found.windows(100, 16, torch.Generator().manual_seed(0))
+    assert set(inputs[:, 0].tolist()) == {0, 1} and int(targets.max()) == 17
+
+
+def test_bad_text(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(b"x" * 100)
+    with pytest.raises(
+        InputError, match=r"--data: .* has 100 bytes, of which 10 are for validation.*--context 16"
+    ):
+        text.load(str(short), 16, 0.1)
+    with pytest.raises(InputError, match="cannot be read"):
+        text.load(str(tmp_path / "none"), 16, 0.1)
+    with pytest.raises(InputError, match="cannot be read"):
+        text.load(str(tmp_path), 16, 0.1)
+
+
+def test_network() -> None:
+    network: Any = model.build(layers=4, width=128, heads=4, context=128)
+    assert sum(p.numel() for p in network.parameters()) == 857_216
+    assert network.lm_head.weight is not network.model.embed_tokens.weight
+    with pytest.raises(InputError, match=r"--width: 12 is not a multiple of 2 x --heads 4"):
+        model.build(1, 12, 4, 8)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"pip install 'quantopt\[lm\]'"):
+        model.build(1, 16, 2, 8)
+
+
+def test_loss_is_of_the_next_byte(file: Path) -> None:
+    """Of a network that knows the text, against torch's cross entropy of each window by itself."""
+    found = text.load(str(file), 16, 0.1)
+    torch.manual_seed(0)
+    network = model.build(1, 16, 2, 16)
+    inputs, targets = found.validation_windows(16)
+    expected = [
+        torch.nn.functional.cross_entropy(network(input_ids=x[None].long()).logits[0], y.long())
+        for x, y in zip(inputs, targets, strict=True)
+    ]
+    assert model.validation_loss(network, found, 16) == pytest.approx(
+        torch.stack(expected).mean().item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("recipe", lm.names())
+def test_every_recipe_learns(file: Path, recipe: str) -> None:
+    """The text repeats every 8 bytes: log 8 = 2.08 without knowing the order, 0 with it."""
+    config = configured(file, recipe)
+    report = loop.train(config, loaded(config), progress=False)
+    assert report["loss"] < 1.0
+    if recipe.startswith("float"):
+        assert report["loss_quantized"] is report["loss_packed"] is None
+        return
+    assert report["loss_quantized"] < 1.0
+    assert report["loss_packed"] == pytest.approx(report["loss_quantized"], rel=1e-4)
+    assert report["bytes_packed"] < report["bytes_float"]
+
+
+@pytest.mark.parametrize("recipe", ["stam", "float"])
+def test_resumed_run_equals_the_uninterrupted_one(file: Path, tmp_path: Path, recipe: str) -> None:
+    config = configured(file, recipe)
+    whole = loop.train(config, loaded(config), out=tmp_path / "whole", progress=False)
+    out = tmp_path / "cut"
+    with pytest.raises(OutOfTime):
+        loop.train(config, loaded(config), out=out, progress=False, minutes=1e-9, checkpoint_every=50)
+    assert not (out / REPORT).exists()
+    report = loop.train(config, loaded(config), out=out, resume=True, progress=False)
+    same = ("config", "loss", "loss_quantized", "loss_packed", "curve")
+    assert {key: report[key] for key in same} == {key: whole[key] for key in same}
+
+
+def test_checkpoint_of_another_run(file: Path, tmp_path: Path) -> None:
+    config = configured(file, steps=50)
+    loop.train(config, loaded(config), out=tmp_path / "run", progress=False)
+    other = replace(config, width=32)
+    with pytest.raises(InputError, match=r"--resume: .* width is 16 in the checkpoint and 32 now"):
+        loop.train(other, loaded(other), out=tmp_path / "run", resume=True, progress=False)
+    (tmp_path / "run" / CHECKPOINT).write_bytes(b"nothing")
+    with pytest.raises(InputError, match="--resume"):
+        loop.train(config, loaded(config), out=tmp_path / "run", resume=True, progress=False)
+
+
+def test_training_that_fails(file: Path) -> None:
+    config = configured(file, "float", lr=1e30, steps=50)
+    with pytest.raises(TrainingError, match="try a smaller --lr"):
+        loop.train(config, loaded(config), progress=False)
+
+
+def test_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    size = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    command = ["lm", "--data", str(file), "--steps=50", "--out", str(out), "--quiet", *size]
+    assert main([*command, "--recipe", "stam", "--lr", "0.01"]) == 0
+    printed = capsys.readouterr().out
+    assert "validation loss, nats per byte: projected" in printed and "packed" in printed
+    assert sorted(path.name for path in out.iterdir()) == sorted([CHECKPOINT, MODEL, REPORT])
+    report = json.loads((out / REPORT).read_text())
+    assert report["config"]["lr"] == 0.01 and report["config"]["optimizer"] == "stam"
+    assert len(report["curve"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "none-such"], "none-such is neither a recipe"),
+        (["--width", "10"], "--width"),
+        (["--context", "1000"], "--data"),
+        (["--lr", "0"], "--lr"),
+        (["--bits", "2", "--recipe", "float"], "--bits"),
+    ],
+)
+def test_bad_arguments(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    command = ["lm", "--data", str(file), "--context", "16", "--out", str(tmp_path / "run"), *words]
+    try:
+        status = main(command)
+    except SystemExit as stop:  # of argparse
+        status = int(str(stop.code))
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_with_a_key_of_images(file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('base = "stam"\nepochs = 3\n')
+    with pytest.raises(InputError, match="'epochs' is not for language models"):
+        lm.load(str(recipe))
