@@ -269,8 +269,8 @@ def as_printed(v, offset, least, most, x):
     distance = tl.abs(offset)
     bound = tl.where(distance > x.h.t_end * x.grid.half_step, least, float("-inf"))
     v = -turned_by(offset, maximum(-turned_by(offset, v), bound))
-    middle = (distance == 0.0) & (x.h.t_star * x.grid.half_step > 0.0)
-    return tl.where(middle, maximum(minimum(v, most), most), v)  # NaN for NaN
+    raised = tl.where(distance == 0.0, maximum(minimum(v, most), most), v)  # NaN for NaN
+    return tl.where(x.h.t_star * x.grid.half_step > 0.0, raised, v)
 
 
 @triton.jit

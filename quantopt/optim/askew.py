@@ -121,8 +121,9 @@ class AskewSGD(LevelOptimizer):
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
-        for options in (self._options, self.defaults, *self.param_groups):
-            options.setdefault("clamp", True)  # pickled by quantopt 0.1.0
+        clamp = self._options.setdefault("clamp", True)  # pickled by an earlier version
+        for options in (self.defaults, *self.param_groups):
+            options.setdefault("clamp", clamp)
 
     def _rule(self, group: dict[str, Any]) -> str:
         if group["memory"]:
