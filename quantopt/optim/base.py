@@ -455,8 +455,8 @@ class LevelOptimizer(torch.optim.Optimizer):
     def metrics(self) -> list[dict[str, Any]]:
         """One dict per group: "bits" and "numel", and for quantised groups (of sharded parameters, this rank's shard)
 
-        - "fraction_feasible": fraction of the weights in their interval, |t| >= t* (0.995 where there is no epsilon), and
-          |t| <= 1 + sqrt(e) with clamp=False
+        - "fraction_feasible": fraction of the weights in their interval, |t| >= t* (0.995 where there is no epsilon);
+          with clamp=False |t| <= 1 + sqrt(e) too
         - "sign_flips": how many weights of the projection changed sign since the last call (0 at the first)
         - "distance": mean distance of the weights to their nearest level, in half-steps of the grid, 0..1
         - "scale": mean scale of the weights
