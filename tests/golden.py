@@ -51,10 +51,13 @@ def digest(tensors: list[Tensor]) -> str:
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "askew": quantopt.AskewSGD,
     "askew-gradient": lambda p, **k: quantopt.AskewSGD(p, constrain="gradient", **k),
+    "askew-printed": lambda p, **k: quantopt.AskewSGD(p, clamp=False, **k),
+    "askew-printed-gradient": lambda p, **k: quantopt.AskewSGD(p, clamp=False, constrain="gradient", **k),
     "askew-memory": lambda p, **k: quantopt.AskewSGD(p, memory=True, **k),
     "askew-memory-limited": lambda p, **k: quantopt.AskewSGD(p, memory=True, rate=0.1, **k),
     "askew-adam": quantopt.AskewAdam,
     "askew-adam-gradient": lambda p, **k: quantopt.AskewAdam(p, constrain="gradient", **k),
+    "askew-adam-printed": lambda p, **k: quantopt.AskewAdam(p, clamp=False, **k),
     "askew-adam-memory": lambda p, **k: quantopt.AskewAdam(p, memory=True, **k),
     "stam": quantopt.STAM,
     "stam-pulled": lambda p, **k: quantopt.STAM(p, lam=0.3, **k),

@@ -35,6 +35,14 @@ class AskewSGD(LevelOptimizer):
             \quad k = r (u - e/u) / (4 |t|), \quad s = \mathrm{sgn}(t) \\
         w &\leftarrow \mathrm{clamp}(w + \mathrm{half}\, v, -hi, hi)
 
+    With ``clamp=False``, the form of the paper, a weight may leave :math:`[-hi, hi]`. Beyond the outer levels, by
+    :math:`\delta = |t| - 1`, it is feasible iff :math:`\delta \le \sqrt e`; the step has no clamp, and before it
+
+    .. math::
+        v &\leftarrow -s \max(-s v, \min(r (\delta^2 - e) / (2 \delta), \mathrm{cap}))
+            \text{ if } \delta > \sqrt e \\
+        v &\leftarrow \mathrm{cap} \text{ if } t = 0 \text{ and } t^* > 0
+
     With ``memory=True`` (an extension of ours, to which the paper's theorem does not carry over) a latent weight moves
     by the base step, and the network runs with its projection onto the feasible interval, so that signs can still
     change when the intervals have separated. The recipes of the command line use it.
@@ -60,7 +68,7 @@ class AskewSGD(LevelOptimizer):
             of other optimizers).
         epsilon: e in [0, 1]. rate: r, the restoring rate per step (default 0.1; with memory infinite, the exact
             projection). cap: largest restoring step in units of t. bound: with memory, the latent stays in
-            [-bound hi, bound hi].
+            [-bound hi, bound hi]. clamp: False for the form of the paper, which has no memory.
         constrain: "velocity", or "gradient" for the authors' order (the constraint acts on the gradient of infeasible
             weights, with alpha = rate/lr, before momentum; the clamp to [-hi, hi] comes last).
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"
@@ -91,6 +99,7 @@ class AskewSGD(LevelOptimizer):
         cap: float = 0.25,
         constrain: str = "velocity",
         memory: bool = False,
+        clamp: bool = True,
         bound: float = 2.0,
         base: str = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -112,17 +121,24 @@ class AskewSGD(LevelOptimizer):
     ) -> None:
         super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        super().__setstate__(pickled)
+        clamp = self._options.setdefault("clamp", True)  # pickled by an earlier version
+        for options in (self.defaults, *self.param_groups):
+            options.setdefault("clamp", clamp)
+
     def _rule(self, group: dict[str, Any]) -> str:
         if group["memory"]:
             return "askew_memory"
         return "askew_gradient" if group["constrain"] == "gradient" else "askew"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        bound = group["bound"] if group["memory"] else 1.0 if group["clamp"] else math.inf
         return {
             "epsilon": scheduled_value(group, "epsilon"),
             "rate": group["rate"],
             "cap": group["cap"],
-            "bound": group["bound"],
+            "bound": bound,
         }
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
@@ -143,6 +159,11 @@ class AskewSGD(LevelOptimizer):
             raise ValueError(
                 "constrain='gradient' has no form on base='muon', which mixes the gradients of a matrix after they are "
                 "bent; use constrain='velocity'"
+            )
+        if group["memory"] and not group["clamp"]:
+            raise ValueError(
+                "clamp=False is the printed form, which has no latent, and memory=True keeps one: use clamp=True with "
+                "memory=True, or memory=False"
             )
 
     def annealed(
@@ -185,6 +206,7 @@ class AskewAdam(AskewSGD):
         cap: float = 0.25,
         constrain: str = "velocity",
         memory: bool = False,
+        clamp: bool = True,
         bound: float = 2.0,
         base: str = "adam",
         momentum: float | None = None,

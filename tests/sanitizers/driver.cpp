@@ -543,6 +543,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   o.gradient_factor = 1.0f;
   o.key = {1, 2, 3, 4};
   const RuleFacts& facts = facts_of(v.rule);
+  if (v.grouped && !facts.latent) o.hyper.bound = INFINITY;  // AskewSGD as printed
   StepSegment s{};
   s.numel = v.rows * v.row;
   s.row = v.row;
