@@ -12,8 +12,8 @@ from quantopt.optim.muon import ADJUSTMENTS
 
 Check = Callable[[str, Any], None]
 
-# Default learning rates of every rule on Adam and on Muon. The latter is torch's; adjust_lr_fn="match_rms_adamw" is made for
-# rates of Adam.
+# Default learning rates of every rule on Adam and on Muon. The latter is torch's;
+# adjust_lr_fn="match_rms_adamw" is made for rates of Adam.
 ADAM_LR = 1e-3
 MUON_LR = 1e-3
 
