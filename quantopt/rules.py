@@ -33,7 +33,8 @@ RULES = {
     )
 }
 
-# sgd: momentum, Nesterov. adam. given: d is the gradient as the caller left it.
+# Of the kernels. sgd: momentum, Nesterov. adam. given: d is the gradient as the caller left it, or Muon's direction
+# (quantopt/optim/muon.py).
 BASES = ("sgd", "adam", "given")
 
 # The numbers that may change from step to step, in the order in which they lie in the float64 tensor `hyper`.

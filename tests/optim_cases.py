@@ -11,13 +11,13 @@ import quantopt
 
 
 def on_muon(make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Of ``make`` on muon, with the groups that have vectors on Adam."""
+    """``make`` on muon, with the groups that have vectors on Adam."""
+
+    def has_vectors(group: Any) -> bool:
+        return isinstance(group, dict) and any(p.dim() < 2 for p in group["params"])
 
     def made(params: Any, **more: Any) -> Any:
-        vectors = [
-            isinstance(g, dict) and any(p.dim() < 2 for p in g["params"]) for g in (params := list(params))
-        ]
-        groups = [{**g, "base": "adam"} if vector else g for g, vector in zip(params, vectors, strict=True)]
+        groups = [{**group, "base": "adam"} if has_vectors(group) else group for group in params]
         return make(groups, base="muon", **options, **more)
 
     return made

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import quantopt
 from optim_cases import MAKERS, same, weights
 
+# Of muon, whose bfloat16 products make of a difference of rounding one that grows, there is tests/test_muon.py.
+NAMES = [name for name in MAKERS if "muon" not in name]
 SEQUENCES, EACH, LENGTH = 20, 25, 12
 
 BITS: tuple[int | str, ...] = (1, 2, "ternary")
@@ -270,7 +272,7 @@ def outcome(session: Session, action: str, seed: int) -> tuple[str, list[Tensor]
 def test_sequences(chunk: int, tmp_path: Path) -> None:
     for sequence in range(chunk * EACH, (chunk + 1) * EACH):
         rng = random.Random(sequence)
-        name, bits, scale = rng.choice(list(MAKERS)), rng.choice(BITS), rng.choice(SCALES)
+        name, bits, scale = rng.choice(NAMES), rng.choice(BITS), rng.choice(SCALES)
         if name == "binaryconnect-stochastic":
             bits = 1
         sessions = [Session(name, bits, scale, backend, tmp_path) for backend in ("cpu", "reference")]

@@ -54,18 +54,24 @@ class AskewSGD(LevelOptimizer):
     Args:
         params: parameters, or groups as from :func:`quantopt.param_groups`. A group may set every option but
             ``backend``, and have keys of its user's.
-        lr: eta; default 0.3, with memory 1, on Adam 1e-3; none on a given direction.
-        momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD, but weight decay is part of the velocity, not
-            of the momentum; with ``memory`` it is l <- l (1 - lr wd) - lr d. Groups with ``bits=0`` have it in the
-            momentum, as torch. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead; refused with
-            ``memory``, whose weight decay is so as it is.
+        lr: eta; default 0.3, with memory 1, on Adam and Muon 1e-3; none on a given direction.
+        momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD (momentum 0.9; on Muon 0.95, with nesterov),
+            but weight decay is part of the velocity, not of the momentum; with ``memory`` it is
+            l <- l (1 - lr wd) - lr d. Groups with ``bits=0`` have it in the momentum, as torch, but on Muon beside d.
+            decoupled_weight_decay: w <- w (1 - lr wd) before the step instead; refused with ``memory``, whose weight
+            decay is so as it is.
         bits: 0, 1, 2, 3, 4 or "ternary", of the groups that do not say it; there is no default. scale: "none",
             "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the levels, the
             standard deviation of the weights when first seen, frozen; weights on such levels already keep theirs. A
             1-d parameter has one element per channel, whose sigma is its magnitude.
         base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
-            torch.optim.Adam, in place of momentum) or "given" (d is the gradient as the caller left it, for directions
-            of other optimizers).
+            torch.optim.Adam, in place of momentum), "muon" (``momentum``, ``nesterov``, ``ns_steps`` and
+            ``adjust_lr_fn`` as in torch.optim.Muon) or "given" (d is the gradient as the caller left it, for directions
+            of other optimizers). A group may have another one.
+
+            Muon is for hidden matrices; weights of convolutions are the matrices [out, the rest]. Everything else is
+            better on Adam: ``param_groups(model, other={"base": "adam", "lr": 3e-4})``. Vectors and sharded parameters
+            (DTensor) are refused, and ``constrain="gradient"``. It keeps a buffer of the parameter's size and dtype.
         epsilon: e in [0, 1]. rate: r, the restoring rate per step (default 0.1; with memory infinite, the exact
             projection). cap: largest restoring step in units of t. bound: with memory, the latent stays in
             [-bound hi, bound hi]. clamp: False for the form of the paper, which has no memory.

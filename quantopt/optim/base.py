@@ -77,10 +77,8 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
-        options = self.__dict__.get(
-            "_options", {"base": self._base} | self.defaults
-        )  # none of quantopt 0.1.0
-        self._options = shared_options() | options
+        of_version_0_1_0 = {"base": self._base} | self.defaults  # which pickled no _options
+        self._options = shared_options() | self.__dict__.get("_options", of_version_0_1_0)
         self.__dict__.setdefault("_step_supports_amp_scaling", False)
         self._forget_steps()
 
@@ -428,9 +426,8 @@ class LevelOptimizer(torch.optim.Optimizer):
             numbers["momentum"], numbers["beta2"] = group.get("betas", self._options["betas"])
             numbers["adam_eps"] = group.get("eps", self._options["eps"])
         elif base in ("sgd", "muon"):
-            numbers["momentum"] = (
-                self.whole(group)["momentum"] if "momentum" not in group else group["momentum"]
-            )
+            own = group if "momentum" in group else self.whole(group)
+            numbers["momentum"] = own["momentum"]
         if group["bits"] != 0:
             numbers |= self._hyper(group)
         return numbers

@@ -48,7 +48,8 @@ def param_groups(
             model with several inputs, name the others. "last" is the layer of the logits:
             ``model.get_output_embeddings()`` where the model has it, else the last that it defines.
         other: further keys of the last group, for example ``{"lr": 0.1, "weight_decay": 5e-4}``: the learning rate
-            of quantised weights is in units of their scale and seldom suits batch norms and biases. Not "params",
+            of quantised weights is in units of their scale and seldom suits batch norms and biases. For an optimizer
+            with ``base="muon"``, which takes matrices alone: ``{"base": "adam", "lr": 3e-4}``. Not "params",
             "param_names", "bits" and "scale".
         filter_fn: ``filter_fn(module, name)`` gives the bits of each layer that is not left out for another reason, or
             None to leave it out; it takes the place of ``bits``.

@@ -12,10 +12,10 @@ from quantopt.optim.muon import ADJUSTMENTS
 
 Check = Callable[[str, Any], None]
 
-ADAM_LR = 1e-3  # default learning rate of every rule on Adam
-MUON_LR = (
-    1e-3  # and on Muon: torch's, and that of Adam, whose steps adjust_lr_fn="match_rms_adamw" makes as long
-)
+# Default learning rates of every rule on Adam and on Muon. The latter is torch's;
+# adjust_lr_fn="match_rms_adamw" is made for rates of Adam.
+ADAM_LR = 1e-3
+MUON_LR = 1e-3
 
 # Where the direction of a group comes from, with the options that are read on this base alone. A group on another base
 # has no such key: torch's schedulers look for them. Muon's direction is given to the kernels.

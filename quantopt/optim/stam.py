@@ -66,7 +66,8 @@ class STAM(LevelOptimizer):
     per-channel mean where a channel does not fit the cache.
 
     Args:
-        lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting); lr to 1e-3 on Adam.
+        lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting); lr to 1e-3 on Adam and
+            Muon.
         form: "alternating" or "splitting". kappa: relaxation weight >= 0. lam: pull of the latent towards its level
             (alternating).
         Others as in :class:`quantopt.AskewSGD`. Weight decay does not enter the momentum, and is decoupled as it is:

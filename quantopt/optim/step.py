@@ -267,10 +267,10 @@ class Bucket:
                 if STATE[key].layout == PARAMETER and value.stride() != w.stride():
                     value = self._copy(value, torch.empty_like(w, dtype=value.dtype))
                 tensors.setdefault(key, []).append(value)
-        base, maximize = facts.base, group["maximize"]
+        base, maximize, nesterov = facts.base, group["maximize"], group["nesterov"]
         if base == "muon":
             self.directions = Directions(opt.whole(group), weights, tensors.pop("momentum_buffer"))
-            base, maximize = "given", False
+            base, maximize, nesterov = "given", False, False
         return StepRecord(
             rule=facts.rule.name,
             base=base,
@@ -286,7 +286,7 @@ class Bucket:
             levels=level_count(group["bits"]),
             group_size=group["group_size"],
             dynamic_scale=facts.rule.quantised and opt._dynamic_scale(group),
-            nesterov=group["nesterov"],
+            nesterov=nesterov,
             maximize=maximize,
             decoupled=group["decoupled_weight_decay"],
             # each group has a random stream, as the kernels count the tensors of a list from 0
