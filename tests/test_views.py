@@ -34,7 +34,7 @@ def test_quantized_shows_levels_and_restores(name: str) -> None:
     assert same(weights(model), before)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "17-level", "ternary"])
 @pytest.mark.parametrize("scale", ["none", "tensor", "channel", "group"])
 def test_quantization_is_the_projection(bits: int | str, scale: str) -> None:
     model = network()
