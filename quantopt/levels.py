@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from quantopt.reference.levels import SAWB
+
 LEVEL_COUNT: dict[int | str, int] = {0: 0, 1: 2, 2: 4, 3: 8, 4: 16, "17-level": 17, "ternary": 3}
-SCALES = ("none", "tensor", "channel", "group")
+SCALES = ("none", "tensor", "channel", "group", "sawb")
 
 
 def level_count(bits: int | str) -> int:
@@ -17,6 +19,15 @@ def level_count(bits: int | str) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int | str) or bits not in LEVEL_COUNT:
         raise ValueError(f"bits={bits!r}: use 0 (not quantised), 1, 2, 3, 4, '17-level' or 'ternary'")
     return LEVEL_COUNT[bits]
+
+
+def check_scale(scale: str, bits: int | str) -> None:
+    """Raises ValueError if ``scale`` has no levels for ``bits``."""
+    if scale == "sawb" and level_count(bits) not in (0, *SAWB):
+        fitting = [name for name, levels in LEVEL_COUNT.items() if levels in SAWB]
+        raise ValueError(
+            f"scale='sawb': has no levels for bits={bits!r}; use bits of {fitting}, or scale='tensor'"
+        )
 
 
 @dataclass(frozen=True)
