@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantopt.levels import SCALES, level_count
+from quantopt.levels import SCALES, check_scale, level_count
 from quantopt.optim.muon import ADJUSTMENTS
 
 Check = Callable[[str, Any], None]
@@ -180,6 +180,7 @@ def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
             raise ValueError(f"{key}={group[key]!r}: this optimizer has no such option; use another name")
         if key in group:
             option.check(key, group[key])
+    check_scale(group["scale"], group["bits"])
     if group["nesterov"] and group["base"] not in NESTEROV:
         raise ValueError(
             f"nesterov=True: only the bases {NESTEROV} have a Nesterov form, not {group['base']!r}"

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from quantopt.levels import check_scale
 from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, models
 from quantopt.train.errors import InputError, shown
@@ -159,7 +160,7 @@ class Config:
         "per quantised weight",
         recipe="hyperparameter",
         commands=_TRAIN,
-        offered=(1, 2, 3, 4, "ternary"),
+        offered=(1, 2, 3, 4, "17-level", "ternary"),
         otherwise="1",
     )
     activations: int | None = option(
@@ -180,10 +181,11 @@ class Config:
     )
     scale: str | None = option(
         None,
-        "levels in units of 1, or of the initial standard deviation of the tensor or of each output channel",
+        "levels in units of 1, or of the initial standard deviation of the tensor or of each output channel; sawb: the "
+        "outer level that SAWB fits to the initial tensor",
         recipe="hyperparameter",
         commands=_TRAIN,
-        offered=("none", "tensor", "channel"),
+        offered=("none", "tensor", "channel", "sawb"),
         otherwise="tensor",
     )
     lr: float | None = option(
@@ -282,6 +284,11 @@ def check_values(config: Any, table: Mapping[str, Option]) -> None:
         raise _refused(
             table["bits"], config.bits, f"{config.optimizer} has {bits or 'full precision, no'} bits"
         )
+    if bits is None and config.scale is not None and config.bits is not None:
+        try:
+            check_scale(config.scale, config.bits)
+        except ValueError as error:
+            raise InputError(table["scale"].flag, str(error)) from None
     if config.optimizer == "luq" and config.activations not in (None, SAWB_BITS):
         raise _refused(table["activations"], config.activations, f"luq has {SAWB_BITS}")
 
