@@ -172,7 +172,9 @@ class Launcher {
       return (scales_in(s) + groups_per_block - 1) / groups_per_block;
     };
     switch (phase) {
-      case Phase::kGroups: return blocks(kGroupRounds * (kThreads / lanes_of(s.group, vector_of(storage_))));
+      case Phase::kGroups:
+        return blocks(group_rounds(storage_, options_.base == Base::kAdam) *
+                      (kThreads / lanes_of(s.group, vector_of(storage_))));
       case Phase::kRows: return blocks(s.group <= kWarpRow ? kThreads / 32 : 1);
       case Phase::kMagnitude: return parts_of(s);
       case Phase::kStep: break;

@@ -20,7 +20,6 @@ constexpr int64_t kChunk = 4096;  // elements per block
 constexpr int64_t kRowPerThread = 16;
 constexpr int64_t kWarpRow = 32 * kRowPerThread;
 constexpr int64_t kBlockRow = kThreads * kRowPerThread;
-constexpr int kGroupRounds = 4;  // groups that a lane helps to reduce
 
 // Bytes that the arguments of a kernel may take; all architectures of CUDA 12.1 and later allow the larger
 // size.
@@ -54,6 +53,12 @@ __host__ __device__ constexpr int lanes_of(int64_t group, int vector) {
   int lanes = 1;
   while (lanes * vector < group) lanes *= 2;
   return lanes;
+}
+
+// Groups that a lane helps to reduce, one after the other: those of a chunk in a block, but where Adam reads
+// 8 elements at a time, as a loop would spill there.
+__host__ __device__ constexpr int group_rounds(Storage storage, bool adam) {
+  return storage == Storage::kFloat32 ? 4 : adam ? 1 : 2;
 }
 
 // Blocks per multiprocessor that __launch_bounds__ asks for: as many as the registers allow without spills.

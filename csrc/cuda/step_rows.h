@@ -143,12 +143,13 @@ __global__ void __launch_bounds__(kThreads, Direction::kAdam ? 2 : blocks_per_pr
   const int tensor = tensor_of_block(table);
   const StepTensor& t = table.tensors[tensor];
   const auto constants = block_constants<Row, Direction>(params, host_constants, t);
+  constexpr int kRounds = group_rounds(S, Direction::kAdam);
   const int team = lanes_of(t.group, vector_of(S)), teams = kThreads / team;
   const int64_t block = blockIdx.x - table.first_block[tensor];
-  const int64_t first = block * kGroupRounds * teams + static_cast<int>(threadIdx.x) / team;
+  const int64_t first = block * kRounds * teams + static_cast<int>(threadIdx.x) / team;
   Row::visit_object(constants.rule, is_exact<S>(params), [&](auto type) {
 #pragma unroll 1
-    for (int round = 0; round < kGroupRounds; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       step_group<Row, typename decltype(type)::type, S, 1>(params, t, first + round * teams, team, constants);
     }
   });
