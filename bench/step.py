@@ -127,6 +127,29 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Par
     return params
 
 
+def following(base: str) -> list[dict[str, Any]]:
+    """Binary levels that follow the weights, STAM alternating on 16M weights: a mean per group against one per row."""
+    shape = [(4096, 4096)]
+    options: dict[str, Any] = dict(bits=1, lr=LR, kappa=0.1, base=base)
+    scales: dict[str, dict[str, Any]] = {
+        "channel": dict(scale="channel"),
+        "group 128": dict(scale="group", group_size=128),
+        "group 32": dict(scale="group", group_size=32),
+    }
+    times = compare(
+        {
+            name: quantopt.STAM(parameters(shape, torch.float32), **options, **kind).step
+            for name, kind in scales.items()
+        },
+        min_time=1.0,
+    )
+    return [
+        row(f"alternating {base} fp32 16M, {name}", "a mean per row", times[name], times["channel"], 1 / 1.3)
+        for name in scales
+        if name != "channel"
+    ]
+
+
 def fault(opt: torch.optim.Optimizer, params: list[nn.Parameter]) -> str | None:
     """What is wrong with the first step of torch's SGD or Adam without weight decay, or None."""
     before = [p.detach().clone() for p in params]
@@ -294,6 +317,8 @@ def cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
         "askew 16M open": lambda: flat("askew", 16 << 20, epsilon=1.0),
         "askew_memory 16M": lambda: flat("askew_memory", 16 << 20),
         "splitting 16M": lambda: flat("splitting", 16 << 20),
+        "following sgd 16M": lambda: following("sgd"),
+        "following adam 16M": lambda: following("adam"),
         "ResNet-18": lambda: whole_step("ResNet-18 list, fp32", RESNET18, {compiled: 1.7, "probe": OF_PROBE}),
         "GPT-2 nearest": lambda: whole_step(
             gpt2, GPT2, {compiled: 3.3, "probe": OF_PROBE}, rounding="nearest", **low

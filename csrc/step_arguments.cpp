@@ -181,8 +181,6 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
       TORCH_CHECK_VALUE(one || param.is_contiguous() || (scale.dim() == 1 && param.stride(0) == s.row),
                         "fused_step: params[", i, "] has strides ", param.strides(),
                         ", in which the slices of its scales are not consecutive");
-      TORCH_CHECK_VALUE(!r.dynamic_scale || s.group == s.row, "fused_step: scales[", i, "] has shape ",
-                        scale.sizes(), "; a dynamic scale is one per tensor or channel");
       s.scale = static_cast<float*>(scale.data_ptr());
       s.next_scale = s.scale;
     }

@@ -28,11 +28,12 @@ from quantopt.kernels.rules import (
     step,
 )
 from quantopt.kernels.step_arguments import DTYPES, check
-from quantopt.kernels.step_tables import BLOCK, CHUNK, ROW_BLOCK, Row, Table, plan_of
+from quantopt.kernels.step_tables import BLOCK, CHUNK, ROW_BLOCK, Row, Table, groups_in, plan_of
 from quantopt.rules import HYPER, RULES, StepRecord
 
 ROW_WIDTH = tl.constexpr(len(Row._fields))
 LENGTH = tl.constexpr(Row._fields.index("length"))
+GROUP = tl.constexpr(Row._fields.index("group"))
 FIRST_PROGRAM = tl.constexpr(Row._fields.index("first_program"))
 
 
@@ -253,15 +254,16 @@ def add(x, y):
 
 
 @triton.jit(do_not_specialize=["count"])
-def row_kernel(
+def group_kernel(
     table_ptr, numbers_ptr, corrections_ptr, grad_scale_ptr, found_inf_ptr,
     count, sign, level_factor, intervals,
     RULE: tl.constexpr, BASE: tl.constexpr, BINARY: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, HAS_LATENT_BOUND: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Dynamic scales, with one program per row: the mean of |point| becomes the scale, then the step. Without STEP: one
-    program per BLOCK of a row, which only writes the sum of |point|."""
+    """Dynamic scales, with GROUPS groups of up to BLOCK elements per program: the mean of |point| becomes the scale,
+    then the step. Without STEP: one program per BLOCK of a group, which only writes the sum of |point|."""
     if skipped(found_inf_ptr):
         return
     program = tl.program_id(0)
@@ -273,14 +275,21 @@ def row_kernel(
     length = tl.load(
         row_ptr + LENGTH
     )  # not row.length: Triton 3.6 drops the multiple of what a function returns
-    if ALIGNED:  # rows of a multiple of 16 elements: what is inside changes 16 bytes at a time
+    group = tl.load(row_ptr + GROUP)
+    if ALIGNED:  # of 16 elements: what is inside changes 16 bytes at a time
         length = tl.multiple_of(length, 16)
-    parts = (length + BLOCK - 1) // BLOCK
+        group = tl.multiple_of(group, 16)
+    parts = (group + BLOCK - 1) // BLOCK  # 1 with STEP
     local = program - row.first_program
-    number = local // parts
-    within = (local - number * parts) * BLOCK + tl.arange(0, BLOCK)
-    inside = within < length
-    i = number * length + within
+    first = local // parts
+    within = ((local - first * parts) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    number = (first * GROUPS + tl.arange(0, GROUPS))[:, None]  # of the scale
+    there = number < row.numel // row.length * row.scales_per_row
+    channel = number // row.scales_per_row
+    begin = (number - channel * row.scales_per_row) * group  # in its row
+    inside = (within < group) & (begin + within < length) & there
+    start = channel * length + begin
+    i = start + within
 
     g, m, v = read_state(
         row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, False
@@ -288,14 +297,16 @@ def row_kernel(
     param_ptr = pointer(row.param, PARAM_TYPE, ALIGNED)
     w = read(pointer(row.latent, tl.float32, ALIGNED), i, inside, False)
     scale_ptr = pointer(row.scale, tl.float32, False) + number
-    before = make_grid(tl.load(scale_ptr), level_factor, intervals, BINARY)
-    limit = latent_limit_of(row, i, number, inside, h, HAS_LATENT_BOUND)
+    before = make_grid(tl.load(scale_ptr, mask=there, other=1.0), level_factor, intervals, BINARY)
+    limit = latent_limit_of(row, start, number, there, h, HAS_LATENT_BOUND)
     x = Weights(w, before, before, limit, h, param_ptr, i, inside, False)
     g = gradient(x, g, RULE)
     d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
-    total = tl.reduce(tl.where(inside, tl.abs(point(x, d, RULE)), 0.0), 0, add)
+    total = tl.reduce(tl.where(inside, tl.abs(point(x, d, RULE)), 0.0), 1, add)[:, None]
     if STEP:
-        scale = (total.to(tl.float64) / length.to(tl.float64)).to(tl.float32)
+        elements = tl.where(there, tl.minimum(group, length - begin), 1)
+        scale = (total.to(tl.float64) / elements.to(tl.float64)).to(tl.float32)
+        scale = tl.where(there, scale, 1.0)
         grid = make_grid(scale, level_factor, intervals, BINARY)
         x = Weights(w, grid, before, limit, h, param_ptr, i, inside, False)
         latent, weight = step(x, d, RULE)
@@ -303,22 +314,22 @@ def row_kernel(
         if h.lr != 0.0:
             write(pointer(row.latent, tl.float32, ALIGNED), i, latent, inside, False)
             write(param_ptr, i, weight, inside, False)
-            tl.store(scale_ptr, scale)
+            tl.store(scale_ptr, scale, mask=there)
     else:
-        tl.store(pointer(row.partial_sums, tl.float32, False) + local, total)
+        tl.store(pointer(row.partial_sums, tl.float32, False) + local + 0 * number, total)  # one
 
 
 @triton.jit(do_not_specialize=["count"])
 def scale_epilogue_kernel(
     table_ptr, numbers_ptr, found_inf_ptr, count, PART: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program per long row: its scale is saved as scale_before and becomes the mean of the sums of its parts."""
+    """One program per long group: its scale is saved as scale_before and becomes the mean of the sums of its parts."""
     if skipped(found_inf_ptr):
         return
     program = tl.program_id(0)
     row = load_row(find(table_ptr, count, program))
     number = program - row.first_program
-    parts = (row.length + PART - 1) // PART
+    parts = (row.group + PART - 1) // PART
     sums_ptr = pointer(row.partial_sums, tl.float32, False) + number * parts
     total = tl.full([BLOCK], 0.0, tl.float64)
     first = 0
@@ -329,7 +340,8 @@ def scale_epilogue_kernel(
     scale_ptr = pointer(row.scale, tl.float32, False) + number
     tl.store(pointer(row.scale_before, tl.float32, False) + number, tl.load(scale_ptr))
     if load_numbers(numbers_ptr).lr != 0.0:
-        tl.store(scale_ptr, (tl.reduce(total, 0, add) / row.length.to(tl.float64)).to(tl.float32))
+        elements = tl.minimum(row.group, row.length - number % row.scales_per_row * row.group)
+        tl.store(scale_ptr, (tl.reduce(total, 0, add) / elements.to(tl.float64)).to(tl.float32))
 
 
 # ---- the op ------------------------------------------------------------------------------------------------------
@@ -373,15 +385,17 @@ def fused_step(record: StepRecord) -> None:
             "MOMENTUM_TYPE": DTYPES[momentum_dtype],
             "enable_fp_fusion": False,
         }
-        for (aligned, block), table in plan.rows.items():
+        for (aligned, block), table in plan.groups.items():
+            groups = groups_in(block)
             _launch(
-                row_kernel, table, shared, ALIGNED=aligned, STEP=True, BLOCK=block, num_warps=_warps(block)
-            )
+                group_kernel, table, shared, ALIGNED=aligned, STEP=True, GROUPS=groups, BLOCK=block,
+                num_warps=_warps(groups * block),
+            )  # fmt: skip
         for aligned, table in plan.parts.items():
-            block = ROW_BLOCK
             _launch(
-                row_kernel, table, shared, ALIGNED=aligned, STEP=False, BLOCK=block, num_warps=_warps(block)
-            )
+                group_kernel, table, shared, ALIGNED=aligned, STEP=False, GROUPS=1, BLOCK=ROW_BLOCK,
+                num_warps=_warps(ROW_BLOCK),
+            )  # fmt: skip
         epilogue = {name: shared[name] for name in ("numbers_ptr", "found_inf_ptr")}
         for table in plan.long.values():
             _launch(scale_epilogue_kernel, table, epilogue, PART=ROW_BLOCK, BLOCK=BLOCK)

@@ -62,6 +62,19 @@ def check(record: StepRecord) -> None:
                 f"fused_step: latent_bounds[{i}] has shape {list(bound.shape)}; it must be one, one per channel or one "
                 "per scale"
             )
+    for i, (bound, scale) in enumerate(zip(record.latent_bounds, record.scales, strict=False)):
+        if record.dynamic_scale and scale.numel() == 1 < bound.numel():
+            raise ValueError(
+                f"fused_step: latent_bounds[{i}] has one value per channel, but the dynamic scale of its parameter has "
+                "one: pass one"
+            )
+    for i, (scale, param) in enumerate(zip(record.scales, params, strict=True) if rule.quantised else ()):
+        channels = param.shape[0] if param.dim() else 1
+        groups = -(-(param.numel() // max(channels, 1)) // max(record.group_size, 1))
+        if param.numel() and scale.numel() != 1 and scale.shape not in ((channels,), (channels, groups)):
+            raise ValueError(
+                f"fused_step: scales[{i}] has shape {list(scale.shape)} for a parameter of shape {list(param.shape)}"
+            )
     for dtype in (params[0].dtype, momentum_dtype):
         if dtype not in DTYPES:
             raise TypeError(f"fused_step: the Triton kernels take float32, bfloat16 and float16, not {dtype}")

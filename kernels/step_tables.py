@@ -16,7 +16,9 @@ from quantopt.rules import StepRecord
 
 BLOCK = 1024  # elements at a time
 CHUNK = 4096  # elements per program
-ROW_BLOCK = 4096  # dynamic scales: rows up to this length are reduced and stepped while they are in registers
+ROW_BLOCK = (
+    4096  # dynamic scales: groups up to this length are reduced and stepped while they are in registers
+)
 
 
 class Row(NamedTuple):
@@ -30,23 +32,33 @@ class Row(NamedTuple):
     scale: int
     scale_before: int  # that of the step before; the address of `scale` where the scale is not dynamic
     latent_bound: int
-    partial_sums: int  # dynamic scales: sums of the parts of long rows
+    partial_sums: int  # dynamic scales: sums of the parts of long groups
     numel: int
     length: int  # elements per row of a scale, or of a row of scales
-    group: int  # elements per scale
+    group: int  # elements per scale; of the last of a row, there may be fewer
     scales_per_row: int
     bound_length: int  # elements per latent bound; 0: one for each scale
     tensor_index: int  # of the tensor in its list, for steps and random numbers
     first_program: int
 
     @property
-    def rows(self) -> int:
-        return self.numel // self.length
+    def scales(self) -> int:
+        return self.numel // self.length * self.scales_per_row
 
     @property
     def parts(self) -> int:
-        """Parts of up to ROW_BLOCK elements that all rows have."""
-        return self.rows * -(-self.length // ROW_BLOCK)
+        """Parts of up to ROW_BLOCK elements that all groups have."""
+        return self.scales * -(-self.group // ROW_BLOCK)
+
+    @property
+    def block(self) -> int:
+        """A power of two from the elements of a group on."""
+        return max(triton.next_power_of_2(self.group), 16)
+
+    @property
+    def whole_vectors(self) -> bool:
+        """Whether 16 elements from the start of a group on are all in it or none."""
+        return self.length % 16 == 0 and self.group % 16 == 0
 
     @property
     def chunks(self) -> int:
@@ -62,9 +74,12 @@ def _row(record: StepRecord, index: int) -> Row:
     scale = record.scales[index] if record.scales else None
     one_scale = scale is None or scale.numel() == 1
     length = numel if one_scale else numel // (param.shape[0] if param.dim() else 1)
-    group = record.group_size if scale is not None and scale.dim() == 2 and not one_scale else length
+    grouped = scale is not None and scale.dim() == 2 and not one_scale
+    group = min(record.group_size, length) if grouped else length
     bounds = record.latent_bounds
-    grouped = bool(bounds) and bounds[index].dim() == 2 and bounds[index].shape == record.scales[index].shape
+    bound_per_scale = (
+        bool(bounds) and bounds[index].dim() == 2 and bounds[index].shape == record.scales[index].shape
+    )
     return Row(
         param=param.data_ptr(),
         grad=address(record.grads),
@@ -79,10 +94,15 @@ def _row(record: StepRecord, index: int) -> Row:
         length=length,
         group=group,
         scales_per_row=-(-length // group),
-        bound_length=0 if grouped else numel // bounds[index].numel() if bounds else numel,
+        bound_length=0 if bound_per_scale else numel // bounds[index].numel() if bounds else numel,
         tensor_index=index,
         first_program=0,
     )
+
+
+def groups_in(block: int) -> int:
+    """The groups of up to ``block`` elements that a program reduces and steps."""
+    return max(1, BLOCK // block)
 
 
 class _Staging:
@@ -131,10 +151,11 @@ class Table:
 
 
 class Plan:
-    """The tables of a record: by chunk, and for dynamic scales by row and by part of a long row.
+    """The tables of a record: by chunk, and for dynamic scales by group and by part of a long group. A row without
+    groups is one.
 
-    Keys of ``chunks``: aligned to 16 bytes?, one scale?, less than 2^31 elements?; of ``rows``: aligned?, elements of a
-    block; of ``parts`` and ``long``: aligned?.
+    Keys of ``chunks``: aligned to 16 bytes?, one scale?, less than 2^31 elements?; of ``groups``: aligned?, elements of
+    a block; of ``parts`` and ``long``: aligned?.
     """
 
     def __init__(self, record: StepRecord) -> None:
@@ -143,7 +164,7 @@ class Plan:
         self.dead: list[weakref.ref[Tensor]] = []
         self.watched = [weakref.ref(tensor, self.dead.append) for tensor in _watched(record)]
         chunks: dict[tuple[bool, bool, bool], list[Row]] = {}
-        rows: dict[tuple[bool, int], list[Row]] = {}
+        short: dict[tuple[bool, int], list[Row]] = {}
         long: dict[bool, list[Row]] = {}
         self.workspaces: list[Tensor] = []
         for index, param in enumerate(record.params):
@@ -154,16 +175,15 @@ class Plan:
                 address % 16 == 0
                 for address in (row.param, row.grad, row.momentum_buffer, row.exp_avg_sq, row.latent)
             )
-            if record.dynamic_scale and row.length <= ROW_BLOCK:
-                block = max(triton.next_power_of_2(row.length), 128)
-                rows.setdefault((aligned and row.length % 16 == 0, block), []).append(row)
+            if record.dynamic_scale and row.group <= ROW_BLOCK:
+                short.setdefault((aligned and row.whole_vectors, row.block), []).append(row)
                 continue
             if record.dynamic_scale:
-                workspace = torch.empty(row.parts + row.rows, device=device)
+                workspace = torch.empty(row.parts + row.scales, device=device)
                 self.workspaces.append(workspace)
                 address = workspace.data_ptr()
                 row = row._replace(partial_sums=address, scale_before=address + 4 * row.parts)
-                long.setdefault(aligned and row.length % 16 == 0, []).append(row)
+                long.setdefault(aligned and row.whole_vectors, []).append(row)
             one_scale = row.group == row.numel
             chunks.setdefault((aligned, one_scale, row.numel < 2**31), []).append(row)
 
@@ -171,9 +191,11 @@ class Plan:
             return {key: Table(group, programs, device) for key, group in groups.items()}
 
         self.chunks: dict[tuple[bool, bool, bool], Table] = tables(chunks, lambda row: row.chunks)
-        self.rows: dict[tuple[bool, int], Table] = tables(rows, lambda row: row.rows)
+        self.groups: dict[tuple[bool, int], Table] = tables(
+            short, lambda row: -(-row.scales // groups_in(row.block))
+        )
         self.parts: dict[bool, Table] = tables(long, lambda row: row.parts)
-        self.long: dict[bool, Table] = tables(long, lambda row: row.rows)
+        self.long: dict[bool, Table] = tables(long, lambda row: row.scales)
 
 
 def _watched(record: StepRecord) -> list[Tensor]:

@@ -79,7 +79,7 @@ class StepRecord(NamedTuple):
     hyper: Tensor  # hyper_tensor(...), on the CPU (read now) or on the device of params (read by the kernels)
     levels: int = 2  # K of the grid
     group_size: int = 0  # elements per scale where scales are [channels, groups]
-    dynamic_scale: bool = False  # first replace the scales by mean |point| per channel or tensor
+    dynamic_scale: bool = False  # first replace each scale by the mean |point| of its elements
     nesterov: bool = False
     maximize: bool = False
     decoupled: bool = False  # weight decay acts before the step instead of in the gradient or velocity

@@ -35,7 +35,7 @@ from distributed_network import (
 def sharded_training_is_the_training_of_the_whole() -> None:
     for name, make in MAKERS.items():
         for scale in ("tensor", "channel", "group"):
-            if scale == "group" and name != "askew":
+            if scale == "group" and name not in ("askew", "stam", "binaryconnect"):
                 continue
             model, plain = sharded(network()), network()
             opt, reference = (
@@ -205,14 +205,14 @@ def codes_metrics_and_checkpoints_with_gathered_weights() -> None:
 @case
 def checkpoints_are_taken_up_by_another_number_of_ranks() -> None:
     whole_states = dcp.StateDictOptions(full_state_dict=True)
-    for scale in ("tensor", "channel"):
+    for scale in ("tensor", "channel", "group"):
         for rule in ("askew-memory", "binaryconnect"):
             makers = (network, lambda: sharded(network()))
             for before, after in (makers, makers[::-1]):
                 model = before()
-                opt = MAKERS[rule](groups(model, scale))
+                opt = MAKERS[rule](groups(model, scale, group_size=4))
                 other = after()
-                resumed = MAKERS[rule](groups(other, scale))
+                resumed = MAKERS[rule](groups(other, scale, group_size=4))
                 for i in range(2):
                     train(model, opt, batch(i))
                 with pytest.raises(
@@ -225,6 +225,24 @@ def checkpoints_are_taken_up_by_another_number_of_ranks() -> None:
                 train(model, opt, batch(2))
                 train(other, resumed, batch(2))
                 close(full_weights(model), full_weights(other))
+
+
+@case
+def moving_scales_per_channel_are_taken_up_by_groups() -> None:
+    """As where a state of earlier versions was loaded."""
+    model, plain = sharded(network()), network()
+    opts = [MAKERS["binaryconnect"](groups(m, "channel", group_size=4)) for m in (model, plain)]
+    for i in range(3):
+        if i == 1:
+            for opt in opts:
+                opt.param_groups[0]["scale"] = "group"
+        train(model, opts[0], mine(batch(i)))
+        train(plain, opts[1], batch(i))
+    same_network(model, plain)
+    ours, theirs = (dict(m.named_parameters())["2.2.weight"] for m in (model, plain))
+    scale = opts[1].state[theirs]["scale"]
+    assert scale.dim() == 2
+    close({"scale": whole(opts[0].state[ours]["scale"])}, {"scale": scale})
 
 
 @case

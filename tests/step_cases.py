@@ -36,6 +36,7 @@ class Case:
     seed: int = -1
     dynamic_scale: bool = False
     latent_bound: str = ""  # of the alternating rule: "tensor", "channel", "group" or none
+    group_size: int = GROUP_SIZE
     hyper_on_device: bool = False
     nesterov: bool = False
     decoupled: bool = False
@@ -145,14 +146,31 @@ def typed_cases() -> Iterator[Case]:
 
 def dynamic_cases() -> Iterator[Case]:
     for rule, base in itertools.product(DYNAMIC, BASES):
-        for levels, scale in itertools.product((2, 4), ("tensor", "channel")):
+        for levels, scale in itertools.product((2, 4), ("tensor", "channel", "group")):
             yield Case(rule, levels, base, scale, dynamic_scale=True)
-    for rule, dtype, base in itertools.product(DYNAMIC, (BF16, F16), ("sgd", "adam")):
+    for rule, dtype, base, scale in itertools.product(
+        DYNAMIC, (BF16, F16), ("sgd", "adam"), ("channel", "group")
+    ):
+        nesterov, momentum_dtype = base == "sgd", BF16 if scale == "channel" else F32
         yield Case(
-            rule, 2, base, "channel", dtype, BF16, dynamic_scale=True, nesterov=base == "sgd", hyper_on_device=True
+            rule, 2, base, scale, dtype, momentum_dtype, dynamic_scale=True, nesterov=nesterov, hyper_on_device=True
         )  # fmt: skip
+    for rule, size in itertools.product(DYNAMIC, (1, 8, 32, 300)):
+        yield Case(rule, 2, "sgd", "group", momentum_dtype=BF16, dynamic_scale=True, group_size=size)
     yield Case("alternating", 2, "given", "channel", latent_bound="channel", lam=0.5, dynamic_scale=True)
-    yield Case("alternating", 2, "sgd", "channel", dynamic_scale=True, found_inf=1.0)
+    for latent_bound in ("tensor", "channel", "group"):
+        yield Case(
+            "alternating",
+            2,
+            "sgd",
+            "group",
+            latent_bound=latent_bound,
+            lam=0.5,
+            dynamic_scale=True,
+            bound=0.5,
+        )
+    for scale in ("channel", "group"):
+        yield Case("alternating", 2, "sgd", scale, dynamic_scale=True, found_inf=1.0)
 
 
 def frozen_cases() -> Iterator[Case]:
@@ -170,7 +188,8 @@ def frozen_cases() -> Iterator[Case]:
             yield Case(rule, 2, "adam", "tensor", BF16, seed=5, **hard)
             yield Case(rule, 2, "sgd", "tensor", BF16, BF16, seed=5, hyper_on_device=True, **hard)
     for rule, dtype in itertools.product(DYNAMIC, (F32, BF16)):
-        yield Case(rule, 2, "sgd", "channel", dtype, dynamic_scale=True, **hard)
+        for scale in ("channel", "group"):
+            yield Case(rule, 2, "sgd", scale, dtype, dynamic_scale=True, **hard)
         yield Case(rule, 2, "adam", "channel", dtype, dynamic_scale=True, hyper_on_device=True, **hard)
 
 
@@ -197,7 +216,7 @@ def make(
         return torch.randn(shape, generator=generator)
 
     def scale(shape: tuple[int, ...], kind: str) -> Tensor:
-        groups = -(-math.prod(shape[1:]) // GROUP_SIZE)
+        groups = -(-math.prod(shape[1:]) // case.group_size)
         size = {"tensor": (1,), "channel": (shape[0],), "group": (shape[0], groups)}[kind]
         if case.dynamic_scale and len(shape) == 1:
             size = (1,)  # one channel
@@ -228,7 +247,7 @@ def make(
         steps=[torch.tensor(3.0, device=device) for _ in shapes if adam or case.seed >= 0],
         hyper=hyper.to(device) if case.hyper_on_device else hyper,
         levels=case.levels,
-        group_size=GROUP_SIZE,
+        group_size=case.group_size,
         dynamic_scale=case.dynamic_scale,
         nesterov=case.nesterov,
         maximize=case.maximize,

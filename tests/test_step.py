@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
+import step_cases
 from conftest import force_isa
 from quantopt import _extension
 from quantopt.ops.step import fused_step, hyper_tensor
@@ -106,6 +109,74 @@ def test_dynamic_scales(rule: str, base: str, latent_bound: str, isa: str) -> No
     case = Case(rule, 2, base, "channel", latent_bound=latent_bound, dynamic_scale=True)
     check(case, [(5, 13, 3), (3, 20000), (1000, 7), (2, 16384), (1, 5)])
     check(Case(rule, 2, base, "tensor", dynamic_scale=True), [(33,), (40001,)])
+
+
+# Rows of one group, of whole groups, with a shorter last one; one row and many.
+GROUPED = [(5, 13, 3), (1, 96), (3, 70), (200, 33), (2, 1300), (9, 1)]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("rule", DYNAMIC)
+@pytest.mark.parametrize("size", [1, 7, 32, 128, 520])
+def test_dynamic_scales_of_groups(rule: str, base: str, size: int, isa: str) -> None:
+    case = Case(rule, 2, base, "group", dynamic_scale=True, group_size=size)
+    if rule == "alternating":
+        case = dataclasses.replace(case, latent_bound="group", lam=0.5, bound=1.0)
+    check(case, GROUPED)
+
+
+@pytest.mark.parametrize("rule", DYNAMIC)
+def test_dynamic_scales_of_groups_that_are_read_twice(rule: str, isa: str) -> None:
+    case = Case(rule, 2, "sgd", "group", dynamic_scale=True, group_size=16_400)
+    check(case, [(2, 17_000), (1, 40_100), (3, 16_400), (3, 70)])
+
+
+@pytest.mark.parametrize(("dtype", "momentum_dtype"), [(F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32)])
+@pytest.mark.parametrize("rule", DYNAMIC)
+def test_dynamic_scales_of_groups_in_16_bits(
+    rule: str, dtype: torch.dtype, momentum_dtype: torch.dtype, isa: str
+) -> None:
+    for base, size in (("sgd", 32), ("adam", 128), ("sgd", 600)):
+        case = Case(rule, 2, base, "group", dtype, momentum_dtype, dynamic_scale=True, group_size=size)
+        ours, before = make(case, [(3, 70), (2, 1300)]), make(case, [(3, 70), (2, 1300)])
+        fused_step(ours, backend="cpu")
+        step_cases.check(case, ours, before)
+
+
+@pytest.mark.parametrize("rule", DYNAMIC)
+def test_a_group_of_the_whole_row_is_a_channel(rule: str) -> None:
+    shapes = [(5, 13, 3), (3, 700), (2, 17_000)]
+    by_row = make(Case(rule, 2, "adam", "channel", dynamic_scale=True), shapes)
+    by_group = copied(by_row)._replace(
+        scales=[s.clone().view(-1, 1) for s in by_row.scales], group_size=17_000
+    )
+    for record in (by_row, by_group):
+        fused_step(record, backend="cpu")
+    for a, b in zip(changing(by_row), changing(by_group), strict=True):
+        assert torch.equal(a.reshape(-1), b.reshape(-1))
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    rows=st.integers(1, 5), length=st.integers(1, 700), size=st.integers(1, 800), base=st.sampled_from(BASES),
+    rule=st.sampled_from(DYNAMIC),
+)  # fmt: skip
+def test_a_group_is_stepped_as_a_row_of_its_own(
+    rows: int, length: int, size: int, base: str, rule: str
+) -> None:
+    """Whatever is beside it: the bits are those of a tensor that holds the group alone."""
+    whole = make(Case(rule, 2, base, "group", dynamic_scale=True, group_size=size), [(rows, length)])
+    groups = whole.scales[0].shape[1]
+    row, group = rows - 1, groups // 2
+    a, b = group * size, min(length, (group + 1) * size)
+    alone = map_lists(whole, lambda t: t[row : row + 1, a:b].clone() if t.dim() == 2 else t.clone())
+    alone = alone._replace(scales=[whole.scales[0][row, group].clone().view(1)])
+    for record in (whole, alone):
+        fused_step(record, backend="cpu")
+    for name in ("params", "latents", "momentum_buffers"):
+        for ours, theirs in zip(getattr(alone, name), getattr(whole, name), strict=True):
+            assert torch.equal(ours, theirs[row : row + 1, a:b])
+    assert torch.equal(alone.scales[0][0], whole.scales[0][row, group])
 
 
 @pytest.mark.parametrize(
@@ -231,6 +302,21 @@ def test_instruction_sets_and_threads_agree_bit_for_bit(
 ) -> None:
     dynamic = RULES[rule].dynamic_scale
     case = Case(rule, 2 if dynamic else 4, base, "channel", dynamic_scale=dynamic)
+    check_threads(case, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("base", "size"), [("adam", 32), ("sgd", 100), ("given", 513), ("sgd", 20_000)])
+@pytest.mark.parametrize("rule", DYNAMIC)
+def test_scales_of_groups_agree_bit_for_bit(
+    rule: str, base: str, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(rule, 2, base, "group", dtype, dynamic_scale=True, group_size=size)
+    check_threads(case, monkeypatch)
+
+
+def check_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps under every instruction set and with one thread and two."""
     results = []
     for name, threads in [("portable", 1), ("avx2", 1), ("avx512", 1), ("", 2), ("", 1)]:
         if name and not torch.ops.quantopt.cpu_isa_supported(name):
@@ -401,10 +487,13 @@ def test_nothing_is_changed_by_arguments_that_do_not_fit(misfit: int) -> None:
         assert torch.equal(a, b)
 
 
-def test_a_dynamic_scale_is_not_per_group() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_scales_of_another_number_of_groups_are_refused(backend: str) -> None:
     record = make(Case("splitting", 2, "sgd", "group", dynamic_scale=True), [(3, 20)])
-    with pytest.raises(ValueError, match=r"scales\[0\] has shape .*one per tensor or channel"):
-        fused_step(record, backend="cpu")
+    before = copied(record)
+    with pytest.raises(ValueError, match=r"scales\[0\] has shape .* for a parameter of shape"):
+        fused_step(record._replace(group_size=4), backend=backend)
+    assert all(map(torch.equal, changing(record), changing(before)))
 
 
 def test_an_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

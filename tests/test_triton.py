@@ -70,6 +70,19 @@ def test_dynamic_scales_of_short_and_long_rows(
     step_cases.check(case, ours, step_cases.make(case, shapes))
 
 
+@pytest.mark.parametrize("size", [1, 16, 128, 1000, 5000])
+@pytest.mark.parametrize(("rule", "base"), [("splitting", "adam"), ("alternating", "sgd")])
+def test_dynamic_scales_of_groups(interpreted: ModuleType, rule: str, base: str, size: int) -> None:
+    bound = "group" if rule == "alternating" else ""
+    case = step_cases.Case(
+        rule, 2, base, "group", dynamic_scale=True, group_size=size, latent_bound=bound, bound=1.0
+    )
+    shapes = [(3, 9000)] if size > 4096 else [(2, 160), (3, 7, 5), (1, 33)]
+    ours = step_cases.make(case, shapes)
+    interpreted.fused_step(ours)
+    step_cases.check(case, ours, step_cases.make(case, shapes))
+
+
 def test_groups_of_one_channel(interpreted: ModuleType) -> None:
     case = step_cases.Case("alternating", 4, "sgd", "group", latent_bound="group", bound=0.5)
     ours = step_cases.make(case, [(1, 200)])
@@ -328,8 +341,10 @@ def test_variants_compile_ahead_of_time(variant: dict[str, Any]) -> None:
 def test_rows_of_dynamic_scales_compile_ahead_of_time(architecture: int, rule: str, base: str) -> None:
     from quantopt.kernels import step
 
-    variant = step_variant(rule, base, BLOCK=step.ROW_BLOCK)
-    check_ptx(compiled_for(step.row_kernel, architecture, variant, 16).asm["ptx"], variant)
+    for groups, block in ((1, step.ROW_BLOCK), (32, 32)):
+        variant = step_variant(rule, base, GROUPS=groups, BLOCK=block)
+        ptx = compiled_for(step.group_kernel, architecture, variant, groups * block // 256).asm["ptx"]
+        check_ptx(ptx, variant)
 
 
 @pytest.mark.usefixtures("fresh_cache")

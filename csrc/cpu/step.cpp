@@ -14,11 +14,12 @@ constexpr int64_t kChunk = 16384;  // elements; the unit of parallel work, a mul
 
 struct Kernels {
   decltype(&portable::step_piece) step;
+  decltype(&portable::step_groups) groups;
   decltype(&portable::magnitude_of_piece) magnitude;
 };
 
 #define QUANTOPT_STEP_KERNELS(isa) \
-  Kernels { &isa::step_piece, &isa::magnitude_of_piece }
+  Kernels { &isa::step_piece, &isa::step_groups, &isa::magnitude_of_piece }
 
 Kernels choose_kernels() { return QUANTOPT_FOR_ISA_BUT_AVXVNNI(active_isa(), QUANTOPT_STEP_KERNELS); }
 
@@ -71,38 +72,58 @@ void step_with_fixed_scales(const StepContext& context, std::vector<StepSegment>
            [&](int64_t i) { kernels.step(context, *list[i].segment, list[i].begin, list[i].end); });
 }
 
-// Rows up to a chunk long are reduced and stepped while they are in the cache; longer ones are reduced chunk
-// by chunk first, and read a second time.
+// A group that is too long for a chunk: its parts are long_pieces from `first` on.
+struct LongGroup {
+  StepSegment* segment;
+  int64_t begin, end, scale;
+  size_t first;
+};
+
+int64_t scales_of(const StepSegment& s) { return s.numel / s.row * s.scales_per_row; }
+
+// A group has one scale; a row without groups is one. Groups up to a chunk long are reduced and stepped while
+// they are in the cache; longer ones are reduced chunk by chunk first, and read a second time.
 void step_with_dynamic_scales(const StepContext& context, std::vector<StepSegment>& segments,
                               const Kernels& kernels) {
   thread_local std::vector<Piece> pieces, long_pieces;
+  thread_local std::vector<LongGroup> long_groups;
   thread_local std::vector<float> next_scales;
   thread_local std::vector<double> sums;
   pieces.clear();
   long_pieces.clear();
+  long_groups.clear();
   int64_t elements = 0, scales = 0;
-  for (const StepSegment& segment : segments) scales += segment.numel / segment.row;
+  for (const StepSegment& segment : segments) scales += scales_of(segment);
   next_scales.resize(static_cast<size_t>(scales));
   scales = 0;
-  for (StepSegment& segment : segments) {
-    elements += segment.numel;
-    segment.next_scale = next_scales.data() + scales;
-    scales += segment.numel / segment.row;
-    if (segment.row > kChunk) {
-      for (int64_t row = 0; row < segment.numel; row += segment.row) {
-        for (int64_t at = row; at < row + segment.row; at += kChunk) {
-          long_pieces.push_back({&segment, at, std::min(row + segment.row, at + kChunk)});
-        }
+  const auto cut = [](std::vector<Piece>& list, StepSegment& segment, int64_t begin, int64_t end,
+                      int64_t length) {
+    for (int64_t at = begin; at < end; at += length)
+      list.push_back({&segment, at, std::min(end, at + length)});
+  };
+  for (StepSegment& s : segments) {
+    elements += s.numel;
+    s.next_scale = next_scales.data() + scales;
+    scales += scales_of(s);
+    if (s.row <= kChunk) {
+      cut(pieces, s, 0, s.numel, kChunk / s.row * s.row);
+      continue;
+    }
+    int64_t scale = 0;
+    for (int64_t row = 0; row < s.numel; row += s.row) {
+      if (s.group <= kChunk) {
+        cut(pieces, s, row, row + s.row, kChunk / s.group * s.group);
+        continue;
       }
-    } else {
-      const int64_t step = kChunk / segment.row * segment.row;
-      for (int64_t at = 0; at < segment.numel; at += step) {
-        pieces.push_back({&segment, at, std::min(segment.numel, at + step)});
+      for (int64_t at = row; at < row + s.row; at += s.group) {
+        const int64_t end = std::min(row + s.row, at + s.group);
+        long_groups.push_back({&s, at, end, scale++, long_pieces.size()});
+        cut(long_pieces, s, at, end, kChunk);
       }
     }
   }
   sums.resize(long_pieces.size());
-  const Piece* rows = pieces.data();
+  const Piece* groups = pieces.data();
   const Piece* parts = long_pieces.data();
   double* part_sums = sums.data();
   const auto count = static_cast<int64_t>(pieces.size());
@@ -112,26 +133,22 @@ void step_with_dynamic_scales(const StepContext& context, std::vector<StepSegmen
     if (i >= count) {
       const Piece& part = parts[i - count];
       part_sums[i - count] = kernels.magnitude(context, *part.segment, part.begin, part.end);
-      return;
+    } else {
+      kernels.groups(context, *groups[i].segment, groups[i].begin, groups[i].end);
     }
-    const StepSegment& s = *rows[i].segment;
-    for (int64_t at = rows[i].begin; at < rows[i].end; at += s.row) {
-      const double sum = kernels.magnitude(context, s, at, at + s.row);
-      s.next_scale[at / s.row] = static_cast<float>(sum / static_cast<double>(s.row));
-    }
-    kernels.step(context, s, rows[i].begin, rows[i].end);
   });
-  for (int64_t i = 0; i < long_count;) {
-    const StepSegment& s = *parts[i].segment;
+  for (const LongGroup& group : long_groups) {
     double sum = 0.0;
-    for (int64_t k = 0; k < chunks_in(s.row); ++k) sum += part_sums[i + k];
-    s.next_scale[parts[i].begin / s.row] = static_cast<float>(sum / static_cast<double>(s.row));
-    i += chunks_in(s.row);
+    for (int64_t k = 0; k < chunks_in(group.end - group.begin); ++k) {
+      sum += sums[group.first + static_cast<size_t>(k)];
+    }
+    const auto length = static_cast<double>(group.end - group.begin);
+    group.segment->next_scale[group.scale] = static_cast<float>(sum / length);
   }
   parallel(long_count, elements,
            [&](int64_t i) { kernels.step(context, *parts[i].segment, parts[i].begin, parts[i].end); });
-  for (StepSegment& segment : segments) {
-    std::copy_n(segment.next_scale, segment.numel / segment.row, segment.scale);
+  for (const LongGroup& group : long_groups) {
+    group.segment->scale[group.scale] = group.segment->next_scale[group.scale];
   }
 }
 

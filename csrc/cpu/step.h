@@ -7,8 +7,8 @@
 
 namespace quantopt {
 
-// Steps every segment. `dynamic_scale`: the scale of every row is first replaced by the mean magnitude of the
-// rule's point. Uses at::parallel_for; the result does not depend on the number of threads.
+// Steps every segment. `dynamic_scale`: every scale is first replaced by the mean magnitude of the rule's
+// point over its elements. Uses at::parallel_for; the result does not depend on the number of threads.
 void step_on_cpu(StepOptions options, std::vector<StepSegment>& segments, bool dynamic_scale);
 
 }  // namespace quantopt

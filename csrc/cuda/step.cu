@@ -47,7 +47,7 @@ cudaError_t count_steps(const CudaStepInputs& inputs, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-// ---- dynamic scales of rows that are too long for a block
+// ---- dynamic scales of groups that are too long for a block
 
 constexpr int kLongTensors = 64;  // per launch
 
@@ -55,12 +55,12 @@ struct LongTensor {
   float* scale;
   float* previous_scale;
   const double* partial;
-  int64_t row, chunks;
+  int64_t row, group, scales_per_row, chunks;
 };
 
 struct LongTable {
   LongTensor tensors[kLongTensors];
-  uint32_t first_block[kLongTensors + 1];  // one block per row
+  uint32_t first_block[kLongTensors + 1];  // one block per scale
   int count;
 };
 
@@ -74,9 +74,9 @@ __global__ void __launch_bounds__(kThreads)
   int at = 0;
   while (at + 1 < table.count && table.first_block[at + 1] <= blockIdx.x) ++at;
   const LongTensor& t = table.tensors[at];
-  const int64_t row = blockIdx.x - table.first_block[at];
+  const int64_t scale = blockIdx.x - table.first_block[at];
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < t.chunks; i += kThreads) sum += t.partial[row * t.chunks + i];
+  for (int64_t i = threadIdx.x; i < t.chunks; i += kThreads) sum += t.partial[scale * t.chunks + i];
   __shared__ double sums[kThreads];
   sums[threadIdx.x] = sum;
   __syncthreads();
@@ -85,29 +85,38 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    t.previous_scale[row] = t.scale[row];
-    if (!frozen) t.scale[row] = static_cast<float>(sums[0] / static_cast<double>(t.row));
+    const int64_t left = t.row - scale % t.scales_per_row * t.group;
+    t.previous_scale[scale] = t.scale[scale];
+    if (!frozen)
+      t.scale[scale] = static_cast<float>(sums[0] / static_cast<double>(left < t.group ? left : t.group));
   }
 }
 
-bool is_long(const StepSegment& s) { return s.row > kBlockRow; }
-int64_t rows_in(const StepSegment& s) { return s.numel / s.row; }
+bool is_long(const StepSegment& s) { return s.group > kBlockRow; }
+int64_t scales_in(const StepSegment& s) { return s.numel / s.row * s.scales_per_row; }
 int64_t chunks_in(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+int64_t parts_of(const StepSegment& s) { return scales_in(s) * chunks_in(s.group); }
 
 // ---- tables
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-Access access_of(const StepTensor& t, int vector, bool by_rows) {
+// `by_groups`: a thread reads elements of one group.
+Access access_of(const StepTensor& t, int vector, bool by_groups) {
   if (!(aligned(t.param) && aligned(t.grad) && aligned(t.momentum) && aligned(t.exp_avg_sq) &&
         aligned(t.latent))) {
     return Access::kElements;
   }
   if (t.scale == nullptr) return Access::kOneScale;
+  const bool whole_rows = t.row % vector == 0, whole_groups = t.group % vector == 0;
+  if (by_groups) {
+    const bool aligned_groups = (whole_rows || t.row == t.numel) && (whole_groups || t.group == t.row);
+    return aligned_groups ? Access::kScalePerVector : Access::kElements;
+  }
   const bool one_bound = t.latent_bound == nullptr || t.bound_row == t.numel;
-  if (!by_rows && t.row == t.numel && t.group == t.row && one_bound) return Access::kOneScale;
-  const bool share = t.row % vector == 0 && t.group % vector == 0 && (one_bound || t.bound_row % vector == 0);
-  return share || (by_rows && t.row == t.numel) ? Access::kScalePerVector : Access::kElements;
+  if (t.row == t.numel && t.group == t.row && one_bound) return Access::kOneScale;
+  const bool share = whole_rows && whole_groups && (one_bound || t.bound_row % vector == 0);
+  return share ? Access::kScalePerVector : Access::kElements;
 }
 
 // `first` stands for all segments: each list of a step has one dtype and is empty or complete.
@@ -142,7 +151,8 @@ class Launcher {
 
   cudaError_t run(const StepSegment* segments, int64_t count) {
     if (!inputs_.dynamic_scale) return launch_over(segments, count, Phase::kStep);
-    cudaError_t error = launch_over(segments, count, Phase::kRows);
+    cudaError_t error = launch_over(segments, count, Phase::kGroups);
+    if (error == cudaSuccess) error = launch_over(segments, count, Phase::kRows);
     if (error == cudaSuccess) error = launch_over(segments, count, Phase::kMagnitude);
     if (error == cudaSuccess) error = launch_epilogue(segments, count);
     if (error == cudaSuccess) error = launch_over(segments, count, Phase::kStep);
@@ -152,14 +162,21 @@ class Launcher {
  private:
   // Whether a phase is for this segment. Without dynamic scales the only phase is kStep, for all.
   bool takes(Phase phase, const StepSegment& s) const {
-    return !inputs_.dynamic_scale || is_long(s) == (phase != Phase::kRows);
+    if (!inputs_.dynamic_scale) return true;
+    if (is_long(s)) return phase == Phase::kMagnitude || phase == Phase::kStep;
+    return phase == (s.group <= 32 * vector_of(storage_) ? Phase::kGroups : Phase::kRows);
   }
 
-  static int64_t blocks_of(Phase phase, const StepSegment& s) {
+  int64_t blocks_of(Phase phase, const StepSegment& s) const {
+    const auto blocks = [&](int64_t groups_per_block) {
+      return (scales_in(s) + groups_per_block - 1) / groups_per_block;
+    };
     switch (phase) {
-      case Phase::kRows:
-        return s.row <= kWarpRow ? (rows_in(s) + kThreads / 32 - 1) / (kThreads / 32) : rows_in(s);
-      case Phase::kMagnitude: return rows_in(s) * chunks_in(s.row);
+      case Phase::kGroups:
+        return blocks(group_rounds(storage_, options_.base == Base::kAdam) *
+                      (kThreads / lanes_of(s.group, vector_of(storage_))));
+      case Phase::kRows: return blocks(s.group <= kWarpRow ? kThreads / 32 : 1);
+      case Phase::kMagnitude: return parts_of(s);
       case Phase::kStep: break;
     }
     return chunks_in(s.numel);
@@ -237,20 +254,21 @@ class Launcher {
     for (int64_t i = 0; i < count; ++i) {
       const StepSegment& s = segments[i];
       if (!is_long(s)) continue;
-      if (table.count == kLongTensors || table.first_block[table.count] + rows_in(s) > kMaxBlocks) {
+      if (table.count == kLongTensors || table.first_block[table.count] + scales_in(s) > kMaxBlocks) {
         const cudaError_t error = flush();
         if (error != cudaSuccess) return error;
       }
       table.tensors[table.count] = {s.scale, workspace.previous_scales, workspace.partial, s.row,
-                                    chunks_in(s.row)};
+                                    s.group, s.scales_per_row,          chunks_in(s.group)};
       workspace.advance(s);
-      table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<uint32_t>(rows_in(s));
+      table.first_block[table.count + 1] =
+          table.first_block[table.count] + static_cast<uint32_t>(scales_in(s));
       ++table.count;
     }
     return flush();
   }
 
-  // The sums of the chunks of all long rows, then the previous scales of these rows, tensor by tensor.
+  // The sums of the chunks of all long groups, then the previous scales of these, tensor by tensor.
   struct Workspace {
     double* partial;
     float* previous_scales;
@@ -259,13 +277,13 @@ class Launcher {
         : partial(static_cast<double*>(memory)) {
       int64_t sums = 0;
       for (int64_t i = 0; i < count; ++i) {
-        if (is_long(segments[i])) sums += blocks_of(Phase::kMagnitude, segments[i]);
+        if (is_long(segments[i])) sums += parts_of(segments[i]);
       }
       previous_scales = reinterpret_cast<float*>(partial + sums);
     }
     void advance(const StepSegment& s) {
-      partial += blocks_of(Phase::kMagnitude, s);
-      previous_scales += rows_in(s);
+      partial += parts_of(s);
+      previous_scales += scales_in(s);
     }
   };
 
@@ -282,8 +300,8 @@ int64_t cuda_step_workspace(const StepSegment* segments, int64_t count, bool dyn
   for (int64_t i = 0; dynamic_scale && i < count; ++i) {
     const StepSegment& s = segments[i];
     if (is_long(s)) {
-      bytes += rows_in(s) * (chunks_in(s.row) * static_cast<int64_t>(sizeof(double)) +
-                             static_cast<int64_t>(sizeof(float)));
+      bytes += parts_of(s) * static_cast<int64_t>(sizeof(double)) +
+               scales_in(s) * static_cast<int64_t>(sizeof(float));
     }
   }
   return bytes;

@@ -19,6 +19,10 @@ cudaError_t launch_with(const StepLaunch& s) {
   };
   if constexpr (Row::kDynamicScale) {
     if (s.phase == Phase::kMagnitude) return with(magnitude_kernel<Row, Direction>);
+    if (s.phase == Phase::kGroups) {
+      return s.storage == Storage::kFloat32 ? with(group_kernel<Row, Direction, Storage::kFloat32>)
+                                            : with(group_kernel<Row, Direction, Storage::kAny>);
+    }
     if (s.phase == Phase::kRows) {
       return s.storage == Storage::kFloat32 ? with(row_kernel<Row, Direction, Storage::kFloat32>)
                                             : with(row_kernel<Row, Direction, Storage::kAny>);

@@ -14,8 +14,9 @@ namespace quantopt {
 constexpr int kThreads = 256;
 constexpr int64_t kChunk = 4096;  // elements per block
 
-// A row of at most kWarpRow elements is reduced by a warp, of at most kBlockRow by a block, each thread of
-// which keeps its part in registers. Longer ones are read twice.
+// Dynamic scales. The elements of a scale, a group or a row without groups, are reduced by as many lanes of a
+// warp as read one vector each; of more than a vector for each lane, by a warp (at most kWarpRow) or a block
+// (at most kBlockRow), each thread of which keeps its part in registers. Longer groups are read twice.
 constexpr int64_t kRowPerThread = 16;
 constexpr int64_t kWarpRow = 32 * kRowPerThread;
 constexpr int64_t kBlockRow = kThreads * kRowPerThread;
@@ -46,6 +47,19 @@ __host__ __device__ constexpr bool is_bfloat16(Storage storage) {
 
 // Elements that a thread reads at a time: 16 bytes of the parameter.
 __host__ __device__ constexpr int vector_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 8; }
+
+// The lanes, a power of two, that read a vector each of a group of at most 32 vectors.
+__host__ __device__ constexpr int lanes_of(int64_t group, int vector) {
+  int lanes = 1;
+  while (lanes * vector < group) lanes *= 2;
+  return lanes;
+}
+
+// Groups that a lane helps to reduce, one after the other: those of a chunk in a block, but where Adam reads
+// 8 elements at a time, as a loop would spill there.
+__host__ __device__ constexpr int group_rounds(Storage storage, bool adam) {
+  return storage == Storage::kFloat32 ? 4 : adam ? 1 : 2;
+}
 
 // Blocks per multiprocessor that __launch_bounds__ asks for: as many as the registers allow without spills.
 __host__ __device__ constexpr int blocks_per_processor(Storage storage, bool adam) {
@@ -96,8 +110,9 @@ struct StepParams {
 
 enum class Phase {
   kStep,       // one block per chunk
-  kRows,       // dynamic scale: one warp or block per row, which it reduces and steps
-  kMagnitude,  // dynamic scale of long rows: one block per chunk of a row, which it only reduces
+  kGroups,     // dynamic scale: some lanes of a warp per group, which they reduce and step
+  kRows,       // the same of longer groups, with one warp or block per group
+  kMagnitude,  // dynamic scale of long groups: one block per chunk of a group, which it only reduces
 };
 
 struct StepLaunch {

@@ -14,7 +14,8 @@ void run_step_on_cuda(const StepOptions& options, std::vector<StepSegment>& segm
   const at::Device device = first_param.device();
   for (const StepSegment& segment : segments) {
     TORCH_CHECK_VALUE(
-        !dynamic_scale || segment.latent_bound == nullptr || segment.bound_row >= segment.row,
+        !dynamic_scale || segment.latent_bound == nullptr || segment.bound_row == 0 ||
+            segment.bound_row >= segment.row,
         "fused_step: latent_bounds[", segment.index,
         "] has one value per channel, but the dynamic scale of its parameter has one: pass one");
   }

@@ -116,8 +116,11 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _check_quantised(self, group: dict[str, Any]) -> None:
         """Raises ValueError for options of a quantised group that do not go together."""
-        if group["scale"] == "channel-mean" and not self._dynamic_scale(group):
-            raise ValueError("scale='channel-mean' belongs to STAM's splitting form; use 'channel' here")
+        scale = group["scale"]
+        if scale.endswith("-mean") and not self._dynamic_scale(group):
+            raise ValueError(
+                f"scale={scale!r} belongs to STAM's splitting form; use {scale.removesuffix('-mean')!r} here"
+            )
 
     def adds_to_step(self, group: dict[str, Any]) -> bool:
         """Whether `_after_step` does anything for a quantised group."""
@@ -156,7 +159,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         super().add_param_group(completed)
         try:
             place_scheduled(self.param_groups[-1])
-            sharded.check_parameters(self.param_groups[-1], self.name_of)
+            in_rows = whole["bits"] != 0 and (
+                whole["scale"] not in ("none", "tensor", "sawb") or self._dynamic_scale(whole)
+            )
+            sharded.check_parameters(self.param_groups[-1], self.name_of, in_rows)
             muon.check_parameters(self.whole(self.param_groups[-1]), self.name_of)
         except ValueError:
             self.param_groups.pop()

@@ -31,16 +31,18 @@ class _LatentClipped(LevelOptimizer):
 
 
 class BinaryConnect(_LatentClipped):
-    r"""BinaryConnect (Courbariaux, Bengio, David, NeurIPS 2015), with a scale per channel.
+    r"""BinaryConnect (Courbariaux, Bengio, David, NeurIPS 2015), with a scale per channel or group.
 
     .. math::
         u \leftarrow \mathrm{clamp}(u (1 - \eta\,wd) - \eta d, -clip\,\sigma, clip\,\sigma), \quad
-        p = a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u| \text{ per channel}
+        p = a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u|
 
-    a is that of the new u; sigma, the standard deviation of the first weights, has the granularity of ``scale`` (per
-    channel with "group", as a). ``scale="none"`` is the original: a = 1 and sigma = 1. More than two levels: the
-    projection onto the frozen grid in place of a sgn(u), and the latent clipped at ``clip`` times its outer level, that
-    of its group with ``scale="group"``. Weight decay, of which the original has none, does not enter the momentum;
+    a is that of the new u, per group of ``group_size`` elements of a row with ``scale="group"``, else per channel; a
+    1-d parameter is one channel without groups. sigma, the standard deviation of the first weights, has the granularity
+    of ``scale``. ``scale="none"`` is the original: a = 1 and sigma = 1. More than two levels: the projection onto the
+    frozen grid in place of a sgn(u), and the latent clipped at ``clip`` times its outer level. a and sigma per channel
+    of a loaded state, as earlier versions saved them under "group", count for all groups of the channel; the next step
+    makes each group's own a. Weight decay, of which the original has none, does not enter the momentum;
     decoupled_weight_decay is refused, as it is so.
 
     With ``stochastic=True`` the sign is +1 with probability clamp((u/(clip sigma) + 1)/2, 0, 1), drawn from torch's
@@ -97,10 +99,10 @@ class BinaryConnect(_LatentClipped):
         stays = lr == 0  # as the fused step leaves the weights; a tensor in capturable groups
         for p in params if stays is not True else ():
             state = self.state[p]
-            u = state["latent"]
+            u, size = state["latent"], group["group_size"]
             if "sigma" in state:  # clamp((u + 1)/2) is written for a latent clipped at 1
-                u = u / (group["clip"] * spread_over(state["sigma"], u))
-            drawn = spread_over(state["scale"], p) * stochastic_sign(u)
+                u = u / (group["clip"] * spread_over(state["sigma"], u, size))
+            drawn = spread_over(state["scale"], p, size) * stochastic_sign(u)
             for flag in (stays, found_inf):
                 if isinstance(flag, Tensor):
                     drawn = torch.where(flag.to(p.device) != 0, p, drawn)

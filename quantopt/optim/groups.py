@@ -57,8 +57,8 @@ def param_groups(
 
     The Conv1D of the transformers library has a weight [in, out]: ``scale`` must be "tensor", "sawb" or "none", since
     scales per row would be per input. So they are with BinaryConnect and the binary forms of STAM and BinaryRelax,
-    which have a scale per row in any case, and such a layer is not packed. :func:`quantopt.nn.conv1d_to_linear` is the
-    way out.
+    which have a scale per row or group in any case, and such a layer is not packed. The way out is
+    :func:`quantopt.nn.conv1d_to_linear`.
 
     The result has the ``table`` as an attribute; a copy of the list (``list(groups)``) does not.
 

@@ -110,7 +110,7 @@ OPTIONS: dict[str, Option] = {
     "maximize": Option(flag, False),
     # the levels
     "bits": Option(_bits),  # has no default: what is quantised is said
-    "scale": Option(choice(*SCALES, "channel-mean"), "tensor"),
+    "scale": Option(choice(*SCALES, "channel-mean", "group-mean"), "tensor"),
     "group_size": Option(whole(1, None, "a positive int"), 128),
     # numbers in memory, and what is done with them
     "rounding": Option(choice("master", "nearest", "stochastic"), "master"),

@@ -49,12 +49,17 @@ def shard_like(scale: Tensor, w: Tensor, name: str) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(w, DTensor)
+    check_rows(w, name)
+    return distribute_tensor(scale, w.device_mesh, w.placements)
+
+
+def check_rows(w: Any, name: str) -> None:
+    """Raises ValueError for a sharded parameter with rows of which a rank has a part."""
     if not all(placement.is_replicate() or placement.is_shard(0) for placement in w.placements):
         raise ValueError(
             f"{name} is sharded as {w.placements}: scales per channel and group need Shard(0); use scale='tensor' and "
             "a rule without a dynamic scale"
         )
-    return distribute_tensor(scale, w.device_mesh, w.placements)
 
 
 def least_over_ranks(params: Iterable[Tensor], value: int) -> int:
@@ -141,11 +146,16 @@ def _parts_of_fsdp() -> Iterator[None]:
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 
-def check_parameters(group: dict[str, Any], name_of: Callable[[dict[str, Any], int], str]) -> None:
-    """Raises ValueError for parameters that an optimizer cannot train as they are."""
+def check_parameters(
+    group: dict[str, Any], name_of: Callable[[dict[str, Any], int], str], scales_in_rows: bool
+) -> None:
+    """Raises ValueError for parameters that an optimizer cannot train as they are. ``scales_in_rows``: whether their
+    scales are per row, or per group of a row."""
     copies = _gathered_copies()
     for i, p in enumerate(group["params"]):
         check_flat_shard(p, group, name_of(group, i))
+        if scales_in_rows and is_sharded(p) and p.shape[0] > 1:
+            check_rows(p, name_of(group, i))
         if id(p) in copies:
             raise ValueError(
                 f"{name_of(group, i)} is a copy that fully_shard has gathered and will free; call reshard() of the "

@@ -44,11 +44,12 @@ class STAM(LevelOptimizer):
 
     .. math::
         u &\leftarrow u (1 - \eta\,wd) - \eta d + \eta\,lam (q - u) \\
-        q &= a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u| \text{ per channel}, \quad p = (u + \kappa q)/(1 + \kappa)
+        q &= a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u|, \quad p = (u + \kappa q)/(1 + \kappa)
 
-    a is that of the new u; the pull's q is the level of the old one. With ``lam=0`` this is BinaryRelax with a late
-    geometric schedule and weight decay. ``scale="none"`` fixes a = 1; the other scales all mean one a per channel here.
-    Grids of more than two levels are frozen, at the granularity of ``scale``. A 1-d parameter is one channel.
+    a is that of the new u, per group of ``group_size`` consecutive elements of a row with ``scale="group"`` (the last
+    group of a row may be shorter), fixed at 1 with "none", else per channel. The pull's q is the level of the old u. A
+    1-d parameter is one channel without groups. With ``lam=0`` this is BinaryRelax with a late geometric schedule and
+    weight decay. Grids of more than two levels are frozen, at the granularity of ``scale``.
 
     ``form="splitting"`` (three-operator splitting: box, minibatch loss, squared distance to the levels), state x:
 
@@ -59,11 +60,15 @@ class STAM(LevelOptimizer):
 
     The y of a step is the p that its gradient belongs to, also where lr has changed since (in the first step x,
     clamped). Without weight decay, and for weights of 16 bits, whose rounding would add up in x, it is computed from x.
-    The levels are frozen, or with ``scale="channel-mean"`` follow mean|r| per channel (the standard deviation before
-    the first step; a 1-d parameter is one channel).
+    The levels are frozen, or follow mean|r| per channel with ``scale="channel-mean"``, per group with "group-mean" (the
+    standard deviation before the first step; a 1-d parameter is one channel without groups).
 
-    Bytes moved per float32 parameter: 24, 4 more in the splitting with weight decay, and 12 more read for the
-    per-channel mean where a channel does not fit the cache.
+    State of levels that move: ``scale`` float32 [channels], or [channels, groups]. A loaded state that has one per
+    channel where groups are asked for, as earlier versions saved it, counts for all groups of the channel; the next
+    step makes each group's own.
+
+    Bytes moved per float32 parameter: 24, 4 more in the splitting with weight decay, and 12 more read for a mean whose
+    elements do not fit the cache.
 
     Args:
         lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting); lr to 1e-3 on Adam and
@@ -120,14 +125,15 @@ class STAM(LevelOptimizer):
 
     def _dynamic_scale(self, group: dict[str, Any]) -> bool:
         if group["form"] == "splitting":
-            return bool(group["scale"] == "channel-mean")
+            return str(group["scale"]).endswith("-mean")
         return mean_magnitude_moves(group)
 
     def _check_quantised(self, group: dict[str, Any]) -> None:
         super()._check_quantised(group)
-        if group["scale"] == "channel-mean" and group["bits"] != 1:
+        scale = str(group["scale"])
+        if scale.endswith("-mean") and group["bits"] != 1:
             raise ValueError(
-                f"scale='channel-mean' is for bits=1, not bits={group['bits']!r}; use scale='channel'"
+                f"scale={scale!r} is for bits=1, not bits={group['bits']!r}; use scale={scale.removesuffix('-mean')!r}"
             )
 
     def annealed(

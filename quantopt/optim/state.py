@@ -6,6 +6,7 @@ which ``momentum_dtype`` says it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,7 +93,8 @@ def ensure(
 ) -> None:
     """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
     what is of another dtype converted, what nobody updates any more dropped, and what others have written to the
-    parameter taken up. All or nothing."""
+    parameter taken up. A moving scale per channel, as earlier versions had it under ``scale="group"``, counts for all
+    groups of the channel. All or nothing."""
     made: dict[nn.Parameter, dict[str, Any]] = {}
     for i in range(len(group["params"])) if indices is None else indices:
         p = group["params"][i]
@@ -113,10 +115,17 @@ def ensure(
         if present.keys() & {"latent", "master"} & set(wanted):
             opt._written.take_up(opt, group, p, stepping)
         by_row = "sigma" in present and present["sigma"].dim() < present["scale"].dim()  # of 0.1.0
-        as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row
+        first = _Initial(opt, group, p.detach(), name, facts)
+        spread = (
+            first.moves_in_groups and "scale" in present and present["scale"].dim() < 2
+        )  # of earlier versions
+        as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row and not spread
         if as_wanted and all(present[k].dtype == d for k, d in wanted.items()):
             continue
-        first = _Initial(opt, group, p.detach(), name, facts)
+        if spread:
+            present = present | {
+                key: first.over_groups(present[key]) for key in ("scale", "sigma") if key in present
+            }
         made[p] = {
             key: (present[key] if key in present else first.value(key)).to(dtype)
             for key, dtype in wanted.items()
@@ -142,6 +151,20 @@ class _Initial:
     ) -> None:
         self.group, self.w, self.name, self.facts = group, w, name, facts
         self.dynamic = facts.rule.quantised and opt._dynamic_scale(group)
+        # "channel-mean" and "group-mean" say how often there is a scale as "channel" and "group" do
+        self.granularity = group["scale"].removesuffix("-mean")
+        if self.dynamic and w.dim() < 2:  # one channel
+            self.granularity = "tensor"
+
+    @property
+    def moves_in_groups(self) -> bool:
+        """Whether the scale follows the weights in groups."""
+        return self.dynamic and self.granularity == "group"
+
+    def over_groups(self, per_channel: Tensor) -> Tensor:
+        """A value per channel for every group of the channels."""
+        groups = -(-math.prod(self.w.shape[1:]) // self.group["group_size"])
+        return per_channel.reshape(-1, 1).expand(-1, groups).contiguous()
 
     def value(self, key: str) -> Tensor:
         if key in ("latent", "master"):
@@ -157,9 +180,10 @@ class _Initial:
     def scale(self) -> Tensor:
         kind = self.group["scale"]
         exact = gathered(self.w).to(self.facts.dtype)  # sharded parameters are gathered once, for their scale
-        granularity = kind.replace("channel-mean", "tensor" if self.w.dim() < 2 else "channel")
-        frozen = self.sigma(exact, granularity)
-        scale = grid.mean_magnitude(exact) if self.dynamic and kind != "channel-mean" else frozen
+        frozen = self.sigma(exact)
+        scale = frozen
+        if self.dynamic and not kind.endswith("-mean"):  # the others follow r, which the first step has
+            scale = grid.mean_magnitude(exact, self.group["group_size"] if self.moves_in_groups else 0)
         for value in (frozen, scale):
             if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
                 raise ValueError(
@@ -172,17 +196,13 @@ class _Initial:
 
     def latent_bound(self) -> Tensor:
         """The frozen scale times max_level: the outer levels, or of levels that move those of the first weights."""
-        kind = self.group["scale"]
-        if self.dynamic and kind == "group":  # the levels are per channel
-            kind = "channel"
-        if self.dynamic and self.w.dim() < 2:  # one channel, as its level
-            kind = "tensor"
         exact = gathered(self.w).to(self.facts.dtype)
         factor = grid.level_factor(level_count(self.group["bits"]))
-        return (self.sigma(exact, kind) * factor).contiguous()
+        return (self.sigma(exact) * factor).contiguous()
 
-    def sigma(self, w: Tensor, kind: str) -> Tensor:
+    def sigma(self, w: Tensor) -> Tensor:
         """The frozen scale; of weights that lie on the levels that the group asks for, the one of these levels."""
+        kind = self.granularity
         levels, group_size = level_count(self.group["bits"]), self.group["group_size"]
         sawb = kind == "sawb"
         on_levels = scale_of_levels(w, levels, "tensor" if sawb else kind, group_size)

@@ -4,7 +4,7 @@ Source: docs/algorithms.md, section 1. ``hi`` below is always broadcastable agai
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Step of the best uniform quantiser of a unit Gaussian with K levels (Max 1960): the least mean squared error.
 GAUSSIAN_STEP = {3: 1.224, 4: 0.9957, 8: 0.5860, 16: 0.3352, 17: 0.3189}
@@ -57,9 +57,25 @@ def sawb_clip(w: Tensor, levels: int) -> Tensor:
     return torch.where(clip > 0, clip, magnitude.amax())
 
 
-def mean_magnitude(w: Tensor) -> Tensor:
-    """a = mean|w| per channel [channels]; of a 0-d or 1-d tensor, over all of it [1]."""
-    return (rows(w) if w.dim() > 1 else w.reshape(1, -1)).abs().mean(dim=1)
+def mean_magnitude(w: Tensor, group_size: int = 0) -> Tensor:
+    """a = mean|w| per channel [channels], or with a ``group_size`` per group [channels, groups], of which the last of a
+    channel may be shorter. A 0-d or 1-d tensor is one channel, without groups [1]."""
+    if w.dim() < 2:
+        return w.reshape(1, -1).abs().mean(dim=1)
+    return mean_of_slices(rows(w), group_size)
+
+
+def mean_of_slices(matrix: Tensor, group_size: int = 0) -> Tensor:
+    """mean|x| per row of a matrix [rows], or with a ``group_size`` per group of a row [rows, groups]."""
+    size, length = matrix.abs(), matrix.shape[1]
+    if not group_size:
+        return size.mean(dim=1)
+    group_size = min(group_size, length)
+    padded = nn.functional.pad(size, (0, -length % group_size))
+    sums = padded.view(len(matrix), -1, group_size).sum(dim=2)
+    counts = torch.full_like(sums[:1], group_size)
+    counts[:, -1] -= -length % group_size
+    return sums / counts
 
 
 def spread_over(scale: Tensor, w: Tensor, group_size: int = 128) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantopt.reference import base
-from quantopt.reference.levels import COUNTS, level_factor, rows, spread_over
+from quantopt.reference.levels import COUNTS, level_factor, mean_of_slices, rows, spread_over
 from quantopt.reference.rounding import stochastic_bfloat16
 from quantopt.reference.rule import GRADIENTS, STEPS, Weights
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
@@ -62,7 +62,7 @@ def _check(record: StepRecord) -> None:
                     f"fused_step: {name}[{i}] has shape {list(tensor.shape)}, its parameter {list(param.shape)}"
                 )
     for i, (scale, param) in enumerate(zip(record.scales, record.params, strict=False)):
-        if scale.numel() != 1 and param.numel() and scale.shape[0] != (param.shape[0] if param.dim() else 1):
+        if param.numel() and not _fits(scale, param, record.group_size):
             raise ValueError(
                 f"fused_step: scales[{i}] has shape {list(scale.shape)} for a parameter of shape {list(param.shape)}"
             )
@@ -70,6 +70,16 @@ def _check(record: StepRecord) -> None:
         raise ValueError(
             "fused_step: stochastic rounding is for bfloat16 parameters without latents; pass seed=-1"
         )
+
+
+def _fits(scale: Tensor, param: Tensor, group_size: int) -> bool:
+    """Whether there is a scale for the tensor, each channel or each group."""
+    if scale.numel() == 1:
+        return True
+    channels, length = rows(param).shape
+    if scale.dim() == 2:
+        return group_size > 0 and scale.shape == (channels, -(-length // group_size))
+    return scale.shape == (channels,)
 
 
 def _step_one(record: StepRecord, hyper: SimpleNamespace, i: int) -> None:
@@ -89,7 +99,8 @@ def _step_one(record: StepRecord, hyper: SimpleNamespace, i: int) -> None:
         if record.dynamic_scale:
             scale = record.scales[i]
             slices = point.reshape(1, -1) if scale.numel() == 1 else rows(point)
-            scale.copy_(slices.abs().mean(dim=1))
+            groups = record.group_size if scale.dim() == 2 and scale.numel() > 1 else 0
+            scale.copy_(mean_of_slices(slices, groups))
         return outer_level()
 
     bounds = record.latent_bounds

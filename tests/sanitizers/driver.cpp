@@ -110,6 +110,7 @@ struct Kernels {
   decltype(&portable::binary_conv_pieces) conv_pieces;
   decltype(&portable::binary_conv2d) conv2d;
   decltype(&portable::step_piece) step_piece;
+  decltype(&portable::step_groups) step_groups;
   decltype(&portable::magnitude_of_piece) magnitude_of_piece;
 };
 
@@ -117,7 +118,7 @@ struct Kernels {
   Kernels {                                                                                               \
     Isa::isa, isa::binary_uses_tiles, isa::binary_tiles, isa::binary_linear, isa::quantize_row,           \
         isa::binary_conv_available, isa::binary_conv_memory, isa::binary_conv_pieces, isa::binary_conv2d, \
-        of_step::step_piece, of_step::magnitude_of_piece                                                  \
+        of_step::step_piece, of_step::step_groups, of_step::magnitude_of_piece                            \
   }
 
 const Kernels kBuilt[] = {
@@ -569,7 +570,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
       latent_bound(v.rows * 2, 0.7f);
   if (facts.quantised) {
     s.scale = scale.data();
-    s.next_scale = facts.dynamic_scale && !v.grouped ? next.data() : scale.data();
+    s.next_scale = facts.dynamic_scale ? next.data() : scale.data();
   }
   if (v.latent_bound) {
     s.latent_bound = latent_bound.data();
@@ -583,6 +584,13 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   }
   kernels.step_piece(context, s, 0, middle);
   kernels.step_piece(context, s, middle, s.numel);
+  if (facts.dynamic_scale) {  // rows, and their groups
+    kernels.step_groups(context, s, 0, s.row);
+    kernels.step_groups(context, s, s.row, s.numel);
+    Array<uint16_t> scales(2 * scale.size());
+    std::memcpy(scales.data(), scale.data(), static_cast<size_t>(scale.size()) * sizeof(float));
+    result.memory.push_back(std::move(scales));
+  }
   return result;
 }
 

@@ -35,6 +35,9 @@ struct StepContext : StepOptions {
 QUANTOPT_DECLARE_PER_ISA(
     // One pass over elements [begin, end) of the tensor.
     void step_piece(const StepContext& context, const StepSegment& segment, int64_t begin, int64_t end);
+    // The same with scales that follow the weights: each is first replaced by the mean |point| of its
+    // elements. [begin, end) are whole groups; next_scale and scale have room for all scales.
+    void step_groups(const StepContext& context, const StepSegment& segment, int64_t begin, int64_t end);
     // Sum of |point| of the rule over [begin, end), changing nothing; 0 without a dynamic scale.
     double magnitude_of_piece(const StepContext& context, const StepSegment& segment, int64_t begin,
                               int64_t end);)

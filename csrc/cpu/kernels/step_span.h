@@ -1,0 +1,406 @@
+// A span: elements that share a scale, stepped a pair of vectors at a time. Included once for every
+// instruction set.
+#pragma once
+
+// clang-format off: the vectors come before what is written in them
+#include "cpu/kernels/pair.h"
+#include "cpu/kernels/step.h"
+// clang-format on
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace quantopt::QUANTOPT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 128;        // elements between two rounds of prefetches
+constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
+constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
+constexpr int64_t kKept = kStage;      // of a group whose directions are kept until its scale is known
+constexpr int64_t kRandomBlock = 128;  // elements whose random bits are made together; a multiple of 8 kWidth
+
+// Sixteen random bits for each of kRandomBlock elements from `first`, a multiple of 8. Little endian: the low
+// half of a word comes first.
+inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
+  constexpr int kQuarter = kWidth / 4;
+  VecBits lane{};
+  for (uint32_t k = 0; k < kWidth; ++k)
+    lane[k] = kQuarter * (k % 4) + k / 4;  // so that 4x4 transposes give order
+  const auto start = static_cast<uint64_t>(first / 8);
+  for (int64_t b = 0; b < kRandomBlock / 8; b += kWidth) {
+    const uint64_t block = start + static_cast<uint64_t>(b);
+    const VecBits low = lane + static_cast<uint32_t>(block);
+    const auto high = static_cast<uint32_t>(block >> 32);
+    VecBits words[4];
+    if (static_cast<uint32_t>(block) <= UINT32_MAX - kWidth) {
+      philox(key, low, high, words);
+    } else {
+      const auto carry =
+          (VecBits)(low < static_cast<uint32_t>(block));  // all ones, -1, where the low word wraps
+      philox(key, low, high - carry, words);
+    }
+    transpose_quads(words);
+    std::memcpy(out + 8 * b, words, sizeof(words));
+  }
+}
+
+// ---- one span: elements that share a scale
+
+// Momentum beside bfloat16 weights, of either type.
+struct Momentum {
+  void* data;
+  bool narrow;
+};
+QUANTOPT_INLINE Pair load_momentum(const Momentum& m, int64_t i) {
+  if (m.narrow) return load_pair(static_cast<const BFloat16*>(m.data) + i);
+  return load_pair(static_cast<const float*>(m.data) + i);
+}
+QUANTOPT_INLINE void store_momentum(const Momentum& m, int64_t i, Pair x) {
+  m.narrow ? store_pair(static_cast<BFloat16*>(m.data) + i, x)
+           : store_pair(static_cast<float*>(m.data) + i, x);
+}
+QUANTOPT_INLINE Pair load_momentum(const float* m, int64_t i) { return load_pair(m + i); }
+QUANTOPT_INLINE void store_momentum(float* m, int64_t i, Pair x) { store_pair(m + i, x); }
+
+// Pointers of a span, already advanced to its first element. P is float or BFloat16.
+template <class P>
+struct Span {
+  P* param;
+  const P* grad;
+  std::conditional_t<std::is_same_v<P, float>, float*, Momentum> momentum;
+  float* exp_avg_sq;
+  float* latent;  // of the rule, or master weights of bfloat16; else null
+};
+
+// How the weights of a span are written.
+struct Writing {
+  bool stream = false;             // past the caches, where they are not read
+  const PhiloxKey* key = nullptr;  // rounded stochastically
+};
+
+// Of one pair of vectors of elements from i: what the rule steps, and the direction, whose state is written
+// by store_state().
+struct Moved {
+  Pair w;       // latent, master weights or weights
+  Pair before;  // what the network ran with, where the rule reads it
+  Pair d, m, v;
+};
+
+template <class P, class R>
+QUANTOPT_INLINE bool has_master(const Span<P>& s) {
+  return !R::kLatent && !std::is_same_v<P, float> && s.latent != nullptr;
+}
+
+template <class P, class R>
+QUANTOPT_INLINE void load_weights(const Span<P>& s, int64_t i, Moved& x) {
+  if (R::kLatent || has_master<P, R>(s)) {
+    x.w = load_pair(s.latent + i);
+  } else {
+    x.w = load_pair(s.param + i);
+  }
+  x.before = R::kReadsWeight ? load_pair(s.param + i) : Pair{};
+}
+
+template <class P, class Direction, class R>
+QUANTOPT_INLINE Moved load_moved(const Span<P>& s, int64_t i, float factor, const Direction& direction,
+                                 const R& rule) {
+  Moved x{};
+  load_weights<P, R>(s, i, x);
+  if constexpr (Direction::kMomentum) x.m = load_momentum(s.momentum, i);
+  if constexpr (Direction::kExpAvgSq) x.v = load_pair(s.exp_avg_sq + i);
+  Pair g = load_pair(s.grad + i);
+  if (factor != 1.0f) g = g * factor;
+  x.d = direction(rule.gradient(g, x.w), x.m, x.v);
+  return x;
+}
+
+template <class Direction, class P>
+QUANTOPT_INLINE void store_state(const Span<P>& s, int64_t i, const Moved& x) {
+  if constexpr (Direction::kMomentum) store_momentum(s.momentum, i, x.m);
+  if constexpr (Direction::kExpAvgSq) store_pair(s.exp_avg_sq + i, x.v);
+}
+
+// The new latent or master weights, and the weights.
+struct Stepped {
+  Pair next, weight;
+};
+
+template <class R>
+QUANTOPT_INLINE Stepped stepped(const R& rule, const Moved& x) {
+  const Pair next = rule.step(x.w, x.d, x.before);
+  if constexpr (R::kLatent) {
+    return {next, rule.weight(next, x.before)};
+  } else {
+    return {next, next};
+  }
+}
+
+template <class P, class R>
+QUANTOPT_INLINE void store_weights(const Span<P>& s, int64_t i, const Stepped& y, const Writing& writing,
+                                   const uint16_t* random = nullptr) {
+  const bool master = has_master<P, R>(s);
+  if (R::kLatent || master) store_pair(s.latent + i, y.next);
+  const Pair weight = y.weight;
+  if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
+    if (random != nullptr) return store_line(s.param + i, rounded_stochastically(weight, random + i));
+  }
+  if constexpr (R::kLatent ? !R::kReadsWeight : !std::is_same_v<P, float>) {
+    if (writing.stream && (R::kLatent || master)) return stream_pair(s.param + i, weight);
+  }
+  store_pair(s.param + i, weight);
+}
+
+// The whole of the fused step.
+template <class P, class Direction, class R>
+QUANTOPT_INLINE void step_pair(const Span<P>& s, int64_t i, float factor, const Direction& direction,
+                               const R& rule, const Writing& writing, const uint16_t* random = nullptr) {
+  const Moved x = load_moved(s, i, factor, direction, rule);
+  const Stepped y = stepped(rule, x);
+  store_state<Direction>(s, i, x);
+  store_weights<P, R>(s, i, y, writing, random);
+}
+
+// The last `count` elements of a span, fewer than a pair, in a padded copy.
+template <class P>
+class Tail {
+ public:
+  Span<P> span;
+
+  Tail(const Span<P>& from, int64_t i, int64_t count)
+      : span{param_, grad_, {}, exp_avg_sq_, from.latent ? latent_ : nullptr}, i_(i), count_(count) {
+    in(param_, from.param);
+    in(grad_, from.grad);
+    with_momentum(from, [&](auto* theirs, auto* ours) { in(ours, theirs); });
+    in(exp_avg_sq_, from.exp_avg_sq);
+    in(latent_, from.latent);
+    if constexpr (std::is_same_v<P, float>) {
+      span.momentum = momentum_;
+    } else {
+      span.momentum = {momentum_, from.momentum.narrow};
+    }
+  }
+  Tail(const Tail&) = delete;
+  Tail& operator=(const Tail&) = delete;
+
+  void write(const Span<P>& to) {
+    out(to.param, param_);
+    with_momentum(to, [&](auto* theirs, auto* ours) { out(theirs, ours); });
+    out(to.exp_avg_sq, exp_avg_sq_);
+    out(to.latent, latent_);
+  }
+
+ private:
+  template <class T>
+  void in(T* ours, const T* theirs) const {
+    if (theirs) std::memcpy(ours, theirs + i_, static_cast<size_t>(count_) * sizeof(T));
+  }
+  template <class T>
+  void out(T* theirs, const T* ours) const {
+    if (theirs) std::memcpy(theirs + i_, ours, static_cast<size_t>(count_) * sizeof(T));
+  }
+  // Calls visit(its array of the span, of the copy).
+  template <class Visit>
+  void with_momentum(const Span<P>& theirs, const Visit& visit) {
+    if constexpr (std::is_same_v<P, float>) {
+      visit(theirs.momentum, momentum_);
+    } else if (theirs.momentum.narrow) {
+      visit(static_cast<BFloat16*>(theirs.momentum.data), reinterpret_cast<BFloat16*>(momentum_));
+    } else {
+      visit(static_cast<float*>(theirs.momentum.data), momentum_);
+    }
+  }
+
+  int64_t i_, count_;
+  P param_[kPair] = {}, grad_[kPair] = {};
+  float momentum_[kPair] = {}, exp_avg_sq_[kPair] = {}, latent_[kPair] = {};
+};
+
+template <class P, class Direction, class R>
+void step_tail(const Span<P>& s, int64_t i, int64_t count, float factor, const Direction& direction,
+               const R& rule, const uint16_t* random = nullptr) {
+  uint16_t halves[kPair] = {};
+  if (random != nullptr) std::memcpy(halves, random + i, static_cast<size_t>(count) * sizeof(*halves));
+  Tail<P> tail(s, i, count);
+  step_pair(tail.span, 0, factor, direction, rule, Writing{}, random != nullptr ? halves : nullptr);
+  tail.write(s);
+}
+
+// Always inlined: of a call that does nothing but prefetch, gcc 12 thinks that it does nothing.
+template <int64_t Count, class T>
+QUANTOPT_INLINE void prefetch_from(const T* p) {
+  const char* line = reinterpret_cast<const char*>(p) + kAheadBytes;
+  for (size_t offset = 0; offset < Count * sizeof(T); offset += 64) __builtin_prefetch(line + offset);
+}
+
+// What is read of `Count` elements.
+template <int64_t Count, class P, class Direction, class R>
+QUANTOPT_INLINE void prefetch_span(const Span<P>& span, int64_t at) {
+  const bool master = !R::kLatent && span.latent != nullptr;
+  if (R::kLatent ? R::kReadsWeight : !master) prefetch_from<Count>(span.param + at);
+  if (R::kLatent || master) prefetch_from<Count>(span.latent + at);
+  prefetch_from<Count>(span.grad + at);
+  if constexpr (Direction::kMomentum) {
+    if constexpr (std::is_same_v<P, float>) {
+      prefetch_from<Count>(span.momentum + at);
+    } else if (span.momentum.narrow) {
+      prefetch_from<Count>(static_cast<const BFloat16*>(span.momentum.data) + at);
+    } else {
+      prefetch_from<Count>(static_cast<const float*>(span.momentum.data) + at);
+    }
+  }
+  if constexpr (Direction::kExpAvgSq) prefetch_from<Count>(span.exp_avg_sq + at);
+}
+
+// Steps the first n elements of a span; `first` is the number of its first element in its tensor.
+template <class P, class Direction, class R>
+void step_span(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
+               const R& rule_in, const Writing& writing_in, bool prefetch = false, int64_t first = 0) {
+  const Span<P> span = span_in;  // local copies, so that the compiler keeps the constants in registers
+  const Direction direction = direction_in;
+  const R rule = rule_in;
+  Writing writing = writing_in;
+  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  int64_t begin = 0;
+  if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
+    if (writing.key != nullptr) {
+      uint16_t halves[kRandomBlock];
+      while (begin < n) {
+        const int64_t lead = (first + begin) % 8;
+        const int64_t end = std::min(n, begin + kRandomBlock - lead);
+        if (prefetch) prefetch_span<kBlock, P, Direction, R>(span, begin);
+        random_halves(*writing.key, first + begin - lead, halves);
+        const uint16_t* random = halves + lead - begin;
+        for (; begin + kPair <= end; begin += kPair)
+          step_pair(span, begin, factor, direction, rule, writing, random);
+        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, random);
+        begin = end;
+      }
+      return;
+    }
+  }
+  for (; begin + kBlock <= n; begin += kBlock) {
+    if (prefetch) prefetch_span<kBlock, P, Direction, R>(span, begin);
+    for (int64_t i = begin; i < begin + kBlock; i += kPair)
+      step_pair(span, i, factor, direction, rule, writing);
+  }
+  for (; begin + kPair <= n; begin += kPair) step_pair(span, begin, factor, direction, rule, writing);
+  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule);
+}
+
+// Sum of magnitudes in an order that depends on their number alone: 16 lanes, lane k of elements k, k + 16
+// and so on; every kCarry elements the lanes are added up in double, the first first.
+class MagnitudeSum {
+ public:
+  static constexpr int64_t kCarry = 1024;
+
+  // Of elements from `at`, a multiple of kPair, counted from the last carry.
+  QUANTOPT_INLINE void add(Pair size, int64_t at) {
+    const int64_t k = at / kPair % kPairs * 2;
+    lanes_[k] += size.first;
+    lanes_[kSums == 1 ? 0 : k + 1] += size.second;
+  }
+  // The same, of which the first `count` count.
+  QUANTOPT_INLINE void add_some(Pair size, int64_t at, int64_t count) {
+    float some[kPair] = {};
+    std::memcpy(some, &size, static_cast<size_t>(count) * sizeof(float));
+    add(load_pair(some), at);
+  }
+  // Adds the lanes to `total`.
+  QUANTOPT_INLINE double carried(double total) const {
+    for (const Vec& part : lanes_) {
+      for (int lane = 0; lane < kWidth; ++lane) total += part[lane];
+    }
+    return total;
+  }
+
+ private:
+  static constexpr int64_t kSums = 16 / kWidth, kPairs = kSums > 1 ? kSums / 2 : 1;
+  Vec lanes_[kSums] = {};
+};
+
+// Sum of |rule.point|.
+template <class Direction, class R>
+double magnitude_of_span(const Span<float>& s, int64_t n, float factor, const Direction& direction,
+                         const R& rule) {
+  double total = 0.0;
+  for (int64_t start = 0; start < n; start += MagnitudeSum::kCarry) {
+    const int64_t stop = std::min(n, start + MagnitudeSum::kCarry);
+    MagnitudeSum sum;
+    for (int64_t at = start; at < stop; at += kPair) {
+      const int64_t count = std::min<int64_t>(kPair, stop - at);
+      const auto read = [&](const float* p) {
+        return count == kPair ? load_pair(p + at) : load_some(p + at, count);
+      };
+      Pair m{}, v{};
+      if constexpr (Direction::kMomentum) m = read(s.momentum);
+      if constexpr (Direction::kExpAvgSq) v = read(s.exp_avg_sq);
+      const Pair w = read(s.latent);
+      const Pair g = rule.gradient(read(s.grad) * factor, w);
+      const Pair before = R::kReadsWeight ? read(s.param) : Pair{};
+      const Pair size = absolute(rule.point(w, direction(g, m, v), before));
+      count == kPair ? sum.add(size, at - start) : sum.add_some(size, at - start, count);
+    }
+    total = sum.carried(total);
+  }
+  return total;
+}
+
+// The base of a pair of a group: stores its state, and its direction in `d`. Returns |point|.
+template <class P, class Direction, class R>
+QUANTOPT_INLINE Pair move_pair(const Span<P>& s, int64_t i, float factor, const Direction& direction,
+                               const R& rule, float* d) {
+  const Moved x = load_moved(s, i, factor, direction, rule);
+  store_state<Direction>(s, i, x);
+  store_pair(d, x.d);
+  return absolute(rule.point(x.w, x.d, x.before));
+}
+
+// The rule of a pair of a group, with its direction from `d`.
+template <class P, class R>
+QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, const float* d,
+                                 const Writing& writing) {
+  Moved x{};
+  load_weights<P, R>(s, i, x);
+  x.d = load_pair(d);
+  store_weights<P, R>(s, i, stepped(rule, x), writing);
+}
+
+// Steps a group of at most kKept elements whose scale follows them, while it is in the first cache: the base
+// and the sum of |point|, which gives the scale, then the rule. Returns the scale. `before` is the rule with
+// the levels before the step, make_rule(scale) the one with those after it.
+template <class P, class Direction, class R, class MakeRule>
+float step_group(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
+                 const R& before, const MakeRule& make_rule, const Writing& writing_in, bool prefetch) {
+  static_assert(R::kLatent && kKept <= MagnitudeSum::kCarry && kKept % kPair == 0);
+  const Span<P> span = span_in;  // local copies, as in step_span
+  const Direction direction = direction_in;
+  Writing writing = writing_in;
+  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  alignas(64) float d[kKept];
+  MagnitudeSum sum;
+  int64_t whole = 0;
+  {
+    const R rule = before;
+    for (; whole + kPair <= n; whole += kPair) {
+      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, whole);
+      sum.add(move_pair(span, whole, factor, direction, rule, d + whole), whole);
+    }
+  }
+  const auto finish_whole = [&] {
+    const auto scale = static_cast<float>(sum.carried(0.0) / static_cast<double>(n));
+    const R rule = make_rule(scale);
+    for (int64_t i = 0; i < whole; i += kPair) finish_pair(span, i, rule, d + i, writing);
+    return scale;
+  };
+  if (whole == n) return finish_whole();
+  Tail<P> tail(span, whole, n - whole);
+  sum.add_some(move_pair(tail.span, 0, factor, direction, before, d + whole), whole, n - whole);
+  const float scale = finish_whole();
+  finish_pair(tail.span, 0, make_rule(scale), d + whole, Writing{});
+  tail.write(span);
+  return scale;
+}
+
+}  // namespace
+}  // namespace quantopt::QUANTOPT_ISA
