@@ -202,6 +202,16 @@ class Config:
         most=1,
         recipe="hyperparameter",
     )
+    milestones: list[float] | None = _option(  # noqa: RUF009
+        None,
+        "fractions of the steps, in (0, 1), after which the learning rate is halved, in place of the cosine",
+        recipe="run",
+    )
+    rescale: bool = _option(
+        True,
+        "with scale none, divide the weights by their deviation first, and give the rates in units of it",
+        recipe="run",
+    )
     float_lr: float | None = _option(
         None, "learning rate of the other parameters", positive=True, recipe="hyperparameter"
     )
@@ -211,7 +221,7 @@ class Config:
     options: dict[str, bool | float | str | list[float]] | None = _option(  # noqa: RUF009
         None, "further arguments of the optimizer's class", recipe="hyperparameter"
     )
-    anneal: dict[str, float] | None = _option(  # noqa: RUF009
+    anneal: dict[str, float | str] | None = _option(  # noqa: RUF009
         None, "settings of the optimizer's schedule (quantopt.Anneal)", recipe="hyperparameter"
     )
     augment: str = _option(
@@ -229,6 +239,11 @@ class Config:
         metavar="RUN",
         commands=_TRAIN,
     )
+    warm_start: str | None = _option(
+        None,
+        "the recipe whose run of the same seed gives `init`; a sweep sets that, and trains the other recipe first",
+        recipe="run",
+    )
     precision: str = _option(
         "float32",
         "bfloat16 trains under autocast",
@@ -243,6 +258,11 @@ class Config:
         least=0,
         recipe="run",
         commands=_TRAIN,
+    )
+    projected_at: list[float] | None = _option(  # noqa: RUF009
+        None,
+        "fractions of the epochs, in (0, 1), after which the projected network is tested, as at the end",
+        recipe="run",
     )
     channels_last: bool = _option(False, "images and weights in channels-last memory", **_SPEED)
     compile: bool = _option(False, "torch.compile of the network in training", **_SPEED)
@@ -267,6 +287,14 @@ class Config:
                 continue
             expected = option.expected(value)
             self._require(name, expected is None, f"must be {expected}")
+        for name in ("milestones", "projected_at"):
+            self._require(
+                name,
+                all(0 < fraction < 1 for fraction in getattr(self, name) or ()),
+                "fractions are above 0 and below 1",
+            )
+        if self.warm_start is not None and self.init is None:
+            raise InputError("--init", f"is needed: this recipe starts from a run of {self.warm_start}")
         self._require("cuda_graph", not self.cuda_graph or self.device == "cuda", "needs --device cuda")
         if self.optimizer in FLOAT:
             bits = FLOAT[self.optimizer]

@@ -7,7 +7,7 @@ quantised weights with their rule and everything else (skipped layers, biases, b
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,14 @@ FLOAT = {"sgd": 0, "luq": 4}
 """Optimizers of torch, which have no levels: the bits of their recipes."""
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0."""
+def schedule(step: int, total: int, warmup: float, milestones: Sequence[float] | None = None) -> float:
+    """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0; with milestones,
+    fractions of `total`, a half for each that has been reached."""
     rising = warmup * total
     if step < rising:
         return (step + 1) / (rising + 1)
+    if milestones is not None:
+        return float(0.5 ** sum(step >= round(fraction * total) for fraction in milestones))
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
 
 
@@ -155,11 +158,13 @@ def build(
 ) -> Optimizer:
     """The optimizer `name` of `OPTIMIZERS` for `model`, over `total_steps` steps.
 
-    settings: a value for each of `config.HYPERPARAMETERS`. capturable: for a step captured in a CUDA graph.
+    settings: a value for each of `config.HYPERPARAMETERS`, and of `milestones` and `rescale` where they are not the
+    defaults. capturable: for a step captured in a CUDA graph.
     `model` is changed where the settings ask for it: SAWB quantisers for activations = 4, the layers of luq.
-    With scale "none" the levels are -1 and 1. Then each quantised weight is divided by its standard deviation s, which
-    the batch norm behind it undoes; lr is divided by the mean of s^2 and weight_decay multiplied by it, so that
-    training takes the same course.
+    With scale "none" the levels are -1 and 1. Then, unless `rescale` is False, each quantised weight is divided by its
+    standard deviation s, which the batch norm behind it undoes; lr is divided by the mean of s^2 (of s on Adam, whose
+    direction does not grow with the gradient) and weight_decay multiplied by it, so that training takes the same
+    course.
     Raises ValueError on a bad value, BackendError if the backend cannot run the optimizer.
     """
     make, relaxation = OPTIMIZERS[name]
@@ -167,6 +172,7 @@ def build(
     skip = tuple(settings["skip"])
     optimizer: Any
     anneal = None
+    rescaled = name not in FLOAT and settings["scale"] == "none" and settings.get("rescale", True)
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
     known = make([{"params": [nn.Parameter(torch.ones(1))], "bits": 0}]).defaults
@@ -198,9 +204,11 @@ def build(
         groups = quantopt.param_groups(
             model, bits=settings["bits"], scale=settings["scale"], skip=skip, other=other
         )
-        if settings["scale"] == "none":
-            variance = _unit_variance(groups[0]["params"])
-            lr, weight_decay = lr / variance, weight_decay * variance
+        if rescaled:
+            unit = _unit_variance(groups[0]["params"])
+            if options.get("base", known["base"]) == "adam":
+                unit = math.sqrt(unit)
+            lr, weight_decay = lr / unit, weight_decay * unit
         optimizer = make(
             groups, lr=lr, weight_decay=weight_decay, backend=backend, capturable=capturable, **options
         )
@@ -209,17 +217,17 @@ def build(
             weight = group["params"][0]
             choose("fused_step", weight.device, weight.dtype, backend)
         own = inspect.signature(quantopt.Anneal.__init__).parameters
-        if reserved := sorted((own.keys() - {"settings"}) & settings["anneal"].keys()):
+        if reserved := sorted((own.keys() - {"schedule", "settings"}) & settings["anneal"].keys()):
             raise ValueError(
                 f"anneal={reserved}: the training sets that; a recipe sets what the schedule has"
             )
         if relaxation or settings["anneal"]:
             anneal = quantopt.Anneal(optimizer, total_steps=total_steps, **settings["anneal"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
+        optimizer,
+        lambda step: schedule(step, total_steps, settings["warmup"], settings.get("milestones")),
     )
-    has_own_rate = name not in FLOAT and settings["scale"] == "none"
-    return Optimizer(optimizer, scheduler, anneal, relaxation, has_own_rate)
+    return Optimizer(optimizer, scheduler, anneal, relaxation, rescaled)
 
 
 @torch.no_grad()
