@@ -23,7 +23,9 @@ def test_sign_and_gradient(dtype, shape):
     assert x.grad.dtype == dtype
     # Half a unit of the type's last place, and what float32 leaves of 1 - tanh^2 where that cancels.
     tolerance = torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 4)
-    torch.testing.assert_close(x.grad.double(), exact, rtol=tolerance, atol=2e-7 if dtype != torch.float64 else 1e-15)
+    torch.testing.assert_close(
+        x.grad.double(), exact, rtol=tolerance, atol=2e-7 if dtype != torch.float64 else 1e-15
+    )
 
 
 def test_zeros_and_values_that_are_no_numbers():
@@ -76,6 +78,11 @@ def test_compiled_network_takes_the_same_step():
 
 def test_packing_leaves_it():
     model = network()
+    for norm in (
+        model[1],
+        model[4],
+    ):  # the sum of 72 products of signs is often 0, which is not to be next to the mean
+        norm.running_mean.uniform_(-0.03, 0.03)
     opt = quantopt.AskewSGD(quantopt.param_groups(model, bits=1, skip=()), lr=0.1)
     packed = quantopt.pack(model.eval(), opt, fold_batchnorm=True)
     assert [i for i, m in enumerate(packed) if type(m) is SignActivation] == [2, 5]

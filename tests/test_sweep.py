@@ -165,7 +165,12 @@ def test_warm_start(patterns, tmp_path, warm, monkeypatch, capsys):
         # It begins where the other ended, not with random weights.
         assert run["curves"]["loss"][0] < reports[f"float-{seed}"]["curves"]["loss"][0] / 2
         projected = run["curves"]["projected_accuracy"]
-        assert [value is None for value in projected] == [False, True, True, False]  # 0.3 of 4 epochs, and the end
+        assert [value is None for value in projected] == [
+            False,
+            True,
+            True,
+            False,
+        ]  # 0.3 of 4 epochs, and the end
     rows = {row["recipe"]: row for row in json.loads((out / "accuracy.json").read_text())["rows"]}
     assert rows["float"]["gap"] == 0 and rows["float"]["projected"] == []
     assert rows["warm"]["gap"] == pytest.approx(rows["float"]["mean"] - rows["warm"]["mean"])

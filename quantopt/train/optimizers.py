@@ -175,7 +175,9 @@ def build(
     rescaled = name not in FLOAT and settings["scale"] == "none" and settings.get("rescale", True)
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
-    known = make([{"params": [nn.Parameter(torch.ones(1))], "bits": 0}]).defaults
+    parameters = inspect.signature(make).parameters
+    base = {"base": options["base"]} if "base" in options and "base" in parameters else {}
+    known = make([{"params": [nn.Parameter(torch.ones(1))], "bits": 0}], **base).defaults | base
     known = {key: value for key, value in known.items() if key not in settings and key not in _OF_THE_STEP}
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"options={unknown}: unknown to {name}, which has {', '.join(sorted(known))}")
@@ -190,7 +192,7 @@ def build(
         quantopt.nn.luq(model, skip=skip, repeat=repeat)
     elif settings["activations"]:
         quantopt.nn.quantize_activations(model, skip=skip)
-    if "momentum" in inspect.signature(make).parameters:
+    if "momentum" in parameters:
         options["momentum"] = momentum
     if name in FLOAT:
         if settings["anneal"]:
@@ -206,7 +208,7 @@ def build(
         )
         if rescaled:
             unit = _unit_variance(groups[0]["params"])
-            if options.get("base", known["base"]) == "adam":
+            if base.get("base", make._base) == "adam":  # type: ignore[attr-defined]
                 unit = math.sqrt(unit)
             lr, weight_decay = lr / unit, weight_decay * unit
         optimizer = make(
