@@ -18,7 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS = ("vgg11", "vgg16", "resnet18")  # those of the GPU; cnn is for the CPU
 PRINTED = (
     "askew",
-    "askew-clamp",
     *(f"askew-adam{form}{end}" for form in ("", "-gradient") for end in ("", "-clamp")),
 )
 ALL_BINARY = ("sgd", "binaryconnect", "binaryconnect-adam", "proxquant", *PRINTED, "askew-latent", "stam")
@@ -90,9 +89,8 @@ def test_every_recipe_builds(name, networks):
     kinds = torch.nn.Conv2d | torch.nn.Linear
     inner = sum(1 for m in networks[config.model].modules() if isinstance(m, kinds)) - len(config.skip)
     assert len(layers) == inner
-    assert len(built.optimizer.param_groups) == (
-        1 if config.model.startswith("convnet") else 2
-    )  # nothing is float
+    if config.optimizer not in optimizers.FLOAT and config.skip == []:
+        assert len(built.optimizer.param_groups) == 1  # nothing is left in full precision
 
 
 @pytest.mark.parametrize("name", [name for name, (_, key) in optimizers.OPTIMIZERS.items() if key])
@@ -117,7 +115,7 @@ def test_the_printed_forms_are_those_of_the_paper(network):
         assert (group["scale"], group["memory"], group["lr"]) == ("none", False, settings["lr"])
         assert group["clamp"] == name.endswith("-clamp")
         assert group["constrain"] == ("gradient" if "gradient" in name else "velocity")
-        assert group["base"] == ("adam" if "adam" in name else "sgd") and not group.get("momentum")
+        assert built.optimizer._base == ("adam" if "adam" in name else "sgd") and not group.get("momentum")
         assert group["weight_decay"] == 0
         expected = {
             0: (1, 1),
@@ -144,14 +142,14 @@ def test_milestones_and_warm_up():
 @pytest.mark.parametrize("optimizer", ["askew", "askew-adam"])
 def test_weights_in_units_of_their_deviation_take_the_same_course(optimizer):
     """With the rates that belong to them; Adam's directions do not grow with the gradient."""
-    settings = {**recipes.load(optimizer), "skip": [], "scale": "none", "weight_decay": 0.01, "lr": 0.02}
+    settings = {**recipes.load(optimizer), "skip": [], "scale": "none", "weight_decay": 0.01, "lr": 0.002}
     settings |= {"options": {"memory": False, "clamp": False}}  # and epsilon is 1: the base step alone
     courses = []
     for rescale in (True, False):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(12, 1, bias=False))
-        deviation = float(model[0].weight.std())
-        built = optimizers.build(optimizer, model, 10, {**settings, "rescale": rescale})
+        deviation = float(model[0].weight.detach().std())
+        built = optimizers.build(optimizer, model, 100, {**settings, "rescale": rescale})
         unit = deviation if rescale else 1.0
         course = []
         for step in range(6):
