@@ -84,10 +84,10 @@ StepOptions step_options(const StepRecord& r) {
   } else {
     o.hyper = *hyper;
   }
-  o.levels = r.levels > 0 && r.levels <= 16 ? static_cast<int>(r.levels) : 0;
+  o.levels = r.levels > 0 && r.levels <= kMostLevels ? static_cast<int>(r.levels) : 0;
   o.level_factor = max_level_factor(o.levels);
   TORCH_CHECK_VALUE(!facts.quantised || o.level_factor > 0.0f,
-                    "fused_step: levels must be 2, 3, 4, 8 or 16, not ", r.levels);
+                    "fused_step: levels must be 2, 3, 4, 8, 16 or 17, not ", r.levels);
   o.has_momentum = !r.momentum_buffers.empty();
   o.nesterov = r.nesterov;
   o.decoupled = r.decoupled;

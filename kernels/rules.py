@@ -116,9 +116,6 @@ def turned_by(s, x):
     return tl.where(s.to(tl.int32, bitcast=True) < 0, -x, x)
 
 
-LEVELS = (2, *GAUSSIAN_STEP)
-
-
 @functools.cache
 def level_factor(levels: int) -> float:
     """hi / scale, multiplied in single precision as csrc/core does."""

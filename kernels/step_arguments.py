@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from quantopt.kernels.rules import LEVELS
+from quantopt.reference.levels import COUNTS
 from quantopt.rules import BASES, RULES, StepRecord
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -20,8 +20,8 @@ def check(record: StepRecord) -> None:
         raise ValueError(f"fused_step: unknown rule {record.rule!r}; use one of {list(RULES)}")
     if record.base not in BASES:
         raise ValueError(f"fused_step: unknown base {record.base!r}; use one of {BASES}")
-    if rule.quantised and record.levels not in LEVELS:
-        raise ValueError(f"fused_step: levels must be one of {LEVELS}, not {record.levels}")
+    if rule.quantised and record.levels not in COUNTS:
+        raise ValueError(f"fused_step: levels must be one of {COUNTS}, not {record.levels}")
     if record.dynamic_scale and not rule.dynamic_scale:
         raise ValueError(f"fused_step: rule {record.rule!r} has no dynamic scale")
     adam = record.base == "adam"

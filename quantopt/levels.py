@@ -4,18 +4,30 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-LEVEL_COUNT: dict[int | str, int] = {0: 0, 1: 2, 2: 4, 3: 8, 4: 16, "ternary": 3}
-SCALES = ("none", "tensor", "channel", "group")
+from quantopt.reference.levels import SAWB
+
+LEVEL_COUNT: dict[int | str, int] = {0: 0, 1: 2, 2: 4, 3: 8, 4: 16, "17-level": 17, "ternary": 3}
+SCALES = ("none", "tensor", "channel", "group", "sawb")
 
 
 def level_count(bits: int | str) -> int:
-    """K, the number of levels: 2 for 1 bit, 2^bits for 2 to 4, 3 for "ternary", 0 (not quantised) for 0.
+    """K, the number of levels: 2 for 1 bit, 2^bits for 2 to 4, 17 for "17-level" (-8..8), 3 for
+    "ternary", 0 (not quantised) for 0.
 
     Raises ValueError for anything else.
     """
     if isinstance(bits, bool) or not isinstance(bits, int | str) or bits not in LEVEL_COUNT:
-        raise ValueError(f"bits={bits!r}: use 0 (not quantised), 1, 2, 3, 4 or 'ternary'")
+        raise ValueError(f"bits={bits!r}: use 0 (not quantised), 1, 2, 3, 4, '17-level' or 'ternary'")
     return LEVEL_COUNT[bits]
+
+
+def check_scale(scale: str, bits: int | str) -> None:
+    """Raises ValueError if ``scale`` has no levels for ``bits``."""
+    if scale == "sawb" and level_count(bits) not in (0, *SAWB):
+        fitting = [name for name, levels in LEVEL_COUNT.items() if levels in SAWB]
+        raise ValueError(
+            f"scale='sawb': has no levels for bits={bits!r}; use bits of {fitting}, or scale='tensor'"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 class PackedWeight(NamedTuple):
     """W = scale * sum_i plane_weights[i] * (±1 plane i of bits), [N, K], and the bias of its product.
 
-    One plane is a binary weight; b planes weighted 1, 2, 4, ... the uniform grid of 2^b levels; two planes weighted
-    1, 1 a ternary weight. Bits are row-major, least significant first, 1 = +1; bits beyond K are ignored.
+    One plane is a binary weight; b planes weighted 1, 2, 4, ... the uniform grid of 2^b levels. One more plane of
+    weight 1 makes it 2^b + 1 levels: two planes weighted 1, 1 are a ternary weight. Bits are row-major, least
+    significant first, 1 = +1; bits beyond K are ignored.
     """
 
     bits: Tensor  # uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] with P planes

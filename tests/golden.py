@@ -83,6 +83,7 @@ def optimizer_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
             (3, "channel"),
             ("ternary", "channel"),
             (4, "none"),
+            ("17-level", "tensor"),
         ):
             yield f"{name} {bits} {scale}", name, dict(bits=bits, scale=scale)
         for variant, options in VARIANTS.items():

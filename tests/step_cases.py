@@ -72,7 +72,7 @@ class Case:
 def all_cases() -> Iterator[Case]:
     """Every rule, base, grid and kind of scale, then the dtypes, then the options one by one."""
     for rule, base in itertools.product(RULES, BASES):
-        grids = ((2, "tensor"), (2, "channel"), (4, "group"), (3, "channel"), (16, "tensor"))
+        grids = ((2, "tensor"), (2, "channel"), (4, "group"), (3, "channel"), (16, "tensor"), (17, "channel"))
         for levels, scale in grids if RULES[rule].quantised else grids[:1]:
             yield Case(rule, levels, base, scale)
             if base == "sgd":

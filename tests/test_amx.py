@@ -79,7 +79,7 @@ def test_linear_in_parts_is_the_same_bits(library: ctypes.CDLL, form: str) -> No
 
 @pytest.mark.parametrize("form", FORMS)
 def test_planes(library: ctypes.CDLL, form: str) -> None:
-    for planes in ((3,), (1, 1), (1, 2), (1, 2, 4, 8), (64, 63) if form == "int8" else (128, 127)):
+    for planes in ((3,), (1, 1), (1, 2), (1, 2, 4, 8, 1), (64, 63) if form == "int8" else (128, 127)):
         check_linear(library, 20, 40, 300, form, planes)
 
 

@@ -132,7 +132,7 @@ def test_group_scales(isa: str, group_size: int, compute: str) -> None:
         check(y, *product(x, w, scale, bias, group_size, compute))
 
 
-@pytest.mark.parametrize("levels", [3, 4, 8, 16])
+@pytest.mark.parametrize("levels", [3, 4, 8, 16, 17])
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("group_size", [0, 32])
 def test_planes(isa: str, levels: int, compute: str, group_size: int) -> None:
@@ -247,7 +247,7 @@ def test_infinities_and_nan_propagate(isa: str) -> None:
         assert bool(y[1:5].isnan().all()) and bool(y[[0, 5]].isfinite().all())
 
 
-@pytest.mark.parametrize("levels", [3, 4, 16])
+@pytest.mark.parametrize("levels", [3, 4, 16, 17])
 @pytest.mark.parametrize("group_size", [0, 16, 7])
 @pytest.mark.parametrize("compute", ["exact", "bf16"])
 def test_infinities_with_several_planes(isa: str, levels: int, group_size: int, compute: str) -> None:

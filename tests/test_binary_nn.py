@@ -48,7 +48,7 @@ def test_from_conv2d(padding: int | str, mode: str) -> None:
     torch.testing.assert_close(layer.weight, conv.weight.detach())
 
 
-@pytest.mark.parametrize("levels", [2, 3, 16])
+@pytest.mark.parametrize("levels", [2, 3, 16, 17])
 def test_state_dict_into_a_fresh_module(levels: int) -> None:
     first = BinaryLinear(40, 50, levels=levels, scale="tensor")
     first.set_weights(

@@ -187,6 +187,10 @@ def test_env_with_an_unknown_instruction_set(monkeypatch, capsys):
         (["--lr", "-1"], "argument --lr"),
         (["--lr", "fast"], "argument --lr: 'fast' is not a number"),
         (["--bits", "5"], "argument --bits: invalid choice"),
+        (
+            ["--bits", "1", "--scale", "sawb"],
+            "--scale: scale='sawb': has no levels for bits=1; use bits of [2, 3, 4, '17-",
+        ),
         (["--scale", "group"], "argument --scale: invalid choice"),
         (["--epochs", "0"], "argument --epochs: must be at least 1"),
         (["--batch-size", "1"], "argument --batch-size: must be at least 2"),

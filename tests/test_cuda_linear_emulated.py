@@ -157,7 +157,7 @@ def test_groups(host: Any, group: int, int8: bool) -> None:
         case.check(y)
 
 
-@pytest.mark.parametrize("levels", [3, 4, 8, 16])
+@pytest.mark.parametrize("levels", [3, 4, 8, 16, 17])
 @pytest.mark.parametrize("int8", [False, True])
 def test_planes(host: Any, levels: int, int8: bool) -> None:
     weights = plane_weights_of(levels)

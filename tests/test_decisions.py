@@ -30,7 +30,7 @@ def spread(shape: tuple[int, ...]) -> nn.Parameter:
 
 @backends
 @clipped
-@pytest.mark.parametrize("bits", [2, 3, 4, "ternary"])
+@pytest.mark.parametrize("bits", [2, 3, 4, "17-level", "ternary"])
 @pytest.mark.parametrize("scale", ["tensor", "channel", "group"])
 def test_every_level_is_within_reach(make_optimizer: Any, bits: int | str, scale: str, backend: str) -> None:
     p = spread((3, 5, 10))

@@ -49,7 +49,7 @@ def folded(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, Folded)]
 
 
-@pytest.mark.parametrize("levels", [2, 3, 16])
+@pytest.mark.parametrize("levels", [2, 3, 16, 17])
 @pytest.mark.parametrize(("scale", "group_size"), [("tensor", 0), ("channel", 0), ("group", 32)])
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_outputs_are_the_same(tmp_path: Path, levels: int, scale: str, group_size: int, compute: str) -> None:

@@ -26,7 +26,8 @@ from quantopt.optim.options import OPTIONS, SHARED
         (dict(weight_decay=-1), "weight_decay"),
         (dict(bits=5), "bits=5"), (dict(bits="binary"), "bits='binary'"), (dict(bits=True), "bits=True"),
         (dict(bits=2.0), "bits=2.0"),
-        (dict(scale="row"), "scale='row'"),
+        (dict(scale="row"), "scale='row'"), (dict(scale="sawb", bits="ternary"), "scale='sawb'"),
+        (dict(scale="sawb"), r"scale='sawb': .*bits=1; use bits of \[2, 3, 4, '17-level'\]"),
         (dict(epsilon=1.5), "epsilon=1.5"), (dict(epsilon=math.nan), "epsilon=nan"),
         (dict(rate=-1.0), "rate"), (dict(rate=math.inf), "rate=inf"), (dict(cap=-0.1), "cap"),
         (dict(constrain="both"), "constrain='both'"), (dict(nesterov=True, momentum=0.0), "nesterov"),
@@ -92,7 +93,8 @@ def test_param_groups_choose_weights_by_position_and_name() -> None:
     assert quantopt.param_groups(model, other={"lr": 0.5})[1]["lr"] == 0.5
     for options, named in [
         (dict(bits=5), "bits=5"), (dict(scale="rows"), "scale"), (dict(skip=("nothing*",)), "nothing"),
-        (dict(skip=("*",)), "skip"),
+        (dict(skip=("*",)), "skip"), (dict(scale="sawb"), "scale='sawb': .*bits=1"),
+        (dict(scale="sawb", bits=2, filter_fn=lambda module, name: "ternary"), "bits='ternary'"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=named):
             quantopt.param_groups(model, **options)

@@ -16,7 +16,7 @@ from quantopt.reference import levels as grid
 
 
 @every
-@pytest.mark.parametrize("bits", [1, 2, "ternary"])
+@pytest.mark.parametrize("bits", [1, 2, "17-level", "ternary"])
 def test_the_compiled_step_is_the_references(name: str, bits: int | str) -> None:
     if name == "binaryconnect-stochastic" and bits != 1:
         pytest.skip("stochastic signs are binary")

@@ -14,6 +14,7 @@ from quantopt.levels import Quantization
 from quantopt.nn import BinaryConv1d, BinaryLinear
 from quantopt.nn.linear import BinaryModule
 from quantopt.packing import load, pack, save, table
+from quantopt.reference.levels import COUNTS
 from test_packing import Fake, Net, close, net, quantised_params, refuse  # type: ignore[import-not-found]
 from test_selection import Conv1D  # type: ignore[import-not-found]
 
@@ -90,7 +91,7 @@ def test_hooks_of_a_layer_are_kept(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "m", model)(x), packed(x))
 
 
-@pytest.mark.parametrize("levels", [2, 3, 8])
+@pytest.mark.parametrize("levels", [2, 3, 8, 17])
 @pytest.mark.parametrize(("scale", "group_size"), [("tensor", 0), ("channel", 0), ("group", 16)])
 @pytest.mark.parametrize(
     "options",
@@ -142,7 +143,7 @@ def test_multihead_attention(tmp_path: Path, dtype: torch.dtype, training: bool)
     assert packed.bfloat16().self_attn.out_proj.scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("levels", [2, 3, 16])
+@pytest.mark.parametrize("levels", [2, 3, 16, 17])
 def test_a_transposed_layer(tmp_path: Path, levels: int) -> None:
     """The Conv1D of the transformers library: packed where it has one scale."""
     model = nn.Sequential(Conv1D(20, 12), nn.Linear(20, 20))
@@ -158,7 +159,7 @@ def test_a_transposed_layer(tmp_path: Path, levels: int) -> None:
         pack(model, Fake([model[0].weight], levels, "channel"))
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("levels", COUNTS)
 @pytest.mark.parametrize(("scale", "group_size"), [("tensor", 0), ("channel", 0), ("group", 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_an_optimizer(net: Net, levels: int, scale: str, group_size: int, dtype: torch.dtype) -> None:

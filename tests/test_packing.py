@@ -19,6 +19,7 @@ from quantopt.levels import Quantization
 from quantopt.nn import BinaryConv2d, BinaryLinear
 from quantopt.nn.linear import BinaryModule
 from quantopt.packing import PackedFileError, load, pack, save
+from quantopt.reference.levels import COUNTS
 
 
 class Fake:
@@ -98,7 +99,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() < 1e-4 * b.norm())
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("levels", COUNTS)
 @pytest.mark.parametrize(("scale", "group_size"), [("tensor", 0), ("channel", 0), ("group", 32)])
 def test_outputs_are_those_of_the_projected_network(
     net: Net, tmp_path: Path, levels: int, scale: str, group_size: int

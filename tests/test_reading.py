@@ -25,7 +25,7 @@ def values(reading: quantopt.reference.reading.Reading, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("levels", grid.COUNTS)
 @pytest.mark.parametrize(
     ("scale", "size", "shape"),
     [
@@ -88,7 +88,7 @@ def test_what_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize("scale", ["tensor", "channel", "group"])
-@pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 4, "17-level"])
 def test_an_optimizer_keeps_the_levels_that_weights_lie_on(bits: int | str, scale: str) -> None:
     """A checkpoint of projected weights, loaded and packed with a fresh optimizer."""
     torch.manual_seed(1)
@@ -115,7 +115,7 @@ def test_scales_that_are_not_those_asked_for() -> None:
     assert scale_of_levels(w, 4, "tensor", 128) is None  # more scales than one
     assert scale_of_levels(w, 16, "channel", 128) is None  # the outer levels would be far from all weights
     assert scale_of_levels(w, 4, "none", 128) is None
-    assert set(LEVEL_COUNT.values()) - {0} == {2, 3, 4, 8, 16}
+    assert set(LEVEL_COUNT.values()) - {0} == set(grid.COUNTS)
 
 
 def test_zeros_are_no_evidence() -> None:

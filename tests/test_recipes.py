@@ -1,6 +1,7 @@
 """The recipes: every file is read and builds its network and optimizer; files and overrides on the command line."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -180,6 +181,20 @@ def test_rates_in_tensors_take_the_same_course(name):
             built.advance()
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(*ends, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [2, "17-level"])
+def test_a_recipe_of_the_grids_of_askewsgd_s_paper(tmp_path, bits):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'base = "askew"\nbits = {json.dumps(bits)}\nscale = "sawb"\nactivations = 4')
+    config = recipes.complete(Config(**recipes.load(str(file))))
+    model = models.build("mlp", (1, 8, 8), 4)
+    built = optimizers.build("askew", model, 6, dataclasses.asdict(config))
+    group = built.optimizer.param_groups[0]
+    assert (group["bits"], group["scale"]) == (bits, "sawb")
+    assert any(isinstance(module, quantopt.nn.SAWB) for module in model.modules())
+    with pytest.raises(InputError, match="--scale: scale='sawb'"):
+        recipes.complete(Config(**{**recipes.load(str(file)), "bits": 1}))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantopt.ops.weights import plane_weights_of, planes_of_codes
 from quantopt.reference import askew, baselines, levels, stam
 
-GRIDS = (2, 3, 4, 8, 16)
+GRIDS = levels.COUNTS
 coordinates = st.floats(-1.0, 1.0).filter(lambda t: t == 0 or abs(t) > 1e-9)
 epsilons = st.floats(1e-6, 1.0)
 rates = st.floats(0.0, 1.0)
@@ -31,6 +32,32 @@ def velocity(t: float, d: float = 0.0, hi: float = 1.0, **options: float) -> flo
 # ---- levels ------------------------------------------------------------------------------------------------------
 
 
+def gaussian_error(step: float, count: int) -> float:
+    """Mean squared error of ``count`` levels with distance ``step``, for a unit Gaussian."""
+    total = 0.0
+    for i in range(count):
+        level = (i - (count - 1) / 2) * step
+        a = level - step / 2 if i > 0 else -math.inf
+        b = level + step / 2 if i < count - 1 else math.inf
+        density = [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in (a, b)]
+        mass = (math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2))) / 2
+        edges = [x * d if math.isfinite(x) else 0.0 for x, d in zip((a, b), density, strict=True)]
+        total += (1 + level * level) * mass + edges[0] - edges[1] - 2 * level * (density[0] - density[1])
+    return total
+
+
+@pytest.mark.parametrize("count", levels.GAUSSIAN_STEP)
+def test_steps_are_those_of_the_best_quantiser_of_a_gaussian(count: int) -> None:
+    low, high = 0.1, 2.0
+    for _ in range(60):  # the error has one minimum
+        third = (high - low) / 3
+        if gaussian_error(low + third, count) < gaussian_error(high - third, count):
+            high -= third
+        else:
+            low += third
+    assert low == pytest.approx(levels.GAUSSIAN_STEP[count], abs=5e-5)
+
+
 @pytest.mark.parametrize("count", GRIDS)
 def test_projection_is_the_nearest_of_k_symmetric_levels(count: int) -> None:
     hi = one * 1.3
@@ -43,6 +70,22 @@ def test_projection_is_the_nearest_of_k_symmetric_levels(count: int) -> None:
     torch.testing.assert_close(1.3 * (2 * levels.codes(w, hi, count).double() / (count - 1) - 1), q)
 
 
+@given(st.sampled_from(GRIDS), st.floats(-4.0, 4.0), st.floats(0.01, 10.0))
+def test_coordinates_of_a_cell(count: int, w: float, hi: float) -> None:
+    x = double(w)
+    half, mid, t = levels.cell(x, one * hi, count)
+    q = levels.project(x, one * hi, count)
+    torch.testing.assert_close(mid + half * t, x)
+    assert float(half) == pytest.approx(hi / (count - 1))
+    assert float((mid.abs() + half) / hi) <= 1 + 1e-12  # the cell is one of the grid
+    if abs(w) <= hi:
+        assert abs(float(t)) <= 1 + 1e-9 and float((q - x).abs()) <= float(half) * (1 + 1e-9)
+    else:
+        assert float(q) == pytest.approx(math.copysign(hi, w)) and float(t) * w > 0
+    assert bool((q - mid).abs().isclose(half)) and float((q - mid) * t) >= 0
+    torch.testing.assert_close(levels.project(q, one * hi, count), q)
+
+
 @pytest.mark.parametrize("count", GRIDS)
 def test_projection_ties_go_away_from_zero_and_up_at_zero(count: int) -> None:
     hi = torch.tensor(float(count - 1), dtype=torch.float64)  # levels at odd or even integers, ties exact
@@ -51,13 +94,29 @@ def test_projection_ties_go_away_from_zero_and_up_at_zero(count: int) -> None:
     assert torch.equal(levels.project(ties, hi, count), expected)
 
 
-def test_a_b_bit_grid_is_a_sum_of_bit_planes() -> None:
-    for bits in (1, 2, 3, 4):
-        count = 2**bits
-        w = torch.linspace(-1.5, 1.5, 301, dtype=torch.float64)
-        codes = levels.codes(w, one, count)
-        planes = sum(2**i * (2.0 * ((codes >> i) & 1).double() - 1) for i in range(bits))
-        torch.testing.assert_close(planes / (count - 1), levels.project(w, one, count))
+@pytest.mark.parametrize(("count", "weights"), [
+    (2, [1]), (3, [1, 1]), (4, [1, 2]), (8, [1, 2, 4]), (16, [1, 2, 4, 8]), (17, [1, 2, 4, 8, 1]),
+])  # fmt: skip
+def test_a_grid_is_a_sum_of_bit_planes(count: int, weights: list[int]) -> None:
+    w = torch.linspace(-1.5, 1.5, 301, dtype=torch.float64)
+    codes = levels.codes(w, one, count)
+    assert codes.unique().tolist() == list(range(count)) and plane_weights_of(count) == weights
+    planes = planes_of_codes(codes, count)
+    assert planes.dtype == torch.uint8 and int(planes.max()) == 1
+    level = sum(weight * (2.0 * plane - 1) for weight, plane in zip(weights, planes.double(), strict=True))
+    torch.testing.assert_close(level / (count - 1), levels.project(w, one, count))
+
+
+@pytest.mark.parametrize("count", levels.SAWB)
+def test_sawb_is_near_the_best_outer_level(count: int) -> None:
+    """Of a Gaussian, a uniform and a Laplace distribution: its error is at most a quarter above the least."""
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * 2 - 1
+    for w in (math.sqrt(2) * u.erfinv(), u, -u.sign() * (1 - u.abs()).log()):
+        clip = levels.sawb_clip(w, count)
+        tried = torch.linspace(0.5, 2.0, 151, dtype=torch.float64)
+        errors = [float((levels.project(w, k * clip, count) - w).square().mean()) for k in tried]
+        assert errors[50] <= 1.25 * min(errors)
+    assert float(levels.sawb_clip(double(1.0, -1.0), 16)) == 1.0
 
 
 def test_frozen_scale_follows_its_definition() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from conftest import force_isa
 from quantopt import _extension
 from quantopt.ops.step import fused_step, hyper_tensor
+from quantopt.reference.levels import COUNTS
 from quantopt.reference.step import fused_step as reference_step
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
 from step_cases import (
@@ -65,7 +66,7 @@ def check(case: Case, shapes: Sequence[tuple[int, ...]], atol: float = 1e-5, rto
     assert all(not torch.equal(a, b) for a, b in pairs if a.numel()), "the step changed nothing"
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("levels", COUNTS)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_base_and_grid(rule: str, levels: int, isa: str) -> None:
     for base, momentum in (*((base, 0.9) for base in BASES), ("sgd", 0.0)):

@@ -85,6 +85,7 @@ def test_feasible_throughout_for_askew_with_memory(dataset):
         ("askew", "ternary", "channel"),
         ("askew", 1, "none"),
         ("stam", 4, "channel"),
+        ("stam", "17-level", "sawb"),
         ("stam", 1, "none"),
         ("binaryconnect", 1, "none"),
     ],

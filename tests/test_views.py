@@ -34,7 +34,7 @@ def test_quantized_shows_levels_and_restores(name: str) -> None:
     assert same(weights(model), before)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "17-level", "ternary"])
 @pytest.mark.parametrize("scale", ["none", "tensor", "channel", "group"])
 def test_quantization_is_the_projection(bits: int | str, scale: str) -> None:
     model = network()
@@ -51,6 +51,49 @@ def test_quantization_is_the_projection(bits: int | str, scale: str) -> None:
             torch.testing.assert_close(
                 outer * (2 * q.codes.float() / (q.levels - 1) - 1), p.detach(), atol=1e-6, rtol=1e-5
             )
+
+
+SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), "17-level": (12.1, 12.2)}
+
+
+@every
+@pytest.mark.parametrize("bits", SAWB)
+def test_levels_of_sawb(name: str, bits: int | str) -> None:
+    """One outer level for each tensor, that of the first weights."""
+    if name == "binaryconnect-stochastic":
+        pytest.skip("stochastic signs are binary")
+    model = network()
+    groups = quantopt.param_groups(model, bits=bits, scale="sawb")
+    first = [p.detach().double().clone() for p in groups[0]["params"]]
+    opt = MAKERS[name](groups, lr=0.01)
+    train(model, opt, 2)
+    packed = quantopt.pack(model, opt)
+    for p, w, q in zip(groups[0]["params"], first, opt.quantizations().values(), strict=True):
+        c1, c2 = SAWB[bits]
+        clip = c1 * w.square().mean().sqrt() - c2 * w.abs().mean()
+        assert q.max_level.shape == (1,) and float(q.max_level) == pytest.approx(float(clip), rel=1e-5)
+        with opt.quantized():
+            assert float(p.detach().abs().max()) <= float(clip) * (1 + 1e-5)
+    x = torch.randn(4, 2, 6, 6)
+    with opt.quantized():
+        torch.testing.assert_close(packed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sawb_where_its_formula_gives_nothing() -> None:
+    even, zero = nn.Parameter(0.5 * torch.randn(4, 8).sign()), nn.Parameter(torch.zeros(4, 8))
+    even.data[0, 0] = 0.501  # else it would lie on levels
+    opt = quantopt.AskewSGD([even], bits=4, scale="sawb")
+    (row,) = opt.metrics()
+    assert row["scale"] * grid.level_factor(16) == pytest.approx(0.501)
+    with pytest.raises(ValueError, match=r"parameter 0 .*all zero .*scale='sawb'"):
+        quantopt.AskewSGD([zero], bits=4, scale="sawb").metrics()
+
+
+def test_weights_on_levels_keep_them_with_sawb() -> None:
+    p = nn.Parameter(0.3 * (2 * torch.randint(0, 16, (16, 16)) - 15).float())
+    opt = quantopt.AskewSGD([p], bits=4, scale="sawb")
+    opt.metrics()
+    assert float(opt.state[p]["scale"]) * grid.level_factor(16) == pytest.approx(0.3 * 15, rel=1e-6)
 
 
 def test_metrics() -> None:

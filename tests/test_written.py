@@ -397,7 +397,7 @@ def test_memory_that_is_used_again_is_no_sign_of_the_same_weights(name: str, bac
     assert len(addresses) < 40
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "17-level", "ternary"])
 def test_a_latent_between_two_levels_belongs_to_either_side(bits: int | str) -> None:
     """Kernels and the reference may round to different sides: the latents of a loaded state stay."""
     levels = level_count(bits)

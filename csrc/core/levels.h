@@ -12,6 +12,8 @@
 
 namespace quantopt {
 
+constexpr int kMostLevels = 17;
+
 // hi = max_level_factor(K) * scale. Binary: 1; else (K-1)/2 times the step of the best uniform
 // quantiser of a unit Gaussian (Max 1960).
 inline float max_level_factor(int levels) {
@@ -21,6 +23,7 @@ inline float max_level_factor(int levels) {
     case 4: return 1.5f * 0.9957f;
     case 8: return 3.5f * 0.5860f;
     case 16: return 7.5f * 0.3352f;
+    case 17: return 8.0f * 0.3189f;
     default: return 0.0f;  // not a grid of this package; callers check
   }
 }

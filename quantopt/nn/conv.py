@@ -16,7 +16,7 @@ from quantopt.packed_weight import ConvGeometry
 
 
 class BinaryConv2d(BinaryModule):
-    """activation(conv2d) with W [out_channels, in_channels/groups, kh, kw] = scale * sum_i 2^i (±1 plane i).
+    """activation(conv2d) with W [out_channels, in_channels/groups, kh, kw] = scale * sum_i w_i (±1 plane i).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.

@@ -187,13 +187,14 @@ class BinaryModule(nn.Module):
 
 
 class BinaryLinear(BinaryModule):
-    """y = activation(x W^T + b) with W [out_features, in_features] = scale * sum_i 2^i (±1 plane i).
+    """y = activation(x W^T + b) with W [out_features, in_features] = scale * sum_i w_i (±1 plane i).
 
     One bit per weight and plane.
 
     Args:
         in_features, out_features, bias: as in nn.Linear.
-        levels: 2 (binary), 3 (ternary), 4, 8 or 16 uniform levels: 1, 2, 2, 3 or 4 bit planes.
+        levels: 2 (binary), 3 (ternary), 4, 8, 16 or 17 uniform levels: 1, 2, 2, 3, 4 or 5 bit planes,
+            of the weights w_i = 1, 2, 4, ..., and of an odd number of levels another one of weight 1.
         scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].
         group_size: consecutive weights of a row that share a scale, with scale="group".
         compute: "auto" (which is "exact"), "exact", "bf16": x is rounded to bfloat16, or "int8": x is rounded per row

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from quantopt.reference.levels import sawb_clip
 from quantopt.selection import choose, nothing_left
 
 SAWB_BITS = 4
-_SAWB = (12.1, 12.2)  # the fit of the best clip for 4 bits by the first two moments
 GRADIENT_OCTAVES = 7
 
 
@@ -35,14 +35,11 @@ def _sawb(x: Tensor, unsigned_if_possible: bool) -> Tensor:
     exact = x.detach().float()
     if exact.numel() == 0:
         return x.detach().clone()
-    magnitude = exact.abs()
     low, high = exact.new_tensor(-8.0), exact.new_tensor(7.0)
     if unsigned_if_possible:  # on the device: reading the sign on the host would synchronise
         negative = exact.amin() < 0
         low, high = torch.where(negative, low, 0.0), torch.where(negative, high, 15.0)
-    clip = _SAWB[0] * exact.square().mean().sqrt() - _SAWB[1] * magnitude.mean()
-    clip = torch.where(clip > 0, clip, magnitude.amax())
-    step = 2 * clip / (high - low)
+    step = 2 * sawb_clip(exact, 2**SAWB_BITS) / (high - low)
     step = torch.where(step > 0, step, 1.0)
     return (step * (exact / step).clamp(low, high).round()).to(x.dtype)
 

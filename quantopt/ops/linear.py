@@ -163,7 +163,8 @@ def binary_linear(
             nothing is rounded. On a GPU and on a CPU with AMX fp32 x is then multiplied once, not in three parts.
             Elsewhere it saves nothing.
         group_size: consecutive weights of a row that share a scale; 0: scale is per tensor or per row.
-        plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1.
+        plane_weights: weight of each plane, default 1, 2, 4, ...; ternary weights are two planes of weights 1, 1,
+            those of 17 levels five of 1, 2, 4, 8, 1.
         tiles: :func:`binary_tiles` of these bits, if derived before (saves time when x has few rows).
         activation: "none", "relu", "gelu" (exact, by erf: torch's approximate="none") or "silu", of the fp32 sums,
             before y is rounded to its type.

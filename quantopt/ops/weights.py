@@ -7,14 +7,30 @@ from torch import Tensor
 
 from quantopt.packed_weight import PackedWeight, check_bits, check_memory, kind_of
 from quantopt.reference import binary as reference
+from quantopt.reference.levels import COUNTS
+
+# 1, 2, 4, ...; an odd number of levels has one more plane of weight 1, which the outer level alone sets.
+_PLANE_WEIGHTS = {K: [1 << i for i in range(K.bit_length() - 1)] + [1] * (K % 2) for K in COUNTS}
 
 
 def plane_weights_of(levels: int) -> list[int]:
-    """Weights of the bit planes of a uniform grid of ``levels`` = 2 (binary), 3 (ternary: 1, 1), 4, 8 or 16 levels."""
-    weights = {2: [1], 3: [1, 1], 4: [1, 2], 8: [1, 2, 4], 16: [1, 2, 4, 8]}.get(levels)
+    """Weights of the bit planes of a uniform grid: 1, 2, ..., K/2 for K = ``levels`` = 2, 4, 8 or 16; 1, 1 for 3
+    (ternary); 1, 2, 4, 8, 1 for 17. Their sum is K-1. Raises ValueError for another K."""
+    weights = _PLANE_WEIGHTS.get(levels)
     if weights is None:
-        raise ValueError(f"levels must be 2, 3, 4, 8 or 16, not {levels!r}")
-    return weights
+        raise ValueError(f"levels must be 2, 3, 4, 8, 16 or 17, not {levels!r}")
+    return list(weights)
+
+
+def planes_of_codes(codes: Tensor, levels: int) -> Tensor:
+    """``codes`` [...] in 0..K-1, uint8, as bits 0 and 1 of planes [P, ...]: with w = plane_weights_of(levels),
+    code = sum_i w[i] * bits[i], and so the level, as a multiple of its scale, 2 code - (K-1) = sum_i w[i] * (±1)."""
+    binary = levels.bit_length() - 1
+    inner = codes.clamp(max=(1 << binary) - 1)
+    planes = [inner >> i & 1 for i in range(binary)]
+    if levels % 2:
+        planes.append((codes == levels - 1).to(codes.dtype))
+    return torch.stack(planes)
 
 
 def pack_signs(w: Tensor) -> Tensor:

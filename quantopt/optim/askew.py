@@ -59,10 +59,12 @@ class AskewSGD(LevelOptimizer):
             of the momentum; with ``memory`` it is l <- l (1 - lr wd) - lr d. Groups with ``bits=0`` have it in the
             momentum, as torch. decoupled_weight_decay: w <- w (1 - lr wd) before the step instead; refused with
             ``memory``, whose weight decay is so as it is.
-        bits: 0, 1, 2, 3, 4 or "ternary", of the groups that do not say it; there is no default. scale: "none",
-            "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the levels, the
-            standard deviation of the weights when first seen, frozen; weights on such levels already keep theirs. A
-            1-d parameter has one element per channel, whose sigma is its magnitude.
+        bits: 0, 1, 2, 3, 4, "17-level" (-8..8) or "ternary", of the groups that do not say it; there is no default.
+            scale: "none", "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the
+            levels, the standard deviation of the weights when first seen, frozen; weights on such levels already keep
+            theirs. A 1-d parameter has one element per channel, whose sigma is its magnitude. "sawb": per tensor and
+            frozen, with the outer level c1 sqrt(mean w^2) - c2 mean\|w\| of SAWB (Choi et al., arXiv 1807.06964),
+            or max\|w\| where that is not positive; not for 1 bit and "ternary".
         base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
             torch.optim.Adam, in place of momentum) or "given" (d is the gradient as the caller left it, for directions
             of other optimizers).

@@ -139,8 +139,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         if completed["bits"] is None:
             raise ValueError(
                 "bits=None: a group, or the constructor, must say which weights are quantised. "
-                "quantopt.param_groups(model) makes the groups; else pass bits=1, 2, 3, 4 or 'ternary', or 0 for full "
-                "precision"
+                "quantopt.param_groups(model) makes the groups; else pass bits=1, 2, 3, 4, '17-level' or 'ternary', or "
+                "0 for full precision"
             )
         whole = self.whole(completed)
         self._check(whole)

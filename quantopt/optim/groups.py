@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from quantopt import selection
-from quantopt.levels import SCALES, level_count
+from quantopt.levels import SCALES, check_scale, level_count
 from quantopt.optim.sharded import check_flat_shard
 
 __all__ = ["param_groups"]
@@ -30,9 +30,10 @@ def param_groups(
 ) -> ParamGroups:
     """Groups for the optimizers of this package: a list of plain dicts of ints, floats and strings.
 
-    The weights of linear and convolution layers are quantised, with ``bits`` (1, 2, 3, 4, "ternary") and ``scale``
-    ("none", "tensor", "channel", "group"). There is a group for each number of bits, the fewest levels first. The last
-    group has every other parameter that is trained, with ``bits=0``: the plain base rule.
+    The weights of linear and convolution layers are quantised, with ``bits`` (1, 2, 3, 4, "17-level", "ternary") and
+    ``scale`` ("none", "tensor", "channel", "group"; "sawb" with 2 bits or more). There is a group for each number of
+    bits, the fewest levels first. The last group has every other parameter that is trained, with ``bits=0``: the plain
+    base rule.
 
     ``print(param_groups(model).table)`` shows each parameter of the model: layer, shape, bits, scale, and why it is
     left out. Never quantised are embeddings and weights tied to one, biases and other 1-d parameters, and the low-rank
@@ -53,17 +54,18 @@ def param_groups(
         filter_fn: ``filter_fn(module, name)`` gives the bits of each layer that is not left out for another reason, or
             None to leave it out; it takes the place of ``bits``.
 
-    The Conv1D of the transformers library has a weight [in, out]: ``scale`` must be "tensor" or "none", since scales
-    per row would be per input. So they are with BinaryConnect and the binary forms of STAM and BinaryRelax, which have
-    a scale per row in any case, and such a layer is not packed. :func:`quantopt.nn.conv1d_to_linear` is the way out.
+    The Conv1D of the transformers library has a weight [in, out]: ``scale`` must be "tensor", "sawb" or "none", since
+    scales per row would be per input. So they are with BinaryConnect and the binary forms of STAM and BinaryRelax,
+    which have a scale per row in any case, and such a layer is not packed. :func:`quantopt.nn.conv1d_to_linear` is the
+    way out.
 
     The result has the ``table`` as an attribute; a copy of the list (``list(groups)``) does not.
 
     Raises:
         TypeError: ``model`` is no module, ``skip`` no iterable or ``other`` no mapping.
-        ValueError: ``bits``, ``scale`` or an answer of ``filter_fn`` unknown, a pattern that matches nothing, a Conv1D
-            with scales per channel or group, a model in FullyShardedDataParallel, a key of ``other`` that the group
-            has already, or no weight left to quantise.
+        ValueError: ``bits``, ``scale`` or an answer of ``filter_fn`` unknown, "sawb" with 1 bit or "ternary", a pattern
+            that matches nothing, a Conv1D with scales per channel or group, a model in FullyShardedDataParallel, a key
+            of ``other`` that the group has already, or no weight left to quantise.
     """
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: use one of {SCALES}")
@@ -102,6 +104,8 @@ def param_groups(
             f"input; use scale='tensor', call quantopt.nn.conv1d_to_linear(model) first, or name it in skip"
         )
     widths = sorted({choice.bits for choice in quantised}, key=level_count)
+    for width in widths:
+        check_scale(scale, width)
     groups = ParamGroups(
         {**_group([choice for choice in quantised if choice.bits == width]), "bits": width, "scale": scale}
         for width in widths

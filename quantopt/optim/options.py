@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantopt.levels import SCALES, level_count
+from quantopt.levels import SCALES, check_scale, level_count
 from quantopt.rules import BASES
 
 Check = Callable[[str, Any], None]
@@ -147,6 +147,7 @@ def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
             raise ValueError(f"{key}={group[key]!r}: this optimizer has no such option; use another name")
         if key in group:
             option.check(key, group[key])
+    check_scale(group["scale"], group["bits"])
     if group["nesterov"] and group["base"] != "sgd":
         raise ValueError(f"nesterov=True: only base='sgd' has a Nesterov form, not {group['base']!r}")
     if group["nesterov"] and not group["momentum"] > 0:

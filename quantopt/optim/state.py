@@ -184,8 +184,13 @@ class _Initial:
     def sigma(self, w: Tensor, kind: str) -> Tensor:
         """The frozen scale; of weights that lie on the levels that the group asks for, the one of these levels."""
         levels, group_size = level_count(self.group["bits"]), self.group["group_size"]
-        on_levels = scale_of_levels(w, levels, kind, group_size)
-        return grid.frozen_scale(w, kind, group_size) if on_levels is None else on_levels
+        sawb = kind == "sawb"
+        on_levels = scale_of_levels(w, levels, "tensor" if sawb else kind, group_size)
+        if on_levels is not None:
+            return on_levels
+        if sawb:
+            return grid.sawb_clip(w, levels).reshape(1) / grid.level_factor(levels)
+        return grid.frozen_scale(w, kind, group_size)
 
 
 # ---- state_dicts -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantopt.levels import Quantization
 from quantopt.ops.inputs import compute_mode
-from quantopt.ops.weights import pack_signs, plane_weights_of
+from quantopt.ops.weights import pack_signs, plane_weights_of, planes_of_codes
 from quantopt.packing import folding
 from quantopt.packing.layers import fault_of, skeleton
 from quantopt.reference.levels import rows as matrix
@@ -61,15 +61,8 @@ def _checked(weight: Tensor, quantization: Quantization) -> _Codes:
 
 def _bits(weight: _Codes) -> Tensor:
     """The bits of plane i are the signs s_i in level = scale * sum_i weight_i s_i."""
-    levels, codes = weight.levels, weight.codes.flatten(1)
-    if levels == 2:
-        planes = codes.unsqueeze(0)
-    elif levels == 3:  # codes 0, 1, 2 as bits (0, 0), (1, 0), (1, 1)
-        planes = torch.stack([codes >= 1, codes >= 2]).to(torch.uint8)
-    else:
-        planes = torch.stack([codes >> i & 1 for i in range(levels.bit_length() - 1)])
-    bits = pack_signs(planes.to(torch.float32) - 0.5)
-    return bits[0].clone() if levels == 2 else bits
+    bits = pack_signs(planes_of_codes(weight.codes.flatten(1), weight.levels).to(torch.float32) - 0.5)
+    return bits[0].clone() if weight.levels == 2 else bits
 
 
 def _projected(p: Tensor, weight: _Codes) -> Tensor:
@@ -179,8 +172,9 @@ def _on_levels(model: nn.Module) -> dict[_Key, _Codes]:
         )
     if not found:
         raise ValueError(
-            f"no weight of the model lies on 2, 3, 4, 8 or 16 levels; {way} it. Without opt, weights are packed that "
-            "were stored inside opt.quantized(), if there are enough for each scale to tell them from float weights"
+            f"no weight of the model lies on 2, 3, 4, 8, 16 or 17 levels; {way} it. Without opt, weights are packed "
+            "that were stored inside opt.quantized(), if there are enough for each scale to tell them from float "
+            "weights"
         )
     if doubts:
         warnings.warn(
@@ -222,11 +216,12 @@ def pack(
         model: any module, itself a Linear included; it is not changed.
         opt: the optimizer of this package that trains ``model``, also in the wrappers of accelerate and Lightning.
             None: the levels are read off the weights, for models whose weights were stored inside
-            ``opt.quantized()``. What lies on 2, 3, 4, 8 or 16 uniform levels, with one scale for the tensor, a row or
-            a group of a row, at least 8 weights for each (and 4 that are not zero, in the mean) and weights of both
-            signs, is packed with the fewest levels (:func:`quantopt.reference.reading.read_levels`). The rest stays as
-            it is; a warning names the layers that fit levels with less evidence than that. A layer with one weight for
-            each scale fits in any case and is not named.
+            ``opt.quantized()``. What lies on 2, 3, 4, 8, 16 or 17 uniform levels, with one scale for the tensor, a row
+            or a group of a row, at least 8 weights for each (and 4, of 17 levels 6, that are not zero, in the mean)
+            and weights of both signs, is packed with the fewest levels
+            (:func:`quantopt.reference.reading.read_levels`). The rest stays as it is; a warning names the layers that
+            fit levels with less evidence than that. A layer with one weight for each scale fits in any case and is not
+            named.
         compute: "auto" (which is "exact"), "exact", "bf16" or "int8", for all packed layers.
         fold_batchnorm: fold a BatchNorm1d or BatchNorm2d (its running statistics) that follows a packed layer into the
             layer's scale and bias, and a following ReLU, GELU or SiLU module into its epilogue. A folded module is

@@ -6,8 +6,12 @@ Source: docs/algorithms.md, section 1. ``hi`` below is always broadcastable agai
 import torch
 from torch import Tensor
 
-# Step of the best uniform quantiser of a unit Gaussian with K levels (Max 1960).
-GAUSSIAN_STEP = {3: 1.224, 4: 0.9957, 8: 0.5860, 16: 0.3352}
+# Step of the best uniform quantiser of a unit Gaussian with K levels (Max 1960): the least mean squared error.
+GAUSSIAN_STEP = {3: 1.224, 4: 0.9957, 8: 0.5860, 16: 0.3352, 17: 0.3189}
+COUNTS = (2, *GAUSSIAN_STEP)  # K of the grids
+# c1 and c2 of SAWB's outer level, fitted to the best ones of several distributions (Choi et al., arXiv 1807.06964). Of
+# 4 and 8 levels those of its authors' code, of 16 and 17 those of LUQ.
+SAWB = {4: (3.12, 2.064), 8: (7.509, 6.892), 16: (12.1, 12.2), 17: (12.1, 12.2)}
 
 
 def level_factor(levels: int) -> float:
@@ -43,6 +47,14 @@ def frozen_scale(w: Tensor, scale: str, group_size: int = 128) -> Tensor:
         spread = part.std(dim=1) if part.shape[1] > 1 else torch.zeros_like(mean)
         columns.append(torch.where(spread == 0, mean, spread))
     return torch.stack(columns, dim=1) if scale == "group" else columns[0]
+
+
+def sawb_clip(w: Tensor, levels: int) -> Tensor:
+    """hi = c1 sqrt(mean w^2) - c2 mean|w| over all of ``w``, or max|w| where that is not positive; no dimensions."""
+    c1, c2 = SAWB[levels]
+    magnitude = w.abs()
+    clip = c1 * w.square().mean().sqrt() - c2 * magnitude.mean()
+    return torch.where(clip > 0, clip, magnitude.amax())
 
 
 def mean_magnitude(w: Tensor) -> Tensor:

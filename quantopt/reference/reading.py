@@ -1,6 +1,6 @@
 """Reads levels off weights: the grid that a tensor of quantised weights lies on.
 
-Levels are step * (2 code - (K-1)), code 0..K-1: odd multiples of the step, and with K = 3 its multiples by -2, 0 and 2.
+Levels are step * (2 code - (K-1)), code 0..K-1: odd multiples of the step, and where K is odd even ones, with zero.
 """
 
 import math
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from quantopt.reference import levels as grid
 
-LEVELS = (2, 3, 4, 8, 16)  # K
-# Per scale: with fewer, a few float weights would soon lie on levels by chance. Zeros lie on every ternary grid, so
-# that of these weights, as many must not be zero, in the mean over the scales.
-MIN_WEIGHTS, MIN_NONZERO = 8, 4
+# Per scale: with fewer, a few float weights would soon lie on levels by chance. Zeros lie on every grid of an odd K, so
+# that of these weights, as many must not be zero, in the mean over the scales: 17 levels lie denser than 3.
+MIN_WEIGHTS, MIN_NONZERO = 8, dict.fromkeys(grid.COUNTS, 4) | {17: 6}
 _HINT = 2  # weights per scale that lie on levels as a hint, which is no evidence
 _FEW_ROWS, _BLOCK = 64, 2**18  # rows that most grids are refused by; elements that are looked at at once
 _FLOAT_ERROR = 2.0**-22  # relative, of levels computed in float32
@@ -47,7 +46,7 @@ def read_levels(w: Tensor, group_size: int | None = None) -> Reading | None:
     seen: weights of 16 levels that take the inner 8 alone are read as of 8. The values are the same.
 
     Evidence: ``w`` must have weights of both signs, at least ``MIN_WEIGHTS`` for each scale, and of these at least
-    ``MIN_NONZERO`` that are not zero, in the mean over the scales that are not.
+    ``MIN_NONZERO[K]`` that are not zero, in the mean over the scales that are not.
     """
     low, high = _range(w)
     return _read(w, group_size, MIN_WEIGHTS, MIN_NONZERO) if low < 0 < high else None
@@ -60,11 +59,13 @@ def doubt_of(w: Tensor) -> str:
     low, high = _range(w)
     if low == high == 0:
         return "all its weights are zero"
-    if _read(w, None, _HINT, _HINT) is None:
+    hint = _read(w, None, _HINT, dict.fromkeys(MIN_NONZERO, _HINT))
+    if hint is None:
         return ""
     if not low < 0 < high:
         return "all its weights have one sign"
-    return f"it has fewer than {MIN_WEIGHTS} weights, or {MIN_NONZERO} that are not zero, for each scale"
+    nonzero = MIN_NONZERO[hint.levels]
+    return f"it has fewer than {MIN_WEIGHTS} weights, or {nonzero} that are not zero, for each scale"
 
 
 def _range(w: Tensor) -> tuple[float, float]:
@@ -75,17 +76,17 @@ def _range(w: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _read(w: Tensor, group_size: int | None, least: int, nonzero: int) -> Reading | None:
-    """``least``, ``nonzero``: weights for each scale, and those that are not zero."""
+def _read(w: Tensor, group_size: int | None, least: int, nonzero: dict[int, int]) -> Reading | None:
+    """``least``: weights for each scale. ``nonzero``: {K: those that are not zero}."""
     x = grid.rows(w.detach())
     if x.numel() < least or not all(map(math.isfinite, _range(x))):
         return None
     sample = x[:, :least] if x.shape[1] >= least else x.reshape(1, -1)
-    if all(_fit(sample, levels, _narrow(sample)) is None for levels in (3, 16)):
+    if all(_fit(sample, levels, _narrow(sample)) is None for levels in (16, 17)):
         return None  # of float weights, at the price of a few columns
     narrow = _narrow(x)
     few = x[:_FEW_ROWS]
-    for levels in LEVELS:
+    for levels in grid.COUNTS:
         for size, per_tensor in _granularities(few, levels, narrow, group_size, least):
             fit = None
             for part in (few, x):  # most are refused by a few rows
@@ -93,7 +94,7 @@ def _read(w: Tensor, group_size: int | None, least: int, nonzero: int) -> Readin
                 fit = _fit_groups(part, levels, narrow, size)
                 if fit is None:
                     break
-            if fit is not None and int((x != 0).sum()) >= nonzero * int((fit.step > 0).sum()):
+            if fit is not None and int((x != 0).sum()) >= nonzero[levels] * int((fit.step > 0).sum()):
                 codes = (fit.multiples + (levels - 1)).div(2, rounding_mode="floor").to(torch.uint8)
                 step = fit.step.flatten() if size == 0 else fit.step
                 return Reading(levels, codes.reshape(w.shape), step, size)
@@ -187,22 +188,23 @@ def _fit_block(x: Tensor, levels: int, narrow: torch.dtype | None) -> _Fit | Non
     size = x.abs()
     top = size.amax(1)
     zero = top == 0
-    least = top if levels == 3 else size.amin(1)
-    if levels != 3 and bool((~zero & (least * (levels - 1) * (1 + 4 * tolerance) < top)).any()):
+    first = 2 if levels % 2 else 1  # the least multiple of a level that is not zero
+    least = torch.where(size == 0, torch.inf, size).amin(1) if levels % 2 else size.amin(1)
+    if bool((~zero & (least * ((levels - 1) // first) * (1 + 4 * tolerance) < top)).any()):
         return None
     size, least = size.double(), least.double()
     multiples = torch.zeros_like(size)
     step = torch.zeros_like(least)
     open_ = (~zero).nonzero().flatten()
     # the multiple that the least of a slice may be
-    for first in (2,) if levels == 3 else range(1, levels, 2):
+    for multiple in range(first, levels, 2):
         if open_.numel() == 0:
             break
-        guess = least[open_] / first
+        guess = least[open_] / multiple
         own = size if open_.numel() == len(size) else size[open_]
         ratio = own / guess.unsqueeze(1)
-        nearest = 2 * (ratio > 1).to(ratio) if levels == 3 else ((ratio - 1) / 2).round() * 2 + 1
-        fits = ((ratio - nearest).abs() <= tolerance * nearest) & (nearest <= max(levels - 1, 2))
+        nearest = ((ratio - first) / 2).round() * 2 + first
+        fits = ((ratio - nearest).abs() <= tolerance * nearest) & (nearest <= levels - 1)
         on = fits.all(1)
         found, exact = _step_of(own[on], nearest[on], guess[on], narrow)
         on[on.clone()] = exact

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantopt.reference import base
-from quantopt.reference.levels import GAUSSIAN_STEP, level_factor, rows, spread_over
+from quantopt.reference.levels import COUNTS, level_factor, rows, spread_over
 from quantopt.reference.rounding import stochastic_bfloat16
 from quantopt.reference.rule import GRADIENTS, STEPS, Weights
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
@@ -35,8 +35,8 @@ def _check(record: StepRecord) -> None:
     if record.base not in BASES:
         raise ValueError(f"fused_step: unknown base {record.base!r}; use one of {BASES}")
     rule, count = RULES[record.rule], len(record.params)
-    if rule.quantised and record.levels not in (2, *GAUSSIAN_STEP):
-        raise ValueError(f"fused_step: levels must be 2, 3, 4, 8 or 16, not {record.levels}")
+    if rule.quantised and record.levels not in COUNTS:
+        raise ValueError(f"fused_step: levels must be 2, 3, 4, 8, 16 or 17, not {record.levels}")
     if record.dynamic_scale and not rule.dynamic_scale:
         raise ValueError(f"fused_step: {record.rule!r} has no dynamic scale; pass dynamic_scale=False")
     if record.hyper.shape != (len(HYPER),):

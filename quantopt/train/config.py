@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from quantopt.levels import check_scale
 from quantopt.nn.luq import SAWB_BITS
 from quantopt.train import augment, models
 from quantopt.train.errors import InputError, shown
@@ -157,7 +158,7 @@ class Config:
         "per quantised weight",
         recipe="hyperparameter",
         commands=_TRAIN,
-        offered=(1, 2, 3, 4, "ternary"),
+        offered=(1, 2, 3, 4, "17-level", "ternary"),
         otherwise="1",
     )
     activations: int | None = _option(
@@ -178,10 +179,11 @@ class Config:
     )
     scale: str | None = _option(
         None,
-        "levels in units of 1, or of the initial standard deviation of the tensor or of each output channel",
+        "levels in units of 1, or of the initial standard deviation of the tensor or of each output channel; sawb: the "
+        "outer level that SAWB fits to the initial tensor",
         recipe="hyperparameter",
         commands=_TRAIN,
-        offered=("none", "tensor", "channel"),
+        offered=("none", "tensor", "channel", "sawb"),
         otherwise="tensor",
     )
     lr: float | None = _option(
@@ -303,6 +305,11 @@ class Config:
                 self.bits in (None, bits),
                 f"{self.optimizer} has {bits or 'full precision, no'} bits",
             )
+        elif self.scale is not None and self.bits is not None:
+            try:
+                check_scale(self.scale, self.bits)
+            except ValueError as error:
+                raise InputError(OPTIONS["scale"].flag, str(error)) from None
         if self.optimizer == "luq":
             self._require("activations", self.activations in (None, SAWB_BITS), f"luq has {SAWB_BITS}")
 
