@@ -3,8 +3,8 @@
 #
 #   bench/accuracy_gpu.sh DATA [OUT] [MINUTES]      # until it exits with 0; 3: unfinished, the same command continues
 #
-# Runs checkpoint after every epoch. The 1-bit rows of the three networks come first. Finished recipes are in
-# OUT/accuracy.json and OUT/curves.png, and copied to bench/results/ as accuracy-GPU.json when all are.
+# Runs checkpoint after every epoch. The 1-bit rows of the three networks come first, then those of the paper's networks.
+# Finished recipes are in OUT/accuracy.json and OUT/curves.png, and copied to bench/results/ as accuracy-GPU.json when all are.
 #
 # PYTHON: the interpreter (python3). JOBS: runs side by side (3). SPEED: options of `quantopt sweep` that the first piece's
 # bench/train.py shows to be worth it, such as "--cuda-graph" or "--compile"; the same in every piece.
@@ -28,6 +28,16 @@ networks=(resnet18 vgg11 vgg16)
 recipes=()
 for optimizer in stam-1bit askew-1bit sgd binaryconnect-1bit binaryrelax-1bit askew-adam-1bit proxquant-1bit; do
   for network in "${networks[@]}"; do recipes+=("$network-$optimizer"); done
+done
+# The networks and settings of the paper of AskewSGD. proxquant starts from the runs of sgd.
+printed=(askew askew-adam askew-adam-clamp askew-adam-gradient askew-adam-gradient-clamp)
+for optimizer in sgd binaryconnect binaryconnect-adam proxquant "${printed[@]}" askew-latent stam; do
+  recipes+=("paper-convnet-$optimizer")
+done
+for network in paper-vgg-small paper-resnet20; do
+  for optimizer in sgd binaryconnect binaryconnect-adam askew-adam askew-adam-gradient askew-latent stam; do
+    recipes+=("$network-$optimizer")
+  done
 done
 recipes+=(resnet18-askew-w4a4 resnet18-luq)
 for bits in ternary 2bit 4bit; do

@@ -17,11 +17,25 @@ from quantopt.train.errors import InputError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NETWORKS = ("vgg11", "vgg16", "resnet18")  # those of the GPU; cnn is for the CPU
+PRINTED = (
+    "askew",
+    *(f"askew-adam{form}{end}" for form in ("", "-gradient") for end in ("", "-clamp")),
+)
+ALL_BINARY = ("sgd", "binaryconnect", "binaryconnect-adam", "proxquant", *PRINTED, "askew-latent", "stam")
+SOME_FLOAT = (
+    "sgd",
+    "binaryconnect",
+    "binaryconnect-adam",
+    "askew-adam",
+    "askew-adam-gradient",
+    "askew-latent",
+    "stam",
+)
 
 
 @pytest.fixture(scope="module")
 def networks():
-    return {name: models.build(name, (3, 32, 32), 10) for name in (*NETWORKS, "cnn")}
+    return {name: models.build(name, (3, 32, 32), 10) for name in models.MODELS if name != "mlp"}
 
 
 def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
@@ -33,6 +47,8 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
     assert set(recipes.names()) == (
         {f"{n}-{rest}" for n in NETWORKS for rest in expected}
         | {f"cnn-{rest}" for rest in small}
+        | {f"{network}-{rest}" for network in ("convnet-small", "paper-convnet") for rest in ALL_BINARY}
+        | {f"paper-{network}-{rest}" for network in ("vgg-small", "resnet20") for rest in SOME_FLOAT}
         | set(optimizers.OPTIMIZERS)
     )
 
@@ -50,14 +66,14 @@ def test_recipes_have_the_values_of_0_1_0():
 def test_every_recipe_builds(name, networks):
     settings = recipes.load(name)
     assert set(HYPERPARAMETERS) <= set(settings)
-    config = recipes.complete(Config(**settings))
+    config = recipes.complete(Config(**settings, init="runs" if "warm_start" in settings else None))
     assert all(getattr(config, key) == value for key, value in settings.items())
     if name in optimizers.OPTIMIZERS:
         assert config.optimizer == name
         return
-    assert name.startswith(f"{config.model}-{config.optimizer}") and config.epochs >= (
-        12 if config.model == "cnn" else 60
-    )
+    assert name.removeprefix("paper-").startswith(f"{config.model}-{config.optimizer.removesuffix('-adam')}")
+    assert config.epochs >= {"cnn": 12, "convnet-small": 20}.get(config.model, 60)
+    assert config.warm_start is None or recipes.load(config.warm_start)["model"] == config.model
     with torch.device("meta"):  # what the recipe makes of the network, without its memory
         model = models.build(config.model, (3, 32, 32), 10)
     model = model.to_empty(device="cpu")
@@ -71,11 +87,11 @@ def test_every_recipe_builds(name, networks):
     else:
         assert built.optimizer.param_groups[0]["bits"] == config.bits
         layers = built.optimizer.param_groups[0]["params"]
-    inner = (
-        sum(1 for m in networks[config.model].modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
-        - 2
-    )
+    kinds = torch.nn.Conv2d | torch.nn.Linear
+    inner = sum(1 for m in networks[config.model].modules() if isinstance(m, kinds)) - len(config.skip)
     assert len(layers) == inner
+    if config.optimizer not in optimizers.FLOAT and config.skip == []:
+        assert len(built.optimizer.param_groups) == 1  # nothing is left in full precision
 
 
 @pytest.mark.parametrize("name", [name for name, (_, key) in optimizers.OPTIMIZERS.items() if key])
@@ -86,6 +102,65 @@ def test_recipes_of_the_optimizers_state_the_schedule_of_the_class(name):
     assert settings["anneal"]
     for step in range(101):
         assert built.anneal.schedule(group, step, 100) == built.optimizer.annealed(group, step, 100)
+
+
+@pytest.mark.parametrize("network", ["convnet-small", "paper-convnet"])
+def test_the_printed_forms_are_those_of_the_paper(network):
+    for name in PRINTED:
+        settings = recipes.load(f"{network}-{name}")
+        model = models.build(settings["model"], (3, 32, 32), 10)
+        drawn = [p.detach().clone() for p in model.parameters()]
+        built = optimizers.build(settings["optimizer"], model, 1000, settings)
+        assert all(map(torch.equal, model.parameters(), drawn))  # not rescaled
+        (group,) = built.optimizer.param_groups
+        assert (group["scale"], group["memory"], group["lr"]) == ("none", False, settings["lr"])
+        assert group["clamp"] == name.endswith("-clamp")
+        assert group["constrain"] == ("gradient" if "gradient" in name else "velocity")
+        assert built.optimizer._base == ("adam" if "adam" in name else "sgd") and not group.get("momentum")
+        assert group["weight_decay"] == 0
+        expected = {
+            0: (1, 1),
+            199: (1, 1),
+            200: (1, 0.5),
+            400: (1, 0.25),
+            500: (1, 0.25),
+            650: (0.88**15, 0.25),
+        }
+        for step, (epsilon, factor) in expected.items():
+            built.seek(step)
+            assert group["epsilon"] == pytest.approx(epsilon)
+            assert group["lr"] == pytest.approx(factor * settings["lr"])
+
+
+def test_milestones_and_warm_up():
+    factors = [optimizers.schedule(step, 100, 0.03, [0.2, 0.4]) for step in range(101)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1] and set(factors[3:20]) == {1}
+    assert set(factors[20:40]) == {0.5} and set(factors[40:]) == {0.25}
+    assert optimizers.schedule(7, 10, 0.0, [0.65]) == 0.5 and optimizers.schedule(5, 10, 0.0, [0.65]) == 1
+    assert optimizers.schedule(50, 100, 0.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["askew", "askew-adam"])
+def test_weights_in_units_of_their_deviation_take_the_same_course(optimizer):
+    """With the rates that belong to them; Adam's directions do not grow with the gradient."""
+    settings = {**recipes.load(optimizer), "skip": [], "scale": "none", "weight_decay": 0.01, "lr": 0.002}
+    settings |= {"options": {"memory": False, "clamp": False}}  # and epsilon is 1: the base step alone
+    courses = []
+    for rescale in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(12, 1, bias=False))
+        deviation = float(model[0].weight.detach().std())
+        built = optimizers.build(optimizer, model, 100, {**settings, "rescale": rescale})
+        unit = deviation if rescale else 1.0
+        course = []
+        for step in range(6):
+            gradient = torch.randn(1, 12, generator=torch.Generator().manual_seed(step))
+            # That of a function of the weights in front of a batch norm.
+            model[0].weight.grad = unit * gradient
+            built.update()
+            course.append(unit * model[0].weight.detach())
+        courses.append(torch.stack(course))
+    assert torch.allclose(*courses, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
@@ -135,13 +210,15 @@ def test_a_recipe_of_the_grids_of_askewsgd_s_paper(tmp_path, bits):
         ('base = "askew"\nepochs = 0', "epochs = 0 must be at least 1"),
         ('base = "askew"\nepochs = ' + "9" * 400, "epochs = a number of 1329 bits must be below 2\\^63"),
         ('base = "askew"\nepochs = ' + "9" * 5000, "is not TOML: Exceeds the limit"),
+        ('base = "askew"\nmilestones = 0.5', "milestones = 0.5 must be of type list"),
+        ('base = "askew"\nwarm_start = 3', "warm_start = 3 must be of type str"),
         ('base = "askew"\nlr = nan', "lr = nan must be a positive finite number"),
         ('base = "askew"\nwarmup = -1.0', "warmup = -1.0 must be a finite number of at least 0, at most 1"),
         ('base = "askew"\nmodel = "alexnet"', "model = 'alexnet' must be one of mlp, "),
         ('base = "askew"\nskip = [1]', "skip = \\[1\\] must be a list of values of type str"),
         (
-            'base = "askew"\nanneal = { end = "late" }',
-            "anneal = a dict must be a dict of values of type float",
+            'base = "askew"\nanneal = { end = ["late"] }',
+            "anneal = a dict must be a dict of values of type float or str",
         ),
         ("a = " + 10_000 * "[", "is nested too deeply"),
         ("a = " + 3_000 * "{a = ", "is nested too deeply"),
@@ -176,6 +253,12 @@ def test_bad_recipes(tmp_path, text, message):
         ("options = { memory = 2 }", "--optimizer: memory=2"),
         ("options = { lr = 2 }", "--optimizer: options=['lr']: unknown to askew"),
         ("anneal = { speed = 1.0 }", "--optimizer: speed=1.0"),
+        ('anneal = { schedule = "slow" }', "--optimizer: schedule='slow'"),
+        (
+            "milestones = [0.5, 1.0]",
+            "--milestones: [0.5, 1.0] is not accepted: fractions are above 0 and below 1",
+        ),
+        ("projected_at = [0.0]", "--projected-at: [0.0] is not accepted: fractions are above 0 and below 1"),
         ("anneal = { total_steps = 1e300 }", "--optimizer: anneal=['total_steps']: the training sets that"),
         ("anneal = { optimizer = 1, self = 2 }", "--optimizer: anneal=['optimizer', 'self']: "),
         ("anneal = { last_step = 1 }", "--optimizer: anneal=['last_step']: "),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,7 @@ def test_the_table_aligns():
             **{"model": "cnn", "optimizer": "sgd", "bits": 0, "activations": 0, "epochs": 3},
             **{"limit": None, "validation": None},
         },
+        "curves": {},
         "accuracy_latent": 90.0,
         "accuracy_packed": None,
         "device": "cpu",
@@ -132,3 +134,67 @@ def test_the_table_aligns():
     lines = sweep.table({"sgd": row, "resnet18-askew-adam-ternary": {**row, **packed}}).splitlines()
     assert "11.0x" in lines[2] and "12.30x" in lines[2]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.fixture
+def warm(tmp_path):
+    """Recipes in files: one that starts from the runs of another."""
+    names = {}
+    for name, text in {
+        "float": 'base = "sgd"\nepochs = 4\n',
+        "warm": 'base = "proxquant"\nwarm_start = "float"\nprojected_at = [0.3]\ntest_every = 2\n',
+    }.items():
+        names[name] = tmp_path / f"{name}.toml"
+        names[name].write_text(f'{text}model = "mlp"\n')
+    return {name: str(path) for name, path in names.items()}
+
+
+def test_warm_start(patterns, tmp_path, warm, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = ["--data", str(patterns), "--device", "cpu", "--epochs", "4", "--out", str(out)]
+    command = ["sweep", warm["warm"], warm["float"], "--seeds", "2", "--jobs", "3", *options]
+    assert cli.main(command) == 0
+    reports = {
+        f"{name}-{seed}": json.loads((out / f"{name}-{seed}" / "report.json").read_text())
+        for name in warm
+        for seed in (0, 1)
+    }
+    for seed in (0, 1):
+        run = reports[f"warm-{seed}"]
+        assert run["config"]["init"] == str(out / f"float-{seed}") and run["config"]["seed"] == seed
+        # It begins where the other ended, not with random weights.
+        assert run["curves"]["loss"][0] < reports[f"float-{seed}"]["curves"]["loss"][0] / 2
+        projected = run["curves"]["projected_accuracy"]
+        assert [value is None for value in projected] == [
+            False,
+            True,
+            True,
+            False,
+        ]  # 0.3 of 4 epochs, and the end
+    rows = {row["recipe"]: row for row in json.loads((out / "accuracy.json").read_text())["rows"]}
+    assert rows["float"]["gap"] == 0 and rows["float"]["projected"] == []
+    assert rows["warm"]["gap"] == pytest.approx(rows["float"]["mean"] - rows["warm"]["mean"])
+    assert rows["warm"]["values"] == [reports[f"warm-{seed}"]["accuracy_quantized"] for seed in (0, 1)]
+    at = [reports[f"warm-{seed}"]["curves"]["projected_accuracy"][0] for seed in (0, 1)]
+    first, last = rows["warm"]["projected"]
+    assert (first["epoch"], last["epoch"]) == (1, 4) and first["mean"] == pytest.approx(sum(at) / 2)
+    out.rename(tmp_path / "moved")  # a place that another recipe gave may be another
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: path.touch())
+    assert cli.main([*command[:-1], str(tmp_path / "moved"), "--minutes", "1e-9"]) == 0
+
+
+def test_bad_warm_starts(patterns, tmp_path, warm, capsys):
+    out = tmp_path / "out"
+    options = ["--data", str(patterns), "--device", "cpu", "--epochs", "1", "--out", str(out)]
+    assert cli.main(["sweep", warm["warm"], *options]) == 2
+    assert "RECIPES: warm starts from the runs of float: name that recipe too" in capsys.readouterr().err
+    chained = tmp_path / "chained.toml"
+    chained.write_text('base = "askew"\nwarm_start = "warm"\n')
+    assert cli.main(["sweep", str(chained), *warm.values(), *options]) == 2
+    assert "chained starts from warm, which starts from float itself" in capsys.readouterr().err
+    assert cli.main(["train", "--quiet", "--recipe", warm["warm"], *options]) == 2
+    assert "--init: is needed: this recipe starts from a run of float" in capsys.readouterr().err
+    # Where the other recipe's run fails, the one that waits for it is not begun.
+    Path(warm["float"]).write_text('base = "sgd"\nmodel = "vgg11"\n')
+    assert cli.main(["sweep", *warm.values(), "--seeds", "1", *options]) == 1
+    assert "unfinished: float-0, warm-0" in capsys.readouterr().err and not (out / "warm-0").exists()

@@ -142,6 +142,12 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any], where: str
     return "; ".join(differing[:6]) + more
 
 
+def free(present: Mapping[str, Any]) -> tuple[str, ...]:
+    """What may differ from the configuration `present` of a run: names of data, whose fingerprint identifies it, and
+    the place of a run that another recipe gave."""
+    return ("data", "init") if present.get("warm_start") else ("data",)
+
+
 def check_tensor(value: Any, like: Tensor, name: str) -> None:
     """Raises ValueError unless `value` is a dense tensor on the CPU of the shape and dtype of `like`."""
     if not isinstance(value, Tensor):
@@ -171,6 +177,7 @@ CURVES: dict[str, tuple[float, float]] = {
     "loss": (0, math.inf),
     "accuracy": (0, 100),
     "test_accuracy": (0, 100),
+    "projected_accuracy": (0, 100),
     "epsilon": (0, 1),
     "kappa": (0, math.inf),
     "reg_strength": (0, math.inf),
@@ -180,7 +187,8 @@ CURVES: dict[str, tuple[float, float]] = {
 """Keys of `report["curves"]`, with the range of their values: lists with a value per epoch, None where the optimizer
 has no such quantity. accuracy: of the training images at the step that used them. test_accuracy: of the network as it
 runs in training, with its running batch-norm statistics, after the epoch (None in epochs that `Config.test_every`
-leaves out)."""
+leaves out). projected_accuracy: the same of the weights projected to their levels, with the same statistics (None but
+in epochs of `Config.projected_at`)."""
 
 
 def check_curves(curves: Any, epochs: int, has_value: Callable[[str, int], bool]) -> None:

@@ -206,6 +206,16 @@ class Config:
         most=1,
         recipe="hyperparameter",
     )
+    milestones: list[float] | None = option(  # noqa: RUF009
+        None,
+        "fractions of the steps, in (0, 1), after which the learning rate is halved, in place of the cosine",
+        recipe="run",
+    )
+    rescale: bool = option(
+        True,
+        "with scale none, divide the weights by their deviation first, and give the rates in units of it",
+        recipe="run",
+    )
     float_lr: float | None = option(
         None, "learning rate of the other parameters", positive=True, recipe="hyperparameter"
     )
@@ -215,7 +225,7 @@ class Config:
     options: dict[str, bool | float | str | list[float]] | None = option(  # noqa: RUF009
         None, "further arguments of the optimizer's class", recipe="hyperparameter"
     )
-    anneal: dict[str, float] | None = option(  # noqa: RUF009
+    anneal: dict[str, float | str] | None = option(  # noqa: RUF009
         None, "settings of the optimizer's schedule (quantopt.Anneal)", recipe="hyperparameter"
     )
     augment: str = option(
@@ -233,6 +243,11 @@ class Config:
         metavar="RUN",
         commands=_TRAIN,
     )
+    warm_start: str | None = option(
+        None,
+        "the recipe whose run of the same seed gives `init`; a sweep sets that, and trains the other recipe first",
+        recipe="run",
+    )
     precision: str = option(
         "float32",
         "bfloat16 trains under autocast",
@@ -247,6 +262,11 @@ class Config:
         least=0,
         recipe="run",
         commands=_TRAIN,
+    )
+    projected_at: list[float] | None = option(  # noqa: RUF009
+        None,
+        "fractions of the epochs, in (0, 1), after which the projected network is tested, as at the end",
+        recipe="run",
     )
     channels_last: bool = option(False, "images and weights in channels-last memory", **_SPEED)
     compile: bool = option(False, "torch.compile of the network in training", **_SPEED)
@@ -266,6 +286,12 @@ class Config:
     def check(self) -> None:
         """Raises InputError, naming the option, for a value that the table excludes or that does not fit another."""
         check_values(self, OPTIONS)
+        for name in ("milestones", "projected_at"):
+            fractions = getattr(self, name)
+            if not all(0 < fraction < 1 for fraction in fractions or ()):
+                raise _refused(OPTIONS[name], fractions, "fractions are above 0 and below 1")
+        if self.warm_start is not None and self.init is None:
+            raise InputError("--init", f"is needed: this recipe starts from a run of {self.warm_start}")
         if self.cuda_graph and self.device != "cuda":
             raise _refused(OPTIONS["cuda_graph"], self.cuda_graph, "needs --device cuda")
 

@@ -206,7 +206,8 @@ def read_results(path: Path, argument: str) -> dict[str, Any]:
             checkpoint.check_number(contents[name], name, low, high, kind=(int, float))
         for name in ("device", "bytes_float", "bytes_packed"):
             contents[name]
-        for name, *_ in report.PANELS:
+        optional = [report.OPTIONAL_CURVE] if report.OPTIONAL_CURVE in curves else []
+        for name in [*(panel[0] for panel in report.PANELS), *optional]:
             if not isinstance(curves[name], list) or len(curves[name]) != config["epochs"]:
                 raise ValueError(
                     f"the curve of {name} is not one value for each of {config['epochs']} epochs"

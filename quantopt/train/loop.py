@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,15 @@ class Trainer:
         self._show(bar, loss_mean, accuracy, self.curves["fraction_feasible"][-1])
 
     def test(self) -> None:
-        """Appends the test accuracy after an epoch to the curves, None in epochs that are not measured."""
-        accuracy = None
-        if self._has_value("test_accuracy", self.epoch):
-            with self._autocast():
-                accuracy = evaluate(self.model, self.test_images, self.test_labels)
-        self.curves["test_accuracy"].append(accuracy)
+        """Appends the test accuracies after an epoch to the curves, None in epochs that are not measured."""
+        optimizer: Any = self.optimizer.optimizer
+        for curve in ("test_accuracy", "projected_accuracy"):
+            accuracy = None
+            if self._has_value(curve, self.epoch):
+                weights = optimizer.quantized() if curve == "projected_accuracy" else nullcontext()
+                with weights, self._autocast():
+                    accuracy = evaluate(self.model, self.test_images, self.test_labels)
+            self.curves[curve].append(accuracy)
 
     def _autocast(self) -> torch.autocast:
         # A graph would replay with the casts of weights that autocast had cached at the capture.
@@ -170,7 +174,7 @@ class Trainer:
 
     def _record(self) -> None:
         """Appends the metrics of the quantised weights to the curves, and their histogram."""
-        measured = ("loss", "accuracy", "test_accuracy")
+        measured = ("loss", "accuracy", "test_accuracy", "projected_accuracy")
         values: dict[str, Any] = {name: None for name in CURVES if name not in measured}
         if self.quantised:
             metrics = self._metrics()
@@ -242,7 +246,7 @@ class Trainer:
     def load_weights(self, state: dict[str, Any], argument: str, source: object) -> None:
         """As `load_state_dict`, without the random state, which depends on the kind of device."""
         present, saved = self.describe(), state["config"]
-        free = ("data", "device") if argument != "--resume" else ("data",)
+        free = (*checkpoint.free(present), *(() if argument == "--resume" else ("device",)))
         if differing := checkpoint.differences(saved, present, "the checkpoint", free):
             raise InputError(argument, f"{source} is of another run: {differing}")
         with checkpoint.refusals(argument, source):
@@ -250,7 +254,10 @@ class Trainer:
             checkpoint.check_number(epoch, "epoch", 0, self.config.epochs, kind=int)
             checkpoint.check_seconds(state)
             checkpoint.check_model(state["model"], self.model.state_dict())
-            checkpoint.check_curves(state["curves"], epoch, self._has_value)
+            curves = state["curves"]
+            if isinstance(curves, dict):  # 0.1.0 had no projected_accuracy
+                curves = {"projected_accuracy": [None] * epoch, **curves}
+            checkpoint.check_curves(curves, epoch, self._has_value)
             histograms = state["histograms"]
             checkpoint.check_tensor(histograms, self.histograms[:1].expand(epoch + 1, -1), "histograms")
             if not bool(((histograms >= 0) & histograms.isfinite()).all()):
@@ -258,7 +265,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state, epoch * self.steps_per_epoch)
         self.epoch, self.seconds, self.update_seconds = epoch, state["seconds"], state["update_seconds"]
-        self.curves = {name: list(state["curves"][name]) for name in CURVES}
+        self.curves = {name: list(curves[name]) for name in CURVES}
         self.histograms = histograms
 
     def _has_value(self, curve: str, epoch: int) -> bool:
@@ -266,6 +273,11 @@ class Trainer:
         if curve == "test_accuracy":
             every = self.config.test_every
             return bool(every) and (epoch % every == 0 or epoch == self.config.epochs)
+        if curve == "projected_accuracy":
+            fractions = self.config.projected_at if self.quantised else None
+            return bool(fractions) and epoch in {
+                round(fraction * self.config.epochs) for fraction in (*(fractions or ()), 1)
+            }
         if curve in ("fraction_feasible", "sign_flips"):
             return self.quantised
         return curve in ("loss", "accuracy", self.optimizer.relaxation)

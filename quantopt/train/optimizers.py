@@ -7,7 +7,7 @@ base rule at `float_lr` and `float_weight_decay`.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,14 @@ FLOAT = {"sgd": 0, "adamw": 0, "luq": 4}
 """Optimizers of torch, which have no levels: the bits of their recipes."""
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0."""
+def schedule(step: int, total: int, warmup: float, milestones: Sequence[float] | None = None) -> float:
+    """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0; with milestones,
+    fractions of `total`, a half for each that has been reached."""
     rising = warmup * total
     if step < rising:
         return (step + 1) / (rising + 1)
+    if milestones is not None:
+        return float(0.5 ** sum(step >= round(fraction * total) for fraction in milestones))
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
 
 
@@ -152,11 +155,13 @@ def build(
 ) -> Optimizer:
     """The optimizer `name` of `OPTIMIZERS` for `model`, over `total_steps` steps.
 
-    settings: a value for each of `config.HYPERPARAMETERS`. capturable: for a step captured in a CUDA graph.
+    settings: a value for each of `config.HYPERPARAMETERS`, and of `milestones` and `rescale` where they are not the
+    defaults. capturable: for a step captured in a CUDA graph.
     `model` is changed where the settings ask for it: SAWB quantisers for activations = 4, the layers of luq.
-    With scale "none" the levels are -1 and 1. Then each quantised weight is divided by its standard deviation s, which
-    the batch norm behind it undoes; lr is divided by the mean of s^2 and weight_decay multiplied by it, so that
-    training takes the same course.
+    With scale "none" the levels are -1 and 1. Then, unless `rescale` is False, each quantised weight is divided by its
+    standard deviation s, which the batch norm behind it undoes; lr is divided by the mean of s^2 (of s on Adam, whose
+    direction does not grow with the gradient) and weight_decay multiplied by it, so that training takes the same
+    course.
     Raises ValueError on a bad value, BackendError if the backend cannot run the optimizer.
     """
     make, relaxation = OPTIMIZERS[name]
@@ -164,11 +169,13 @@ def build(
     skip = tuple(settings["skip"])
     optimizer: Any
     anneal = None
+    rescaled = name not in FLOAT and settings["scale"] == "none" and settings.get("rescale", True)
     options = dict(settings["options"])
     repeat = options.pop("repeat", 1) if name == "luq" else 1
+    parameters = inspect.signature(make).parameters
     known = {
         argument.name: argument.default
-        for argument in inspect.signature(make).parameters.values()
+        for argument in parameters.values()
         if argument.name not in settings and argument.name not in _OF_THE_STEP
     }
     if unknown := sorted(options.keys() - known.keys()):
@@ -181,7 +188,7 @@ def build(
         quantopt.nn.luq(model, skip=skip, repeat=repeat)
     elif settings["activations"]:
         quantopt.nn.quantize_activations(model, skip=skip)
-    if "momentum" in inspect.signature(make).parameters:
+    if "momentum" in parameters:
         options["momentum"] = momentum
     if name in FLOAT:
         if settings["anneal"]:
@@ -195,9 +202,11 @@ def build(
         groups = quantopt.param_groups(
             model, bits=settings["bits"], scale=settings["scale"], skip=skip, other=other
         )
-        if settings["scale"] == "none":
-            variance = _unit_variance(groups[0]["params"])
-            lr, weight_decay = lr / variance, weight_decay * variance
+        if rescaled:
+            unit = _unit_variance(groups[0]["params"])
+            if options.get("base", make._base) == "adam":  # type: ignore[attr-defined]
+                unit = math.sqrt(unit)
+            lr, weight_decay = lr / unit, weight_decay * unit
         optimizer = make(
             groups, lr=lr, weight_decay=weight_decay, backend=backend, capturable=capturable, **options
         )
@@ -206,17 +215,17 @@ def build(
             weight = group["params"][0]
             choose("fused_step", weight.device, weight.dtype, backend)
         own = inspect.signature(quantopt.Anneal.__init__).parameters
-        if reserved := sorted((own.keys() - {"settings"}) & settings["anneal"].keys()):
+        if reserved := sorted((own.keys() - {"schedule", "settings"}) & settings["anneal"].keys()):
             raise ValueError(
                 f"anneal={reserved}: the training sets that; a recipe sets what the schedule has"
             )
         if relaxation or settings["anneal"]:
             anneal = quantopt.Anneal(optimizer, total_steps=total_steps, **settings["anneal"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, total_steps, settings["warmup"])
+        optimizer,
+        lambda step: schedule(step, total_steps, settings["warmup"], settings.get("milestones")),
     )
-    has_own_rate = name not in FLOAT and settings["scale"] == "none"
-    return Optimizer(optimizer, scheduler, anneal, relaxation, has_own_rate)
+    return Optimizer(optimizer, scheduler, anneal, relaxation, rescaled)
 
 
 def _kind_of(default: Any) -> str:

@@ -1,9 +1,10 @@
 """Recipes: settings of trainings in TOML files.
 
 `quantopt/recipes/OPTIMIZER.toml` holds what an optimizer needs on any network (docs/algorithms.md, sections 2 to 4).
-`quantopt/recipes/networks.toml` holds the recipes NETWORK-OPTIMIZER-BITS by families of networks: the settings that all
-recipes of a family share, and for each recipe the optimizer's recipe that is its `base` and its other settings. A later
-setting replaces an earlier one: base, family, recipe. A table such as `[options]` is replaced as one setting.
+`quantopt/recipes/networks.toml` holds the recipes NETWORK-OPTIMIZER-BITS by families of networks: what is put before
+their names, the settings that all recipes of a family share, and for each recipe the optimizer's recipe that is its
+`base` and its other settings. A later setting replaces an earlier one: base, family, recipe. A table such as
+`[options]` is replaced as one setting.
 A file of the user has the keys of a recipe, and may name an optimizer's recipe as its `base`.
 
 The keys are the fields of `config.Config` that its table gives to recipes.
@@ -33,10 +34,10 @@ def _networks() -> dict[str, dict[str, Any]]:
     """The recipes of networks.toml by name."""
     found = {}
     for family in tomllib.loads((_DIRECTORY / "networks.toml").read_text(encoding="utf-8"))["families"]:
-        networks, own = family.pop("networks"), family.pop("recipes")
+        networks, own, prefix = family.pop("networks"), family.pop("recipes"), family.pop("prefix", "")
         for network in networks:
             for name, settings in own.items():
-                found[f"{network}-{name}"] = {"model": network, **family, **settings}
+                found[f"{prefix}{network}-{name}"] = {"model": network, **family, **settings}
     return found
 
 

@@ -28,11 +28,15 @@ _STYLES = (
 PANELS = (
     ("loss", "training loss", "log"),
     ("accuracy", "training accuracy, %", "linear"),
-    ("test_accuracy", "test accuracy at the weights of the epoch, %", "linear"),
+    ("test_accuracy", "test accuracy at the weights of the epoch, % (dots: projected)", "linear"),
     ("epsilon", "epsilon", "linear"),
     ("fraction_feasible", "weights inside their interval, %", "linear"),
     ("sign_flips", "sign flips in the epoch", "symlog"),
 )
+
+
+OPTIONAL_CURVE = "projected_accuracy"
+"""Drawn into the panel of test_accuracy. Runs of 0.1.0 lack it."""
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
@@ -43,9 +47,11 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def mean_curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float | None]]:
-    """The curves of `PANELS`, each the mean of the runs at every epoch; None where a run has no value."""
+    """The curves of `PANELS` and `OPTIONAL_CURVE`, each the mean of the runs at every epoch; None where a run has no
+    value."""
     means: dict[str, list[float | None]] = {}
-    for key, _, _ in PANELS:
+    optional = [OPTIONAL_CURVE] if all(OPTIONAL_CURVE in run for run in runs) else []
+    for key in [*(key for key, _, _ in PANELS), *optional]:
         epochs = zip(*(run[key] for run in runs), strict=True)
         means[key] = [
             None if None in values else sum(v for v in values if v is not None) / len(runs)
@@ -62,7 +68,10 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
     figure, panels = new_figure(2, 3, width=15, height=7.5)
     for panel, (key, title, scale) in zip(panels, PANELS, strict=True):
         for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
-            points = [(epoch, value) for epoch, value in enumerate(run[key], 1) if value is not None]
+            points = _points(run[key])
+            if key == "test_accuracy":
+                for epoch, value in _points(run.get(OPTIONAL_CURVE, ())):
+                    panel.plot(epoch, value, "o", color=color, markersize=5)
             if points:
                 factor = 100 if key == "fraction_feasible" else 1
                 epochs, values = [p[0] for p in points], [factor * p[1] for p in points]
@@ -77,6 +86,11 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     save_figure(figure, path)
+
+
+def _points(curve: Sequence[float | None]) -> list[tuple[int, float]]:
+    """(epoch, value) where there is one."""
+    return [(epoch, value) for epoch, value in enumerate(curve, 1) if value is not None]
 
 
 def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
