@@ -61,7 +61,7 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
     """
     figure, panels = new_figure(2, 3, width=15, height=7.5)
     for panel, (key, title, scale) in zip(panels, PANELS, strict=True):
-        for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
+        for (color, dashes), (name, run) in zip(styles(len(curves)), curves.items(), strict=True):
             points = [(epoch, value) for epoch, value in enumerate(run[key], 1) if value is not None]
             if points:
                 factor = 100 if key == "fraction_feasible" else 1
@@ -113,7 +113,7 @@ def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
     save_figure(figure, path)
 
 
-def _styles(count: int) -> list[tuple[str, Any]]:
+def styles(count: int) -> list[tuple[str, Any]]:
     return [_STYLES[i % len(_STYLES)] for i in range(count)] if count > 1 else [_STYLES[-1]]
 
 
