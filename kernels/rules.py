@@ -34,6 +34,7 @@ Numbers = namedtuple(
         "shrink",  # factor of the weights before the step; 1 where `decay` acts
         "keep",  # 1 / (1 + kappa): what is left of the distance to the level
         "t_star",  # sqrt(1 - sqrt(epsilon)): feasible from this |t| on
+        "t_end",  # 1 + sqrt(epsilon): as printed, not feasible beyond this |t|
     ),
 )
 HYPER_COUNT = tl.constexpr(len(Hyper._fields))
@@ -85,6 +86,7 @@ def derive_numbers_kernel(
         shrink=shrink,
         keep=1.0 / (1.0 + h.kappa),
         t_star=tl.sqrt(1.0 - tl.sqrt(h.epsilon)),
+        t_end=1.0 + tl.sqrt(h.epsilon),
     )
     for k in tl.static_range(COUNT):
         tl.store(numbers_ptr + k, numbers[k])
@@ -252,29 +254,59 @@ def at_least(v, offset, least, x):
 
 
 @triton.jit
+def returning_step(distance, x):
+    """half min(r (delta^2 - e) / (2 delta), cap) of a weight beyond t_end half."""
+    half = x.grid.half_step
+    beyond = distance - half  # half delta
+    end = x.h.epsilon * half * half
+    return minimum(tl.div_rn(0.5 * x.h.rate * (beyond * beyond - end), beyond), x.h.cap * half)
+
+
+@triton.jit
+def as_printed(v, offset, least, most, x):
+    """What the printed form adds to :func:`at_least`: v inward and no less than ``least`` beyond the feasible set, and
+    ``most`` in the middle of a cell."""
+    distance = tl.abs(offset)
+    bound = tl.where(distance > x.h.t_end * x.grid.half_step, least, float("-inf"))
+    v = -turned_by(offset, maximum(-turned_by(offset, v), bound))
+    middle = (distance == 0.0) & (x.h.t_star * x.grid.half_step > 0.0)
+    return tl.where(middle, maximum(minimum(v, most), most), v)  # NaN for NaN
+
+
+@triton.jit
 def velocity_step(x, d):
     """AskewSGD, constrain = "velocity"."""
     w = x.w * x.h.shrink
     v = -x.h.lr * (d + x.h.decay * w)
     offset = w - cell_middle(w, x.grid)
-    w = w + at_least(v, offset, restoring_step(tl.abs(offset), x), x)
-    return maximum(minimum(w, x.grid.hi), -x.grid.hi)
+    v = at_least(v, offset, restoring_step(tl.abs(offset), x), x)
+    if x.h.bound > 3.4028234663852886e38:
+        w = w + as_printed(v, offset, returning_step(tl.abs(offset), x), x.h.cap * x.grid.half_step, x)
+    else:
+        w = clamp(w + v, x.grid.hi)
+    return w
 
 
 @triton.jit
 def constrained_gradient(x, g):
     """AskewSGD, constrain = "gradient"; at lr = 0 there is no constraint."""
-    lr = x.h.lr
+    lr = tl.where(x.h.lr != 0.0, x.h.lr, 1.0)
     w = x.w * x.h.shrink
     offset = w - cell_middle(w, x.grid)
-    least = tl.div_rn(restoring_step(tl.abs(offset), x), tl.where(lr != 0.0, lr, 1.0))
-    return tl.where(lr != 0.0, -at_least(-g, offset, least, x), g)
+    v = at_least(-g, offset, tl.div_rn(restoring_step(tl.abs(offset), x), lr), x)
+    if x.h.bound > 3.4028234663852886e38:
+        least = tl.div_rn(returning_step(tl.abs(offset), x), lr)
+        v = as_printed(v, offset, least, tl.div_rn(x.h.cap * x.grid.half_step, lr), x)
+    return tl.where(x.h.lr != 0.0, -v, g)
 
 
 @triton.jit
 def gradient_step(x, d):
     w = x.w * x.h.shrink
-    return maximum(minimum(w - x.h.lr * (d + x.h.decay * w), x.grid.hi), -x.grid.hi)
+    w = w - x.h.lr * (d + x.h.decay * w)
+    if x.h.bound <= 3.4028234663852886e38:
+        w = clamp(w, x.grid.hi)
+    return w
 
 
 @triton.jit

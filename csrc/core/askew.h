@@ -1,9 +1,12 @@
 // AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023). The constraint of a weight at t is
 // h(t) = e - u^2 >= 0 with u = (1 - |t|)(1 + |t|); outside it the velocity along the outward side
-// s = sgn(t) must be at least min(k, cap), k(t) = r (u - e/u) / (4 |t|).
+// s = sgn(t) must be at least min(k, cap), k(t) = r (u - e/u) / (4 |t|). As printed, a weight may also leave
+// [-hi, hi]; beyond the outer levels the constraint is e - delta^2 >= 0, delta = |t| - 1, and the velocity
+// along -s must be at least min(r (delta^2 - e) / (2 delta), cap); in the middle of a cell it is +cap.
 // Source: docs/algorithms.md, section 2.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "host_device.h"
@@ -20,9 +23,11 @@ struct AskewConstants {
   bool shrinks;   // shrink != 1
   float epsilon;  // e
   float t_star;   // sqrt(1 - sqrt(e)): feasible iff |t| >= t_star
+  float t_end;    // 1 + sqrt(e); as printed, |t| > t_end is not feasible
   float rate;     // r
   float cap;
-  float bound;  // memory: the latent stays in [-bound hi, bound hi]
+  float bound;   // memory: the latent stays in [-bound hi, bound hi]
+  bool printed;  // without a latent: as printed, no clamp to [-hi, hi]
 };
 
 // Weight decay of a latent is the same number in both forms; it acts before the step there.
@@ -34,9 +39,11 @@ QUANTOPT_HOST_DEVICE AskewConstants make_askew_constants(const Hyper& h, bool de
   c.shrinks = c.shrink != 1.0f;
   c.epsilon = static_cast<float>(h.epsilon);
   c.t_star = static_cast<float>(sqrt(1.0 - sqrt(h.epsilon)));
+  c.t_end = static_cast<float>(1.0 + sqrt(h.epsilon));
   c.rate = static_cast<float>(h.rate);
   c.cap = static_cast<float>(h.cap);
   c.bound = static_cast<float>(h.bound);
+  c.printed = h.bound > FLT_MAX;
   return c;
 }
 
@@ -76,6 +83,33 @@ struct Constraint {
     return turned_by(offset, maximum_where(infeasible, turned_by(offset, x), least(distance)));
   }
 
+  // half min(r (delta^2 - e) / (2 delta), cap) of a weight beyond t_end half.
+  template <class F>
+  QUANTOPT_HOST_DEVICE F returning_step(F distance) const {
+    const F beyond = distance - grid.half_step;                                  // half delta
+    const float feasible_squared = c.epsilon * grid.half_step * grid.half_step;  // its largest square
+    const F k = 0.5f * c.rate * (beyond * beyond - feasible_squared) / beyond;
+    return minimum(k, fill<F>(longest));
+  }
+
+  // at_least with what the printed form adds. `in_units` turns steps of the weight into the units of x.
+  template <class F, class Units>
+  QUANTOPT_HOST_DEVICE F as_printed(F x, F offset, const Units& in_units) const {
+    const F distance = absolute(offset);
+    x = at_least(x, offset, [&](F from) { return in_units(restoring_step(from)); });
+    const auto beyond = fill<F>(c.t_end * grid.half_step) < distance;
+    if (any(beyond)) {
+      const F inward = -turned_by(offset, x);
+      x = -turned_by(offset, maximum_where(beyond, inward, in_units(returning_step(distance))));
+    }
+    const auto middle = distance == 0.0f;
+    if (nearest > 0.0f && any(middle)) {
+      const float most = in_units(longest);
+      x = select(middle, clamp(x, most, most), x);  // a NaN stays
+    }
+    return x;
+  }
+
   template <class F>
   QUANTOPT_HOST_DEVICE F offset(F w) const {
     return w - cell_middle<Binary>(w, grid);
@@ -84,8 +118,8 @@ struct Constraint {
 
 // constrain = "velocity": the constraint is imposed on the step that is taken.
 //   v = -lr (d + wd w);  v = s max(s v, half min(k, cap)) where t != 0 and u > sqrt(e)
-//   w <- clamp(w + v, -hi, hi)
-template <bool Binary>
+//   w <- clamp(w + v, -hi, hi); Printed: w + v
+template <bool Binary, bool Printed>
 struct AskewVelocity : Constraint<Binary> {
   static constexpr bool kLatent = false;
   static constexpr bool kReadsWeight = false;
@@ -101,6 +135,7 @@ struct AskewVelocity : Constraint<Binary> {
     const AskewConstants& c = this->c;
     if (c.shrinks) w = w * c.shrink;
     const F v = -c.lr * (d + c.decay * w);
+    if constexpr (Printed) return w + this->as_printed(v, this->offset(w), [](auto step) { return step; });
     const F taken =
         this->at_least(v, this->offset(w), [this](F distance) { return this->restoring_step(distance); });
     return clamp(w + taken, -this->grid.hi, this->grid.hi);
@@ -109,8 +144,8 @@ struct AskewVelocity : Constraint<Binary> {
 
 // constrain = "gradient": the authors' order. With alpha = r / lr the gradient of an infeasible
 // weight becomes -K unless -g K > K^2, K = half alpha h / (4 t (t^2 - 1)) clamped to
-// half cap / lr; then the base step on it and the clamp to [-hi, hi].
-template <bool Binary>
+// half cap / lr; then the base step on it and, unless Printed, the clamp to [-hi, hi].
+template <bool Binary, bool Printed>
 struct AskewGradient : Constraint<Binary> {
   static constexpr bool kLatent = false;
   static constexpr bool kReadsWeight = false;
@@ -119,6 +154,10 @@ struct AskewGradient : Constraint<Binary> {
   template <class F>
   QUANTOPT_HOST_DEVICE F gradient(F g, F w) const {
     if (this->c.lr == 0.0f) return g;  // alpha = r / lr is undefined
+    if constexpr (Printed) {
+      const auto per_lr = [this](auto step) { return step / this->c.lr; };
+      return -this->as_printed(-g, this->offset(w * this->c.shrink), per_lr);
+    }
     const auto least = [this](F distance) { return this->restoring_step(distance) / this->c.lr; };  // |K|
     return -this->at_least(-g, this->offset(w * this->c.shrink), least);
   }
@@ -127,7 +166,8 @@ struct AskewGradient : Constraint<Binary> {
   QUANTOPT_HOST_DEVICE F step(F w, F d, F) const {
     const AskewConstants& c = this->c;
     w = w * c.shrink;
-    return clamp(w - c.lr * (d + c.decay * w), -this->grid.hi, this->grid.hi);
+    const F moved = w - c.lr * (d + c.decay * w);
+    return Printed ? moved : clamp(moved, -this->grid.hi, this->grid.hi);
   }
 };
 

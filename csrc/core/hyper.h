@@ -1,6 +1,6 @@
 // The hyper-parameters of a step that may change from step to step, in the order in which they lie in the
 // `hyper` tensor (float64 [kHyperCount]) of the step ops. HYPER of quantopt/rules.py is the same list; a test
-// compares them.
+// compares them. AskewSGD without a latent is as printed where `bound` is infinite; else it clamps.
 #pragma once
 
 namespace quantopt {
@@ -14,7 +14,7 @@ namespace quantopt {
   FIELD(epsilon)      /* AskewSGD: e in [0, 1] */                                    \
   FIELD(rate)         /* AskewSGD: r per step; infinite with a latent: projection */ \
   FIELD(cap)          /* AskewSGD: bound of the restoring step, in units of t */     \
-  FIELD(bound)        /* bound of the latent, in units of hi or of its scale */      \
+  FIELD(bound)        /* of the latent, in units of hi or of its scale; below */     \
   FIELD(kappa)        /* STAM, BinaryRelax: relaxation weight; infinite: hard */     \
   FIELD(lam)          /* STAM alternating: pull of the latent towards its level */   \
   FIELD(threshold)    /* ProxQuant: lam_k = lr reg k; infinite: hard */

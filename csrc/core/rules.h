@@ -74,10 +74,21 @@ struct AskewFamilyRow : RuleRow<AskewConstants, RuleObject> {
   }
 };
 
+template <template <bool Binary, bool Printed> class RuleObject, bool Binary>
+struct AskewPlainRow : AskewFamilyRow<RuleObject<Binary, false>> {
+  template <class Visit>
+  QUANTOPT_HOST_DEVICE static void visit_object(const AskewConstants& c, bool, const Visit& visit) {
+    if (c.printed) {
+      visit(Type<RuleObject<Binary, true>>{});
+    } else {
+      visit(Type<RuleObject<Binary, false>>{});
+    }
+  }
+};
 template <bool Binary>
-struct AskewRow : AskewFamilyRow<AskewVelocity<Binary>> {};
+struct AskewRow : AskewPlainRow<AskewVelocity, Binary> {};
 template <bool Binary>
-struct AskewGradientRow : AskewFamilyRow<AskewGradient<Binary>> {};
+struct AskewGradientRow : AskewPlainRow<AskewGradient, Binary> {};
 template <bool Binary>
 struct AskewMemoryRow : AskewFamilyRow<AskewMemory<Binary, true>> {
   template <class Visit>

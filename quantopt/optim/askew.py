@@ -91,6 +91,7 @@ class AskewSGD(LevelOptimizer):
         cap: float = 0.25,
         constrain: str = "velocity",
         memory: bool = False,
+        clamp: bool = True,
         bound: float = 2.0,
         base: str = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -110,17 +111,23 @@ class AskewSGD(LevelOptimizer):
     ) -> None:
         super().__init__(params, from_arguments(locals()), backend, fused_amp)
 
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        super().__setstate__(pickled)
+        for options in (self._options, self.defaults, *self.param_groups):
+            options.setdefault("clamp", True)  # pickled by quantopt 0.1.0
+
     def _rule(self, group: dict[str, Any]) -> str:
         if group["memory"]:
             return "askew_memory"
         return "askew_gradient" if group["constrain"] == "gradient" else "askew"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        bound = group["bound"] if group["memory"] else 1.0 if group["clamp"] else math.inf
         return {
             "epsilon": scheduled_value(group, "epsilon"),
             "rate": group["rate"],
             "cap": group["cap"],
-            "bound": group["bound"],
+            "bound": bound,
         }
 
     def _sgd_lr(self, group: dict[str, Any]) -> float:
@@ -137,6 +144,11 @@ class AskewSGD(LevelOptimizer):
             )
         if group["memory"] and group["constrain"] == "gradient":
             raise ValueError("constrain='gradient' has no form with memory=True; use constrain='velocity'")
+        if group["memory"] and not group["clamp"]:
+            raise ValueError(
+                "clamp=False is the printed form, which has no latent, and memory=True keeps one: use clamp=True with "
+                "memory=True, or memory=False"
+            )
 
     def annealed(
         self,
@@ -178,6 +190,7 @@ class AskewAdam(AskewSGD):
         cap: float = 0.25,
         constrain: str = "velocity",
         memory: bool = False,
+        clamp: bool = True,
         bound: float = 2.0,
         base: str = "adam",
         momentum: float = 0.9,

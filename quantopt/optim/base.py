@@ -206,7 +206,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         state goes to the parameter of its name in the group at the same position, else by position. Names are compared
         without the parts that DDP, FSDP and torch.compile add, and stay as they are here.
 
-        Options of every optimizer that an older state_dict lacks take their defaults. The position of an
+        Options that an older state_dict lacks take their defaults. The position of an
         :class:`quantopt.Anneal` is loaded; where the state_dict has none, it stays, with a warning. In capturable
         groups the tensors stay where they are and take up the loaded values, where shape and dtype are the same, as a
         captured graph goes on with them. Raises ValueError if the state does not fit the parameters, or names differ;
@@ -465,6 +465,7 @@ class LevelOptimizer(torch.optim.Optimizer):
 
 # Options that a state_dict may lack. Those of one base tell whether it is of another optimizer.
 _LATER = set(SHARED) - {key for keys in BASE_OPTIONS.values() for key in keys}
+_LATER |= {key for key, option in OPTIONS.items() if option.added}
 
 
 def _read_at_each_step(key: str) -> bool:

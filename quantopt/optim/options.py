@@ -22,6 +22,7 @@ class Option(NamedTuple):
     default: Any = None  # of the options that every optimizer has; those of one class are in its constructor
     per_step: bool = False  # read at every step; where another key changes, the step is laid out again
     scheduled: bool = False  # driven by schedules: a float64 tensor on the device in capturable groups
+    added: bool = False  # after version 0.1.0, to one class: a state_dict may lack it
 
 
 def number(
@@ -107,6 +108,7 @@ OPTIONS: dict[str, Option] = {
     "cap": Option(number(), per_step=True),
     "constrain": Option(choice("velocity", "gradient")),
     "memory": Option(flag),
+    "clamp": Option(flag, added=True),
     "bound": Option(number(1.0, infinite=True), per_step=True),
     # STAM and the baselines
     "form": Option(choice("alternating", "splitting")),

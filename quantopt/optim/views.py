@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,9 @@ def metrics(opt: LevelOptimizer, group: dict[str, Any]) -> dict[str, Any]:
         return row
     state.ensure(opt, group)
     smallest = t_star(float(group["epsilon"])) if "epsilon" in opt.defaults else CLOSED_INTERVAL
-    smallest -= 1e-5  # rounding of t
+    # Without the clamp of AskewSGD a weight may stand beyond the outer levels, by delta <= sqrt(e).
+    largest = math.inf if group.get("clamp", True) else 1 + math.sqrt(float(group["epsilon"]))
+    smallest, largest = smallest - 1e-5, largest + 1e-5  # rounding of t
     levels = level_count(group["bits"])
     feasible = distance = scale = 0.0
     flips = 0
@@ -121,7 +124,7 @@ def metrics(opt: LevelOptimizer, group: dict[str, Any]) -> dict[str, Any]:
         w = local(own.get("master", p.detach())).to(hi.dtype)
         hi = grid.spread_over(hi, w, group["group_size"])
         _, _, t = grid.cell(w, hi, levels)
-        feasible += float((t.abs() >= smallest).sum())
+        feasible += float(((t.abs() >= smallest) & (t.abs() <= largest)).sum())
         distance += float((1 - t.abs()).abs().clamp(max=1).sum())
         scale += float(hi.expand_as(w).sum()) / grid.level_factor(levels)
         signs = pack_signs(local(operand(opt, p)).reshape(-1))

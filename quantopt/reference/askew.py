@@ -1,6 +1,7 @@
 """AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023). Source: docs/algorithms.md, section 2.
 
-Constraint of each weight: h(t) = e - u^2 >= 0, u = (1-|t|)(1+|t|); feasible iff |t| >= t* = sqrt(1 - sqrt e).
+Constraint of each weight: h(t) = e - u^2 >= 0, u = (1-|t|)(1+|t|); feasible iff |t| >= t* = sqrt(1 - sqrt e). As
+printed (an infinite ``bound``) weights may leave [-hi, hi], and beyond the outer levels e - delta^2 >= 0, delta = |t| - 1.
 """
 
 import math
@@ -29,6 +30,22 @@ def restoring_speed(t: Tensor, epsilon: float, rate: float) -> Tensor:
     return rate * (u - epsilon / u) / (4 * t.abs()).clamp(min=1e-12)
 
 
+def returning_speed(t: Tensor, epsilon: float, rate: float) -> Tensor:
+    """r (delta^2 - e) / (2 delta), the least inward speed of a weight with delta > sqrt(e), as printed."""
+    delta = (t.abs() - 1).clamp(min=1e-12)
+    return rate * (delta * delta - epsilon) / (2 * delta)
+
+
+def as_printed(
+    v: Tensor, t: Tensor, unit: Tensor, *, epsilon: float, rate: float, cap: float
+) -> Tensor:
+    """What the printed form makes of a velocity v (``unit``: 1 in t): inward beyond delta = sqrt e, +cap at t = 0."""
+    s = sign(t)
+    inward = -s * torch.maximum(-s * v, returning_speed(t, epsilon, rate).clamp(max=cap) * unit)
+    v = torch.where(t.abs() - 1 > math.sqrt(epsilon), inward, v)
+    return torch.where((t == 0) & (epsilon < 1), torch.clamp(v, cap * unit, cap * unit), v)  # a NaN stays
+
+
 def velocity_step(
     w: Tensor,
     d: Tensor,
@@ -40,6 +57,7 @@ def velocity_step(
     epsilon: float,
     rate: float,
     cap: float,
+    bound: float = 1.0,
 ) -> Tensor:
     """constrain="velocity": v = -eta (d + wd w)/half; s v >= min(k, cap) where infeasible; w <- clamp(w + half v)."""
     half, _, t = cell(w, hi, levels)
@@ -47,11 +65,23 @@ def velocity_step(
     s = sign(t)
     outward = s * torch.maximum(s * v, restoring_speed(t, epsilon, rate).clamp(max=cap))
     infeasible = (t != 0) & (constraint(t) > math.sqrt(epsilon))
-    return torch.clamp(w + half * torch.where(infeasible, outward, v), -hi, hi)
+    v = torch.where(infeasible, outward, v)
+    if math.isinf(bound):
+        return w + half * as_printed(v, t, torch.ones_like(half), epsilon=epsilon, rate=rate, cap=cap)
+    return torch.clamp(w + half * v, -hi, hi)
 
 
 def constrained_gradient(
-    g: Tensor, w: Tensor, hi: Tensor, levels: int, *, lr: float, epsilon: float, rate: float, cap: float
+    g: Tensor,
+    w: Tensor,
+    hi: Tensor,
+    levels: int,
+    *,
+    lr: float,
+    epsilon: float,
+    rate: float,
+    cap: float,
+    bound: float = 1.0,
 ) -> Tensor:
     """constrain="gradient" (the authors' order): -K where infeasible unless -g K > K^2, with alpha = r/eta and
     K = half alpha h / (4 t (t^2-1)), clamped to half cap/eta before the comparison; that makes this and the
@@ -65,12 +95,18 @@ def constrained_gradient(
     k = half * (rate / lr) * h / torch.where(infeasible, 4 * t * -u, 1.0)
     k = torch.clamp(k, -half * cap / lr, half * cap / lr)
     falls_short = -g * sign(t) < k.abs()  # not -g K > K^2; also right for K = 0, and a NaN stays
-    return torch.where(infeasible & falls_short, -k, g)
+    g = torch.where(infeasible & falls_short, -k, g)
+    if math.isinf(bound):
+        g = -as_printed(-g, t, half / lr, epsilon=epsilon, rate=rate, cap=cap)
+    return g
 
 
-def gradient_step(w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float) -> Tensor:
+def gradient_step(
+    w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float, bound: float = 1.0
+) -> Tensor:
     """The base step and the clamp that follow :func:`constrained_gradient`."""
-    return torch.clamp(w - lr * (d + decay * w), -hi, hi)
+    w = w - lr * (d + decay * w)
+    return w if math.isinf(bound) else torch.clamp(w, -hi, hi)
 
 
 def latent_step(
@@ -98,22 +134,21 @@ def feasible_projection(
 @rule("askew")
 def _velocity(x: Weights, d: Tensor) -> tuple[None, Tensor]:
     h = x.hyper
-    return None, velocity_step(
-        x.w * x.shrink, d, x.hi, x.levels, lr=h.lr, decay=x.decay, epsilon=h.epsilon, rate=h.rate, cap=h.cap
-    )
+    own = dict(epsilon=h.epsilon, rate=h.rate, cap=h.cap, bound=h.bound)
+    return None, velocity_step(x.w * x.shrink, d, x.hi, x.levels, lr=h.lr, decay=x.decay, **own)
 
 
 @gradient("askew_gradient")
 def _constrained(x: Weights, g: Tensor) -> Tensor:
     h = x.hyper
-    return constrained_gradient(
-        g, x.w * x.shrink, x.hi, x.levels, lr=h.lr, epsilon=h.epsilon, rate=h.rate, cap=h.cap
-    )
+    own = dict(epsilon=h.epsilon, rate=h.rate, cap=h.cap, bound=h.bound)
+    return constrained_gradient(g, x.w * x.shrink, x.hi, x.levels, lr=h.lr, **own)
 
 
 @rule("askew_gradient")
 def _gradient(x: Weights, d: Tensor) -> tuple[None, Tensor]:
-    return None, gradient_step(x.w * x.shrink, d, x.hi, lr=x.hyper.lr, decay=x.decay)
+    h = x.hyper
+    return None, gradient_step(x.w * x.shrink, d, x.hi, lr=h.lr, decay=x.decay, bound=h.bound)
 
 
 @rule("askew_memory")
