@@ -46,9 +46,8 @@ HYPER = (
     "epsilon",  # AskewSGD: e in [0, 1]
     "rate",  # AskewSGD: r per step; infinite with a latent: the exact projection
     "cap",  # AskewSGD: bound of the restoring step in units of t
-    # Of the latent, in units of hi (askew_memory) or of latent_bounds (alternating). In askew and askew_gradient infinite:
-    # as printed, else weights are clamped to [-hi, hi].
-    "bound",
+    "bound",  # of the latent, in units of hi (askew_memory) or of latent_bounds (alternating); of askew and
+    # askew_gradient infinite: as printed, else the weights are clamped to [-hi, hi]
     "kappa",  # STAM, BinaryRelax: relaxation weight; infinite: hard
     "lam",  # STAM alternating: pull of the latent towards its level
     "threshold",  # ProxQuant: lam_k; infinite: hard

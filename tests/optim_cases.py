@@ -12,9 +12,12 @@ import quantopt
 MAKERS: dict[str, Callable[..., Any]] = {
     "askew": quantopt.AskewSGD,
     "askew-gradient": lambda p, **k: quantopt.AskewSGD(p, constrain="gradient", **k),
+    "askew-printed": lambda p, **k: quantopt.AskewSGD(p, clamp=False, **k),
+    "askew-printed-gradient": lambda p, **k: quantopt.AskewSGD(p, clamp=False, constrain="gradient", **k),
     "askew-memory": lambda p, **k: quantopt.AskewSGD(p, memory=True, **k),
     "askew-memory-limited": lambda p, **k: quantopt.AskewSGD(p, memory=True, rate=0.1, **k),
     "adam": quantopt.AskewAdam,
+    "adam-printed": lambda p, **k: quantopt.AskewAdam(p, clamp=False, **k),
     "adam-memory": lambda p, **k: quantopt.AskewAdam(p, memory=True, **k),
     "stam": quantopt.STAM,
     "stam-splitting": lambda p, **k: quantopt.STAM(p, form="splitting", **k),

@@ -20,6 +20,7 @@ SHAPES = ((5, 13, 3), (129,), (0, 4), (64, 32), (1,), (7, 1031))
 GROUP_SIZE = 7
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 QUANTISED = [name for name, rule in RULES.items() if rule.quantised]
+PRINTED = ("askew", "askew_gradient")  # with an infinite bound
 DYNAMIC = [name for name, rule in RULES.items() if rule.dynamic_scale]
 
 
@@ -90,6 +91,7 @@ def all_cases() -> Iterator[Case]:
         yield Case("askew", 2, "sgd", "tensor", epsilon=epsilon)
         yield Case("askew_memory", 2, "sgd", "tensor", epsilon=epsilon, rate=math.inf)
     yield Case("askew_memory", 4, "sgd", "group", nesterov=True, rate=math.inf, hyper_on_device=True)
+    yield from printed_cases()
     for rule, (levels, scale) in itertools.product(
         ("splitting", "alternating"), ((2, "tensor"), (4, "channel"))
     ):
@@ -104,6 +106,23 @@ def all_cases() -> Iterator[Case]:
     yield Case("prox", 4, "given", "group", threshold=math.inf)
     yield from dynamic_cases()
     yield from frozen_cases()
+
+
+def printed_cases() -> Iterator[Case]:
+    """AskewSGD as printed, whose weights may lie beyond the outer levels."""
+    grids = ((2, "tensor"), (3, "channel"), (4, "group"), (16, "tensor"))
+    for rule, base, (levels, scale) in itertools.product(PRINTED, BASES, grids):
+        yield Case(rule, levels, base, scale, bound=math.inf)
+    for rule in PRINTED:
+        yield Case(rule, 2, "sgd", "tensor", bound=math.inf, decoupled=True, nesterov=True)
+        yield Case(rule, 4, "adam", "channel", bound=math.inf, hyper_on_device=True)
+        yield Case(rule, 2, "given", "channel", bound=math.inf, epsilon=0.0, lr=0.01)
+        yield Case(rule, 2, "sgd", "tensor", bound=math.inf, epsilon=1.0)
+        yield Case(rule, 4, "sgd", "channel", BF16, F32, master=True, bound=math.inf)
+        yield Case(rule, 2, "sgd", "tensor", BF16, BF16, bound=math.inf)
+        yield Case(rule, 2, "sgd", "tensor", BF16, bound=math.inf, seed=5)
+        yield Case(rule, 4, "adam", "tensor", F16, BF16, bound=math.inf)
+        yield Case(rule, 2, "adam", "tensor", bound=math.inf, lr=0.0)
 
 
 def typed_cases() -> Iterator[Case]:
@@ -187,12 +206,19 @@ def make(
     def one(value: float | None) -> Tensor | None:
         return None if value is None else torch.tensor([value], device=device)
 
+    def weights(shape: tuple[int, ...]) -> Tensor:
+        w = normal(shape)
+        if case.rule not in PRINTED or not math.isinf(case.bound):
+            return w.clamp(-1, 1)
+        w.view(-1)[::5] *= 0.0  # in the middle of a cell, where K is even
+        return w
+
     rule, adam = RULES[case.rule], case.base == "adam"
     hyper = hyper_tensor(**{name: getattr(case, name) for name in HYPER})
     return StepRecord(
         rule=case.rule,
         base=case.base,
-        params=tensors(lambda shape: normal(shape).clamp(-1, 1), case.dtype),
+        params=tensors(weights, case.dtype),
         grads=tensors(normal, case.dtype),
         momentum_buffers=tensors(normal, case.momentum_dtype, case.has_momentum),
         exp_avg_sqs=tensors(lambda shape: normal(shape).square(), wanted=adam),

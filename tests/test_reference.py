@@ -188,6 +188,140 @@ def test_limited_memory_grows_by_at_most_k_or_cap(
     assert (float(p) >= 0) == (latent >= 0)
 
 
+# ---- AskewSGD as printed -----------------------------------------------------------------------------------------
+
+beyond = st.floats(1.001, 4.0) | st.floats(-4.0, -1.001)
+
+
+def printed(
+    t: float,
+    d: float = 0.0,
+    count: int = 2,
+    constrain: str = "velocity",
+    bound: float = math.inf,
+    **options: float,
+) -> float:
+    """The step from coordinate ``t`` of the outermost cell on t's side, in coordinates of that cell."""
+    settings = dict(epsilon=0.5, rate=0.1, cap=0.25, bound=bound) | options
+    lr, hi = 0.1, one * 1.7
+    half = 1.7 / (count - 1)
+    mid = math.copysign(1.7 - half, t) if count > 2 else 0.0
+    w, d = double(mid + half * t), double(half * d)
+    if constrain == "velocity":
+        after = askew.velocity_step(w, d, hi, count, lr=lr, decay=0.0, **settings)
+    else:
+        g = askew.constrained_gradient(d, w, hi, count, lr=lr, **settings)
+        after = askew.gradient_step(w, g, hi, lr=lr, decay=0.0, bound=bound)
+    return (float(after) - mid) / half
+
+
+def paper_velocity(w: float, d: float, eps: float, alpha: float, most: float) -> float:
+    """The rule as the paper prints it, for levels -1 and 1."""
+    if abs(w) <= 1:
+        phi, slope = (w - 1) ** 2 * (w + 1) ** 2, 2 * (w - 1) * (w + 1) ** 2 + 2 * (w - 1) ** 2 * (w + 1)
+    elif w > 1:
+        phi, slope = (w - 1) ** 2, 2 * (w - 1)
+    else:
+        phi, slope = (w + 1) ** 2, 2 * (w + 1)
+    psi, slope = eps - phi, -slope
+    if psi > 0 or -slope * d >= -alpha * psi >= 0:
+        return -d
+    return min(max(-alpha * psi / slope, -most), most) if w != 0 else most
+
+
+@given(w=coordinates | beyond, d=directions, epsilon=epsilons, rate=rates, cap=st.floats(0.05, 0.5))
+def test_gradient_mode_is_the_rule_of_the_paper(
+    w: float, d: float, epsilon: float, rate: float, cap: float
+) -> None:
+    """But for speeds between the cap and the least speed: the paper compares before it cuts to the cap."""
+    lr = 0.1
+    alpha, most = rate / lr, cap / lr
+    after = printed(w, d, constrain="gradient", epsilon=epsilon, rate=rate, cap=cap)
+    uncut = paper_velocity(w, d, epsilon, alpha, math.inf)
+    expected = paper_velocity(w, d, epsilon, alpha, most)
+    infeasible = abs(w) > 1 + math.sqrt(epsilon) or abs(w) < askew.t_star(epsilon)
+    edge = min(abs(abs(w) - askew.t_star(epsilon)), abs(abs(w) - 1 - math.sqrt(epsilon)))
+    assume(edge > 1e-6 and abs(abs(d) - abs(uncut)) > 1e-9)
+    if infeasible and w != 0 and d * uncut < 0 and most <= abs(d) < abs(uncut):
+        assert abs(expected) == most
+        expected = -d
+    assert after == pytest.approx(w + lr * expected, abs=1e-9)
+
+
+@given(
+    t=beyond, epsilon=st.floats(0.0, 1.0), rate=st.floats(0.01, 1.0), count=st.sampled_from(GRIDS),
+    constrain=st.sampled_from(["velocity", "gradient"]),
+)  # fmt: skip
+def test_with_zero_gradient_delta_falls_towards_the_root_of_e_and_never_below(
+    t: float, epsilon: float, rate: float, count: int, constrain: str
+) -> None:
+    root, delta = math.sqrt(epsilon), abs(t) - 1
+    after = printed(t, 0.0, count, constrain, epsilon=epsilon, rate=rate)
+    assert after * t > 0
+    if delta > root + 1e-9:
+        assert root - 1e-9 <= abs(after) - 1 < delta
+    elif delta < root - 1e-9:
+        assert after == pytest.approx(t, abs=1e-12)
+
+
+def test_weights_beyond_follow_e_to_their_level() -> None:
+    t = 1.9
+    for step in range(400):
+        epsilon = 0.95 ** (step / 2)
+        t = printed(t, epsilon=epsilon)
+        assert t - 1 >= min(math.sqrt(epsilon), 0.9) - 1e-9
+    assert t - 1 == pytest.approx(math.sqrt(epsilon), rel=0.2)
+
+
+@given(
+    t=beyond, d=directions, epsilon=st.floats(0.0, 1.0), rate=rates, count=st.sampled_from(GRIDS),
+    constrain=st.sampled_from(["velocity", "gradient"]),
+)  # fmt: skip
+def test_infeasible_weights_beyond_move_inward_at_least_by_the_least_speed_or_cap(
+    t: float, d: float, epsilon: float, rate: float, count: int, constrain: str
+) -> None:
+    delta = abs(t) - 1
+    assume(abs(delta - math.sqrt(epsilon)) > 1e-9)
+    after = printed(t, d, count, constrain, epsilon=epsilon, rate=rate)
+    inward = math.copysign(1, -t) * (after - t)
+    if delta > math.sqrt(epsilon):
+        least = min(rate * (delta * delta - epsilon) / (2 * delta), 0.25)
+        assert inward == pytest.approx(max(math.copysign(0.1, t) * d, least), abs=1e-9)
+    else:
+        assert after == pytest.approx(t - 0.1 * d, abs=1e-9)
+
+
+@given(
+    t=coordinates, d=directions, epsilon=epsilons, rate=rates, count=st.sampled_from(GRIDS),
+    constrain=st.sampled_from(["velocity", "gradient"]),
+)  # fmt: skip
+def test_inside_the_levels_the_clamp_alone_makes_the_difference(
+    t: float, d: float, epsilon: float, rate: float, count: int, constrain: str
+) -> None:
+    assume(t != 0 and (count == 2 or abs(t) < 1))
+    free = printed(t, d, count, constrain, epsilon=epsilon, rate=rate)
+    clamped = printed(t, d, count, constrain, bound=1.0, epsilon=epsilon, rate=rate)
+    outward = math.copysign(1, t) * free  # of the outermost cell, whose other side is the grid's inside
+    if outward <= 1 and (count == 2 or free * t > -1) and abs(free) <= 1:
+        assert clamped == free
+    elif outward > 1:
+        assert math.copysign(1, t) * clamped == pytest.approx(1.0, abs=1e-12)
+
+
+@given(t=coordinates, epsilon=epsilons, rate=rates, cap=st.floats(0.0, 0.5))
+def test_the_restoring_step_passes_no_level(t: float, epsilon: float, rate: float, cap: float) -> None:
+    assert abs(printed(t, epsilon=epsilon, rate=rate, cap=cap)) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("constrain", ["velocity", "gradient"])
+@given(d=directions, epsilon=st.floats(0.0, 1.0), rate=rates)
+def test_a_weight_in_the_middle_moves_up_by_the_cap(
+    constrain: str, d: float, epsilon: float, rate: float
+) -> None:
+    expected = 0.25 if epsilon < 1 else -0.1 * d
+    assert printed(0.0, d, 2, constrain, epsilon=epsilon, rate=rate) == pytest.approx(expected, abs=1e-12)
+
+
 # ---- STAM --------------------------------------------------------------------------------------------------------
 
 

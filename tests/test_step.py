@@ -24,6 +24,7 @@ from step_cases import (
     DYNAMIC,
     F16,
     F32,
+    PRINTED,
     QUANTISED,
     Case,
     changing,
@@ -119,6 +120,25 @@ def test_relaxation_extremes(rule: str, hyper: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "hyper",
     [
+        dict(),
+        dict(epsilon=0.0),
+        dict(epsilon=1.0),
+        dict(rate=0.0),
+        dict(cap=0.01),
+        dict(lr=1e6),
+        dict(decoupled=True),
+    ],
+)
+@pytest.mark.parametrize("rule", PRINTED)
+def test_askew_as_printed(rule: str, hyper: dict[str, Any], isa: str) -> None:
+    for (base, momentum), levels in itertools.product((("sgd", 0.9), ("sgd", 0.0), ("adam", 0.9)), (2, 3, 4)):
+        case = Case(rule, levels, base, "channel", momentum=momentum, bound=math.inf, **hyper)
+        check(case, [(5, 13, 3), (129,), (2, 9), (7, 1)], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
         dict(epsilon=0.0), dict(epsilon=1.0), dict(rate=0.0), dict(cap=0.5), dict(lr=1e6),
         dict(epsilon=1e-8),
     ],
@@ -172,8 +192,10 @@ def test_prox_with_an_infinite_threshold_gives_levels() -> None:
     torch.testing.assert_close(ours.params[0].abs(), ours.scales[0].expand(100))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_adversarial_values(rule: str, isa: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "bound"), [*((rule, 1.5) for rule in RULES), *((rule, math.inf) for rule in PRINTED)]
+)
+def test_adversarial_values(rule: str, bound: float, isa: str) -> None:
     """Levels, their neighbours, zeros of both signs, denormals, huge and non-finite gradients."""
     tiny = torch.finfo(torch.float32).smallest_normal
     t_star = math.sqrt(1 - math.sqrt(0.3))
@@ -183,7 +205,7 @@ def test_adversarial_values(rule: str, isa: str) -> None:
     g = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e30, -1e30, math.inf, -math.inf, math.nan, tiny / 8])
     w, g = (x.reshape(-1).contiguous() for x in torch.meshgrid(w, g, indexing="ij"))
     for momentum in (0.0, 0.9):
-        record = make(Case(rule, 2, "sgd", "tensor", momentum=momentum), [tuple(w.shape)])
+        record = make(Case(rule, 2, "sgd", "tensor", momentum=momentum, bound=bound), [tuple(w.shape)])
         record = record._replace(
             params=[w.clone()],
             grads=[g.clone()],

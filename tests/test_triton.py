@@ -97,6 +97,7 @@ def expected_numbers(rule: str, hyper: torch.Tensor, before: bool) -> dict[str, 
         "shrink": (1 / (1 + decay) if rule == "splitting" else 1 - decay) if before else 1.0,
         "keep": 1 / (1 + h["kappa"]),
         "t_star": math.sqrt(1 - math.sqrt(h["epsilon"])),
+        "t_end": 1 + math.sqrt(h["epsilon"]),
     }
 
 

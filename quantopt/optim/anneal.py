@@ -20,6 +20,14 @@ __all__ = ["Anneal"]
 Schedule = Callable[[dict[str, Any], int, int], dict[str, float]]
 
 
+def paper_epsilon(group: dict[str, Any], step: int, total_steps: int) -> dict[str, float]:
+    """The schedule "paper": e = 1 for the first half, then 0.88^(epoch - 50), the training being 100 epochs."""
+    return {"epsilon": 0.88 ** max(100 * (step / total_steps - 0.5), 0.0)}
+
+
+NAMED: dict[str, Schedule] = {"paper": paper_epsilon}
+
+
 class Anneal(LRScheduler):
     """Drives ``epsilon`` (AskewSGD), ``kappa`` (STAM, BinaryRelax) or ``reg_strength`` (ProxQuant) of every quantised
     group over ``total_steps`` optimizer steps, and the hard phase at the end.
@@ -47,14 +55,18 @@ class Anneal(LRScheduler):
         optimizer: one of this package, or the wrapper that accelerate or Lightning made of it. total_steps: how many
             steps the training has, at least 1. It counts, with a warning, where the optimizer was loaded from a
             training of another length.
-        schedule: (group, step, total_steps) -> values of group keys, in place of the optimizer's own.
+        schedule: (group, step, total_steps) -> values of group keys, in place of the optimizer's own; or "paper", for
+            AskewSGD and AskewAdam: e = 1 for the first half of the steps, then 0.88^(100 (step/total_steps - 1/2)), as
+            in the paper's trainings of 100 epochs. It ends at 0.0017, not at 0: the final projection, sign() of binary
+            weights, moves them (:meth:`AskewSGD.quantized`).
         last_step: the position to begin at, 0 to start anew; None: where the optimizer's groups are.
         settings: of the optimizer's own schedule, what is left out is as above. AskewSGD, AskewAdam: ``hold``, ``end``
             (fractions of the training) and ``last`` (of t*). STAM, BinaryRelax: ``start``, ``end``, ``first``, ``last``
             (of kappa). ProxQuant: ``end``, from where it is hard.
 
     Raises:
-        TypeError: another optimizer. ValueError: a value out of range, or an unknown setting.
+        TypeError: another optimizer. ValueError: a value out of range, an unknown setting, or schedule="paper" of an
+            optimizer without an epsilon.
     """
 
     # LRScheduler.__init__ is not called: it would add keys to the groups and wrap optimizer.step, to count the calls.
@@ -62,7 +74,7 @@ class Anneal(LRScheduler):
         self,
         optimizer: torch.optim.Optimizer,
         total_steps: int,
-        schedule: Schedule | None = None,
+        schedule: Schedule | str | None = None,
         *,
         last_step: int | None = None,
         **settings: float,
@@ -90,6 +102,8 @@ class Anneal(LRScheduler):
             raise ValueError(
                 f"{sorted(settings)} are settings of the optimizer's schedule: leave out schedule="
             )
+        if isinstance(schedule, str):
+            schedule = _named(schedule, optimizer)
         self.schedule: Schedule = schedule or functools.partial(own, **settings)
         lengths = {group.get("anneal_total") for group in optimizer.param_groups if "anneal_step" in group}
         if last_step is None and lengths - {total_steps}:
@@ -185,3 +199,13 @@ class Anneal(LRScheduler):
     @_step_count.setter
     def _step_count(self, _: int) -> None:
         pass
+
+
+def _named(name: str, optimizer: LevelOptimizer) -> Schedule:
+    if name not in NAMED:
+        raise ValueError(f"schedule={name!r}: use one of {sorted(NAMED)}, or a function")
+    if "epsilon" not in optimizer.defaults:
+        raise ValueError(
+            f"schedule={name!r}: {type(optimizer).__name__} has no epsilon to drive; leave schedule out for its own"
+        )
+    return NAMED[name]

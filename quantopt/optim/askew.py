@@ -35,6 +35,14 @@ class AskewSGD(LevelOptimizer):
             \quad k = r (u - e/u) / (4 |t|), \quad s = \mathrm{sgn}(t) \\
         w &\leftarrow \mathrm{clamp}(w + \mathrm{half}\, v, -hi, hi)
 
+    With ``clamp=False``, the form of the paper, a weight may leave :math:`[-hi, hi]`. Beyond the outer levels, by
+    :math:`\delta = |t| - 1`, it is feasible iff :math:`\delta \le \sqrt e`; the step has no clamp, and before it
+
+    .. math::
+        v &\leftarrow -s \max(-s v, \min(r (\delta^2 - e) / (2 \delta), \mathrm{cap}))
+            \text{ if } \delta > \sqrt e \\
+        v &\leftarrow \mathrm{cap} \text{ if } t = 0 \text{ and } t^* > 0
+
     With ``memory=True`` (an extension of ours, to which the paper's theorem does not carry over) a latent weight moves
     by the base step, and the network runs with its projection onto the feasible interval, so that signs can still
     change when the intervals have separated. The recipes of the command line use it.
@@ -60,7 +68,7 @@ class AskewSGD(LevelOptimizer):
             of other optimizers).
         epsilon: e in [0, 1]. rate: r, the restoring rate per step (default 0.1; with memory infinite, the exact
             projection). cap: largest restoring step in units of t. bound: with memory, the latent stays in
-            [-bound hi, bound hi].
+            [-bound hi, bound hi]. clamp: False for the form of the paper, which has no memory.
         constrain: "velocity", or "gradient" for the authors' order (the constraint acts on the gradient of infeasible
             weights, with alpha = rate/lr, before momentum; the clamp to [-hi, hi] comes last).
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"

@@ -1,7 +1,7 @@
 """AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023). Source: docs/algorithms.md, section 2.
 
 Constraint of each weight: h(t) = e - u^2 >= 0, u = (1-|t|)(1+|t|); feasible iff |t| >= t* = sqrt(1 - sqrt e). As
-printed (an infinite ``bound``) weights may leave [-hi, hi], and beyond the outer levels e - delta^2 >= 0, delta = |t| - 1.
+printed (an infinite ``bound``) weights may leave [-hi, hi]; beyond the outer levels e - delta^2 >= 0, delta = |t| - 1.
 """
 
 import math
@@ -36,9 +36,7 @@ def returning_speed(t: Tensor, epsilon: float, rate: float) -> Tensor:
     return rate * (delta * delta - epsilon) / (2 * delta)
 
 
-def as_printed(
-    v: Tensor, t: Tensor, unit: Tensor, *, epsilon: float, rate: float, cap: float
-) -> Tensor:
+def as_printed(v: Tensor, t: Tensor, unit: Tensor, *, epsilon: float, rate: float, cap: float) -> Tensor:
     """What the printed form makes of a velocity v (``unit``: 1 in t): inward beyond delta = sqrt e, +cap at t = 0."""
     s = sign(t)
     inward = -s * torch.maximum(-s * v, returning_speed(t, epsilon, rate).clamp(max=cap) * unit)
@@ -101,9 +99,7 @@ def constrained_gradient(
     return g
 
 
-def gradient_step(
-    w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float, bound: float = 1.0
-) -> Tensor:
+def gradient_step(w: Tensor, d: Tensor, hi: Tensor, *, lr: float, decay: float, bound: float = 1.0) -> Tensor:
     """The base step and the clamp that follow :func:`constrained_gradient`."""
     w = w - lr * (d + decay * w)
     return w if math.isinf(bound) else torch.clamp(w, -hi, hi)
