@@ -114,6 +114,7 @@ def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
 
 
 def styles(count: int) -> list[tuple[str, Any]]:
+    """(colour, dashes) of each of ``count`` lines."""
     return [_STYLES[i % len(_STYLES)] for i in range(count)] if count > 1 else [_STYLES[-1]]
 
 

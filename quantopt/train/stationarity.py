@@ -2,7 +2,7 @@
 
 The problem is smooth and not convex, with rows a_i = y_i x_i:
 
-    h(w) = mean_i sigmoid(-a_i.w),    |Hessian| <= L = lambda_max(A^T A / n) / (6 sqrt 3), as |sigmoid''| <= 1 / (6 sqrt 3)
+    h(w) = mean_i sigmoid(-a_i.w):  |Hessian| <= L = lambda_max(A^T A / n) / (6 sqrt 3), as |sigmoid''| <= 1/(6 sqrt 3)
     F(w) = h(w) + lambda/2 |w - sgn w|^2,  lambda = L: the objective with relaxed binary weights
 
 Gradients are those of minibatches of 8 rows drawn with replacement. The step size is that of the theorem, constant for
@@ -14,7 +14,7 @@ eps^-4 iterations for a mapping of norm eps, is a squared mapping of T^(-1/2). M
                   u - sgn u = (1 + kappa) (w - sgn w) also grad F(w) where lam (1 + kappa) = lambda
     splitting     G(y) = (y - clamp(y - s grad F(y), -1, 1)) / s,  s = 1 / (2 L), y = clamp(x, -1, 1), the weights:
                   zero where y is a stationary point of F in the box
-    residual      R(x) = (y - z(x)) / gamma, z = relax(2 y - x - gamma grad h(y)): the fixed-point residual of the splitting
+    residual      R(x) = (y - z) / gamma, z = relax(2 y - x - gamma grad h(y)): the splitting's fixed-point residual
 """
 
 import math
@@ -91,7 +91,7 @@ class Numbers(NamedTuple):
     penalty: float  # lambda
 
 
-Mapping_ = Callable[[Problem, Tensor, Numbers], Tensor]  # of the latent [seeds, d]
+LatentMapping = Callable[[Problem, Tensor, Numbers], Tensor]  # of the latent [seeds, d]
 
 
 def alternating_mapping(problem: Problem, u: Tensor, numbers: Numbers) -> Tensor:
@@ -121,7 +121,7 @@ class Case(NamedTuple):
 
     form: str
     numbers: Callable[[float, float], Numbers]  # of gamma and L
-    mappings: Mapping[str, Mapping_]
+    mappings: Mapping[str, LatentMapping]
 
 
 KAPPA = 0.1  # where it is the same for every horizon
@@ -135,12 +135,18 @@ CASES = (
     Case(
         "alternating",
         lambda gamma, L: Numbers(gamma, KAPPA, 0.0, L),
-        {"alternating, lam = 0: G = grad h(w)": alternating_mapping, "  the same, grad F(w)": alternating_relaxed},
+        {
+            "alternating, lam = 0: G = grad h(w)": alternating_mapping,
+            "alternating, lam = 0: grad F(w)": alternating_relaxed,
+        },
     ),
     Case(
         "splitting",
         lambda gamma, L: Numbers(gamma, L * gamma, 0.0, L),
-        {"splitting, kappa = L gamma: G": splitting_mapping, "  the same, residual R": splitting_residual},
+        {
+            "splitting, kappa = L gamma: G": splitting_mapping,
+            "splitting, kappa = L gamma: R": splitting_residual,
+        },
     ),
     Case(
         "splitting",
@@ -174,9 +180,7 @@ def squared_mappings(problem: Problem, case: Case, horizon: int, settings: Setti
         squares.append(
             torch.stack([f(problem, latent, numbers).square().sum(-1) for f in case.mappings.values()])
         )
-        chosen = torch.randint(
-            len(problem.rows), (settings.seeds, settings.batch), generator=generator
-        )
+        chosen = torch.randint(len(problem.rows), (settings.seeds, settings.batch), generator=generator)
         weights.grad = problem.gradient(weights.detach(), chosen)
         optimizer.step()
         latent = optimizer.state[weights]["latent"]

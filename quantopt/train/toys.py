@@ -42,13 +42,19 @@ def run(out: Path, settings: toy_problems.Settings, stationary: stationarity.Set
     report.write_json(
         out / TOYS_JSON, {**head, "logistic": regressions, "moons": moons, "stationarity": stam}
     )
-    print(f"\nwritten: {', '.join(str(out / n) for n in (TOYS_JSON, LOGISTIC_PNG, MOONS_PNG, STATIONARITY_PNG))}")
+    print(
+        f"\nwritten: {', '.join(str(out / n) for n in (TOYS_JSON, LOGISTIC_PNG, MOONS_PNG, STATIONARITY_PNG))}"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean_and_std(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{row[f'{name} mean']:.3f} ± {row[f'{name} std']:.3f}" for name in names]
 
 
 def logistic_text(result: Mapping[str, Any]) -> str:
@@ -65,20 +71,19 @@ def logistic_text(result: Mapping[str, Any]) -> str:
         "the same, mean of the last half of the epochs, %",
         "loss of the network's weights",
     )
-    for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
-        chosen = [row for row in result["rows"] if row["batch"] == batch]
-        rows = [
+    for title, rows in result["rows"].items():
+        lines = [
             (
                 row["method"],
                 str(row["seeds_all_right"]),
-                f"{row['loss_projected']:.5f}",
+                f"{row['loss_vertices']:.5f}",
                 f"{row['largest_excess_percent']:.2f}",
                 f"{row['late_excess_percent']:.2f}",
                 f"{row['loss_network']:.5f}",
             )
-            for row in chosen
+            for row in rows
         ]
-        parts.append(f"batch {batch}, {chosen[0]['epochs']} epochs\n\n{_table(head, rows)}")
+        parts.append(f"{title}\n\n{_table(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -102,18 +107,18 @@ def moons_text(result: Mapping[str, Any]) -> str:
         (f"{r['noise']}", "yes" if r["standardised"] else "no", f"{r['float']:.3f}", f"{r['best']:.3f}")
         for r in result["readings"]
     ]
+    others = ("binaryconnect", "askew printed, velocity")
     draws = [
         (
             str(row["draw"]),
             f"{row['best_of_512']:.3f}",
             f"{row['test_of_best_in_training']:.3f}",
-            *(
-                f"{row[f'{name} mean']:.3f} ± {row[f'{name} std']:.3f}"
-                for name in ("binaryconnect", "askew printed, velocity")
-            ),
+            *_mean_and_std(row, others),
         )
         for row in result["other_draws"]
     ]
+    orders = ("velocity", "gradient")
+    caps = [(f"{row['cap']}", *_mean_and_std(row, orders)) for row in result["caps"]]
     return "\n\n".join(
         (
             f"\ntwo moons, noise {result['noise']}, {result['runs']} runs, test loss x1e3: mean ± std (above the best "
@@ -123,9 +128,9 @@ def moons_text(result: Mapping[str, Any]) -> str:
             "noise and normalisation, which the paper does not give (its float 2.045, best 2.1)",
             _table(("noise", "standardised", "float", "best of 512"), readings),
             "other draws of the points, rate 1",
-            _table(
-                ("draw", "best of 512", "best in training", "binaryconnect", "askew printed, velocity"), draws
-            ),
+            _table(("draw", "best of 512", "best in training", *others), draws),
+            "bound of the restoring step, which the paper does not give, rate 1, askew printed",
+            _table(("bound in units of t", *orders), caps),
         )
     )
 
@@ -135,14 +140,20 @@ def stationarity_text(result: Mapping[str, Any]) -> str:
     horizons = result["horizons"]
     rows = [
         (
-            row["row"].strip(),
+            row["row"],
             f"{row['least'][0]:.2e}",
             f"{row['least'][-1]:.2e}",
             *(f"{row[f'{kind}_slope']:.3f} ± {row[f'{kind}_slope_error']:.3f}" for kind in ("least", "mean")),
         )
         for row in result["rows"]
     ]
-    head = ("mapping", f"least, T = {horizons[0]}", f"least, T = {horizons[-1]}", "slope", "slope of the mean")
+    head = (
+        "mapping",
+        f"least, T = {horizons[0]}",
+        f"least, T = {horizons[-1]}",
+        "slope",
+        "slope of the mean",
+    )
     return f"\nSTAM, squared gradient mapping among T iterations, {result['seeds']} seeds\n\n{_table(head, rows)}"
 
 
@@ -159,7 +170,9 @@ def _draw_losses(path: Path, trained: Mapping[str, Mapping[str, Trained]]) -> No
         for title, runs in trained.items():
             axes = next(panel)
             for (color, dashes), (name, training) in zip(report.styles(len(runs)), runs.items(), strict=True):
-                axes.plot(of(training).mean(1).numpy(), color=color, linestyle=dashes, linewidth=1.4, label=name)
+                axes.plot(
+                    of(training).mean(1).numpy(), color=color, linestyle=dashes, linewidth=1.4, label=name
+                )
             axes.set_title(title, fontsize=11)
             axes.set_xlabel("epoch")
             axes.set_ylabel(label)
@@ -175,8 +188,10 @@ def _draw_mappings(path: Path, result: Mapping[str, Any]) -> None:
     figure, (panel,) = report.new_figure(1, 1, width=8, height=5)
     horizons = result["horizons"]
     for (color, dashes), row in zip(report.styles(len(result["rows"])), result["rows"], strict=True):
-        label = f"{row['row'].strip()}, {row['least_slope']:.2f} ± {row['least_slope_error']:.2f}"
-        panel.loglog(horizons, row["least"], color=color, linestyle=dashes, marker="o", markersize=3, label=label)
+        label = f"{row['row']}, {row['least_slope']:.2f} ± {row['least_slope_error']:.2f}"
+        panel.loglog(
+            horizons, row["least"], color=color, linestyle=dashes, marker="o", markersize=3, label=label
+        )
     first = result["rows"][0]["least"][0]
     panel.loglog(
         horizons,
