@@ -67,7 +67,7 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
     """
     figure, panels = new_figure(2, 3, width=15, height=7.5)
     for panel, (key, title, scale) in zip(panels, PANELS, strict=True):
-        for (color, dashes), (name, run) in zip(_styles(len(curves)), curves.items(), strict=True):
+        for (color, dashes), (name, run) in zip(styles(len(curves)), curves.items(), strict=True):
             points = _points(run[key])
             if key == "test_accuracy":
                 for epoch, value in _points(run.get(OPTIONAL_CURVE, ())):
@@ -127,7 +127,8 @@ def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
     save_figure(figure, path)
 
 
-def _styles(count: int) -> list[tuple[str, Any]]:
+def styles(count: int) -> list[tuple[str, Any]]:
+    """(colour, dashes) of each of ``count`` lines."""
     return [_STYLES[i % len(_STYLES)] for i in range(count)] if count > 1 else [_STYLES[-1]]
 
 

@@ -1,166 +1,208 @@
-"""Two problems with known answers: `python -m quantopt.train.toys` solves them and draws toys.png.
+"""Toys with known answers: `python -m quantopt.train.toys` solves them, prints tables and writes toys.json and figures.
 
-They are those of the AskewSGD paper (Leconte, Schechtman, Moulines, AISTATS 2023), in other sizes:
-
-- logistic regression in 10 dimensions whose true weights are w* = c s, s in {-1, +1}^10: an optimizer for weights
-  in {-1, +1} should find the signs s, also where c < 1 and the float optimum lies inside the box;
-- two moons, classified by a 2-3-1 network without biases: its 9 weights make 512 binary networks, of which the best
-  bounds what any training can reach.
+The logistic regression and the two moons of the AskewSGD paper, at its settings (`quantopt.train.toy_problems`), and
+the rate at which both forms of STAM become stationary (`quantopt.train.stationarity`). All of it takes less than three
+minutes on one core.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-import quantopt
-from quantopt.train import report
+from quantopt.train import environment, report, stationarity, toy_problems
 from quantopt.train.cli import guarded
 from quantopt.train.directory import check_out
+from quantopt.train.errors import writing
+from quantopt.train.toy_problems import Trained
 
-DIMENSIONS = 10
-HIDDEN = 3
-WEIGHTS = 2 * HIDDEN + HIDDEN
-TOYS_PNG = "toys.png"
-
-Make = Callable[[list[dict[str, Any]]], Any]
-
-# Levels are -1 and +1, gradients are those of averaged losses without batch norm: rates are larger than a network's.
-OPTIMIZERS: dict[str, Make] = {
-    "askew": lambda groups: quantopt.AskewSGD(groups, lr=0.3, rate=0.1),
-    "stam": lambda groups: quantopt.STAM(groups, lr=0.3, form="splitting"),
-    "binaryconnect": lambda groups: quantopt.BinaryConnect(groups, lr=0.3),
-    "binaryrelax": lambda groups: quantopt.BinaryRelax(groups, lr=0.3),
-}
+TOYS_JSON = "toys.json"
+LOGISTIC_PNG, MOONS_PNG, STATIONARITY_PNG = "logistic.png", "moons.png", "stationarity.png"
 
 
-def train(
-    make: Make, model: nn.Module, x: Tensor, y: Tensor, steps: int, batch: int, generator: torch.Generator
-) -> list[Tensor]:
-    """Trains all weights of ``model`` for levels -1 and +1 on logits and labels y in {0, 1}. Returns the flattened
-    weights before each step, and at the end the projected ones."""
-    parameters = list(model.parameters())
-    optimizer = make([{"params": parameters, "bits": 1, "scale": "none"}])
-    anneal = quantopt.Anneal(optimizer, total_steps=steps)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    path = []
-    for _ in range(steps):
-        path.append(nn.utils.parameters_to_vector(parameters).detach().clone())
-        chosen = torch.randint(len(x), (batch,), generator=generator)
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(model(x[chosen]).squeeze(-1), y[chosen]).backward()
-        optimizer.step()
-        scheduler.step()
-        anneal.step()
-    with optimizer.quantized():
-        path.append(nn.utils.parameters_to_vector(parameters).detach().clone())
-    return path
-
-
-def logistic(
-    make: Make, c: float, seed: int = 0, steps: int = 1000, samples: int = 2000
-) -> tuple[Tensor, list[Tensor]]:
-    """(s, path): the signs of w* = c s and the weights of a logistic regression of P(y = 1) = sigmoid(w*.x) during
-    training, with x a standard Gaussian."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (DIMENSIONS,), generator=generator) * 2.0 - 1
-    x = torch.randn(samples, DIMENSIONS, generator=generator)
-    y = torch.bernoulli(torch.sigmoid(x @ (c * signs)), generator=generator)
-    model = nn.Linear(DIMENSIONS, 1, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(0.2 * torch.rand(1, DIMENSIONS, generator=generator) - 0.1)
-    return signs, train(make, model, x, y, steps, 50, generator)
-
-
-def moons(samples: int = 1000, noise: float = 0.15) -> tuple[Tensor, Tensor]:
-    """Two interleaved half circles, each coordinate of mean 0 and deviation 1: x [samples, 2], y in {0, 1}."""
-    from sklearn.datasets import make_moons
-
-    points, labels = make_moons(samples, noise=noise, random_state=0)
-    x = torch.tensor(points, dtype=torch.float32)
-    return (x - x.mean(0)) / x.std(0), torch.tensor(labels, dtype=torch.float32)
-
-
-def moons_network() -> nn.Sequential:
-    """2-3-1 with ReLU, without biases."""
-    return nn.Sequential(nn.Linear(2, HIDDEN, bias=False), nn.ReLU(), nn.Linear(HIDDEN, 1, bias=False))
-
-
-def binary_networks(x: Tensor, y: Tensor) -> Tensor:
-    """Accuracy in percent of all 512 networks with weights in {-1, +1}. Bit i of the index is set where the i-th of
-    the weights, in the order of `model.parameters()`, is +1."""
-    index = torch.arange(2**WEIGHTS)
-    signs = (index[:, None] >> torch.arange(WEIGHTS) & 1) * 2.0 - 1
-    first, second = signs[:, : 2 * HIDDEN].view(-1, HIDDEN, 2), signs[:, 2 * HIDDEN :]
-    hidden = torch.einsum("nd,khd->knh", x, first).relu()
-    logits = torch.einsum("knh,kh->kn", hidden, second)
-    return 100 * ((logits > 0) == (y > 0.5)).float().mean(1)
-
-
-def train_moons(make: Make, x: Tensor, y: Tensor, seed: int = 0, steps: int = 600) -> int:
-    """The index in `binary_networks` of the network that training ends in."""
-    generator = torch.Generator().manual_seed(seed)
-    model = moons_network()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(2 * torch.rand(weight.shape, generator=generator) - 1)
-    final = train(make, model, x, y, steps, 100, generator)[-1]
-    return int(((final > 0) << torch.arange(WEIGHTS)).sum())
-
-
-def run(out: Path, seeds: int) -> None:
-    """Prints both tables and draws the figure."""
+def run(out: Path, settings: toy_problems.Settings, stationary: stationarity.Settings) -> None:
+    """Solves all of them, prints their tables, and writes toys.json and the figures to ``out``."""
     check_out(out)
     torch.set_num_threads(1)
-    print(f"logistic regression, mean wrong signs of {DIMENSIONS} over {seeds} seeds")
-    print(f"{'optimizer':14}" + "".join(f"{f'w* = ±{c}':>12}" for c in (1.0, 0.8, 0.3)))
-    paths = {}
-    for name, make in OPTIMIZERS.items():
-        means = []
-        for c in (1.0, 0.8, 0.3):
-            results = [logistic(make, c, seed) for seed in range(seeds)]
-            means.append(sum(int((path[-1] != signs).sum()) for signs, path in results) / seeds)
-            signs, path = results[0]
-            paths[name] = torch.stack(path) * signs
-        print(f"{name:14}" + "".join(f"{mean:12.1f}" for mean in means))
-    x, y = moons()
-    accuracies = binary_networks(x, y)
-    print(f"\ntwo moons, the best of {len(accuracies)} binary networks: {accuracies.max():.1f} %")
-    print(f"{'optimizer':14}{'mean %':>10}{'best %':>10}")
-    reached = {}
-    for name, make in OPTIMIZERS.items():
-        reached[name] = accuracies[[train_moons(make, x, y, seed) for seed in range(seeds)]]
-        print(f"{name:14}{reached[name].mean():10.1f}{reached[name].max():10.1f}")
-    out.mkdir(parents=True, exist_ok=True)
-    _draw(out / TOYS_PNG, paths, accuracies, reached)
-    print(f"\nwritten: {out / TOYS_PNG}")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    regressions, trained = toy_problems.solve_regressions(settings)
+    print(logistic_text(regressions))
+    _draw_losses(out / LOGISTIC_PNG, trained)
+    moons, trained = toy_problems.solve_moons(settings)
+    print(moons_text(moons))
+    _draw_losses(out / MOONS_PNG, trained)
+    stam = stationarity.measure(stationary)
+    print(stationarity_text(stam))
+    _draw_mappings(out / STATIONARITY_PNG, stam)
+    head = environment.header("cpu", torch.get_num_threads())
+    report.write_json(
+        out / TOYS_JSON, {**head, "logistic": regressions, "moons": moons, "stationarity": stam}
+    )
+    print(
+        f"\nwritten: {', '.join(str(out / n) for n in (TOYS_JSON, LOGISTIC_PNG, MOONS_PNG, STATIONARITY_PNG))}"
+    )
 
 
-def _draw(path: Path, paths: dict[str, Tensor], accuracies: Tensor, reached: dict[str, Tensor]) -> None:
-    """Above: the weights of the regression with w* = 0.3 s, times s. Below: where runs end among the 512 networks."""
-    figure, panels = report.new_figure(2, len(paths), width=3.2 * len(paths), height=6)
-    for panel, (name, weights) in zip(panels, paths.items(), strict=False):
-        panel.plot(weights.numpy(), linewidth=0.8)
-        panel.set_title(f"{name}, logistic, w* = ±0.3", fontsize=10)
-        panel.set_xlabel("step")
-        panel.set_ylabel("weight x true sign")
-        panel.set_ylim(-1.2, 1.2)
-    for panel, (name, found) in zip(panels[len(paths) :], reached.items(), strict=True):
-        panel.hist(accuracies.numpy(), bins=40, range=(0, 100), color="#BBBBBB", label="all 512 networks")
-        for i, value in enumerate(found.tolist()):
-            panel.axvline(value, color="#D55E00", linewidth=1.2, label="trained" if i == 0 else None)
-        panel.axvline(
-            float(accuracies.max()), color="#000000", linestyle=":", linewidth=1.2, label="the best"
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean_and_std(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{row[f'{name} mean']:.3f} ± {row[f'{name} std']:.3f}" for name in names]
+
+
+def logistic_text(result: Mapping[str, Any]) -> str:
+    """The tables of the regression."""
+    parts = [
+        f"logistic regression, {result['seeds']} seeds; training loss of the float optimum "
+        f"{result['loss_float_optimum']:.5f}"
+    ]
+    head = (
+        "method",
+        "seeds with all signs right",
+        "loss at the vertices",
+        "above float there, largest, %",
+        "the same, mean of the last half of the epochs, %",
+        "loss of the network's weights",
+    )
+    for title, rows in result["rows"].items():
+        lines = [
+            (
+                row["method"],
+                str(row["seeds_all_right"]),
+                f"{row['loss_vertices']:.5f}",
+                f"{row['largest_excess_percent']:.2f}",
+                f"{row['late_excess_percent']:.2f}",
+                f"{row['loss_network']:.5f}",
+            )
+            for row in rows
+        ]
+        parts.append(f"{title}\n\n{_table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def moons_text(result: Mapping[str, Any]) -> str:
+    """The tables of the two moons."""
+    paper = {name: method.paper for name, method in toy_problems.METHODS.items()}
+    constant, cosine = result["rows"]["constant"], result["rows"]["cosine"]
+    rows = [
+        (
+            row["method"],
+            *(
+                f"{r['mean']:.3f} ± {r['std']:.3f} ({r['above_best']:+.3f}, {r['runs_within_0.02']})"
+                for r in (row, other)
+            ),
+            paper.get(row["method"]) or "-",
         )
-        panel.set_title(f"{name}, two moons", fontsize=10)
-        panel.set_xlabel("accuracy, %")
-        panel.set_ylabel("networks")
-        panel.legend(fontsize=7, frameon=False)
+        for row, other in zip(constant, cosine, strict=True)
+    ]
+    rows.append(("best of the 512 networks", *[f"{result['best_of_512']:.3f}"] * 2, "2.1"))
+    readings = [
+        (f"{r['noise']}", "yes" if r["standardised"] else "no", f"{r['float']:.3f}", f"{r['best']:.3f}")
+        for r in result["readings"]
+    ]
+    others = ("binaryconnect", "askew printed, velocity")
+    draws = [
+        (
+            str(row["draw"]),
+            f"{row['best_of_512']:.3f}",
+            f"{row['test_of_best_in_training']:.3f}",
+            *_mean_and_std(row, others),
+        )
+        for row in result["other_draws"]
+    ]
+    orders = ("velocity", "gradient")
+    caps = [(f"{row['cap']}", *_mean_and_std(row, orders)) for row in result["caps"]]
+    return "\n\n".join(
+        (
+            f"\ntwo moons, noise {result['noise']}, {result['runs']} runs, test loss x1e3: mean ± std (above the best "
+            "of 512, runs within 0.02 of it)",
+            _table(("method", "rate 1", "rate 1 falling to 0 by a cosine", "paper"), rows),
+            f"the best network on the training points has {result['test_of_best_in_training']:.3f} on the test points",
+            "noise and normalisation, which the paper does not give (its float 2.045, best 2.1)",
+            _table(("noise", "standardised", "float", "best of 512"), readings),
+            "other draws of the points, rate 1",
+            _table(("draw", "best of 512", "best in training", *others), draws),
+            "bound of the restoring step, which the paper does not give, rate 1, askew printed",
+            _table(("bound in units of t", *orders), caps),
+        )
+    )
+
+
+def stationarity_text(result: Mapping[str, Any]) -> str:
+    """The table of the mappings."""
+    horizons = result["horizons"]
+    rows = [
+        (
+            row["row"],
+            f"{row['least'][0]:.2e}",
+            f"{row['least'][-1]:.2e}",
+            *(f"{row[f'{kind}_slope']:.3f} ± {row[f'{kind}_slope_error']:.3f}" for kind in ("least", "mean")),
+        )
+        for row in result["rows"]
+    ]
+    head = (
+        "mapping",
+        f"least, T = {horizons[0]}",
+        f"least, T = {horizons[-1]}",
+        "slope",
+        "slope of the mean",
+    )
+    return f"\nSTAM, squared gradient mapping among T iterations, {result['seeds']} seeds\n\n{_table(head, rows)}"
+
+
+def _draw_losses(path: Path, trained: Mapping[str, Mapping[str, Trained]]) -> None:
+    """Training loss against the epoch, mean over the runs: above of the weights that the network runs with, below of
+    the nearest binary ones."""
+    figure, panels = report.new_figure(2, len(trained), width=5.5 * len(trained), height=7.5)
+    parts: tuple[tuple[str, Callable[[Trained], torch.Tensor]], ...] = (
+        ("training loss of the network's weights", lambda run: run.curve),
+        ("training loss of the nearest binary weights", lambda run: run.projected),
+    )
+    panel = iter(panels)
+    for label, of in parts:
+        for title, runs in trained.items():
+            axes = next(panel)
+            for (color, dashes), (name, training) in zip(report.styles(len(runs)), runs.items(), strict=True):
+                axes.plot(
+                    of(training).mean(1).numpy(), color=color, linestyle=dashes, linewidth=1.4, label=name
+                )
+            axes.set_title(title, fontsize=11)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    report.save_figure(figure, path)
+
+
+def _draw_mappings(path: Path, result: Mapping[str, Any]) -> None:
+    """The least squared mapping against T, with a line of slope -1/2."""
+    figure, (panel,) = report.new_figure(1, 1, width=8, height=5)
+    horizons = result["horizons"]
+    for (color, dashes), row in zip(report.styles(len(result["rows"])), result["rows"], strict=True):
+        label = f"{row['row']}, {row['least_slope']:.2f} ± {row['least_slope_error']:.2f}"
+        panel.loglog(
+            horizons, row["least"], color=color, linestyle=dashes, marker="o", markersize=3, label=label
+        )
+    first = result["rows"][0]["least"][0]
+    panel.loglog(
+        horizons,
+        [2 * first * (horizons[0] / t) ** 0.5 for t in horizons],
+        color="#BBBBBB",
+        label="slope -1/2",
+    )
+    panel.set_xlabel("iterations T")
+    panel.set_ylabel("least squared mapping, mean over the seeds")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, frameon=False)
     report.save_figure(figure, path)
 
 
@@ -170,13 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", default="runs/toys", metavar="DIR", help="directory to write to (%(default)s)"
     )
-    parser.add_argument(
-        "--seeds", type=int, default=5, choices=range(1, 101), metavar="N", help="(%(default)s)"
-    )
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        run(Path(arguments.out), arguments.seeds)
+        run(Path(arguments.out), toy_problems.Settings(), stationarity.Settings())
         return 0
 
     return guarded("quantopt toys", work)
