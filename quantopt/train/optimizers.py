@@ -199,9 +199,13 @@ def build(
         optimizer = make(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
     else:
         other = {"lr": settings["float_lr"], "weight_decay": settings["float_weight_decay"]}
+        if options.get("base") == "muon":
+            other["base"] = "adam"
+        # With bits=0 the weights that would be quantised are trained by the base, for example Muon, all the same.
         groups = quantopt.param_groups(
-            model, bits=settings["bits"], scale=settings["scale"], skip=skip, other=other
+            model, bits=settings["bits"] or 1, scale=settings["scale"], skip=skip, other=other
         )
+        groups[0]["bits"] = settings["bits"]
         if rescaled:
             unit = _unit_variance(groups[0]["params"])
             if options.get("base", make._base) == "adam":  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from quantopt.train.errors import InputError, shown
 
 _LM = ("lm",)
 _KEYS = ("optimizer", *HYPERPARAMETERS)
-DEFAULT_RECIPE = "stam"
+DEFAULT_RECIPE = "stam-muon"
 
 
 def _shared(name: str) -> Any:

@@ -33,6 +33,11 @@ KEYS = frozenset(
 EVERY = 50  # steps of which the curve of the training loss has the mean
 
 
+def describe(config: Config, text: Text) -> dict[str, Any]:
+    """The configuration that the report of a run has; `fingerprint` identifies the text by content."""
+    return {**asdict(config), "fingerprint": text.fingerprint()}
+
+
 class Trainer:
     """A run: network, optimizer, schedules, random numbers and the curve of the loss, after `step` steps.
 
@@ -62,8 +67,8 @@ class Trainer:
 
     @property
     def quantised(self) -> bool:
-        """Whether the optimizer has levels."""
-        return self.config.optimizer not in optimizers.FLOAT
+        """Whether there are levels."""
+        return self.config.optimizer not in optimizers.FLOAT and self.config.bits != 0
 
     def train_until(self, step: int, bar: "tqdm[Any]") -> None:
         """Steps until `step` of them are done. Raises TrainingError where the loss is not finite."""
@@ -92,8 +97,7 @@ class Trainer:
         self.seconds += time.perf_counter() - started
 
     def describe(self) -> dict[str, Any]:
-        """The configuration; `fingerprint` identifies the text by content."""
-        return {**asdict(self.config), "fingerprint": self.text.fingerprint()}
+        return describe(self.config, self.text)
 
     def state_dict(self) -> dict[str, Any]:
         """After a multiple of `EVERY` steps. Can be read by torch.load(weights_only=True)."""
