@@ -112,11 +112,11 @@ def test_every_recipe_learns(file: Path, recipe: str) -> None:
     """The text repeats every 8 bytes: log 8 = 2.08 without knowing the order, 0 with it."""
     config = configured(file, recipe)
     report = loop.train(config, loaded(config), progress=False)
-    assert report["loss"] < 1.0
+    assert report["loss"] < 1.5
     if recipe.startswith("float"):
         assert report["loss_quantized"] is report["loss_packed"] is None
         return
-    assert report["loss_quantized"] < 1.0
+    assert report["loss_quantized"] < 1.5
     assert report["loss_packed"] == pytest.approx(report["loss_quantized"], rel=1e-4)
     assert report["bytes_packed"] < report["bytes_float"]
 
