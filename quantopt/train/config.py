@@ -348,6 +348,9 @@ def table_of(options: type) -> dict[str, Option]:
 OPTIONS = table_of(Config)
 """The table of `Config`."""
 
+DEFAULTS = {name: row.default for name, row in OPTIONS.items()}
+"""What a configuration has that an earlier version saved, where it lacks an option."""
+
 HYPERPARAMETERS = tuple(name for name, option in OPTIONS.items() if option.recipe == "hyperparameter")
 """What the recipe of every optimizer sets."""
 

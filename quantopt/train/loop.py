@@ -18,7 +18,7 @@ from quantopt.backends import BackendError
 from quantopt.files import remove_temporaries
 from quantopt.train import augment, checkpoint, models, optimizers, recipes
 from quantopt.train.checkpoint import CURVES
-from quantopt.train.config import Config
+from quantopt.train.config import DEFAULTS, Config
 from quantopt.train.data import Dataset
 from quantopt.train.directory import CHECKPOINT, Hold, Result, read_checkpoint, write_checkpoint
 from quantopt.train.environment import versions
@@ -245,7 +245,7 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Any], argument: str, source: object) -> None:
         """As `load_state_dict`, without the random state, which depends on the kind of device."""
-        present, saved = self.describe(), state["config"]
+        present, saved = self.describe(), DEFAULTS | state["config"]
         free = (*checkpoint.free(present), *(() if argument == "--resume" else ("device",)))
         if differing := checkpoint.differences(saved, present, "the checkpoint", free):
             raise InputError(argument, f"{source} is of another run: {differing}")

@@ -17,6 +17,7 @@ import torch
 
 from quantopt.train import checkpoint, environment, loop, recipes, report
 from quantopt.train.arguments import given, passed_on
+from quantopt.train.config import DEFAULTS
 from quantopt.train.data import Dataset
 from quantopt.train.directory import REPORT, read_results
 from quantopt.train.errors import OUT_OF_TIME, InputError
@@ -202,7 +203,7 @@ def _results(file: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """The report in `file`. Raises InputError unless it is of a run of the configuration `expected`."""
     results = read_results(file, "--out")
     if differing := checkpoint.differences(
-        results["config"], expected, "the report", checkpoint.free(expected)
+        DEFAULTS | results["config"], expected, "the report", checkpoint.free(expected)
     ):
         raise InputError(
             "--out", f"{file} is of another run: {differing}; remove {file.parent}, or give another directory"
