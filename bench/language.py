@@ -25,7 +25,7 @@ from quantopt.train.environment import header
 from quantopt.train.errors import OUT_OF_TIME, OutOfTime
 from quantopt.train.lm import config as lm
 from quantopt.train.lm import loop, text
-from quantopt.train.report import write_json
+from quantopt.train.report import plain, write_json
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"layers": 4, "width": 128, "heads": 4, "steps": 1200},
@@ -56,7 +56,7 @@ class Sweep:
         with held(directory) as hold:
             if (directory / REPORT).is_file():
                 report = json.loads((directory / REPORT).read_text())
-                expected = loop.describe(config, self.text)
+                expected = plain(loop.describe(config, self.text))
                 if differing := checkpoint.differences(report["config"], expected, "the report", ("data",)):
                     sys.exit(f"{directory} is of another run: {differing}")
                 return report

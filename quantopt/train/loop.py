@@ -317,10 +317,7 @@ class Trainer:
             "versions": versions(),
             "seed": self.config.seed,
             "left_out": self.dataset.left_out,
-            "curves": {
-                name: ["inf" if value == math.inf else value for value in curve]
-                for name, curve in self.curves.items()
-            },
+            "curves": self.curves,
             "accuracy_latent": latent,
             "accuracy_quantized": quantized,
             "accuracy_packed": None if packed is None else evaluate(packed, test_images, test_labels),

@@ -1,6 +1,7 @@
 """Reports of runs: JSON, the figures curves.png and weights.png, and the table of the demo."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,18 @@ OPTIONAL_CURVE = "projected_accuracy"
 """Drawn into the panel of test_accuracy. Runs of 0.1.0 lack it."""
 
 
+def plain(value: Any) -> Any:
+    """`value` as it is read back from a file of :func:`write_json`: "inf" for infinity, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: plain(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(element) for element in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    """Writes strict JSON (no NaN or Infinity), atomically."""
-    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
+    """Writes strict JSON, atomically. Infinity becomes "inf"; ValueError for NaN."""
+    text = json.dumps(plain(contents), indent=1, allow_nan=False) + "\n"
     with writing(path):
         atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
 

@@ -203,7 +203,7 @@ def _results(file: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """The report in `file`. Raises InputError unless it is of a run of the configuration `expected`."""
     results = read_results(file, "--out")
     if differing := checkpoint.differences(
-        DEFAULTS | results["config"], expected, "the report", checkpoint.free(expected)
+        DEFAULTS | results["config"], report.plain(expected), "the report", checkpoint.free(expected)
     ):
         raise InputError(
             "--out", f"{file} is of another run: {differing}; remove {file.parent}, or give another directory"
