@@ -129,7 +129,7 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Par
 
 def following(base: str) -> list[dict[str, Any]]:
     """Binary levels that follow the weights, STAM alternating on 16M weights: a mean per group against one per row."""
-    shape = [(4096, 4096)]
+    shape: list[tuple[int, ...]] = [(4096, 4096)]
     options: dict[str, Any] = dict(bits=1, lr=LR, kappa=0.1, base=base)
     scales: dict[str, dict[str, Any]] = {
         "channel": dict(scale="channel"),

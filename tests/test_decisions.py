@@ -46,13 +46,18 @@ def test_every_level_is_within_reach(make_optimizer: Any, bits: int | str, scale
 
 
 @clipped
-def test_binary_groups_have_the_level_and_the_bound_of_their_channel(make_optimizer: Any) -> None:
+def test_binary_groups_have_a_level_and_a_bound_of_their_own(make_optimizer: Any) -> None:
     p = spread((3, 5, 10))
     opt = make_optimizer([{"params": [p], "bits": 1, "scale": "group", "group_size": 7}], lr=10.0)
-    sigma = p.detach().reshape(3, -1).std(dim=1)
+    parts = p.detach().reshape(3, -1).split(7, dim=1)  # the last of a row has one weight
+    sigma = torch.stack([x.std(dim=1) if x.shape[1] > 1 else x.abs().mean(dim=1) for x in parts], dim=1)
     p.grad = torch.randn_like(p)
     opt.step()
-    assert torch.equal(opt.state[p]["sigma"], sigma) and opt.state[p]["scale"].shape == (3,)
+    assert torch.equal(opt.state[p]["sigma"], sigma)
+    latent = opt.state[p]["latent"].reshape(3, -1)
+    means = torch.stack([x.abs().mean(dim=1) for x in latent.split(7, dim=1)], dim=1)
+    torch.testing.assert_close(opt.state[p]["scale"], means)
+    assert bool((latent.abs() <= sigma.repeat_interleave(7, dim=1)[:, :50]).all())
 
 
 @backends

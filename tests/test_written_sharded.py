@@ -56,3 +56,27 @@ def test_a_sharded_model_is_not_packed(mesh: Any) -> None:
     opt = quantopt.AskewSGD([{"params": [model.weight], "bits": 1}])
     with pytest.raises(ValueError, match="get_model_state_dict"):
         quantopt.pack(model, opt)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (quantopt.AskewSGD, dict(scale="channel")),
+        (quantopt.STAM, dict(scale="group")),
+        (quantopt.STAM, dict(scale="tensor")),  # whose binary level is per channel
+        (quantopt.STAM, dict(scale="group-mean", form="splitting")),
+        (quantopt.BinaryConnect, dict(scale="group")),
+    ],
+)
+def test_rows_that_ranks_share_are_refused_when_the_group_is_added(
+    make: Any, options: Any, mesh: Any
+) -> None:
+    whole, cut = (
+        nn.Parameter(distribute_tensor(torch.randn(6, 8), mesh, [placement]))
+        for placement in (Shard(0), Shard(1))
+    )
+    opt = make([{"params": [whole], "bits": 1}], **options)
+    with pytest.raises(ValueError, match=r"sharded as .*Shard\(0\); use scale='tensor'"):
+        opt.add_param_group({"params": [cut], "bits": 1})
+    assert len(opt.param_groups) == 1
+    quantopt.AskewSGD([{"params": [cut], "bits": 1}], scale="tensor")
