@@ -53,7 +53,7 @@ class Row(NamedTuple):
     @property
     def block(self) -> int:
         """A power of two from the elements of a group on."""
-        return max(triton.next_power_of_2(self.group), 16)
+        return max(int(triton.next_power_of_2(self.group)), 16)
 
     @property
     def whole_vectors(self) -> bool:
