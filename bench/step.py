@@ -11,6 +11,7 @@ they did instead.
 """
 
 import argparse
+import functools
 import importlib.util
 import math
 import warnings
@@ -28,7 +29,7 @@ from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.optim import step as group_step
 from quantopt.reference import askew, base, stam
 from quantopt.reference.step import fused_step as reference_step
-from quantopt.rules import StepRecord
+from quantopt.rules import RULES, StepRecord
 
 # Bytes moved per parameter, what is read and written once each: docs/kernels.md has the table.
 BYTES = {"askew": 20, "askew_memory": 24, "splitting": 24}
@@ -148,6 +149,34 @@ def following(base: str) -> list[dict[str, Any]]:
         for name in scales
         if name != "channel"
     ]
+
+
+def on_base(rule: str, base: str) -> list[dict[str, Any]]:
+    """A rule on Adam or on a given direction, as after Muon, against the memory limit: the base step without levels
+    (with a latent, STAM at kappa = 0). Adam's bytes are SGD's and those of v, which is copied."""
+    n = 16 << 20
+    p, g, v = torch.randn(n), torch.randn(n) * 0.1, torch.rand(n)
+    latents = [p.clone()] if RULES[rule].latent else []
+    empty: list[Tensor] = []
+    steps = [torch.ones(1)] if base == "adam" else []
+    momentum = [torch.zeros(n)] if base == "adam" else []
+    record = StepRecord(
+        rule, base, [p], [g], momentum, [v] if base == "adam" else [], latents, [torch.ones(1)], empty, steps,
+        hyper_tensor(**(HYPER | {"beta2": 0.999, "adam_eps": 1e-8} | DEFAULTS.get(rule, {}))),
+    )  # fmt: skip
+    numbers = hyper_tensor(lr=LR, momentum=BETA if base == "adam" else 0.0)
+    limit = record._replace(base="sgd", exp_avg_sqs=[], steps=[], hyper=numbers)
+    limit = limit._replace(rule="alternating") if latents else limit._replace(rule="none", scales=[])
+    copy = torch.empty(n)
+
+    def probe() -> None:
+        fused_step(limit)
+        if base == "adam":
+            copy.copy_(v)
+
+    times = compare({"ours": lambda: fused_step(record), "probe": probe}, min_time=1.0)
+    case = f"{rule} on {base} fp32 16M"
+    return [row(case, "probe (memory limit)", times["ours"], times["probe"], OF_PROBE)]
 
 
 def fault(opt: torch.optim.Optimizer, params: list[nn.Parameter]) -> str | None:
@@ -317,6 +346,11 @@ def cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
         "askew 16M open": lambda: flat("askew", 16 << 20, epsilon=1.0),
         "askew_memory 16M": lambda: flat("askew_memory", 16 << 20),
         "splitting 16M": lambda: flat("splitting", 16 << 20),
+        **{
+            f"{rule} {base} 16M": functools.partial(on_base, rule, base)
+            for base in ("adam", "given")
+            for rule in ("askew", "askew_memory", "alternating")
+        },
         "following sgd 16M": lambda: following("sgd"),
         "following adam 16M": lambda: following("adam"),
         "ResNet-18": lambda: whole_step("ResNet-18 list, fp32", RESNET18, {compiled: 1.7, "probe": OF_PROBE}),
