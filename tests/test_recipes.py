@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
         | {f"cnn-{rest}" for rest in small}
         | {f"{network}-{rest}" for network in ("convnet-small", "paper-convnet") for rest in ALL_BINARY}
         | {f"paper-{network}-{rest}" for network in ("vgg-small", "resnet20") for rest in SOME_FLOAT}
+        | {
+            f"paper-resnet18-{rest}-{bits}"
+            for rest in ("askew-adam", "askew-latent")
+            for bits in ("w4a4", "w2a4")
+        }
+        | {"paper-resnet18-luq-w4a4"}
         | set(optimizers.OPTIMIZERS)
     )
 
@@ -130,6 +137,14 @@ def test_the_printed_forms_are_those_of_the_paper(network):
             built.seek(step)
             assert group["epsilon"] == pytest.approx(epsilon)
             assert group["lr"] == pytest.approx(factor * settings["lr"])
+
+
+def test_the_script_for_a_gpu_names_recipes_that_exist():
+    text = (Path(__file__).parent.parent / "bench" / "accuracy_gpu.sh").read_text()
+    listing = text[text.index("networks=(") : text.index("# shellcheck")] + '\necho "${recipes[@]}"'
+    named = subprocess.run(["bash", "-c", listing], capture_output=True, text=True, check=True).stdout.split()
+    assert len(set(named)) == len(named) > 30 and set(named) <= set(recipes.names())
+    assert {name for name in recipes.names() if name.startswith("paper-")} <= set(named)
 
 
 def test_milestones_and_warm_up():
