@@ -2,9 +2,9 @@
 
     python bench/language.py --data FILE [--size small|medium] [--out DIR] [--methods NAME ...] [--minutes M]
 
-The methods are recipes of `quantopt lm` (quantopt/recipes/lm.toml). Each is trained at every rate of its grid with seed
-0, all grids of one length, and at the rate of the least validation loss with the other seeds too. The rate is chosen on
-the validation part that the table is of, for all methods alike. Runs that are in DIR are not trained again: the same
+The methods are recipes of `quantopt lm` (quantopt/recipes/lm.toml). Each is trained at every rate of a grid with seed 0,
+which is extended while an end of it is best, and at the rate of the least validation loss with the other seeds too. The
+rate is chosen on the validation part that the table is of, for all methods alike. Runs that are in DIR are not trained again: the same
 command continues what was cut (status 3). Prints a table, and writes bench/results/language-SIZE.json when all
 methods are done.
 """
@@ -69,8 +69,12 @@ class Sweep:
 
     def row(self, method: str) -> dict[str, Any]:
         """The row of a method: at every rate with seed 0, at the best of them with all seeds."""
-        tried = {rate: loss_of(self.run(method, rate, 0)) for rate in RATES}
-        best = min(RATES, key=lambda rate: tried[rate])
+        tried: dict[float, float] = {}
+        wanted = list(RATES)
+        while wanted:
+            tried |= {rate: loss_of(self.run(method, rate, 0)) for rate in wanted}
+            best = min(tried, key=lambda rate: tried[rate])
+            wanted = [best / 2] if best == min(tried) else [2 * best] if best == max(tried) else []
         reports = [self.run(method, best, seed) for seed in range(SEEDS)]
         losses = [loss_of(report) for report in reports]
         return {
