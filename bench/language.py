@@ -73,7 +73,7 @@ class Sweep:
         wanted = list(RATES)
         while wanted:
             tried |= {rate: loss_of(self.run(method, rate, 0)) for rate in wanted}
-            best = min(tried, key=lambda rate: tried[rate])
+            best = min(tried, key=tried.__getitem__)
             wanted = [best / 2] if best == min(tried) else [2 * best] if best == max(tried) else []
         reports = [self.run(method, best, seed) for seed in range(SEEDS)]
         losses = [loss_of(report) for report in reports]
