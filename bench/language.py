@@ -2,7 +2,7 @@
 
     python bench/language.py --data FILE [--size small|medium] [--out DIR] [--methods NAME ...] [--minutes M]
 
-The methods are recipes of `quantopt lm` (quantopt/recipes/lm.toml). Each is trained at every rate of a grid with seed 0,
+The methods are recipes of `quantopt lm` (recipes/lm.toml). Each is trained at every rate of a grid with seed 0,
 which is extended while an end of it is best, and at the rate of the least validation loss with the other seeds too. The
 rate is chosen on the validation part that the table is of, for all methods alike. Runs that are in DIR are not trained
 again: the same command continues what was cut (status 3). Prints a table, and writes bench/results/language-SIZE.json
