@@ -121,7 +121,7 @@ def test_the_printed_forms_are_those_of_the_paper(network):
         assert all(map(torch.equal, model.parameters(), drawn))  # not rescaled
         (group,) = built.optimizer.param_groups
         assert (group["scale"], group["memory"], group["lr"]) == ("none", False, settings["lr"])
-        assert group["clamp"] == name.endswith("-clamp")
+        assert group.get("clamp", True) == name.endswith("-clamp")
         assert group["constrain"] == ("gradient" if "gradient" in name else "velocity")
         assert built.optimizer._base == ("adam" if "adam" in name else "sgd") and not group.get("momentum")
         assert group["weight_decay"] == 0

@@ -47,7 +47,7 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
     assert result.histograms.shape == (6, measure.HISTOGRAM_BINS)
     if optimizer in optimizers.FLOAT:
         measured, other = "accuracy_latent", "accuracy_quantized"
-        measured, other = (measured, other) if optimizer == "sgd" else (other, measured)
+        measured, other = (other, measured) if optimizer == "luq" else (measured, other)
         absent = (other, "accuracy_packed", "bytes_float", "bytes_packed", "images_per_second_packed")
         assert (
             written[measured] > 80 and all(written[key] is None for key in absent) and result.packed is None

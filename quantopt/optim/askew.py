@@ -131,9 +131,7 @@ class AskewSGD(LevelOptimizer):
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
-        clamp = self._options.setdefault("clamp", True)  # pickled by an earlier version
-        for options in (self.defaults, *self.param_groups):
-            options.setdefault("clamp", clamp)
+        self._options.setdefault("clamp", True)  # pickled by an earlier version
 
     def _rule(self, group: dict[str, Any]) -> str:
         if group["memory"]:
@@ -141,7 +139,7 @@ class AskewSGD(LevelOptimizer):
         return "askew_gradient" if group["constrain"] == "gradient" else "askew"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        bound = group["bound"] if group["memory"] else 1.0 if group["clamp"] else math.inf
+        bound = group["bound"] if group["memory"] else 1.0 if group.get("clamp", True) else math.inf
         return {
             "epsilon": scheduled_value(group, "epsilon"),
             "rate": group["rate"],

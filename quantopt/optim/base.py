@@ -169,7 +169,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             raise
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group with every option that it reads, but for the usual base."""
+        """A group with every option that it reads, but for the usual values."""
         full = self._options | group
         full |= of_base(self._options, group, full["base"])
         unset = [key for key, value in full.items() if value is None and key in OPTIONS and key not in group]
@@ -180,13 +180,17 @@ class LevelOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"lr=None: base={full['base']!r} has no default of it; pass lr")
         read = next((keys for base, keys in BASE_OPTIONS.items() if base == full["base"]), ())
         unread = {key for keys in BASE_OPTIONS.values() for key in keys} - set(read)
-        if full["base"] == self._base:
-            unread.add("base")
+        unread |= {key for key, usual in self._usual.items() if full.get(key) == usual}
         return {key: value for key, value in full.items() if key in group or key not in unread}
+
+    @property
+    def _usual(self) -> dict[str, Any]:
+        """What a group has that lacks the key: it need not say what is as in version 0.1.0."""
+        return {"base": self._base} | {key: value for key, value in _USUAL.items() if key in self._options}
 
     def whole(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with all options, also those that it does not read."""
-        full = self._options | {"base": self._base} | group
+        full = self._options | self._usual | group
         return full | of_base(self._options, group, full["base"])
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -251,7 +255,7 @@ class LevelOptimizer(torch.optim.Optimizer):
 
         def restore(_: torch.optim.Optimizer) -> None:  # before the user's hooks
             for group, own, before in zip(self.param_groups, groups, scheduled, strict=True):
-                for key in set(own) & _LATER - {"base"}:  # a group without a base has the usual one
+                for key in set(own) & _LATER - set(self._usual):  # which a group without the key has
                     group.setdefault(key, self.whole(group)[key])
                 place_scheduled(group, before)
             for p, values in loaded:
@@ -482,7 +486,8 @@ class LevelOptimizer(torch.optim.Optimizer):
 
 # Options that a state_dict may lack. Those of one base tell whether it is of another optimizer.
 _LATER = set(SHARED) - {key for keys in BASE_OPTIONS.values() for key in keys}
-_LATER |= {key for key, option in OPTIONS.items() if option.added}
+_USUAL = {key: option.usual for key, option in OPTIONS.items() if option.usual is not None}
+_LATER |= set(_USUAL)
 
 
 def _read_at_each_step(key: str) -> bool:

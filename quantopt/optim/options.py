@@ -36,7 +36,9 @@ class Option(NamedTuple):
     on: Mapping[str, Any] = {}  # bases with another default; a constructor has None then
     per_step: bool = False  # read at every step; where another key changes, the step is laid out again
     scheduled: bool = False  # driven by schedules: a float64 tensor on the device in capturable groups
-    added: bool = False  # after version 0.1.0, to one class: a state_dict may lack it
+    usual: Any = (
+        None  # what version 0.1.0, which lacked the option, did: a group of that need not have the key
+    )
 
 
 def number(
@@ -124,7 +126,7 @@ OPTIONS: dict[str, Option] = {
     "cap": Option(number(), per_step=True),
     "constrain": Option(choice("velocity", "gradient")),
     "memory": Option(flag),
-    "clamp": Option(flag, added=True),
+    "clamp": Option(flag, usual=True),
     "bound": Option(number(1.0, infinite=True), per_step=True),
     # STAM and the baselines
     "form": Option(choice("alternating", "splitting")),

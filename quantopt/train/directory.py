@@ -27,6 +27,7 @@ from quantopt.files import atomic_write
 from quantopt.train import checkpoint, report
 from quantopt.train.config import OPTIONS
 from quantopt.train.errors import InputError, shown, writing
+from quantopt.train.optimizers import FULL_PRECISION
 
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
@@ -197,7 +198,7 @@ def read_results(path: Path, argument: str) -> dict[str, Any]:
         for name in ("bits", "epochs", "limit", "validation"):
             if config[name] is not None and (expected := OPTIONS[name].expected(config[name])):
                 raise ValueError(f"config.{name} is {shown(config[name])} and must be {expected}")
-        names = ["accuracy_latent" if config["optimizer"] == "sgd" else "accuracy_quantized"]
+        names = ["accuracy_latent" if config["optimizer"] in FULL_PRECISION else "accuracy_quantized"]
         if contents["accuracy_packed"] is not None:
             names += ["accuracy_packed", "bytes_float", "bytes_packed"]
             names += ["images_per_second_float", "images_per_second_packed"]

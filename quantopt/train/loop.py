@@ -32,6 +32,7 @@ from quantopt.train.measure import (
     reestimate_batch_norm,
     tensor_bytes,
 )
+from quantopt.train.report import plain
 
 
 class Trainer:
@@ -312,7 +313,7 @@ class Trainer:
             packed = quantopt.pack(self.model.eval(), optimizer, fold_batchnorm=True)
             bytes_packed = tensor_bytes(packed)
             speeds = [*images_per_second([self.model.eval(), packed.eval()], test_images)]
-        report = {
+        results = {
             "config": self.describe(),
             "versions": versions(),
             "seed": self.config.seed,
@@ -334,7 +335,7 @@ class Trainer:
             "images_per_second_float": speeds[0],
             "images_per_second_packed": speeds[1],
         }
-        return Result(report, self.model, packed, self.histograms)
+        return Result(plain(results), self.model, packed, self.histograms)
 
 
 def _chosen(config: Config, dataset: Dataset) -> Dataset:

@@ -46,6 +46,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], str | None]] = {
 _OF_THE_STEP = ("params", "backend", "capturable", "differentiable", "foreach", "fused", "fused_amp")
 FLOAT = {"sgd": 0, "adamw": 0, "luq": 4}
 """Optimizers of torch, which have no levels: the bits of their recipes."""
+FULL_PRECISION = tuple(name for name, bits in FLOAT.items() if bits == 0)
 
 
 def schedule(step: int, total: int, warmup: float, milestones: Sequence[float] | None = None) -> float:

@@ -21,6 +21,7 @@ from quantopt.train.config import DEFAULTS
 from quantopt.train.data import Dataset
 from quantopt.train.directory import REPORT, read_results
 from quantopt.train.errors import OUT_OF_TIME, InputError
+from quantopt.train.optimizers import FULL_PRECISION
 
 RESULTS = "accuracy.json"
 
@@ -36,7 +37,7 @@ def row(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     the runs. limit, validation: as in `config.Config`.
     """
     config = reports[0]["config"]
-    key = "accuracy_latent" if config["optimizer"] == "sgd" else "accuracy_quantized"
+    key = "accuracy_latent" if config["optimizer"] in FULL_PRECISION else "accuracy_quantized"
     values = [run[key] for run in reports]
     packed = [run["accuracy_packed"] for run in reports]
     is_packed = None not in packed
@@ -152,7 +153,7 @@ def sweep(arguments: argparse.Namespace, device: str, dataset: Dataset) -> int:
         curves[stem] = report.mean_curves([r["curves"] for r in reports])
     full: dict[str, float] = {}
     for r in rows.values():
-        if r["optimizer"] == "sgd":
+        if r["optimizer"] in FULL_PRECISION:
             full[r["model"]] = max(r["mean"], full.get(r["model"], 0))
     for r in rows.values():
         if r["model"] in full:
