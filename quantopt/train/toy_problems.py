@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     samples: int = 6000
     regressions: tuple[tuple[int, int], ...] = ((1000, 25), (100, 50))  # (batch, epochs)
     seeds: int = 20
-    alpha: float = 1.0  # of the regression: not given, [0.1, 5] were searched
+    alpha: float = 1.0  # of the regression: not given
     runs: int = 50
     moons_epochs: int = 50
     moons_batch: int = 100
