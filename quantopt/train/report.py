@@ -15,7 +15,7 @@ from quantopt.train.measure import HISTOGRAM_LIMIT
 CURVES_PNG = "curves.png"
 WEIGHTS_PNG = "weights.png"
 
-# Okabe and Ito's colours, which remain distinct for the colour-blind, with a dash pattern each.
+# Okabe and Ito's colours and one of Tol's, which remain distinct for the colour-blind, with a dash pattern each.
 _STYLES = (
     ("#000000", (0, ())),
     ("#E69F00", (0, (6, 1.5))),
@@ -24,6 +24,7 @@ _STYLES = (
     ("#D55E00", (0, ())),
     ("#0072B2", (0, (8, 2))),
     ("#CC79A7", (0, (3, 1, 1, 1))),
+    ("#882255", (0, (1, 2.5))),
     ("#999999", (0, (5, 1, 1, 1, 1, 1))),
 )
 PANELS = (

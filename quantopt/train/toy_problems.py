@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     samples: int = 6000
     regressions: tuple[tuple[int, int], ...] = ((1000, 25), (100, 50))  # (batch, epochs)
     seeds: int = 20
-    alpha: float = 1.0  # of the regression: not given, [0.1, 5] were searched
+    alpha: float = 1.0  # of the regression: not given
     runs: int = 50
     moons_epochs: int = 50
     moons_batch: int = 100
@@ -350,7 +350,11 @@ def solve_moons(settings: Settings) -> tuple[dict[str, Any], dict[str, dict[str,
         "readings": readings(settings),
         "rows": tables,
         "caps": [_cap_row(settings, training, test, cap) for cap in settings.caps],
-        "other_draws": [_other_draw(settings, draw) for draw in range(1, settings.draws)],
+        "other_points": [
+            _other_points(settings, draw, standardised)
+            for standardised in (True, False)
+            for draw in range(standardised, settings.draws)
+        ],
     }, trained
 
 
@@ -364,12 +368,13 @@ def _cap_row(settings: Settings, training: Problem, test: Problem, cap: float) -
     return row
 
 
-def _other_draw(settings: Settings, draw: int) -> dict[str, Any]:
+def _other_points(settings: Settings, draw: int, standardised: bool) -> dict[str, Any]:
     """Two methods on other points, at the constant rate."""
-    training, test = moons(settings.noise, draw)
+    training, test = moons(settings.noise, draw, standardised)
     on_test = UNIT * enumerate_networks(test)
     row = {
         "draw": draw,
+        "standardised": standardised,
         "best_of_512": float(on_test.min()),
         "test_of_best_in_training": float(on_test[enumerate_networks(training).argmin()]),
     }

@@ -111,11 +111,12 @@ def moons_text(result: Mapping[str, Any]) -> str:
     draws = [
         (
             str(row["draw"]),
+            "yes" if row["standardised"] else "no",
             f"{row['best_of_512']:.3f}",
             f"{row['test_of_best_in_training']:.3f}",
             *_mean_and_std(row, others),
         )
-        for row in result["other_draws"]
+        for row in result["other_points"]
     ]
     orders = ("velocity", "gradient")
     caps = [(f"{row['cap']}", *_mean_and_std(row, orders)) for row in result["caps"]]
@@ -127,8 +128,8 @@ def moons_text(result: Mapping[str, Any]) -> str:
             f"the best network on the training points has {result['test_of_best_in_training']:.3f} on the test points",
             "noise and normalisation, which the paper does not give (its float 2.045, best 2.1)",
             _table(("noise", "standardised", "float", "best of 512"), readings),
-            "other draws of the points, rate 1",
-            _table(("draw", "best of 512", "best in training", *others), draws),
+            "other points, rate 1",
+            _table(("draw", "standardised", "best of 512", "best in training", *others), draws),
             "bound of the restoring step, which the paper does not give, rate 1, askew printed",
             _table(("bound in units of t", *orders), caps),
         )
