@@ -412,3 +412,41 @@ def test_a_compiled_training_step_and_a_closure() -> None:
         loss = opt.step(lambda params=params: params[0].square().sum())
         assert float(loss) > 0 and not same(results[-1], list(params))
     assert same(*results)
+
+
+def test_options_are_checked_together_when_a_group_changes() -> None:
+    """What a constructor refuses is refused before a step too, and nothing is changed."""
+    p = nn.Parameter(torch.randn(4, 6))
+    cases = [
+        (quantopt.STAM([p], bits=1, base="muon"), {"base": "adam"}, "nesterov=True"),
+        (quantopt.AskewSGD([p], bits=1, constrain="gradient"), {"base": "muon"}, "constrain='gradient'"),
+        (quantopt.AskewSGD([p], bits=1), {"scale": "sawb"}, "sawb"),
+        (quantopt.AskewSGD([p], bits=1, clamp=False), {"memory": True}, "clamp=False"),
+    ]
+    for opt, changes, message in cases:
+        p.grad = torch.ones(4, 6)
+        opt.param_groups[0].update(changes)
+        before = p.detach().clone()
+        with pytest.raises(ValueError, match=message):
+            opt.step()
+        assert torch.equal(p, before) and not opt.state[p]
+
+
+def test_state_of_groups_on_two_bases_loads_where_the_constructor_has_another() -> None:
+    def made(base: str) -> tuple[nn.Parameter, quantopt.STAM]:
+        torch.manual_seed(0)
+        p, bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4))
+        groups = [
+            {"params": [p], "bits": 1, "base": "muon"},
+            {"params": [bias], "bits": 0, "base": "adam", "nesterov": False},
+        ]
+        return p, quantopt.STAM(groups, base=base)
+
+    p, opt = made("muon")
+    q, other = made("adam")
+    for group in opt.param_groups:
+        for w in group["params"]:
+            w.grad = torch.ones_like(w)
+    opt.step()
+    other.load_state_dict(opt.state_dict())
+    assert torch.equal(other.state[q]["latent"], opt.state[p]["latent"])

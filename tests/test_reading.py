@@ -29,7 +29,7 @@ def values(reading: quantopt.reference.reading.Reading, w: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("scale", "size", "shape"),
     [
-        ("tensor", 0, (33, 7, 3, 3)), ("tensor", 0, (70, 1)), ("channel", 0, (33, 130)), ("channel", 0, (40, 5, 2)),
+        ("tensor", 0, (33, 7, 3, 3)), ("tensor", 0, (70, 1)), ("channel", 0, (33, 130)), ("channel", 0, (40, 10, 2)),
         ("group", 32, (21, 150)), ("group", 100, (3, 350)), ("group", 24, (1, 400)),
     ],
 )  # fmt: skip

@@ -104,6 +104,10 @@ class Anneal(LRScheduler):
             )
         if isinstance(schedule, str):
             schedule = _named(schedule, optimizer)
+        elif schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"schedule={schedule!r}: use 'paper', or a function of (group, step, total_steps)"
+            )
         self.schedule: Schedule = schedule or functools.partial(own, **settings)
         lengths = {group.get("anneal_total") for group in optimizer.param_groups if "anneal_step" in group}
         if last_step is None and lengths - {total_steps}:

@@ -178,10 +178,15 @@ class LevelOptimizer(torch.optim.Optimizer):
             full |= {key: defaults.get(key) for key in unset}
             if "lr" in unset and full["lr"] is None:
                 raise ValueError(f"lr=None: base={full['base']!r} has no default of it; pass lr")
-        read = next((keys for base, keys in BASE_OPTIONS.items() if base == full["base"]), ())
-        unread = {key for keys in BASE_OPTIONS.values() for key in keys} - set(read)
+        unread = self._unread(full)
         unread |= {key for key, usual in self._usual.items() if full.get(key) == usual}
         return {key: value for key, value in full.items() if key in group or key not in unread}
+
+    def _unread(self, group: dict[str, Any]) -> set[str]:
+        """Options of the bases that a group is not on."""
+        own = group.get("base", self._base)
+        read = next((keys for base, keys in BASE_OPTIONS.items() if base == own), ())
+        return {key for keys in BASE_OPTIONS.values() for key in keys} - set(read)
 
     @property
     def _usual(self) -> dict[str, Any]:
@@ -295,7 +300,7 @@ class LevelOptimizer(torch.optim.Optimizer):
                 f"state_dict has groups of {given} parameters, this optimizer {have}: another model?"
             )
         for own, group in zip(self.param_groups, groups, strict=True):
-            missing = set(own) & set(self._options) - set(group) - _LATER
+            missing = set(own) & set(self._options) - set(group) - _LATER - self._unread(group)
             if missing:
                 raise ValueError(f"state_dict is of another optimizer: its groups lack {sorted(missing)}")
             whole = self.whole(group) | {"params": own["params"]}
@@ -397,13 +402,13 @@ class LevelOptimizer(torch.optim.Optimizer):
         """The steps of all groups, those of the groups ``stale`` laid out again."""
         groups = [self.param_groups[i] for i in stale]
         for group in groups:
-            for key in self.layout_keys(
-                group
-            ):  # the others may be tensors on a device, which checks would wait for
-                if key in OPTIONS:
-                    OPTIONS[key].check(key, group[key])
+            whole = self.whole(group)
+            # Tensors on a device are left out: checks would wait for them.
+            check_group({k: v for k, v in whole.items() if not isinstance(v, Tensor)}, self._options)
+            if whole["bits"] != 0:
+                self._check_quantised(whole)
             gradients.check_kinds(self, group)
-            muon.check_parameters(self.whole(group), self.name_of)
+            muon.check_parameters(whole, self.name_of)
         indices = [state.with_gradients(group) for group in groups]
         for group, chosen in zip(groups, indices, strict=True):
             state.ensure(self, group, chosen, stepping=True)

@@ -18,7 +18,8 @@ ADAM_LR = 1e-3
 MUON_LR = 1e-3
 
 # Where the direction of a group comes from, with the options that are read on this base alone. A group on another base
-# has no such key: torch's schedulers look for them. Muon's direction is given to the kernels.
+# need not have such a key, and has it only where the constructor's base reads it: torch's schedulers look for them.
+# Muon's direction is given to the kernels.
 BASE_OPTIONS = {
     "sgd": ("momentum",),
     "adam": ("betas", "eps"),
