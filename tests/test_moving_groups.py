@@ -222,3 +222,21 @@ def test_a_group_of_zeros_is_refused_by_name() -> None:
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"'up.weight': a slice of its weights is all zero"):
         opt.step()
+
+
+@following
+def test_metrics_of_a_group_whose_scale_has_become_zero(name: str) -> None:
+    p = nn.Parameter(torch.randn(3, 40))
+    opt = FOLLOWING[name]([p], bits=1, scale="group", group_size=8)
+    opt.metrics()
+    for value in (p.data, opt.state[p]["latent"]):
+        value[1, 8:16] = 0.0
+    opt.state[p]["scale"][1, 1] = 0.0
+    rest = torch.ones_like(p, dtype=torch.bool)
+    rest[1, 8:16] = False
+    hi = grid.spread_over(opt.state[p]["scale"], p, 8)[rest]
+    t = p.detach()[rest].abs() / hi
+    row = opt.metrics()[0]
+    # Of two levels the middle of the only cell is 0 and half is hi.
+    assert row["distance"] == pytest.approx(float((1 - t).abs().clamp(max=1).sum()) / p.numel(), rel=1e-5)
+    assert row["fraction_feasible"] >= 8 / p.numel()
