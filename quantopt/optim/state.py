@@ -189,7 +189,8 @@ class _Initial:
     @property
     def groups(self) -> int:
         """How many groups a channel has."""
-        return -(-math.prod(self.w.shape[1:]) // self.group["group_size"])
+        size: int = self.group["group_size"]
+        return -(-math.prod(self.w.shape[1:]) // size)
 
     def scale_shape(self) -> tuple[int, ...]:
         """The shape of :meth:`scale`."""
