@@ -16,9 +16,8 @@ from quantopt.rules import StepRecord
 
 BLOCK = 1024  # elements at a time
 CHUNK = 4096  # elements per program
-ROW_BLOCK = (
-    4096  # dynamic scales: groups up to this length are reduced and stepped while they are in registers
-)
+# Dynamic scales: groups up to this length are reduced and stepped while they are in registers.
+ROW_BLOCK = 4096
 
 
 class Row(NamedTuple):

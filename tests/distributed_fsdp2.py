@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from distributed_network import (
     MAKERS,
+    RANKS,
     WRAPPINGS,
     backward,
     batch,
@@ -228,14 +231,20 @@ def checkpoints_are_taken_up_by_another_number_of_ranks() -> None:
 
 
 @case
-def moving_scales_per_channel_are_taken_up_by_groups() -> None:
-    """As where a state of earlier versions was loaded."""
+def moving_scales_of_another_layout_are_taken_up() -> None:
+    """Groups take those per channel, as where a state of earlier versions was loaded, and one of the tensor."""
+    for before in ("channel", "none"):
+        take_up_scales_of_another_layout(before)
+
+
+def take_up_scales_of_another_layout(before: str) -> None:
     model, plain = sharded(network()), network()
-    opts = [MAKERS["binaryconnect"](groups(m, "channel", group_size=4)) for m in (model, plain)]
-    for i in range(3):
-        if i == 1:
-            for opt in opts:
-                opt.param_groups[0]["scale"] = "group"
+    opts = [MAKERS["binaryconnect"](groups(m, before, group_size=4)) for m in (model, plain)]
+    for i in range(4):
+        for opt in opts if i == 1 else ():
+            opt.param_groups[0]["scale"] = "group"
+        for opt in opts if i == 2 else ():
+            opt.param_groups[0]["group_size"] = 3
         train(model, opts[0], mine(batch(i)))
         train(plain, opts[1], batch(i))
     same_network(model, plain)
@@ -267,3 +276,11 @@ def unknown_inner_parts_of_fsdp_are_an_error_that_names_the_version() -> None:
         ):
             pass
     close(full_weights(model), before)
+
+
+@case
+def a_sharded_parameter_may_have_no_dimensions() -> None:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    p = torch.nn.Parameter(distribute_tensor(torch.tensor(0.7), mesh, [Replicate()]))
+    opt = MAKERS["askew"]([{"params": [p], "bits": 1, "scale": "channel"}])
+    assert opt.metrics()[0]["numel"] == 1

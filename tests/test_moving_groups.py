@@ -61,7 +61,7 @@ def test_each_group_has_the_mean_of_its_latent(
     opt = FOLLOWING[name](params, bits=1, scale="group", group_size=size, backend=backend)
     for k in range(3):
         step(opt, params, k)
-        for p in params if "splitting" not in name else ():
+        for p in params if "splitting" not in name else ():  # its scale is that of r, which no state has
             state = opt.state[p]
             latent, scale = state["latent"], state["scale"]
             assert latent.dtype == scale.dtype == torch.float32
@@ -222,3 +222,178 @@ def test_a_group_of_zeros_is_refused_by_name() -> None:
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"'up.weight': a slice of its weights is all zero"):
         opt.step()
+
+
+@following
+def test_metrics_of_a_group_whose_scale_has_become_zero(name: str) -> None:
+    p = nn.Parameter(torch.randn(3, 40))
+    opt = FOLLOWING[name]([p], bits=1, scale="group", group_size=8)
+    opt.metrics()
+    for value in (p.data, opt.state[p]["latent"]):
+        value[1, 8:16] = 0.0
+    opt.state[p]["scale"][1, 1] = 0.0
+    rest = torch.ones_like(p, dtype=torch.bool)
+    rest[1, 8:16] = False
+    hi = grid.spread_over(opt.state[p]["scale"], p, 8)[rest]
+    t = p.detach()[rest].abs() / hi
+    row = opt.metrics()[0]
+    # Of two levels the middle of the only cell is 0 and half is hi.
+    assert row["distance"] == pytest.approx(float((1 - t).abs().clamp(max=1).sum()) / p.numel(), rel=1e-5)
+    assert row["fraction_feasible"] >= 8 / p.numel()
+
+
+CHANGES = (
+    ("none", "group"), ("tensor", "group"), ("channel", "group"), ("none", "channel"), ("none", "tensor"),
+    ("group", "channel"), ("group", "tensor"), ("tensor", "channel"), ("channel", "tensor"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("change", CHANGES)
+@following
+def test_the_scale_of_another_granularity_is_taken_up(
+    name: str, change: tuple[str, str], backend: str
+) -> None:
+    """Rows, groups and their size are such that a value of another layout may pass for one of the right one."""
+    before, after = change
+    if "splitting" in name:  # its other scales are frozen
+        if after == "tensor":
+            return
+        after = f"{after}-mean"
+    for shape in ((6, 40), (6, 13, 3), (1, 40)):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(shape))
+        opt = FOLLOWING[name]([p], bits=1, scale=before, group_size=7, backend=backend)
+        step(opt, [p], 0)
+        bound = opt.state[p].get("sigma")
+        opt.param_groups[0]["scale"] = after
+        shape_of_scale = (shape[0], 6) if "group" in after else (shape[0],)
+        for k in (1, 2):
+            step(opt, [p], k)
+            state = opt.state[p]
+            assert state["scale"].shape == shape_of_scale
+            if "splitting" not in name:
+                mean = means(state["latent"], 7 if after == "group" else 1000).view(shape_of_scale)
+                torch.testing.assert_close(state["scale"].double(), mean, rtol=1e-5, atol=1e-7)
+            if bound is not None:
+                sigma = state["sigma"]
+                assert after != "group" or sigma.shape == shape_of_scale
+                expected = (bound.mean(1) if bound.dim() == 2 else bound).view(-1, 1)
+                sigma = sigma.view(len(sigma), -1)
+                torch.testing.assert_close(sigma, expected.expand_as(sigma))
+        found = opt.quantization(p)
+        assert found.max_level.shape == shape_of_scale
+        assert found.group_size == (7 if "group" in after else 0)
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        step(opt, [p], 3)
+
+
+@pytest.mark.parametrize("sizes", [(7, 8), (8, 7), (30, 35), (7, 100), (100, 7)])
+@pytest.mark.parametrize("view_first", [False, True])
+@following
+def test_groups_of_another_size_have_their_own_means(
+    name: str, view_first: bool, sizes: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 40))
+    opt = FOLLOWING[name]([p], bits=1, scale="group", group_size=sizes[0])
+    step(opt, [p], 0)
+    bound = opt.state[p].get("sigma")
+    weights, latent = p.detach().clone(), opt.state[p]["latent"].clone()
+    opt.param_groups[0]["group_size"] = sizes[1]
+    if view_first:
+        found = opt.quantization(p)
+        assert found.group_size == sizes[1]
+        torch.testing.assert_close(found.max_level.double(), means(latent, sizes[1]), rtol=1e-5, atol=1e-7)
+        assert torch.equal(p, weights) and torch.equal(opt.state[p]["latent"], latent)
+    step(opt, [p], 1)
+    state = opt.state[p]
+    assert state["scale"].shape == (6, -(-40 // sizes[1]))
+    if "splitting" not in name:
+        torch.testing.assert_close(
+            state["scale"].double(), means(state["latent"], sizes[1]), rtol=1e-5, atol=1e-7
+        )
+    if bound is not None:
+        torch.testing.assert_close(state["sigma"], bound.mean(1, keepdim=True).expand_as(state["scale"]))
+
+
+def test_weights_that_others_wrote_are_taken_up_with_the_groups_of_before() -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 40))
+    opt = quantopt.STAM([p], bits=1, scale="group", group_size=7, kappa=1.0)
+    step(opt, [p], 0)
+    latent = opt.state[p]["latent"].clone()
+    with torch.no_grad():
+        p[2, 3] = 5.0
+    latent[2, 3] = 5.0
+    opt.param_groups[0]["group_size"] = 8
+    opt.metrics()
+    assert torch.equal(opt.state[p]["latent"], latent)
+    torch.testing.assert_close(opt.state[p]["scale"].double(), means(latent, 8), rtol=1e-5, atol=1e-7)
+
+
+def test_a_loaded_state_is_looked_at_before_its_groups_are_changed() -> None:
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.randn(6, 40)) for _ in range(2))
+    opt, loaded = (quantopt.STAM([w], bits=1, scale="group", group_size=7) for w in (p, q))
+    step(opt, [p], 0)
+    q.data.copy_(p.data)
+    saved = copy.deepcopy(opt.state_dict())
+    loaded.load_state_dict(saved)
+    loaded.param_groups[0]["group_size"] = 8
+    with pytest.raises(ValueError, match=r"group_size=8 .* just loaded: call metrics\(\)"):
+        step(loaded, [q], 1)
+    loaded.param_groups[0]["group_size"] = 7
+    loaded.metrics()
+    for o, w in ((opt, p), (loaded, q)):
+        o.param_groups[0]["group_size"] = 8
+        step(o, [w], 1)
+    assert torch.equal(p, q) and torch.equal(opt.state[p]["scale"], loaded.state[q]["scale"])
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"group_size": 8}, "group_size=8.*group_size=7"),
+        ({"group_size": 1}, "group_size=1.*group_size=7"),
+        ({"scale": "channel"}, "scale='channel'.*scale='group'"),
+        ({"scale": "tensor"}, "scale='tensor'.*scale='group'"),
+        ({"scale": "none"}, "scale='none'.*scale='group'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["askew", "stam-ternary", "proxquant"])
+def test_a_frozen_scale_keeps_its_layout(
+    name: str, change: dict[str, Any], named: str, stepped: bool
+) -> None:
+    """In the step and in views; with the former options it goes on."""
+    make: dict[str, Any] = {
+        "askew": quantopt.AskewSGD,
+        "stam-ternary": lambda p, **k: quantopt.STAM(p, **k | {"bits": "ternary"}),
+        "proxquant": quantopt.ProxQuant,
+    }
+    torch.manual_seed(0)
+    params, twins = ([nn.Parameter(w.clone()) for w in torch.randn(2, 6, 40).unbind()] for _ in range(2))
+    for w, twin in zip(params, twins, strict=True):
+        twin.data.copy_(w.data)
+    opts = [
+        make[name](zip(("up.weight", "down.weight"), ws, strict=True), bits=1, scale="group", group_size=7)
+        for ws in (params, twins)
+    ]
+    for opt, ws in zip(opts, (params, twins), strict=True):
+        opt.metrics()
+        if stepped:
+            step(opt, ws, 0)
+    opt = opts[0]
+    opt.param_groups[0].update(change)
+    named = (
+        f"'up.weight'.*{named if stepped else named.split('.*')[0]}.*frozen: set {next(iter(change))} back"
+    )
+    for refused in (lambda: step(opt, params, 1), opt.metrics, lambda: opt.quantization(params[0])):
+        with pytest.raises(ValueError, match=named):
+            refused()
+    opt.param_groups[0].update(scale="group", group_size=7)
+    for o, ws in zip(opts, (params, twins), strict=True):
+        step(o, ws, 1)
+    assert all(map(torch.equal, params, twins))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))

@@ -16,9 +16,8 @@ from quantopt.optim.sharded import is_sharded
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, and the next two, as in torch.optim.Muon
 EPS = 1e-7  # least norm that a matrix is divided by
 ADJUSTMENTS = ("original", "match_rms_adamw")
-BATCH = (
-    2**24
-)  # elements of a batch: bounds the memory of the iteration, and matrices of this size need no batch
+# Elements of a batch: bounds the memory of the iteration, and matrices of this size need no batch.
+BATCH = 2**24
 
 
 def orthogonalised(x: Tensor, steps: int) -> Tensor:

@@ -154,7 +154,7 @@ def check_parameters(
     copies = _gathered_copies()
     for i, p in enumerate(group["params"]):
         check_flat_shard(p, group, name_of(group, i))
-        if scales_in_rows and is_sharded(p) and p.shape[0] > 1:
+        if scales_in_rows and is_sharded(p) and p.dim() and p.shape[0] > 1:
             check_rows(p, name_of(group, i))
         if id(p) in copies:
             raise ValueError(

@@ -93,13 +93,16 @@ def ensure(
 ) -> None:
     """Makes the state of the parameters ``indices`` (all) what the group's options ask for: what is missing is made,
     what is of another dtype converted, what nobody updates any more dropped, and what others have written to the
-    parameter taken up. A moving scale per channel, as earlier versions had it under ``scale="group"``, counts for all
-    groups of the channel. All or nothing."""
+    parameter taken up. Where ``scale`` or ``group_size`` has changed, a moving scale is made anew of the latent, and a
+    frozen one refused. A moving scale of the tensor or per channel, as earlier versions had it under ``scale="group"``,
+    counts for all groups of the channel. All or nothing."""
     made: dict[nn.Parameter, dict[str, Any]] = {}
-    for i in range(len(group["params"])) if indices is None else indices:
+    chosen = [
+        i for i in (range(len(group["params"])) if indices is None else indices) if group["params"][i].numel()
+    ]
+    former = {i: _former_layout(opt, group, i) for i in chosen}  # raises before weights are taken up
+    for i in chosen:
         p = group["params"][i]
-        if p.numel() == 0:
-            continue
         name = opt.name_of(group, i)
         check_flat_shard(p, group, name)
         check_memory(name, local(p))
@@ -113,19 +116,14 @@ def ensure(
         facts = facts_of(opt, group, p.dtype)
         wanted = required(facts)
         if present.keys() & {"latent", "master"} & set(wanted):
-            opt._written.take_up(opt, group, p, stepping)
+            opt._written.take_up(opt, former[i] or group, p, stepping)
         by_row = "sigma" in present and present["sigma"].dim() < present["scale"].dim()  # of 0.1.0
         first = _Initial(opt, group, p.detach(), name, facts)
-        spread = (
-            first.moves_in_groups and "scale" in present and present["scale"].dim() < 2
-        )  # of earlier versions
-        as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row and not spread
+        as_wanted = present.keys() - {SIGNS} == set(wanted) and not by_row and former[i] is None
         if as_wanted and all(present[k].dtype == d for k, d in wanted.items()):
             continue
-        if spread:
-            present = present | {
-                key: first.over_groups(present[key]) for key in ("scale", "sigma") if key in present
-            }
+        if former[i] is not None:
+            present = present | first.laid_out_anew(present)
         made[p] = {
             key: (present[key] if key in present else first.value(key)).to(dtype)
             for key, dtype in wanted.items()
@@ -141,6 +139,33 @@ def ensure(
         opt.state[p] = state
         if copied:
             opt._written.made(p)
+
+
+def _former_layout(opt: LevelOptimizer, group: dict[str, Any], i: int) -> dict[str, Any] | None:
+    """``group`` with the group_size that the scale of its parameter ``i`` was made with, where the options now ask for
+    another layout of that scale; else None. Raises ValueError where it cannot be laid out anew, as it is frozen."""
+    p, name = group["params"][i], opt.name_of(group, i)
+    present = opt.state.get(p, {})
+    if "scale" not in present or group["bits"] == 0:
+        return None
+    first = _Initial(opt, group, p.detach(), name, facts_of(opt, group, p.dtype))
+    shape, wanted = tuple(present["scale"].shape), first.scale_shape()
+    was = next((step.options() for step in opt._group_steps if step.has_state(group, p, present)), {})
+    size = group["group_size"]
+    resized = wanted[1:] > (1,) and was.get("group_size", size) != size  # to as many groups, maybe
+    if not resized and (shape == wanted or math.prod(shape) == math.prod(wanted) == 1):
+        return None
+    changed = [key for key in ("bits", "scale", "group_size") if was.get(key, group[key]) != group[key]]
+    changed = changed or ["group_size" if len(shape) == len(wanted) == 2 else "scale"]
+    new = ", ".join(f"{key}={group[key]!r}" for key in changed)
+    old = ", ".join(f"{key}={was[key]!r}" for key in changed if key in was) or "other options"
+    there = f"{name}: {new} asks for a scale of shape {list(wanted)}, but its scale was made with {old}, "
+    there += f"of shape {list(shape)}"
+    if not first.dynamic:
+        raise ValueError(f"{there}, and is frozen: set {changed[0]} back, or make a new optimizer")
+    if not was and len(shape) == 2 and shape[1] != first.groups and opt._written.must_compare(p):
+        raise ValueError(f"{there}, and was just loaded: call metrics() before {changed[0]} is changed")
+    return group | {"group_size": was.get("group_size", size)}
 
 
 class _Initial:
@@ -161,10 +186,49 @@ class _Initial:
         """Whether the scale follows the weights in groups."""
         return self.dynamic and self.granularity == "group"
 
-    def over_groups(self, per_channel: Tensor) -> Tensor:
-        """A value per channel for every group of the channels."""
-        groups = -(-math.prod(self.w.shape[1:]) // self.group["group_size"])
-        return per_channel.reshape(-1, 1).expand(-1, groups).contiguous()
+    @property
+    def groups(self) -> int:
+        """How many groups a channel has."""
+        size: int = self.group["group_size"]
+        return -(-math.prod(self.w.shape[1:]) // size)
+
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of :meth:`scale`."""
+        rows = self.w.shape[0] if self.w.dim() else 1
+        if self.granularity == "group":
+            return rows, self.groups
+        per_channel = self.granularity == "channel" or (self.dynamic and self.w.dim() > 1)
+        return (rows,) if per_channel else (1,)
+
+    def laid_out_anew(self, present: dict[str, Any]) -> dict[str, Tensor]:
+        """The moving scale, and the bound of the latent, of a state that has them in another layout."""
+        bounds = {"sigma": present["sigma"]} if "sigma" in present else {}
+        if self.moves_in_groups and present["scale"].dim() < 2:
+            return {
+                key: self.over_groups(value) for key, value in (bounds | {"scale": present["scale"]}).items()
+            }
+        for key, value in bounds.items():  # of the first weights, which are gone
+            if value.dim() == 2:
+                per_channel = value.mean(dim=1)
+                bounds[key] = self.over_groups(per_channel) if self.moves_in_groups else per_channel
+        latent = gathered(present.get("latent", self.w)).to(self.facts.dtype)
+        scale = self.mean_magnitude(latent)
+        self.check_shards(scale)
+        return bounds | {"scale": shard_like(scale, self.w, self.name)}
+
+    def over_groups(self, value: Tensor) -> Tensor:
+        """One value, or one per channel, for every group of the channels."""
+        spread = value.reshape(-1, 1).expand(self.w.shape[0], self.groups).contiguous()
+        return spread if is_sharded(spread) else shard_like(spread, self.w, self.name)
+
+    def mean_magnitude(self, w: Tensor) -> Tensor:
+        """The scale that follows ``w``."""
+        return grid.mean_magnitude(w, self.group["group_size"] if self.moves_in_groups else 0)
+
+    def check_shards(self, scale: Tensor) -> None:
+        """Raises ValueError for a moving ``scale`` of rows of which a rank has a part."""
+        if is_sharded(self.w) and scale.numel() == 1 and self.dynamic:
+            raise ValueError(f"{self.name} is sharded, and its scale follows all of it; use a frozen scale")
 
     def value(self, key: str) -> Tensor:
         if key in ("latent", "master"):
@@ -183,15 +247,14 @@ class _Initial:
         frozen = self.sigma(exact)
         scale = frozen
         if self.dynamic and not kind.endswith("-mean"):  # the others follow r, which the first step has
-            scale = grid.mean_magnitude(exact, self.group["group_size"] if self.moves_in_groups else 0)
+            scale = self.mean_magnitude(exact)
         for value in (frozen, scale):
             if not bool(torch.all(value > 0)) or not bool(torch.isfinite(value).all()):
                 raise ValueError(
                     f"{self.name}: a slice of its weights is all zero or not finite, so its scale (scale={kind!r}) is "
                     f"{float(value.min()):g}; initialise it, or put it in a group with bits=0"
                 )
-        if is_sharded(self.w) and scale.numel() == 1 and self.dynamic:
-            raise ValueError(f"{self.name} is sharded, and its scale follows all of it; use a frozen scale")
+        self.check_shards(scale)
         return scale.contiguous()
 
     def latent_bound(self) -> Tensor:

@@ -112,6 +112,17 @@ class GroupStep:
     def _places(self) -> dict[nn.Parameter, tuple[Bucket, int]]:
         return {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
 
+    def options(self) -> dict[str, Any]:
+        """The options of the group that the step was laid out with."""
+        return dict(zip(self.layout_keys, self.layout_values, strict=True))
+
+    def has_state(self, group: dict[str, Any], p: nn.Parameter, state: State) -> bool:
+        """Whether this is a step of ``group`` in which ``p`` takes part with ``state``."""
+        if not self.is_current or self.group is not group or p not in self._places:
+            return False
+        bucket, i = self._places[p]
+        return bucket.states[i] is state
+
     def wrote(self, p: nn.Parameter) -> bool:
         """Whether this is the last step that ``p`` took part in."""
         return self.is_current and self.has_stepped and p in self._places

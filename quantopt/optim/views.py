@@ -124,6 +124,7 @@ def metrics(opt: LevelOptimizer, group: dict[str, Any]) -> dict[str, Any]:
         w = local(own.get("master", p.detach())).to(hi.dtype)
         hi = grid.spread_over(hi, w, group["group_size"])
         _, _, t = grid.cell(w, hi, levels)
+        t = torch.where((hi == 0) & (w == 0), 1.0, t)  # 0/0: on their level, where a scale has become 0
         feasible += float(((t.abs() >= smallest) & (t.abs() <= largest)).sum())
         distance += float((1 - t.abs()).abs().clamp(max=1).sum())
         scale += float(hi.expand_as(w).sum()) / grid.level_factor(levels)

@@ -78,6 +78,10 @@ class Record:
         """``p`` holds what the optimizer wrote."""
         self.marks[p] = mark(p)
 
+    def must_compare(self, p: nn.Parameter) -> bool:
+        """Whether ``p`` may hold something else, which only a look at its weights and state tells."""
+        return p in self.strange or self.marks.get(p) != mark(p)
+
     def made(self, p: nn.Parameter) -> None:
         """What is behind ``p`` was made of it."""
         self.note(p)
