@@ -40,7 +40,7 @@ for network in paper-vgg-small paper-resnet20; do
   done
 done
 for bits in w4a4 w2a4; do recipes+=("paper-resnet18-askew-adam-$bits" "paper-resnet18-askew-latent-$bits"); done
-recipes+=(paper-resnet18-luq-w4a4 resnet18-askew-w4a4 resnet18-luq)
+recipes+=(paper-resnet18-sgd paper-resnet18-luq-w4a4 resnet18-askew-w4a4 resnet18-luq)
 for bits in ternary 2bit 4bit; do
   for network in "${networks[@]}"; do
     for optimizer in stam askew; do recipes+=("$network-$optimizer-$bits"); done

@@ -4,13 +4,15 @@
 
 The methods are recipes of `quantopt lm` (recipes/lm.toml). Each is trained at every rate of a grid with seed 0,
 which is extended while an end of it is best, and at the rate of the least validation loss with the other seeds too. The
-rate is chosen on the validation part that the table is of, for all methods alike. Runs that are in DIR are not trained
+rate is chosen on the validation part that the table is of, by a seed of the table, for all methods alike. On Adam it is
+the rate of all parameters, on Muon of its matrices: the others keep the recipe's. Runs that are in DIR are not trained
 again: the same command continues what was cut (status 3). Prints a table, and writes bench/results/language-SIZE.json
 when all methods are done.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -22,7 +24,7 @@ import torch
 from quantopt.train import checkpoint
 from quantopt.train.directory import REPORT, held
 from quantopt.train.environment import header
-from quantopt.train.errors import OUT_OF_TIME, OutOfTime
+from quantopt.train.errors import OUT_OF_TIME, OutOfTime, TrainingError
 from quantopt.train.lm import config as lm
 from quantopt.train.lm import loop, text
 from quantopt.train.report import plain, write_json
@@ -67,12 +69,20 @@ class Sweep:
                 config, self.text, out=directory, resume=True, progress=False, hold=hold, minutes=left
             )
 
+    def tried(self, method: str, rate: float) -> float:
+        """The loss at a rate with seed 0, infinite where training fails."""
+        try:
+            return loss_of(self.run(method, rate, 0))
+        except TrainingError as error:
+            print(f"{method} at {rate:g}: {error}", file=sys.stderr)
+            return math.inf
+
     def row(self, method: str) -> dict[str, Any]:
         """The row of a method: at every rate with seed 0, at the best of them with all seeds."""
         tried: dict[float, float] = {}
         wanted = list(RATES)
         while wanted:
-            tried |= {rate: loss_of(self.run(method, rate, 0)) for rate in wanted}
+            tried |= {rate: self.tried(method, rate) for rate in wanted}
             best = min(tried, key=tried.__getitem__)
             wanted = [best / 2] if best == min(tried) else [2 * best] if best == max(tried) else []
         reports = [self.run(method, best, seed) for seed in range(SEEDS)]

@@ -60,7 +60,7 @@ def test_text(file: Path) -> None:
 
 
 def test_windows_reach_both_ends() -> None:
-    found = text.Text("", torch.arange(18, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8))
+    found = text.Text(torch.arange(18, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8))
     inputs, targets = found.windows(100, 16, torch.Generator().manual_seed(0))
     assert set(inputs[:, 0].tolist()) == {0, 1} and int(targets.max()) == 17
 
@@ -121,8 +121,12 @@ def test_every_recipe_learns(file: Path, recipe: str) -> None:
     assert report["bytes_packed"] < report["bytes_float"]
 
 
-@pytest.mark.parametrize("recipe", ["stam", "float"])
+@pytest.mark.parametrize("recipe", ["stam", "float", "stam-muon", "luq", "stochastic"])
 def test_resumed_run_equals_the_uninterrupted_one(file: Path, tmp_path: Path, recipe: str) -> None:
+    if recipe == "stochastic":  # signs are drawn from torch's generator, as the gradients of luq
+        path = tmp_path / "stochastic.toml"
+        path.write_text('base = "binaryconnect"\noptions = { base = "adam", stochastic = true }\nlr = 0.01\n')
+        recipe = str(path)
     config = configured(file, recipe)
     whole = loop.train(config, loaded(config), out=tmp_path / "whole", progress=False)
     out = tmp_path / "cut"
@@ -151,6 +155,13 @@ def test_training_that_fails(file: Path) -> None:
         loop.train(config, loaded(config), progress=False)
 
 
+def test_validation_that_fails(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "validation_loss", lambda *_: float("nan"))
+    config = configured(file, steps=1)
+    with pytest.raises(TrainingError, match="the validation loss is nan: try a smaller --lr"):
+        loop.train(config, loaded(config), progress=False)
+
+
 def test_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     size = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
@@ -171,6 +182,7 @@ def test_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--width", "10"], "--width"),
         (["--context", "1000"], "--data"),
         (["--lr", "0"], "--lr"),
+        (["--scale", "none"], "--scale"),
         (["--bits", "2", "--recipe", "float"], "--bits"),
     ],
 )

@@ -55,7 +55,7 @@ def test_the_package_has_a_recipe_per_network_optimizer_and_bits():
             for rest in ("askew-adam", "askew-latent")
             for bits in ("w4a4", "w2a4")
         }
-        | {"paper-resnet18-luq-w4a4"}
+        | {"paper-resnet18-luq-w4a4", "paper-resnet18-sgd"}
         | set(optimizers.OPTIMIZERS)
     )
 

@@ -118,7 +118,7 @@ def _why_unpacked(optimizer: str) -> str:
             "it is a run of luq, whose weights lie on the grid -8..7, which is not symmetric as that of packed layers "
             "is; --optimizer askew --bits 4 --activations 4 trains a network of 4-bit weights and activations to pack"
         )
-    return "it is a run of sgd, in full precision"
+    return f"it is a run of {optimizer}, in full precision"
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -208,7 +208,7 @@ class Config:
     )
     milestones: list[float] | None = option(  # noqa: RUF009
         None,
-        "fractions of the steps, in (0, 1), after which the learning rate is halved, in place of the cosine",
+        "fractions of the steps, in (0, 1), after which the learning rate is halved; without any, it falls by a cosine",
         recipe="run",
     )
     rescale: bool = option(

@@ -98,8 +98,8 @@ class Trainer:
 
     @property
     def quantised(self) -> bool:
-        """Whether the optimizer has levels; not so for sgd and luq."""
-        return self.config.optimizer not in optimizers.FLOAT
+        """Whether the optimizer has levels; not so for torch's, and with bits=0."""
+        return self.config.optimizer not in optimizers.FLOAT and self.config.bits != 0
 
     def _iteration(self, chosen: Tensor) -> None:
         """One step of the weights on the images `chosen`; adds to the sums of the epoch."""

@@ -51,11 +51,11 @@ FULL_PRECISION = tuple(name for name, bits in FLOAT.items() if bits == 0)
 
 def schedule(step: int, total: int, warmup: float, milestones: Sequence[float] | None = None) -> float:
     """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0; with milestones,
-    fractions of `total`, a half for each that has been reached."""
+    fractions of `total`, if there are any, a half for each that has been reached."""
     rising = warmup * total
     if step < rising:
         return (step + 1) / (rising + 1)
-    if milestones is not None:
+    if milestones:
         return float(0.5 ** sum(step >= round(fraction * total) for fraction in milestones))
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
 
@@ -160,9 +160,9 @@ def build(
     defaults. capturable: for a step captured in a CUDA graph.
     `model` is changed where the settings ask for it: SAWB quantisers for activations = 4, the layers of luq.
     With scale "none" the levels are -1 and 1. Then, unless `rescale` is False, each quantised weight is divided by its
-    standard deviation s, which the batch norm behind it undoes; lr is divided by the mean of s^2 (of s on Adam, whose
-    direction does not grow with the gradient) and weight_decay multiplied by it, so that training takes the same
-    course.
+    standard deviation s, which the batch norm behind it undoes; lr is divided by the mean of s^2 (of s on Adam and
+    Muon, whose directions do not grow with the gradient) and weight_decay multiplied by it, so that training takes the
+    same course.
     Raises ValueError on a bad value, BackendError if the backend cannot run the optimizer.
     """
     make, relaxation = OPTIMIZERS[name]
@@ -209,7 +209,7 @@ def build(
         groups[0]["bits"] = settings["bits"]
         if rescaled:
             unit = _unit_variance(groups[0]["params"])
-            if options.get("base", make._base) == "adam":  # type: ignore[attr-defined]
+            if options.get("base", make._base) in ("adam", "muon"):  # type: ignore[attr-defined]
                 unit = math.sqrt(unit)
             lr, weight_decay = lr / unit, weight_decay * unit
         optimizer = make(

@@ -83,7 +83,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     accuracy of the packed networks, smaller and faster are float over packed bytes and packed over float speed."""
     width = max(6, *(len(name) for name in rows))
     lines = [
-        f"{'recipe':{width}}{'model':>10}{'bits':>8}{'seeds':>7}{'mean':>8}{'std':>7}{'gap':>7}{'packed':>8}"
+        f"{'recipe':{width}}{'model':>14}{'bits':>8}{'seeds':>7}{'mean':>8}{'std':>7}{'gap':>7}{'packed':>8}"
         f"{'smaller':>9}"
         f"{'faster':>8}"
     ]
@@ -94,7 +94,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             packed = f"{r['packed_mean']:.2f}"
             smaller, faster = f"{r['bytes_float'] / r['bytes_packed']:.1f}x", f"{r['speedup']:.2f}x"
         lines.append(
-            f"{name:{width}}{r['model']:>10}{r['bits']!s:>8}{r['seeds']:7}{r['mean']:8.2f}{r['std']:7.2f}{gap:>7}{packed:>8}"
+            f"{name:{width}}{r['model']:>14}{r['bits']!s:>8}{r['seeds']:7}{r['mean']:8.2f}{r['std']:7.2f}{gap:>7}{packed:>8}"
             f"{smaller:>9}{faster:>8}"
         )
     return "\n".join(lines)
@@ -151,13 +151,13 @@ def sweep(arguments: argparse.Namespace, device: str, dataset: Dataset) -> int:
         sources |= {Path(r["config"]["data"]).name for r in reports}
         rows[stem] = {"recipe": stem, **row(reports)}
         curves[stem] = report.mean_curves([r["curves"] for r in reports])
-    full: dict[str, float] = {}
+    full: dict[tuple[str, int], float] = {}
     for r in rows.values():
         if r["optimizer"] in FULL_PRECISION:
-            full[r["model"]] = max(r["mean"], full.get(r["model"], 0))
+            full[r["model"], r["epochs"]] = max(r["mean"], full.get((r["model"], r["epochs"]), 0))
     for r in rows.values():
-        if r["model"] in full:
-            r["gap"] = full[r["model"]] - r["mean"]
+        if (key := (r["model"], r["epochs"])) in full:
+            r["gap"] = full[key] - r["mean"]
     if rows:
         print(table(rows))
         head = environment.header(device, torch.get_num_threads())

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantopt.train import config as training
 from quantopt.train import recipes
-from quantopt.train.config import HYPERPARAMETERS, Option, check_values, option, table_of
+from quantopt.train.config import HYPERPARAMETERS, Option, check_values, option, resolve_device, table_of
 from quantopt.train.errors import InputError, shown
 
 _LM = ("lm",)
@@ -61,7 +61,10 @@ class Config:
     )
     device: str = _shared("device")
     seed: int = _shared("seed")
-    optimizer: str = _shared("optimizer")
+    optimizer: str = field(
+        default=training.Config.optimizer,
+        metadata={"option": replace(training.OPTIONS["optimizer"], commands=())},  # a recipe says it
+    )
     bits: int | str | None = _shared("bits")
     activations: int | None = _shared("activations")
     skip: list[str] | None = _shared("skip")  # noqa: RUF009
@@ -73,12 +76,16 @@ class Config:
     float_lr: float | None = _shared("float_lr")
     float_weight_decay: float | None = _shared("float_weight_decay")
     options: dict[str, bool | float | str | list[float]] | None = _shared("options")  # noqa: RUF009
-    anneal: dict[str, float] | None = _shared("anneal")  # noqa: RUF009
+    anneal: dict[str, float | str] | None = _shared("anneal")  # noqa: RUF009
     backend: str = _shared("backend")
 
     def check(self) -> None:
         """Raises InputError, naming the option, for a value that the table excludes."""
         check_values(self, OPTIONS)
+        if self.scale == "none":
+            raise InputError(
+                "--scale", "'none' is not accepted: levels -1 and 1 need a batch norm behind each layer"
+            )
 
 
 OPTIONS: dict[str, Option] = table_of(Config)
@@ -107,7 +114,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def configuration(recipe: dict[str, Any], given: dict[str, Any]) -> Config:
-    """The defaults, overridden by a recipe, overridden by the options `given`; checked."""
-    config = Config(**{**recipe, **given})
+    """The defaults, overridden by the optimizer's recipe, a recipe, and the options `given`; checked."""
+    settings = {**recipes.load(recipe["optimizer"]), **recipe, **given}
+    config = Config(**settings)
+    config = replace(config, device=resolve_device(config.device))
     config.check()
     return config

@@ -15,7 +15,6 @@ import quantopt
 from quantopt.backends import BackendError
 from quantopt.files import remove_temporaries
 from quantopt.train import checkpoint, optimizers
-from quantopt.train.config import resolve_device
 from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, Hold, read_checkpoint, write_checkpoint
 from quantopt.train.environment import header
 from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
@@ -25,9 +24,8 @@ from quantopt.train.lm.text import Text
 from quantopt.train.measure import tensor_bytes
 from quantopt.train.report import write_json
 
-KEYS = frozenset(
-    ["config", "step", "seconds", "model", "optimizer", "scheduler", "anneal", "generator", "curve"]
-)
+_PARTS = "config step seconds model optimizer scheduler anneal generator rng cuda_rng curve"
+KEYS = frozenset(_PARTS.split())
 """What a checkpoint holds."""
 
 EVERY = 50  # steps of which the curve of the training loss has the mean
@@ -48,7 +46,7 @@ class Trainer:
     def __init__(self, config: Config, text: Text) -> None:
         config.check()
         self.config, self.text = config, text
-        self.device = torch.device(resolve_device(config.device))
+        self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.model = models.build(config.layers, config.width, config.heads, config.context).to(self.device)
@@ -94,6 +92,8 @@ class Trainer:
                     raise TrainingError(
                         f"the loss became {self.curve[-1]} by step {self.step}: try a smaller --lr"
                     )
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            raise TrainingError(f"the weights became infinite by step {self.step}: try a smaller --lr")
         self.seconds += time.perf_counter() - started
 
     def describe(self) -> dict[str, Any]:
@@ -108,6 +108,8 @@ class Trainer:
             "model": self.model.state_dict(),
             **self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "curve": self.curve,
         }
 
@@ -125,10 +127,17 @@ class Trainer:
             for value in curve:
                 checkpoint.check_number(value, "a value of the curve")
             checkpoint.check_model(state["model"], self.model.state_dict())
-            checkpoint.check_tensor(state["generator"], self.generator.get_state(), "generator")
+            own = {"generator": self.generator.get_state(), "rng": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+            for name, value in own.items():
+                checkpoint.check_tensor(state[name], value, name)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(dict(state), step)
             self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step, self.seconds, self.curve = step, state["seconds"], list(curve)
 
     def finish(self) -> tuple[dict[str, Any], nn.Module | None]:
@@ -143,6 +152,9 @@ class Trainer:
                 projected = models.validation_loss(self.model, text, config.context)
             packed = quantopt.pack(self.model.eval(), optimizer)
             packed_loss = models.validation_loss(packed, text, config.context)
+        for loss in (running, projected, packed_loss):
+            if loss is not None and not math.isfinite(loss):
+                raise TrainingError(f"the validation loss is {loss}: try a smaller --lr")
         report = {
             "config": self.describe(),
             **header(str(self.device), torch.get_num_threads()),

@@ -15,9 +15,8 @@ VOCABULARY = 256  # a token is a byte
 
 @dataclass(frozen=True)
 class Text:
-    """The bytes of a file, uint8, in two parts; `name` is the path that was given."""
+    """The bytes of a file, uint8, in two parts."""
 
-    name: str
     train: Tensor
     validation: Tensor
 
@@ -61,7 +60,7 @@ def load(path: str, context: int, validation: float) -> Text:
         )
     bytes_ = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
     first = len(contents) - held_out
-    return Text(path, bytes_[:first], bytes_[first:])
+    return Text(bytes_[:first], bytes_[first:])
 
 
 def batches(inputs: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
