@@ -209,7 +209,7 @@ def build(
         groups[0]["bits"] = settings["bits"]
         if rescaled:
             unit = _unit_variance(groups[0]["params"])
-            if options.get("base", make._base) in ("adam", "muon"):  # type: ignore[attr-defined]
+            if str(options.get("base", make._base)) in ("adam", "muon"):  # type: ignore[attr-defined]
                 unit = math.sqrt(unit)
             lr, weight_decay = lr / unit, weight_decay * unit
         optimizer = make(
