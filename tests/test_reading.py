@@ -154,3 +154,9 @@ def test_levels_of_16_bit_weights_are_exact(dtype: torch.dtype) -> None:
 )  # fmt: skip
 def test_doubts(w: Tensor, doubt: str) -> None:
     assert read_levels(w) is None and (doubt in doubt_of(w) if doubt else doubt_of(w) == "")
+
+
+def test_a_fixed_filter_is_not_read() -> None:
+    """Sobel's two filters, whole numbers from -2 to 2, would lie on 17 levels."""
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    assert read_levels(torch.stack([sobel, sobel.T])[:, None]) is None

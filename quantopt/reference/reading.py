@@ -15,7 +15,7 @@ from quantopt.reference import levels as grid
 # Per scale: with fewer, a few float weights would soon lie on levels by chance. Zeros lie on every grid of an odd K, so
 # that of these weights, as many must not be zero, in the mean over the scales. Small whole numbers, as those of a fixed
 # filter, lie on 17 levels too: there it takes the weights of a layer.
-MIN_WEIGHTS, MIN_NONZERO = 8, dict.fromkeys(grid.COUNTS, 4) | {17: 16}
+MIN_WEIGHTS, MIN_NONZERO = 8, dict.fromkeys(grid.COUNTS, 4) | {17: 14}
 _HINT = 2  # weights per scale that lie on levels as a hint, which is no evidence
 _FEW_ROWS, _BLOCK = 64, 2**18  # rows that most grids are refused by; elements that are looked at at once
 _FLOAT_ERROR = 2.0**-22  # relative, of levels computed in float32
