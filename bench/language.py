@@ -149,6 +149,9 @@ def main() -> int:
         except OutOfTime as stop:
             print(f"{method}: {stop}; the same command continues", file=sys.stderr)
             status = OUT_OF_TIME
+        except TrainingError as error:  # of another seed than that of the grid
+            print(f"{method}: {error}", file=sys.stderr)
+            status = status or 1
     if rows:
         print(table(sorted(rows, key=lambda row: float(row["mean"]))))
     if status == 0 and set(arguments.methods) == set(lm.names()):

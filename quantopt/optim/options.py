@@ -37,9 +37,7 @@ class Option(NamedTuple):
     on: Mapping[str, Any] = {}  # bases with another default; a constructor has None then
     per_step: bool = False  # read at every step; where another key changes, the step is laid out again
     scheduled: bool = False  # driven by schedules: a float64 tensor on the device in capturable groups
-    usual: Any = (
-        None  # what version 0.1.0, which lacked the option, did: a group of that need not have the key
-    )
+    usual: Any = None  # what version 0.1.0 did, which lacked the option: a group without the key does that
 
 
 def number(

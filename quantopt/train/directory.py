@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import quantopt
-from quantopt.files import atomic_write
+from quantopt.files import atomic_write, remove_temporaries
 from quantopt.train import checkpoint, report
 from quantopt.train.config import OPTIONS
 from quantopt.train.errors import InputError, shown, writing
@@ -127,6 +127,16 @@ def _holder(handle: int) -> int | None:
     except OSError:
         return None
     return next((int(lock[4]) for lock in locks if lock[1:2] == ["FLOCK"] and lock[5] == inode), None) or None
+
+
+def prepare(out: Path, hold: Hold | None = None) -> None:
+    """Makes the directory `out` for a run, and removes what a killed one left half written. Raises InputError as
+    `write_checkpoint`, or if it cannot be made."""
+    if hold is not None:
+        hold.check()
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(out)
 
 
 def write_checkpoint(out: Path, state: dict[str, Any], hold: Hold | None = None) -> None:

@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.files import remove_temporaries
 from quantopt.train import augment, checkpoint, models, optimizers, recipes
 from quantopt.train.checkpoint import CURVES
 from quantopt.train.config import DEFAULTS, Config
 from quantopt.train.data import Dataset
-from quantopt.train.directory import CHECKPOINT, Hold, Result, read_checkpoint, write_checkpoint
+from quantopt.train.directory import CHECKPOINT, Hold, Result, prepare, read_checkpoint, write_checkpoint
 from quantopt.train.environment import versions
-from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
+from quantopt.train.errors import InputError, OutOfTime, TrainingError
 from quantopt.train.graph import Graphed
 from quantopt.train.measure import (
     Stopwatch,
@@ -98,8 +97,7 @@ class Trainer:
 
     @property
     def quantised(self) -> bool:
-        """Whether the optimizer has levels; not so for torch's, and with bits=0."""
-        return self.config.optimizer not in optimizers.FLOAT and self.config.bits != 0
+        return optimizers.has_levels(self.config.optimizer, self.config.bits)
 
     def _iteration(self, chosen: Tensor) -> None:
         """One step of the weights on the images `chosen`; adds to the sums of the epoch."""
@@ -401,11 +399,7 @@ def train(
     if resuming:
         trainer.load_state_dict(read_checkpoint(file, "--resume"), "--resume", file)
     if out is not None:
-        if hold is not None:
-            hold.check()
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(out)
+        prepare(out, hold)
     longest = 0.0
     while trainer.epoch < config.epochs:
         begun = time.monotonic()

@@ -49,6 +49,11 @@ FLOAT = {"sgd": 0, "adamw": 0, "luq": 4}
 FULL_PRECISION = tuple(name for name, bits in FLOAT.items() if bits == 0)
 
 
+def has_levels(name: str, bits: int | str | None) -> bool:
+    """Whether an optimizer quantises weights; not so for torch's, and with bits=0."""
+    return name not in FLOAT and bits != 0
+
+
 def schedule(step: int, total: int, warmup: float, milestones: Sequence[float] | None = None) -> float:
     """Factor of the learning rate at `step` of `total`: linear warm-up, then (1 + cos)/2 from 1 to 0; with milestones,
     fractions of `total`, if there are any, a half for each that has been reached."""

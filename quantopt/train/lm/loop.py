@@ -13,9 +13,16 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.files import remove_temporaries
 from quantopt.train import checkpoint, optimizers
-from quantopt.train.directory import CHECKPOINT, MODEL, REPORT, Hold, read_checkpoint, write_checkpoint
+from quantopt.train.directory import (
+    CHECKPOINT,
+    MODEL,
+    REPORT,
+    Hold,
+    prepare,
+    read_checkpoint,
+    write_checkpoint,
+)
 from quantopt.train.environment import header
 from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
 from quantopt.train.lm import model as models
@@ -65,8 +72,7 @@ class Trainer:
 
     @property
     def quantised(self) -> bool:
-        """Whether there are levels."""
-        return self.config.optimizer not in optimizers.FLOAT and self.config.bits != 0
+        return optimizers.has_levels(self.config.optimizer, self.config.bits)
 
     def train_until(self, step: int, bar: "tqdm[Any]") -> None:
         """Steps until `step` of them are done. Raises TrainingError where the loss is not finite."""
@@ -203,11 +209,7 @@ def train(
     if resume and out is not None and file.exists():
         trainer.load_state_dict(read_checkpoint(file, "--resume", KEYS), "--resume", file)
     if out is not None:
-        if hold is not None:
-            hold.check()
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(out)
+        prepare(out, hold)
     longest = 0.0
     with tqdm(
         total=config.steps, initial=trainer.step, unit=" steps", mininterval=0.5, disable=not progress
