@@ -56,7 +56,7 @@ class Trainer:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.model = models.build(config.layers, config.width, config.heads, config.context).to(self.device)
+        self.model = models.build(config.layers, config.width, config.heads, config.context, self.device)
         try:
             self.optimizer = optimizers.build(
                 config.optimizer, self.model, config.steps, asdict(config), backend=config.backend
