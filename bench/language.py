@@ -96,7 +96,7 @@ class Sweep:
             "mean": statistics.mean(losses),
             "std": statistics.stdev(losses),
             "packed_difference": packed_difference(reports),
-            "training": statistics.mean(report["curve"][-1] for report in reports),
+            "training": statistics.mean(report["curves"]["loss"][-1] for report in reports),
             "parameters": reports[0]["parameters"],
             "bytes_packed": reports[0]["bytes_packed"],
         }

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import quantopt
 from quantopt.train.cli import main
 from quantopt.train.directory import CHECKPOINT, MODEL, REPORT
 from quantopt.train.errors import InputError, OutOfTime, TrainingError
+from quantopt.train.lm import commands, loop, model, text
 from quantopt.train.lm import config as lm
-from quantopt.train.lm import loop, model, text
+from quantopt.train.report import CURVES_PNG, WEIGHTS_PNG
 
 pytest.importorskip("transformers")
 
+SMALL: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "context": 16}
 TINY: dict[str, Any] = {
-    "layers": 1,
-    "width": 16,
-    "heads": 2,
-    "context": 16,
+    **SMALL,
     "batch_size": 2,
     "device": "cpu",
     "precision": "float32",
@@ -79,24 +80,32 @@ def test_bad_text(tmp_path: Path) -> None:
 
 
 def test_network() -> None:
-    network: Any = model.build(layers=4, width=128, heads=4, context=128)
+    network = model.build(lm.Config(device="cpu"))
     assert sum(p.numel() for p in network.parameters()) == 857_216
     assert network.lm_head.weight is not network.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"--width: 12 is not a multiple of 2 x --heads 4"):
-        model.build(1, 12, 4, 8)
+        model.build(lm.Config(width=12))
+    with pytest.raises(InputError, match=r"--width: 24 is not a multiple of 8 x --heads 4"):
+        model.build(lm.Config(width=24, architecture="gpt-neox"))
+    assert (
+        model.build(lm.Config(device="cpu", layers=1, feed_forward=8))
+        .model.layers[0]
+        .mlp.up_proj.out_features
+        == 8
+    )
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"pip install 'quantopt\[lm\]'"):
-        model.build(1, 16, 2, 8)
+        model.build(lm.Config(device="cpu", **SMALL))
 
 
 def test_loss_is_of_the_next_byte(file: Path) -> None:
     """Of a network that knows the text, against torch's cross entropy of each window by itself."""
     found = text.load(str(file), 16, 0.1)
     torch.manual_seed(0)
-    network = model.build(1, 16, 2, 16)
+    network = model.build(lm.Config(device="cpu", **SMALL))
     inputs, targets = found.validation_windows(16)
     expected = [
         torch.nn.functional.cross_entropy(network(input_ids=x[None].long()).logits[0], y.long())
@@ -134,7 +143,7 @@ def test_resumed_run_equals_the_uninterrupted_one(file: Path, tmp_path: Path, re
         loop.train(config, loaded(config), out=out, progress=False, minutes=1e-9, checkpoint_every=50)
     assert not (out / REPORT).exists()
     report = loop.train(config, loaded(config), out=out, resume=True, progress=False)
-    same = ("config", "loss", "loss_quantized", "loss_packed", "curve")
+    same = ("config", "loss", "loss_quantized", "loss_packed", "curves")
     assert {key: report[key] for key in same} == {key: whole[key] for key in same}
 
 
@@ -169,10 +178,65 @@ def test_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*command, "--recipe", "stam", "--lr", "0.01"]) == 0
     printed = capsys.readouterr().out
     assert "validation loss, nats per byte: projected" in printed and "packed" in printed
-    assert sorted(path.name for path in out.iterdir()) == sorted([CHECKPOINT, MODEL, REPORT])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [CHECKPOINT, MODEL, REPORT, CURVES_PNG, WEIGHTS_PNG]
+    )
     report = json.loads((out / REPORT).read_text())
     assert report["config"]["lr"] == 0.01 and report["config"]["optimizer"] == "stam"
-    assert len(report["curve"]) == 1
+    assert {len(curve) for curve in report["curves"].values()} == {1}
+    assert report["curves"]["kappa"] != [None] and report["curves"]["epsilon"] == [None]
+
+    assert main(["eval", "--model", str(out), "--device", "cpu"]) == 0
+    assert f"loss {report['loss_packed']:.4f} nats per byte" in capsys.readouterr().out
+    again = tmp_path / "again.safetensors"
+    assert main(["pack", "--run", str(out), "--out", str(again), "--device", "cpu"]) == 0
+    first, second = (load_file(path) for path in (out / MODEL, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    capsys.readouterr()
+    assert main(["sample", "--model", str(out), "--prompt", "ab", "--length", "40", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("ab")
+    (out / REPORT).unlink()
+    assert main(["sample", "--model", str(out), "--device", "cpu"]) == 2
+    assert "is no finished run of quantopt lm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["stam", "float"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt-neox"])
+def test_sample_equals_reading_all_at_each_byte(
+    file: Path, tmp_path: Path, recipe: str, architecture: str
+) -> None:
+    """Greedily, beyond the context too: there the last half of it is read again."""
+    config = configured(file, recipe, architecture=architecture, steps=50, width=32)
+    loop.train(config, loaded(config), out=tmp_path / "run", progress=False)
+    _, network = commands.load(tmp_path / "run", "cpu")
+    assert any(isinstance(layer, quantopt.nn.BinaryLinear) for layer in network.modules()) == (
+        recipe == "stam"
+    )
+    written = model.sample(network, b"abc", 40, temperature=0)
+    expected, read = list(b"abc"), 0
+    with torch.no_grad():
+        for _ in range(40):
+            logits = network(input_ids=torch.tensor([expected[read:]])).logits[0, -1]
+            expected.append(int(logits.argmax()))
+            if len(expected) - read > config.context:
+                read = len(expected) - config.context // 2
+    assert written == bytes(expected[3:])
+    drawn = [model.sample(network, b"abc", 8, temperature=2.0, seed=seed) for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+
+
+def test_sample_of_a_long_prompt(file: Path) -> None:
+    torch.manual_seed(0)
+    network = model.build(lm.Config(device="cpu", **SMALL)).eval()
+    assert len(model.sample(network, b"x" * 100, 20)) == 20
+
+
+def test_group_scales(file: Path) -> None:
+    config = configured(file, "stam", scale="group", group_size=8, steps=50)
+    report = loop.train(config, loaded(config), progress=False)
+    assert report["loss_packed"] == pytest.approx(report["loss_quantized"], rel=1e-4)
+    with pytest.raises(InputError, match="--group-size: needs --scale group, not channel"):
+        configured(file, "stam", group_size=8)
 
 
 @pytest.mark.parametrize(

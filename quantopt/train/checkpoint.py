@@ -84,11 +84,13 @@ def refusals(argument: str, source: object) -> Iterator[None]:
         raise InputError(argument, f"{source} does not fit: {reason[:300]}") from None
 
 
-def check_parts(state: Any, keys: frozenset[str] = KEYS) -> None:
-    """Raises ValueError unless `state` has the parts `keys` of a checkpoint and a configuration of plain values."""
+def check_parts(state: Any, *kinds: frozenset[str]) -> None:
+    """Raises ValueError unless `state` has the parts of one of the `kinds` of checkpoints (none: `KEYS`) and a
+    configuration of plain values."""
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise ValueError("is not a checkpoint of quantopt")
-    if state.keys() != keys:
+    keys = kinds[0] if kinds else KEYS
+    if state.keys() not in kinds and state.keys() != keys:
         missing, unknown = keys - state.keys(), state.keys() - keys
         parts = [f"lacks {key}" for key in sorted(missing)] + [f"has {shown(key)}" for key in unknown]
         raise ValueError(f"is not a checkpoint of quantopt: it {', '.join(parts[:3])}")
@@ -191,23 +193,33 @@ leaves out). projected_accuracy: the same of the weights projected to their leve
 in epochs of `Config.projected_at`)."""
 
 
-def check_curves(curves: Any, epochs: int, has_value: Callable[[str, int], bool]) -> None:
-    """Raises ValueError unless each curve has a value in its range for each of 1..`epochs` in which it has one, and
-    else None."""
-    if not isinstance(curves, dict) or curves.keys() != CURVES.keys():
-        raise ValueError(f"curves is not a dictionary of {', '.join(CURVES)}")
-    for name, (low, high) in CURVES.items():
+def check_curves(
+    curves: Any, points: int, has_value: Callable[[str, int], bool], names: Sequence[str] = tuple(CURVES)
+) -> None:
+    """Raises ValueError unless each of the curves `names` has a value in its range at each of the points 1..`points`
+    (epochs, of language models blocks of steps) at which it has one, and else None."""
+    if not isinstance(curves, dict) or curves.keys() != set(names):
+        raise ValueError(f"curves is not a dictionary of {', '.join(names)}")
+    for name in names:
+        low, high = CURVES[name]
         curve = curves[name]
-        if not isinstance(curve, list) or len(curve) != epochs:
-            raise ValueError(f"the curve of {name} is not one value for each of {epochs} epochs")
-        for epoch, value in enumerate(curve, 1):
-            where = f"the curve of {name} in epoch {epoch}"
-            if has_value(name, epoch):
+        if not isinstance(curve, list) or len(curve) != points:
+            raise ValueError(f"the curve of {name} is not one value for each of {points} points")
+        for point, value in enumerate(curve, 1):
+            where = f"the curve of {name} at point {point}"
+            if has_value(name, point):
                 infinite = name in ("kappa", "reg_strength")
                 kind = int if name == "sign_flips" else float
                 check_number(value, where, low, high, kind=kind, infinite=infinite)
             elif value is not None:
                 raise ValueError(f"{where} is {shown(value)}, but this run has no such value then")
+
+
+def check_histograms(histograms: Any, one: Tensor, count: int) -> None:
+    """Raises ValueError unless `histograms` are `count` rows of counts as `one`, [1, bins]."""
+    check_tensor(histograms, one.expand(count, -1), "histograms")
+    if not bool(((histograms >= 0) & histograms.isfinite()).all()):
+        raise ValueError("histograms are not counts")
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: Any, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `quantopt train | sweep | lm | eval | pack | env`, also `python -m quantopt`.
+"""The command line: `quantopt train | sweep | lm | sample | eval | pack | env`, also `python -m quantopt`.
 
 Exit status: 0 done, 1 training failed (the loss became infinite), 2 a bad argument or input (named on stderr),
 3 the time given was over (the same command continues), 130 interrupted.
@@ -17,6 +17,7 @@ from quantopt.train import commands, models
 from quantopt.train.arguments import add_from_report, add_option, add_options, nonempty
 from quantopt.train.config import OPTIONS, Option
 from quantopt.train.errors import OUT_OF_TIME, InputError, OutOfTime, TrainingError
+from quantopt.train.lm import commands as language_models
 from quantopt.train.lm import config as lm
 
 # Options that are not settings of a run.
@@ -33,6 +34,18 @@ _SEEDS = Option(
 _JOBS = Option(
     "runs at a time", name="jobs", types=(int,), least=1, metavar="N", default=1, otherwise="%(default)s"
 )
+_LENGTH = Option(
+    "bytes to write", name="length", types=(int,), least=1, metavar="N", default=400, otherwise="%(default)s"
+)
+_TEMPERATURE = Option(
+    "of the softmax that bytes are drawn from, 0 for the most likely byte",
+    name="temperature",
+    types=(float,),
+    most=float("inf"),
+    metavar="T",
+    default=0.8,
+    otherwise="%(default)s",
+)
 _DATA_OF_RUN = replace(OPTIONS["data"], default=None, otherwise="default: what the run was trained on")
 
 
@@ -43,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"quantopt {quantopt.__version__}")
     subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="train | sweep | lm | eval | pack | env"
+        dest="command", required=True, metavar="train | sweep | lm | sample | eval | pack | env"
     )
 
     command = subparsers.add_parser(
@@ -91,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser(
         "lm",
         help="train a language model on a text file",
-        description="Trains a small Llama on the bytes of a text file, its linear layers with quantised weights, and "
-        "packs it. Writes report.json, checkpoint.pt and, except in full precision, model.safetensors (packed). Needs "
-        "the transformers library.",
+        description="Trains a small language model on the bytes of a text file, its linear layers with quantised "
+        "weights, and packs it. Writes report.json, checkpoint.pt, curves.png, weights.png and, except in full "
+        "precision, model.safetensors (packed). Needs the transformers library.",
     )
     command.add_argument(
         "--recipe",
@@ -109,12 +122,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_option(command, _MINUTES)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.set_defaults(run=commands.language_model)
+    command.set_defaults(run=language_models.train)
+
+    command = subparsers.add_parser(
+        "sample",
+        help="let a language model write",
+        description="Writes on from a prompt with the packed network of a run of quantopt lm, keys and values cached.",
+    )
+    command.add_argument("--model", type=nonempty, required=True, metavar="DIR", help="directory of the run")
+    command.add_argument(
+        "--prompt", type=nonempty, default="\n", metavar="TEXT", help="what it goes on from (a line end)"
+    )
+    for row in (_LENGTH, _TEMPERATURE, OPTIONS["seed"], OPTIONS["device"]):
+        add_option(command, row)
+    command.set_defaults(run=language_models.sample)
 
     command = subparsers.add_parser(
         "eval",
         help="run a packed network",
-        description="Runs a packed network on the test images and prints its accuracy.",
+        description="Runs a packed network on the test images and prints its accuracy, or the validation loss of a "
+        "language model.",
     )
     command.add_argument(
         "--model",

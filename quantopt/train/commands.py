@@ -16,6 +16,7 @@ import quantopt
 from quantopt.train import data, environment, loop, measure, models, recipes, report
 from quantopt.train import sweep as runs
 from quantopt.train.arguments import given
+from quantopt.train.checkpoint import KEYS
 from quantopt.train.config import OPTIONS, Config, resolve_device
 from quantopt.train.directory import (
     CHECKPOINT,
@@ -29,9 +30,7 @@ from quantopt.train.directory import (
     write_run,
 )
 from quantopt.train.errors import InputError, writing
-from quantopt.train.lm import config as lm
-from quantopt.train.lm import loop as language_models
-from quantopt.train.lm import text
+from quantopt.train.lm import commands as language_models
 from quantopt.train.optimizers import FLOAT
 
 
@@ -92,26 +91,6 @@ def sweep(arguments: argparse.Namespace) -> int:
         return runs.sweep(arguments, device, dataset)
 
 
-def language_model(arguments: argparse.Namespace) -> int:
-    settings = given(arguments, lm.OPTIONS)
-    config = lm.configuration(lm.load(arguments.recipe), settings)
-    out = Path(arguments.out or Path("runs") / f"lm-{Path(arguments.recipe).stem}")
-    check_out(out)
-    with held(out) as hold:
-        results = language_models.train(
-            config,
-            text.load(config.data, config.context, config.validation),
-            out=out,
-            resume=arguments.resume,
-            progress=not arguments.quiet,
-            minutes=arguments.minutes,
-            hold=hold,
-        )
-    print(language_models.summary(results))
-    print(f"written: {out}/")
-    return 0
-
-
 def _why_unpacked(optimizer: str) -> str:
     if optimizer == "luq":
         return (
@@ -125,6 +104,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     source = Path(arguments.model)
     file = source / MODEL if source.is_dir() else source
     described = file.parent / REPORT
+    if language_models.is_run(file.parent):
+        return language_models.evaluate(arguments, file.parent)
     known = None
     if described.is_file() and arguments.arch is None:
         known = read_report(described, "--model")["config"]
@@ -190,7 +171,9 @@ def pack(arguments: argparse.Namespace) -> int:
 def _pack(
     arguments: argparse.Namespace, source: Path, checkpoint: Path, out: Path, device: str, hold: Hold
 ) -> int:
-    state = read_checkpoint(checkpoint, "--run")
+    state = read_checkpoint(checkpoint, "--run", KEYS, language_models.KEYS)
+    if state.keys() == language_models.KEYS:
+        return language_models.pack(arguments, state, checkpoint, out, device, hold)
     config = Config(**{name: value for name, value in state["config"].items() if name in OPTIONS})
     config = dataclasses.replace(config, device=device, data=arguments.data or config.data)
     try:

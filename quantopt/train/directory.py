@@ -170,14 +170,14 @@ def write_run(out: Path, result: Result, hold: Hold | None = None) -> None:
     report.write_json(out / REPORT, result.report)
 
 
-def read_checkpoint(path: Path, argument: str, keys: frozenset[str] = checkpoint.KEYS) -> dict[str, Any]:
-    """The state in a checkpoint file with the parts `keys`, tensors on the CPU. Runs no code of the file. InputError if
-    it is bad."""
+def read_checkpoint(path: Path, argument: str, *kinds: frozenset[str]) -> dict[str, Any]:
+    """The state in a checkpoint file, tensors on the CPU, with the parts of one of the `kinds` (none: of a network of
+    images). Runs no code of the file. InputError if it is bad."""
     if not path.is_file():
         raise InputError(argument, f"{path} does not exist")
     try:
         state = checkpoint.decode(path.read_bytes())
-        checkpoint.check_parts(state, keys)
+        checkpoint.check_parts(state, *kinds)
     except OSError as error:
         raise InputError(argument, f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:

@@ -258,9 +258,7 @@ class Trainer:
                 curves = {"projected_accuracy": [None] * epoch, **curves}
             checkpoint.check_curves(curves, epoch, self._has_value)
             histograms = state["histograms"]
-            checkpoint.check_tensor(histograms, self.histograms[:1].expand(epoch + 1, -1), "histograms")
-            if not bool(((histograms >= 0) & histograms.isfinite()).all()):
-                raise ValueError("histograms are not counts")
+            checkpoint.check_histograms(histograms, self.histograms[:1], epoch + 1)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state, epoch * self.steps_per_epoch)
         self.epoch, self.seconds, self.update_seconds = epoch, state["seconds"], state["update_seconds"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import quantopt
+from quantopt.reference.levels import spread_over
 from quantopt.train import augment
 
 HISTOGRAM_LIMIT = 2.5
@@ -104,10 +105,7 @@ def histogram(model: nn.Module, optimizer: Any | None) -> Tensor:
             grid = optimizer.quantization(weight)
             if grid is None:
                 continue
-            scale = None
-            if grid.max_level.dim() == 1:
-                scale = grid.max_level.reshape(-1, *[1] * (weight.dim() - 1))
-            values = weight if scale is None else weight / scale
+            values = weight / spread_over(grid.max_level, weight, grid.group_size)
         counts += torch.histc(values.float().cpu(), HISTOGRAM_BINS, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT)
     return counts
 

@@ -71,13 +71,22 @@ def mean_curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[st
     return means
 
 
-def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    """The panels of `PANELS` against the epoch.
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, Mapping[str, Sequence[float | None]]],
+    panels: Sequence[tuple[str, str, str]] = PANELS,
+    unit: str = "epoch",
+) -> None:
+    """A figure with a panel for each (curve, title, scale of its axis), against the epoch or another `unit`.
 
     curves: for each name of a run, lists with a value per epoch; None where there is none.
     """
-    figure, panels = new_figure(2, 3, width=15, height=7.5)
-    for panel, (key, title, scale) in zip(panels, PANELS, strict=True):
+    rows = min(2, len(panels))
+    columns = -(-len(panels) // rows)
+    figure, axes = new_figure(rows, columns, width=5 * columns, height=3.75 * rows)
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    for panel, (key, title, scale) in zip(axes, panels, strict=False):
         for (color, dashes), (name, run) in zip(styles(len(curves)), curves.items(), strict=True):
             points = _points(run[key])
             if key == "test_accuracy":
@@ -91,10 +100,10 @@ def plot_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | N
                     epochs, values, color=color, linestyle=dashes, linewidth=1.6, marker=marker, label=name
                 )
         panel.set_title(title, fontsize=11)
-        panel.set_xlabel("epoch")
+        panel.set_xlabel(unit)
         panel.set_yscale(scale)
         panel.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     save_figure(figure, path)
 
@@ -104,8 +113,9 @@ def _points(curve: Sequence[float | None]) -> list[tuple[int, float]]:
     return [(epoch, value) for epoch, value in enumerate(curve, 1) if value is not None]
 
 
-def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
-    """One panel per run: the density of the quantised weights (of all weights for sgd) over the epochs.
+def plot_weights(path: Path, histograms: Mapping[str, Tensor], unit: str = "epoch") -> None:
+    """One panel per run: the density of the quantised weights (of all weights for sgd) over the epochs or another
+    `unit`.
 
     histograms: for each name of a run, counts [epochs + 1, bins] over weight / scale in -2.5..2.5, before training and
     after each epoch.
@@ -129,7 +139,7 @@ def plot_weights(path: Path, histograms: Mapping[str, Tensor]) -> None:
         )
         panel.set_facecolor("#440154")  # the colour of the lowest value: empty bins have no logarithm
         panel.set_title(name, fontsize=11)
-        panel.set_xlabel("epoch")
+        panel.set_xlabel(unit)
         panel.set_ylabel("weight / scale")
     for panel in panels[len(histograms) :]:
         panel.set_visible(False)

@@ -5,7 +5,7 @@ share. `quantopt/recipes/lm.toml` has the recipes: hyper-parameters over those o
 """
 
 import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -20,11 +20,11 @@ _KEYS = ("optimizer", *HYPERPARAMETERS)
 DEFAULT_RECIPE = "stam-muon"
 
 
-def _shared(name: str) -> Any:
-    """A field with the row that `quantopt train` has for the option."""
+def _shared(name: str, **differing: Any) -> Any:
+    """A field with the row that `quantopt train` has for the option, but for what is `differing`."""
     row = training.OPTIONS[name]
     commands = (*row.commands, *_LM) if row.commands else ()
-    return field(default=row.default, metadata={"option": replace(row, commands=commands)})
+    return field(default=row.default, metadata={"option": replace(row, commands=commands, **differing)})
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,26 @@ class Config:
     """What determines a run; `OPTIONS` describes the fields. Hyper-parameters that are None have the recipe's value."""
 
     data: str = option("", "text file; its bytes are the tokens", metavar="FILE", commands=_LM)
+    architecture: str = option(
+        "llama",
+        "of the transformers library: Llama, or GPT-NeoX with layer norms, biases and GELU",
+        choices=("llama", "gpt-neox"),
+        commands=_LM,
+        otherwise="%(default)s",
+    )
     layers: int = option(4, "decoder layers", metavar="N", least=1, commands=_LM, otherwise="%(default)s")
     width: int = option(
         128, "of the hidden states", metavar="D", least=8, commands=_LM, otherwise="%(default)s"
     )
     heads: int = option(4, "of attention", metavar="H", least=1, commands=_LM, otherwise="%(default)s")
+    feed_forward: int | None = option(
+        None,
+        "width between the two products of a layer",
+        metavar="F",
+        least=1,
+        commands=_LM,
+        otherwise="8/3 of --width, of gpt-neox 4 times",
+    )
     context: int = option(
         128, "bytes of a window", metavar="T", least=2, commands=_LM, otherwise="%(default)s"
     )
@@ -68,7 +83,15 @@ class Config:
     bits: int | str | None = _shared("bits")
     activations: int | None = _shared("activations")
     skip: list[str] | None = _shared("skip")  # noqa: RUF009
-    scale: str | None = _shared("scale")
+    scale: str | None = _shared("scale", offered=("tensor", "channel", "group"), otherwise="channel")
+    group_size: int | None = option(
+        None,
+        "weights of a row that share a scale, with --scale group",
+        metavar="G",
+        least=1,
+        commands=_LM,
+        otherwise="recipe's; else 128",
+    )
     lr: float | None = _shared("lr")
     weight_decay: float | None = _shared("weight_decay")
     momentum: float | None = _shared("momentum")
@@ -79,9 +102,18 @@ class Config:
     anneal: dict[str, float | str] | None = _shared("anneal")  # noqa: RUF009
     backend: str = _shared("backend")
 
+    def settings(self) -> dict[str, Any]:
+        """What `train.optimizers.build` takes."""
+        settings = asdict(self)
+        size = settings.pop("group_size")
+        options = (self.options or {}) | ({} if size is None else {"group_size": size})
+        return settings | {"options": options}
+
     def check(self) -> None:
         """Raises InputError, naming the option, for a value that the table excludes."""
         check_values(self, OPTIONS)
+        if self.group_size is not None and self.scale != "group":
+            raise InputError("--group-size", f"needs --scale group, not {self.scale}")
         if self.scale == "none":
             raise InputError(
                 "--scale", "'none' is not accepted: levels -1 and 1 need a batch norm behind each layer"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import quantopt
@@ -28,14 +28,16 @@ from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
 from quantopt.train.lm import model as models
 from quantopt.train.lm.config import Config
 from quantopt.train.lm.text import Text
-from quantopt.train.measure import tensor_bytes
-from quantopt.train.report import write_json
+from quantopt.train.measure import histogram, tensor_bytes
+from quantopt.train.report import CURVES_PNG, WEIGHTS_PNG, plot_curves, plot_weights, write_json
 
-_PARTS = "config step seconds model optimizer scheduler anneal generator rng cuda_rng curve"
+_PARTS = "config step seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms"
 KEYS = frozenset(_PARTS.split())
 """What a checkpoint holds."""
 
-EVERY = 50  # steps of which the curve of the training loss has the mean
+EVERY = 50  # steps between two points of the curves; of the training loss their mean
+CURVES = ("loss", "epsilon", "kappa", "reg_strength", "fraction_feasible", "sign_flips")
+"""Of a run, lists with a value for every `EVERY` steps, as those of `quantopt train`; None where there is none."""
 
 
 def describe(config: Config, text: Text) -> dict[str, Any]:
@@ -56,10 +58,10 @@ class Trainer:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.model = models.build(config.layers, config.width, config.heads, config.context, self.device)
+        self.model = models.build(config)
         try:
             self.optimizer = optimizers.build(
-                config.optimizer, self.model, config.steps, asdict(config), backend=config.backend
+                config.optimizer, self.model, config.steps, config.settings(), backend=config.backend
             )
         except BackendError as error:
             raise InputError("--backend", str(error)) from None
@@ -67,8 +69,15 @@ class Trainer:
             raise InputError("--recipe", str(error)) from None
         self.step = 0
         self.seconds = 0.0
-        self.curve: list[float] = []
+        self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.histograms = self._histogram()
+        if self.quantised:
+            self._optimizer.metrics()  # sign flips are counted from here
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.optimizer.optimizer
 
     @property
     def quantised(self) -> bool:
@@ -86,21 +95,41 @@ class Trainer:
                 loss = models.loss(self.model, inputs.to(self.device), targets.to(self.device))
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.update()
-            self.optimizer.advance()
             self.step += 1
             self._loss += loss.detach()
-            bar.update()
             if self.step % EVERY == 0 or self.step == config.steps:
-                self.curve.append(float(self._loss) / ((self.step - 1) % EVERY + 1))
-                self._loss.zero_()
-                bar.set_postfix(loss=f"{self.curve[-1]:.4f}")
-                if not math.isfinite(self.curve[-1]):
-                    raise TrainingError(
-                        f"the loss became {self.curve[-1]} by step {self.step}: try a smaller --lr"
-                    )
+                self._record(bar)  # before the interval or the relaxation moves on
+            self.optimizer.advance()
+            bar.update()
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise TrainingError(f"the weights became infinite by step {self.step}: try a smaller --lr")
         self.seconds += time.perf_counter() - started
+
+    def _record(self, bar: "tqdm[Any]") -> None:
+        """Appends a point to each curve, and a histogram of the weights."""
+        loss = float(self._loss) / ((self.step - 1) % EVERY + 1)
+        self._loss.zero_()
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss became {loss} by step {self.step}: try a smaller --lr")
+        values: dict[str, Any] = {"loss": loss}
+        shown = {"loss": f"{loss:.4f}"}
+        if (name := self.optimizer.relaxation) is not None:
+            values[name] = float(self._optimizer.param_groups[0][name])
+            shown[name] = f"{values[name]:.3g}"
+        if self.quantised:
+            metrics = [group for group in self._optimizer.metrics() if group["bits"] != 0]
+            weights = sum(group["numel"] for group in metrics)
+            inside = sum(group["fraction_feasible"] * group["numel"] for group in metrics) / weights
+            flips = int(sum(group["sign_flips"] for group in metrics))
+            values |= {"fraction_feasible": inside, "sign_flips": flips}
+            shown["inside"] = f"{100 * inside:.1f}%"
+        for curve in CURVES:
+            self.curves[curve].append(values.get(curve))
+        self.histograms = torch.cat([self.histograms, self._histogram()])
+        bar.set_postfix(shown)
+
+    def _histogram(self) -> Tensor:
+        return histogram(self.model, self._optimizer if self.quantised else None)[None]
 
     def describe(self) -> dict[str, Any]:
         return describe(self.config, self.text)
@@ -116,47 +145,60 @@ class Trainer:
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "curve": self.curve,
+            "curves": self.curves,
+            "histograms": self.histograms,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], argument: str, source: object) -> None:
         """Continues from `state`. Raises InputError, naming `argument`, `source` and what differs, if it is not a state
         of this run; the trainer is not to be used then."""
-        if differing := checkpoint.differences(state["config"], self.describe(), "the checkpoint", ("data",)):
-            raise InputError(argument, f"{source} is of another run: {differing}")
         with checkpoint.refusals(argument, source):
-            step, curve = state["step"], state["curve"]
-            checkpoint.check_number(step, "step", 0, self.config.steps, kind=int)
-            checkpoint.check_number(state["seconds"], "seconds", 0, 2**40)
-            if not isinstance(curve, list) or len(curve) != -(-step // EVERY):
-                raise ValueError(f"curve is not one value for every {EVERY} steps")
-            for value in curve:
-                checkpoint.check_number(value, "a value of the curve")
-            checkpoint.check_model(state["model"], self.model.state_dict())
             own = {"generator": self.generator.get_state(), "rng": torch.get_rng_state()}
             if self.device.type == "cuda":
                 own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
             for name, value in own.items():
                 checkpoint.check_tensor(state[name], value, name)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(dict(state), step)
+        self.load_weights(state, argument, source)
+        with checkpoint.refusals(argument, source):
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.step, self.seconds, self.curve = step, state["seconds"], list(curve)
+
+    def load_weights(self, state: Mapping[str, Any], argument: str, source: object) -> None:
+        """As `load_state_dict`, without the random state, which depends on the kind of device."""
+        free = ("data",) if argument == "--resume" else ("data", "device")
+        if differing := checkpoint.differences(state["config"], self.describe(), "the checkpoint", free):
+            raise InputError(argument, f"{source} is of another run: {differing}")
+        with checkpoint.refusals(argument, source):
+            step = state["step"]
+            checkpoint.check_number(step, "step", 0, self.config.steps, kind=int)
+            checkpoint.check_number(state["seconds"], "seconds", 0, 2**40)
+            points = -(-step // EVERY)
+            checkpoint.check_curves(state["curves"], points, self._has_value, CURVES)
+            checkpoint.check_histograms(state["histograms"], self.histograms[:1], points + 1)
+            checkpoint.check_model(state["model"], self.model.state_dict())
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(dict(state), step)
+        self.step, self.seconds = step, state["seconds"]
+        self.curves = {name: list(state["curves"][name]) for name in CURVES}
+        self.histograms = state["histograms"]
+
+    def _has_value(self, curve: str, point: int) -> bool:
+        if curve in ("fraction_feasible", "sign_flips"):
+            return self.quantised
+        return curve in ("loss", self.optimizer.relaxation)
 
     def finish(self) -> tuple[dict[str, Any], nn.Module | None]:
         """(the report, the packed network or None): losses of the validation part, in nats per byte."""
         config, text = self.config, self.text
-        optimizer: Any = self.optimizer.optimizer
         projected = packed_loss = None
         packed: Any = None
         running = models.validation_loss(self.model, text, config.context)
         if self.quantised:
-            with optimizer.quantized():
+            with self._optimizer.quantized():
                 projected = models.validation_loss(self.model, text, config.context)
-            packed = quantopt.pack(self.model.eval(), optimizer)
+            packed = quantopt.pack(self.model.eval(), self._optimizer)
             packed_loss = models.validation_loss(packed, text, config.context)
         for loss in (running, projected, packed_loss):
             if loss is not None and not math.isfinite(loss):
@@ -170,10 +212,28 @@ class Trainer:
             "loss_packed": packed_loss,
             "bytes_float": tensor_bytes(self.model),
             "bytes_packed": None if packed is None else tensor_bytes(packed),
-            "curve": self.curve,
+            "curves": self.curves,
             "seconds": self.seconds,
         }
         return report, packed
+
+
+PANELS = (
+    ("loss", "training loss, nats per byte", "linear"),
+    ("fraction_feasible", "weights inside their interval, %", "linear"),
+    ("sign_flips", f"sign flips in {EVERY} steps", "symlog"),
+)
+"""Of curves.png, beside what Anneal drives."""
+
+
+def plot(out: Path, config: Config, report: Mapping[str, Any], histograms: Tensor) -> None:
+    """Writes curves.png and weights.png."""
+    curves = {name: values for name, values in report["curves"].items() if values[-1] is not None}
+    panels = [panel for panel in PANELS if panel[0] in curves]
+    panels += [(name, name, "log") for name in curves if name not in dict.fromkeys(p[0] for p in PANELS)]
+    unit = f"{EVERY} steps"
+    plot_curves(out / CURVES_PNG, {config.optimizer: curves}, panels, unit)
+    plot_weights(out / WEIGHTS_PNG, {config.optimizer: histograms}, unit)
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -184,7 +244,10 @@ def summary(results: Mapping[str, Any]) -> str:
     if results["bytes_packed"] is not None:
         size += f", packed {results['bytes_packed']:,}"
     lines = f"validation loss, nats per byte: {', '.join(shown or [format(results['loss'], '.4f')])}"
-    return f"{lines}\n{results['parameters']:,} parameters, {size}; {results['seconds']:.0f} s of training"
+    config = results["config"]
+    speed = config["steps"] * config["batch_size"] * config["context"] / max(results["seconds"], 1e-9)
+    parameters = f"{results['parameters']:,} parameters, {size}"
+    return f"{lines}\n{parameters}; {results['seconds']:.0f} s of training, {speed:,.0f} bytes/s"
 
 
 def train(
@@ -199,7 +262,7 @@ def train(
     checkpoint_every: int = 200,
 ) -> dict[str, Any]:
     """Trains, with a checkpoint in `out` after every `checkpoint_every` steps (a multiple of `EVERY`), and measures.
-    Returns the report, which `out` has as report.json, beside model.safetensors (packed).
+    Returns the report, which `out` has as report.json, beside model.safetensors (packed), curves.png and weights.png.
 
     out, resume, progress, hold, minutes: as `quantopt.train.loop.train`. Raises InputError, TrainingError, OutOfTime.
     """
@@ -229,5 +292,6 @@ def train(
         if packed is not None:
             with writing(out / MODEL):
                 quantopt.save(packed, out / MODEL)
+        plot(out, config, report, trainer.histograms)
         write_json(out / REPORT, report)
     return report
