@@ -43,7 +43,7 @@ def hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix * size**-0.5
+    return torch.mul(matrix, size**-0.5)
 
 
 def rotate(trainer: loop.Trainer) -> None:
