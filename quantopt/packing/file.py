@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from quantopt.files import atomic_write, checksum
 from quantopt.nn import BinaryConv2d, BinaryLinear
+from quantopt.nn.joined import JoinedLinear
 from quantopt.packing import folding
 from quantopt.packing.contents import (
     DTYPES,
@@ -97,6 +98,10 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     packed = unwrapped_model(packed)
     modules = modules_of(packed)
     layers = {name: m for name, m in modules.items() if isinstance(m, BinaryLinear | BinaryConv2d)}
+    if joined := next((name for name, m in modules.items() if isinstance(m, JoinedLinear)), None):
+        raise ValueError(
+            f"layer {joined} is joined with others, which a file does not hold: save before join_layers"
+        )
     if not layers:
         raise ValueError("the model has no packed layers: call quantopt.pack(model, opt) first")
     for name, layer in layers.items():
