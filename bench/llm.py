@@ -129,7 +129,7 @@ def build(shape: dict[str, int], head: str, compute: str | None, scale: str, joi
     config = configuration(shape)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-    dtype = torch.bfloat16 if compute is None else torch.float32
+    dtype = torch.bfloat16
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
