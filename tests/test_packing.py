@@ -385,7 +385,7 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
         (metadata(aliases='{"head.bias": "stem.bias"}'), "alias head.bias"),
         (
             change_layer("inner.fc", in_features=64),
-            "layer inner.fc: in_features is 64 in the file, 297 in the model",
+            "layer inner.fc: in_features is 64 in the description, 297 in the model",
         ),
         (change_layer("inner.fc", in_features="297"), "layer inner.fc: in_features is '297'"),
         (change_layer("inner.fc", type="BinaryConv2d"), "layer inner.fc: its description has the fields"),
@@ -403,7 +403,10 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
         (change_layer("inner.fc", scale="tensor"), "tensor inner.fc.scale"),
         (change_layer("inner.fc", compute="fp4"), "layer inner.fc: compute must be"),
         (change_layer("inner.fc", activation=["relu"]), "layer inner.fc: activation must be"),
-        (change_layer("body.0", kernel_size=[5, 5]), r"layer body.0: kernel_size is \[5, 5\] in the file"),
+        (
+            change_layer("body.0", kernel_size=[5, 5]),
+            r"layer body.0: kernel_size is \[5, 5\] in the description",
+        ),
         (rename("head.bias", "head.bios"), "tensor head.bias is missing"),
         (rename("body.1.running_mean", "body.0.tiles"), "tensor body.1.running_mean is missing"),
         (tensor("body.1.running_mean", dtype="I32"), "tensor body.1.running_mean: I32"),
@@ -473,10 +476,10 @@ def test_files_of_another_model(saved: Path, net: Net) -> None:
     other = Net()
     other.inner["fc"] = nn.Linear(33 * 9, 71)
     other.head = nn.Linear(71, 10)
-    refuse(saved, "layer inner.fc: out_features is 70 in the file, 71 in the model", other)
+    refuse(saved, "layer inner.fc: out_features is 70 in the description, 71 in the model", other)
     other = Net()
     other.body[0] = nn.Identity()
-    refuse(saved, "layer body.0: a BinaryConv2d in the file, Identity in the model", other)
+    refuse(saved, "layer body.0: a BinaryConv2d in the description, Identity in the model", other)
     refuse(saved, "layer body.0: the model has no such layer", nn.Linear(3, 3))
     refuse(saved, "the model is packed already", pack(net, Fake(quantised_params(net))))
     refuse(saved, "tensor stem.weight: F32", Net().to(torch.float64))

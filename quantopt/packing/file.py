@@ -4,10 +4,7 @@ A file is safetensors and holds the state_dict of the packed model: bits, scales
 Each tensor is stored once, under its name without the parts that wrappers (torch.compile, ...) add. The metadata:
 
 - "format": "quantopt", "version": "1"
-- "layers": JSON {name: {"type": "BinaryLinear" | "BinaryConv1d" | "BinaryConv2d", "levels", "scale", "group_size",
-  "compute", "activation", "bias" (true or false), and "in_features", "out_features" or "in_channels", "out_channels",
-  "kernel_size"}}
-- "folded": JSON {name of a module that was folded into the layer before it: its type, e.g. "BatchNorm2d"}
+- "layers", "folded": JSON of the parts of the description (quantopt/packing/description.py)
 - "aliases": JSON {name: name of the stored tensor it shares memory with}
 - "versions": JSON {name of a module: its version in the state_dict}, which modules ask for when they load
 - "checksums": JSON {name of a stored tensor: files.checksum of it}
@@ -32,8 +29,6 @@ from torch import Tensor, nn
 
 from quantopt.files import atomic_write, checksum
 from quantopt.nn import BinaryConv2d, BinaryLinear
-from quantopt.nn.joined import JoinedLinear
-from quantopt.packing import folding
 from quantopt.packing.contents import (
     DTYPES,
     first_on_meta,
@@ -47,42 +42,14 @@ from quantopt.packing.contents import (
     state_of,
     value_fault,
 )
-from quantopt.packing.layers import fault_of, skeleton
+from quantopt.packing.description import describe, packed_layers, replacements
 from quantopt.wrappers import plain_names, unwrapped_model
 
 FORMAT, VERSION = "quantopt", "1"
 
-# Each packed layer: the fields in which it must agree with the one that takes the place of the model's layer.
-_LAYER_FIELDS: dict[str, tuple[str, ...]] = {
-    "BinaryLinear": ("in_features", "out_features"),
-    "BinaryConv1d": ("in_channels", "out_channels", "kernel_size"),
-    "BinaryConv2d": ("in_channels", "out_channels", "kernel_size"),
-}
-# Arguments of layers.skeleton.
-_OPTIONS = ("levels", "scale", "group_size", "compute", "activation", "bias")
-
 
 class PackedFileError(ValueError):
     """A packed file that is damaged, not of this format, or does not belong to the model."""
-
-
-def _describe(module: BinaryLinear | BinaryConv2d) -> dict[str, Any]:
-    kind = _type_of(module)
-    return {
-        "type": kind,
-        **{field: getattr(module, field) for field in _LAYER_FIELDS[kind]},
-        "levels": module.levels,
-        "scale": module.scale_kind,
-        "group_size": module.group_size,
-        "compute": module.compute,
-        "activation": module.activation,
-        "bias": module._buffers["bias"] is not None,
-    }
-
-
-def _type_of(module: nn.Module) -> str:
-    """The type that a file gives a packed layer."""
-    return next(kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _LAYER_FIELDS)
 
 
 def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -97,13 +64,8 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     packed = unwrapped_model(packed)
     modules = modules_of(packed)
-    layers = {name: m for name, m in modules.items() if isinstance(m, BinaryLinear | BinaryConv2d)}
-    if joined := next((name for name, m in modules.items() if isinstance(m, JoinedLinear)), None):
-        raise ValueError(
-            f"layer {joined} is joined with others, which a file does not hold: save before join_layers"
-        )
-    if not layers:
-        raise ValueError("the model has no packed layers: call quantopt.pack(model, opt) first")
+    description = describe(packed)
+    layers = packed_layers(modules)
     for name, layer in layers.items():
         bias = layer._buffers["bias"]
         if layer.scale.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
@@ -120,12 +82,10 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
             aliases[name] = source
             continue
         tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-    folded = {name: m.kind for name, m in modules.items() if isinstance(m, folding.Folded)}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "layers": json.dumps({name: _describe(layer) for name, layer in layers.items()}),
-        "folded": json.dumps(folded),
+        **{part: json.dumps(described) for part, described in description.items()},
         "aliases": json.dumps(aliases),
         "versions": json.dumps(versions),
         "checksums": json.dumps({name: checksum(tensor) for name, tensor in tensors.items()}),
@@ -195,63 +155,11 @@ class _Reader:
         self, modules: Mapping[str, nn.Module], metadata: dict[str, str]
     ) -> tuple[dict[str, BinaryLinear | BinaryConv2d], dict[int, Any]]:
         """({name: packed layer}, {id of a module: what takes its place}), without memory."""
-        replaced: dict[int, Any] = {}
-        layers: dict[str, BinaryLinear | BinaryConv2d] = {}
-        for name, entry in self.json_object(metadata, "layers").items():
-            layer, packed = self.skeleton(modules, name, entry)
-            packed.train(layer.training)
-            if id(layer) in replaced and _describe(replaced[id(layer)]) != _describe(packed):
-                raise self.fail(f"layer {name}: described in two ways")
-            layers[name] = replaced.setdefault(id(layer), packed)
-        if not layers:
-            raise self.fail("it holds no packed layers")
-        for name, kind in self.json_object(metadata, "folded").items():
-            module = self.folded(modules, name, kind)
-            replaced.setdefault(id(module), folding.Folded(module))
-        return layers, replaced
-
-    def skeleton(
-        self, modules: Mapping[str, nn.Module], name: str, entry: Any
-    ) -> tuple[nn.Module, BinaryLinear | BinaryConv2d]:
-        """The layer called ``name``, and the packed module on the meta device that ``entry`` describes."""
-        if not isinstance(entry, dict) or entry.get("type") not in list(_LAYER_FIELDS):
-            raise self.fail(f"layer {name}: not described as one of {', '.join(_LAYER_FIELDS)}")
-        fields = _LAYER_FIELDS[entry["type"]]
-        if set(entry) != {"type", *_OPTIONS, *fields}:
-            raise self.fail(f"layer {name}: its description has the fields {sorted(entry)}")
-        layer = modules.get(name)
-        if layer is None:
-            raise self.fail(f"layer {name}: the model has no such layer")
-        if isinstance(layer, BinaryLinear | BinaryConv2d):
-            raise self.fail(f"layer {name}: the model is packed already; pass the float model")
-        if not isinstance(entry["bias"], bool):
-            raise self.fail(f"layer {name}: bias={entry['bias']!r} is not true or false")
-        levels, group_size = entry["levels"], entry["group_size"]
-        if type(levels) is not int or type(group_size) is not int or not 0 <= group_size < 2**31:
-            raise self.fail(f"layer {name}: levels={levels!r}, group_size={group_size!r} are not sizes")
+        description = {part: self.json_object(metadata, part) for part in ("layers", "folded")}
         try:
-            packed = None if fault_of(layer) else skeleton(layer, **{key: entry[key] for key in _OPTIONS})
-        except (TypeError, ValueError) as error:
-            raise self.fail(f"layer {name}: {error}") from None
-        if packed is None or _type_of(packed) != entry["type"]:
-            raise self.fail(
-                f"layer {name}: a {entry['type']} in the file, {type(layer).__name__} in the model"
-            )
-        for field in fields:
-            ours = getattr(packed, field)
-            ours = list(ours) if isinstance(ours, tuple) else ours
-            if entry[field] != ours or isinstance(entry[field], bool):
-                raise self.fail(f"layer {name}: {field} is {entry[field]!r} in the file, {ours} in the model")
-        return layer, packed
-
-    def folded(self, modules: Mapping[str, nn.Module], name: str, kind: Any) -> nn.Module:
-        """The module called ``name``, which the file says is folded."""
-        module = modules.get(name)
-        if module is None:
-            raise self.fail(f"folded {name}: the model has no such module")
-        if type(module).__name__ != kind or type(module) is not folding.FOLDABLE.get(kind):
-            raise self.fail(f"folded {name}: {kind!r} in the file, {type(module).__name__} in the model")
-        return module
+            return replacements(modules, description)
+        except ValueError as error:
+            raise self.fail(str(error)) from None
 
     def kept(
         self, model: nn.Module, modules: Mapping[str, nn.Module], replaced: Mapping[int, nn.Module]
