@@ -1,6 +1,6 @@
 """GGUF files, those of llama.cpp: packed layers as Q1_0, TQ1_0 and TQ2_0, and whole Llama and Qwen3 models.
 
-Needs the ``gguf`` package: pip install 'quantopt[gguf]'. :func:`save` and :func:`load` need transformers besides.
+Needs the ``gguf`` package, and :func:`load` transformers of version 5 besides: pip install 'quantopt[gguf]'.
 """
 
 try:

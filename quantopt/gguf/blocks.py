@@ -116,10 +116,12 @@ def kind_of_layer(layer: BinaryLinear, kind: str | None, name: str) -> str:
 def _block_scales(layer: BinaryLinear, kind: str, name: str) -> Tensor:
     """The outer level of each block, float32 [out_features, in_features / block].
 
-    Raises ValueError if a block has more than one."""
+    Raises ValueError if a block has more than one, or one that is negative or not finite."""
     block, _ = block_of(kind)
     length, group = layer.in_features, layer.group_size
     outer = layer.scale.detach().cpu() * (layer.levels - 1)  # exact: by 1 or 2
+    if not bool((outer.isfinite() & ~outer.signbit()).all()):
+        raise ValueError(f"{name} has a scale that is negative or not finite")
     if not group:
         return outer.reshape(-1, 1).expand(layer.out_features, length // block)
     unit = gcd(group, block)  # a stretch of weights that no group and no block ends in
@@ -139,8 +141,8 @@ def _fp16(outer: Tensor, scales: Scales, name: str) -> npt.NDArray[np.float16]:
         count, first = int(wrong.sum()), float(outer[wrong][0])
         if scales == "exact":
             raise ValueError(
-                f"{name}: {count} of its {wrong.numel()} scales are not numbers of fp16, the first is {first:.9g}: "
-                'pass scales="round" to round them'
+                f"{name}: {count} of the {wrong.numel()} scales of its blocks are no numbers of fp16, the first is "
+                f'{first:.9g}: pass scales="round" to round them'
             )
         lost = ~half.isfinite() | ((half == 0) & (outer != 0))
         if bool(lost.any()):

@@ -7,7 +7,7 @@ import numpy as np
 from gguf.constants import MODEL_ARCH, GGUFValueType
 
 from quantopt.gguf.container import Field, File
-from quantopt.gguf.tokens import PREFIX, TOKENS
+from quantopt.gguf.tokens import SPECIAL, TOKENS, id_key
 
 ARCHITECTURE = "general.architecture"
 _INTEGERS = (
@@ -88,16 +88,14 @@ def metadata_of(config: Any) -> dict[str, Field]:
 
 
 def _rope_fields(config: Any) -> dict[str, Field]:
-    rope = getattr(config, "rope_parameters", None)
-    if rope is None:  # transformers 4
-        rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
-    known = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
+    rope = config.rope_parameters
+    known = {"rope_theta", "rope_type", "factor", "original_max_position_embeddings"}
     for key, value in rope.items():
         if key not in known and (key not in _ROPE_DEFAULTS or value not in (None, _ROPE_DEFAULTS[key])):
             raise ValueError(
                 f"model.config has the rope parameter {key}={value!r}, which is not written to GGUF"
             )
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope["rope_type"]
     fields = {_BASE: Field(GGUFValueType.FLOAT32, float(rope["rope_theta"]))}
     if kind == "default":
         return fields
@@ -183,10 +181,8 @@ def settings_of(file: File) -> dict[str, Any]:
     and shapes of its tensors. Raises GGUFFileError naming the key; a key of the architecture that is not known is
     refused, since the model may not compute the same without it."""
     kind = architecture_of(file)
-    if any(
-        key.startswith("split.") and "count" in key and field.value not in (0, 1)
-        for key, field in file.metadata.items()
-    ):
+    parts = file.metadata.get("split.count")
+    if parts is not None and parts.value != 1:
         file.fail("it is one part of a split model: merge the parts with llama-gguf-split first")
     reader = _Reader(file, kind)
     embedding = file.stored("token_embd.weight").shape
@@ -233,9 +229,9 @@ def _token_ids(file: File, vocabulary: int) -> dict[str, int | None]:
     if tokens is not None and (not isinstance(tokens.value, list) or len(tokens.value) != vocabulary):
         file.fail(f"{TOKENS} does not have a token for each of the {vocabulary} rows of token_embd.weight")
     ids: dict[str, int | None] = {}
-    for name in ("bos", "eos"):
-        field = file.metadata.get(f"{PREFIX}ggml.{name}_token_id")
+    for name in SPECIAL:
+        field = file.metadata.get(id_key(name))
         if field is not None and (field.kind not in _INTEGERS or not 0 <= field.value < vocabulary):
-            file.fail(f"{PREFIX}ggml.{name}_token_id is {field.value!r}, no token of {vocabulary}")
+            file.fail(f"{id_key(name)} is {field.value!r}, no token of {vocabulary}")
         ids[f"{name}_token_id"] = None if field is None else int(field.value)
     return ids

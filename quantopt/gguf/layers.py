@@ -12,6 +12,7 @@ from torch import Tensor
 from quantopt.gguf.blocks import LEVELS, Scales, from_blocks, kind_of_layer, to_blocks
 from quantopt.gguf.container import Field, File, Written, write
 from quantopt.nn import BinaryLinear
+from quantopt.ops.inputs import compute_mode
 
 FLOAT_KINDS = ("F32", "F16", "BF16", "Q8_0")
 _KIND_OF_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -26,6 +27,7 @@ def read_layer(file: File, name: str, *, compute: str = "auto") -> BinaryLinear:
 
 def layer_of(file: File, weight: str, bias: str | None, order: Tensor | None, compute: str) -> BinaryLinear:
     """The packed layer of the tensors ``weight`` and ``bias`` with their rows in ``order``, None: as they are."""
+    compute_mode(compute)
     stored, blocks = file.stored(weight), file.read(weight)
     if stored.kind.name not in LEVELS or len(stored.shape) != 2:
         file.fail(

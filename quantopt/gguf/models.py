@@ -46,7 +46,8 @@ def save(
         model: what :func:`quantopt.pack` returns; wrappers of frameworks are taken off.
         path: of the file, which is replaced whole or not at all.
         tokenizer: a GGUF file whose tokenizer is copied; "bytes": a token for each byte, for models of 256 tokens (byte
-            0 begins and ends a text); None: none, so that llama.cpp takes token ids only.
+            0 begins and ends a text); None: none, so that llama.cpp takes token ids only; bos_token_id and
+            eos_token_id of the configuration are kept.
         scales: "exact": all scales must be numbers of fp16; "round": they are rounded, as in :func:`to_blocks`.
         ternary: "TQ2_0" (faster) or "TQ1_0" (smaller).
         float_type: of the weights that are not packed: "F32", "F16", "BF16", "Q8_0" (rounded); None: as their dtype.
@@ -77,7 +78,7 @@ def save(
     file_type = max(sorted(set(kinds)), key=kinds.count, default=None)
     number = LlamaFileType[f"MOSTLY_{file_type}"] if file_type else LlamaFileType.GUESSED
     metadata["general.file_type"] = Field(GGUFValueType.UINT32, int(number))
-    write(path, metadata | tokens.metadata_of(tokenizer, config.vocab_size), written.items())
+    write(path, metadata | tokens.metadata_of(tokenizer, config), written.items())
 
 
 class _Writer:
@@ -226,9 +227,7 @@ def _on_meta(file: File, kind: str, settings: dict[str, Any], dtype: torch.dtype
         config = AutoConfig.for_model(kind, **settings)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (
-        Exception
-    ) as error:  # of transformers and torch, whose checks raise many kinds, on what the file says
+    except Exception as error:  # transformers and torch refuse what the file says with errors of many kinds
         file.fail(f"transformers makes no {kind} of its metadata: {error}")
     return model
 

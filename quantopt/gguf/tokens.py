@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from gguf.constants import GGUFValueType, TokenType
 
@@ -9,13 +10,25 @@ from quantopt.gguf.container import Field, File
 
 PREFIX = "tokenizer."
 TOKENS = "tokenizer.ggml.tokens"
+SPECIAL = ("bos", "eos")  # the tokens that a configuration names and a file too
 _BYTES = 256
 
 
-def metadata_of(tokenizer: str | os.PathLike[str] | None, vocabulary: int) -> dict[str, Field]:
-    """The fields of ``tokenizer``, which :func:`quantopt.gguf.save` describes, for a model of ``vocabulary`` tokens."""
+def id_key(name: str) -> str:
+    """The key of the id of a special token."""
+    return f"{PREFIX}ggml.{name}_token_id"
+
+
+def metadata_of(tokenizer: str | os.PathLike[str] | None, config: Any) -> dict[str, Field]:
+    """The fields of ``tokenizer``, which :func:`quantopt.gguf.save` describes, for the model of ``config``."""
+    vocabulary = config.vocab_size
     if tokenizer is None:
-        return {"tokenizer.ggml.model": Field(GGUFValueType.STRING, "no_vocab")}
+        fields = {"tokenizer.ggml.model": Field(GGUFValueType.STRING, "no_vocab")}
+        for name in SPECIAL:
+            token = getattr(config, f"{name}_token_id", None)
+            if isinstance(token, int):
+                fields[id_key(name)] = Field(GGUFValueType.UINT32, token)
+        return fields
     if tokenizer == "bytes":
         if vocabulary != _BYTES:
             raise ValueError(
@@ -42,8 +55,7 @@ def _bytes() -> dict[str, Field]:
         TOKENS: Field(array, _byte_tokens(), text),
         "tokenizer.ggml.token_type": Field(array, [int(TokenType.NORMAL)] * _BYTES, GGUFValueType.INT32),
         "tokenizer.ggml.merges": Field(array, [], text),
-        "tokenizer.ggml.bos_token_id": Field(number, 0),
-        "tokenizer.ggml.eos_token_id": Field(number, 0),
+        **{id_key(name): Field(number, 0) for name in SPECIAL},
         "tokenizer.ggml.add_bos_token": Field(GGUFValueType.BOOL, False),
     }
 
