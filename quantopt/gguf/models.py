@@ -18,7 +18,6 @@ from quantopt.gguf.layers import layer_of, read_float, written_float, written_la
 from quantopt.nn import BinaryLinear
 from quantopt.nn.linear import BinaryModule
 from quantopt.packing.contents import first_on_meta, memory_of
-from quantopt.packing.layers import skeleton
 from quantopt.wrappers import unwrapped_model
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
@@ -200,7 +199,7 @@ def load(
         key = f"{name}.weight"
         if isinstance(module, nn.Linear) and key in sources and file.stored(sources[key]).kind.name in LEVELS:
             packed = layer_of(file, sources[key], sources.get(f"{name}.bias"), _inverse(key, config), compute)
-            model.set_submodule(name, _in_place_of(module, packed))
+            model.set_submodule(name, packed)
             continue
         for key in (f"{name}.{part}" for part in module._parameters):
             if key in sources:
@@ -256,21 +255,6 @@ def _check_shapes(file: File, model: nn.Module, sources: dict[str, str]) -> None
     for key, value in model.state_dict().items():
         if key in sources and (shape := file.stored(sources[key]).shape) != tuple(value.shape):
             file.fail(f"tensor {sources[key]} has the shape {list(shape)}, the model {list(value.shape)}")
-
-
-def _in_place_of(linear: nn.Linear, packed: BinaryLinear) -> BinaryLinear:
-    """``packed`` as :func:`quantopt.pack` puts it in the place of ``linear``."""
-    layer: Any = skeleton(
-        linear,
-        bias=packed.bias is not None,
-        levels=packed.levels,
-        scale=packed.scale_kind,
-        group_size=packed.group_size,
-        compute=packed.compute,
-        activation=packed.activation,
-    )
-    result: BinaryLinear = layer.set_weights(packed.bits, packed.scale, packed.bias)
-    return result
 
 
 def _order(key: str, config: Any) -> Tensor | None:
