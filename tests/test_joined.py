@@ -135,7 +135,7 @@ def test_bad_layers() -> None:
 def test_a_joined_model_is_not_saved(tmp_path: Path) -> None:
     model = Attention(packed_layer)
     join_layers(model)
-    with pytest.raises(ValueError, match=r"layer q_proj is joined with others, which no file holds: save before join_layers"):
+    with pytest.raises(ValueError, match=r"layer q_proj is joined with others, .*: save before"):
         quantopt.save(model, tmp_path / "file")
 
 

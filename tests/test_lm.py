@@ -1,6 +1,7 @@
 """`quantopt lm`: the text, the network, training, checkpoints, the command line."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,46 @@ def test_sample_equals_reading_all_at_each_byte(
     assert written == bytes(expected[3:])
     drawn = [model.sample(network, b"abc", 8, temperature=2.0, seed=seed) for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+
+
+EXPORTED = ["--width=128", "--feed-forward=128", "--layers=1", "--heads=2", "--context=16", "--batch-size=2"]
+
+
+def test_export(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    out = tmp_path / "run"
+    command = ["lm", "--recipe=stam", "--data", str(file), "--steps=50", "--device=cpu", "--quiet"]
+    command += ["--out", str(out), *EXPORTED, "--export", "hf", "--export", "gguf"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    losses = [float(line.rpartition(" ")[2]) for line in printed.splitlines() if "exported as" in line]
+    report = json.loads((out / REPORT).read_text())
+    assert losses == [pytest.approx(report["loss_packed"], abs=1e-3)] * 2
+    assert main(command) == 0  # a new run replaces what was exported
+    assert (out / "hf" / "config.json").is_file() and (out / "model.gguf").is_file()
+    assert main([word for word in command if word not in ("--export", "hf", "gguf")]) == 0
+    assert not (out / "hf").exists() and not (out / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe=float", "--export=hf"], "--export: exports packed networks, and adamw trains none"),
+        (["--export=gguf", "--architecture=gpt-neox"], "--architecture: gpt-neox"),
+        (["--export=gguf", "--bits=2"], "--bits: 2: a GGUF file holds 1 bit or ternary"),
+        (["--export=gguf", "--width=64"], "--width: 64: a GGUF file holds rows of a multiple of 128"),
+        (["--export=gguf", "--width=128"], "--feed-forward: 344"),
+        (["--export=gguf", "--bits=ternary", "--width=128"], "--width: 128: .* multiple of 256"),
+        (["--export=gguf", "--scale=group", "--group-size=32", "--feed-forward=256"], "--group-size: 32"),
+    ],
+)
+def test_what_cannot_be_exported(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    pytest.importorskip("gguf")
+    out = tmp_path / "run"
+    assert main(["lm", "--data", str(file), "--out", str(out), *words]) == 2
+    assert re.search(message, capsys.readouterr().err) and not out.exists()
 
 
 def test_sample_of_a_long_prompt(file: Path) -> None:

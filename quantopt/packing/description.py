@@ -49,7 +49,9 @@ def describe(packed: nn.Module) -> dict[str, dict[str, Any]]:
     modules = modules_of(_model(packed))
     packed_ones = packed_layers(modules)
     if joined := next((name for name, m in modules.items() if isinstance(m, JoinedLinear)), None):
-        raise ValueError(f"layer {joined} is joined with others, which no file holds: save before join_layers")
+        raise ValueError(
+            f"layer {joined} is joined with others, which no file holds: save before join_layers"
+        )
     if not packed_ones:
         raise ValueError("the model has no packed layers: call quantopt.pack(model, opt) first")
     return {

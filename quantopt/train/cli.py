@@ -116,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(lm.names())}, or a TOML file; options given beside it override it (%(default)s)",
     )
     add_options(command, "lm", lm.OPTIONS)
+    command.add_argument(
+        "--export",
+        choices=("hf", "gguf"),
+        action="append",
+        default=[],
+        help="write the packed network for another program too: OUT/hf for from_pretrained of the transformers "
+        "library, OUT/model.gguf for llama.cpp (scales are rounded to fp16); may be given twice",
+    )
     command.add_argument("--out", type=nonempty, metavar="DIR", help="directory to write to (runs/lm-RECIPE)")
     command.add_argument(
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from quantopt.train.optimizers import FULL_PRECISION
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
 MODEL = "model.safetensors"
+GGUF, HF = "model.gguf", "hf"
+"""What `quantopt lm --export` writes: a file, and a directory of the transformers library."""
 
 
 @dataclass
@@ -147,8 +150,9 @@ def write_checkpoint(out: Path, state: dict[str, Any], hold: Hold | None = None)
     def write(file: Path) -> None:
         file.write_bytes(checkpoint.encode(state))
         # The new one is complete and not there yet: at no moment does a report lie beside another run's checkpoint.
-        for stale in (REPORT, MODEL, report.CURVES_PNG, report.WEIGHTS_PNG):
+        for stale in (REPORT, MODEL, GGUF, report.CURVES_PNG, report.WEIGHTS_PNG):
             (out / stale).unlink(missing_ok=True)
+        shutil.rmtree(out / HF, ignore_errors=True)
 
     if hold is not None:
         hold.check()

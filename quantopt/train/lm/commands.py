@@ -23,7 +23,7 @@ from quantopt.train.directory import (
 )
 from quantopt.train.errors import InputError, writing
 from quantopt.train.lm import config as lm
-from quantopt.train.lm import loop, model, text
+from quantopt.train.lm import export, loop, model, text
 from quantopt.train.lm.loop import KEYS as KEYS
 from quantopt.train.measure import tensor_bytes
 
@@ -32,18 +32,25 @@ def train(arguments: argparse.Namespace) -> int:
     settings = given(arguments, lm.OPTIONS)
     config = lm.configuration(lm.load(arguments.recipe), settings)
     out = Path(arguments.out or Path("runs") / f"lm-{Path(arguments.recipe).stem}")
+    for kind in arguments.export:
+        export.check(kind, config)
     check_out(out)
     with held(out) as hold:
+        found = text.load(config.data, config.context, config.validation)
         results = loop.train(
             config,
-            text.load(config.data, config.context, config.validation),
+            found,
             out=out,
             resume=arguments.resume,
             progress=not arguments.quiet,
             minutes=arguments.minutes,
             hold=hold,
         )
-    print(loop.summary(results))
+        print(loop.summary(results))
+        for kind in dict.fromkeys(arguments.export):
+            hold.check()
+            loss = export.write(kind, load(out, "cpu")[1], out, found)
+            print(f"validation loss of what was exported as {kind}: {loss:.4f}")
     print(f"written: {out}/")
     return 0
 
