@@ -5,9 +5,10 @@
 The methods are recipes of `quantopt lm` (recipes/lm.toml). Each is trained at every rate of a grid with seed 0,
 which is extended while an end of it is best, and at the rate of the least validation loss with the other seeds too. The
 rate is chosen on the validation part that the table is of, by a seed of the table, for all methods alike. On Adam it is
-the rate of all parameters, on Muon of its matrices: the others keep the recipe's. Runs that are in DIR are not trained
-again: the same command continues what was cut (status 3). Prints a table, and writes bench/results/language-SIZE.json
-when all methods are done.
+the rate of all parameters, on Muon of its matrices: the others keep the recipe's. The size "medium" has fewer methods,
+and takes their rates from bench/results/language-small.json. Runs that are in DIR are not trained again: the same
+command continues what was cut (status 3). Prints a table, and writes bench/results/language-SIZE.json when all methods
+are done.
 """
 
 import argparse
@@ -33,6 +34,7 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"layers": 4, "width": 128, "heads": 4, "steps": 1200},
     "medium": {"layers": 6, "width": 256, "heads": 8, "steps": 1200},
 }
+MEDIUM = ("straight-through", "stam-muon", "float", "float-muon")
 RATES = (2e-3, 4e-3, 8e-3)  # of all parameters; on Muon of its matrices, the others have the recipe's
 SEEDS = 3
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +48,10 @@ class Sweep:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         self.text = text.load(data, lm.Config.context, lm.Config.validation)
         self.data = data
+        self.rates: dict[str, float] | None = None
+        if size != "small":
+            small = json.loads((RESULTS / "language-small.json").read_text())
+            self.rates = {row["method"]: row["lr"] for row in small["rows"]}
 
     def run(self, method: str, rate: float, seed: int) -> dict[str, Any]:
         """The report of a run. Raises OutOfTime where it is not finished in time."""
@@ -80,11 +86,16 @@ class Sweep:
     def row(self, method: str) -> dict[str, Any]:
         """The row of a method: at every rate with seed 0, at the best of them with all seeds."""
         tried: dict[float, float] = {}
-        wanted = list(RATES)
+        if self.rates is not None:
+            if method not in self.rates:
+                raise TrainingError("bench/results/language-small.json has no rate of it")
+            tried = {self.rates[method]: self.tried(method, self.rates[method])}
+        wanted = [] if tried else list(RATES)
         while wanted:
             tried |= {rate: self.tried(method, rate) for rate in wanted}
             best = min(tried, key=tried.__getitem__)
             wanted = [best / 2] if best == min(tried) else [2 * best] if best == max(tried) else []
+        best = min(tried, key=tried.__getitem__)
         reports = [self.run(method, best, seed) for seed in range(SEEDS)]
         losses = [loss_of(report) for report in reports]
         return {
@@ -136,14 +147,16 @@ def main() -> int:
     )
     parser.add_argument("--data", required=True, help="text file")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--methods", nargs="+", choices=lm.names(), default=lm.names(), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=lm.names(), metavar="NAME", help="(all of the size)")
     parser.add_argument("--out", type=Path, help="directory of the runs (build/language-SIZE)")
     parser.add_argument("--minutes", type=float, help="stop before a run would end later")
     arguments = parser.parse_args()
     out = arguments.out or Path("build") / f"language-{arguments.size}"
+    every = lm.names() if arguments.size == "small" else list(MEDIUM)
+    methods = arguments.methods or every
     sweep = Sweep(arguments.size, arguments.data, out, arguments.minutes)
     rows, status = [], 0
-    for method in arguments.methods:
+    for method in methods:
         try:
             rows.append(sweep.row(method))
         except OutOfTime as stop:
@@ -154,7 +167,7 @@ def main() -> int:
             status = status or 1
     if rows:
         print(table(sorted(rows, key=lambda row: float(row["mean"]))))
-    if status == 0 and set(arguments.methods) == set(lm.names()):
+    if status == 0 and set(methods) == set(every):
         head = header("cpu", torch.get_num_threads())
         write_json(
             RESULTS / f"language-{arguments.size}.json",
