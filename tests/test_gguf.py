@@ -258,6 +258,7 @@ def text(string: str) -> bytes:
             "has the offset 32, not 0",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_hostile_headers(data, message, tmp_path):
     path = tmp_path / "hostile.gguf"

@@ -84,7 +84,7 @@ class Written(NamedTuple):
 def row_bytes(kind: GGMLQuantizationType, length: int) -> int:
     """Bytes of a row of ``length`` weights, which is a multiple of the block."""
     weights, size = GGML_QUANT_SIZES[kind]
-    return length // weights * size
+    return int(length // weights * size)
 
 
 def _padded(size: int, alignment: int) -> int:
@@ -226,7 +226,7 @@ class _Header:
     def alignment(self) -> int:
         field = self.target.metadata.get(_ALIGNMENT_KEY)
         if field is None:
-            return GGUF_DEFAULT_ALIGNMENT
+            return int(GGUF_DEFAULT_ALIGNMENT)
         value = field.value
         if field.kind != GGUFValueType.UINT32 or value == 0 or value & (value - 1):
             self.target.fail(f"{_ALIGNMENT_KEY} is {value!r}, not a power of two as UINT32")
@@ -257,12 +257,9 @@ def write(
 ) -> None:
     """Writes a GGUF file of version 3 with the default alignment; a reader finds the old file or the new one."""
     items = list(tensors)
-    header = bytearray(
-        struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(metadata.keys() - {_ALIGNMENT_KEY}))
-    )
+    header = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(metadata)))
     for key, field in metadata.items():
-        if key != _ALIGNMENT_KEY:
-            header += _string(key) + struct.pack("<I", field.kind) + _packed(field)
+        header += _string(key) + struct.pack("<I", field.kind) + _packed(field)
     offset = 0
     for name, (kind, data) in items:
         weights, size = GGML_QUANT_SIZES[kind]

@@ -128,7 +128,7 @@ class _Writer:
         return bool(self.config.tie_word_embeddings) and torch.equal(head, embedding)
 
     def name(self, key: str) -> str:
-        name = self.names.get_name(key, _SUFFIXES)
+        name: str | None = self.names.get_name(key, _SUFFIXES)
         if name is None:
             raise ValueError(
                 f"the model has the tensor {key}, which {self.config.model_type} in GGUF does not have"
