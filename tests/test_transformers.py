@@ -17,29 +17,8 @@ from quantopt.packing import describe, skeleton
 transformers = pytest.importorskip("transformers")
 from transformers.quantizers import auto  # noqa: E402
 
+from language_models import SIZES, TOKENS, logits, make  # noqa: E402
 from quantopt.integrations.transformers import QuantoptConfig, prepare, save_pretrained  # noqa: E402
-
-TOKENS = torch.arange(24).view(2, 12)
-SIZES: dict[str, dict[str, Any]] = {
-    "GPT2LMHead": dict(n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=None),
-    "LlamaForCausalLM": dict(num_key_value_heads=1, tie_word_embeddings=False),
-    "Qwen3ForCausalLM": dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
-    "BertForMaskedLM": dict(),
-}
-
-
-def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random model with two layers of width 32."""
-    usual = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=None
-    )
-    sizes = SIZES[kind] | changes
-    family = kind.removesuffix("LMHead").split("For")[0]
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=48, **(sizes if "n_embd" in sizes else usual | sizes)
-    )
-    cls = getattr(transformers, f"{kind}Model" if kind.endswith("Head") else kind)
-    return cls._from_config(config, dtype=dtype).eval()
 
 
 def packed_of(model: Any, scale: str = "channel", **options: Any) -> Any:
@@ -50,11 +29,6 @@ def packed_of(model: Any, scale: str = "channel", **options: Any) -> Any:
 
 def packed_layers(model: nn.Module) -> int:
     return sum(isinstance(module, BinaryLinear) for module in model.modules())
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(TOKENS).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -291,7 +291,10 @@ def _config_of(packed: Any) -> QuantoptConfig:
     # The layers that could be packed, and were not.
     left = [name for name, module in packed.named_modules() if not fault_of(module)]
     return QuantoptConfig(
-        modules_to_not_convert=left, conv1d_to_linear=_without_conv1d(packed), **description
+        modules_to_not_convert=left,
+        layers=description["layers"],
+        folded=description["folded"],
+        conv1d_to_linear=_without_conv1d(packed),
     )
 
 
