@@ -3,6 +3,8 @@
 tests/test_frameworks.py has when each of them steps, saves and loads the anneal.
 """
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ KINDS = {
     "GPT2LMHead": (6, 3),  # with dropout, as BERT
     "BertForMaskedLM": (6, 3),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect() -> Iterator[None]:
+    """The Trainer collects garbage at the beginning of each training, half a second among all that is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def texts(count: int = 40) -> list[dict[str, Tensor]]:
@@ -142,8 +152,8 @@ def test_callback_with_several_groups(tmp_path: Path) -> None:
     assert {"sign_flips_0", "sign_flips_1"} < first.keys() and "kappa" not in first
 
 
-def with_accelerate(folder: Path, resume: bool, precision: str) -> tuple[Any, Any]:
-    """All updates of two batches each, or those from the state in ``folder`` on, which the whole run saves at STOP."""
+def with_accelerate(folder: Path, resume: bool, precision: str, steps: int) -> tuple[Any, Any]:
+    """All updates of two batches each, or those from the state in ``folder``, which the whole run saves halfway."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -151,10 +161,10 @@ def with_accelerate(folder: Path, resume: bool, precision: str) -> tuple[Any, An
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     own, opt = start()
     loader = torch.utils.data.DataLoader(texts(), 4)
-    model, wrapped, anneal, loader = accelerator.prepare(own, opt, quantopt.Anneal(opt, STEPS), loader)
+    model, wrapped, anneal, loader = accelerator.prepare(own, opt, quantopt.Anneal(opt, steps), loader)
     if resume:
         accelerator.load_state(str(folder))
-    while anneal.scheduler.last_step < STEPS:
+    while anneal.scheduler.last_step < steps:
         for batch in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(model(**batch).loss)
@@ -163,22 +173,23 @@ def with_accelerate(folder: Path, resume: bool, precision: str) -> tuple[Any, An
                 wrapped.step()
                 anneal.step()
                 wrapped.zero_grad()
-        if anneal.scheduler.last_step == STOP and not resume:
+        if anneal.scheduler.last_step == steps // 2 and not resume:
             accelerator.save_state(str(folder))
     result = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
     return result, opt
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate(tmp_path: Path, precision: str) -> None:
-    whole, _ = with_accelerate(tmp_path, False, precision)
-    resumed, opt = with_accelerate(tmp_path, True, precision)
+@pytest.mark.parametrize(("precision", "steps"), [("no", STEPS), ("bf16", 10)])
+def test_accelerate(tmp_path: Path, precision: str, steps: int) -> None:
+    whole, _ = with_accelerate(tmp_path, False, precision, steps)
+    resumed, opt = with_accelerate(tmp_path, True, precision, steps)
     assert same(whole, resumed) and not same(whole, start()[0])
     finished(resumed, opt, tmp_path)
 
 
-def with_lightning(lightning: Any, folder: Path, resume: Path | None, precision: str) -> tuple[Any, Any]:
+def with_lightning(
+    lightning: Any, folder: Path, resume: Path | None, precision: str, steps: int
+) -> tuple[Any, Any]:
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
@@ -188,15 +199,15 @@ def with_lightning(lightning: Any, folder: Path, resume: Path | None, precision:
             return self.body(**batch).loss
 
         def configure_optimizers(self) -> Any:
-            anneal = quantopt.Anneal(self.opt, STEPS)
+            anneal = quantopt.Anneal(self.opt, steps)
             return {"optimizer": self.opt, "lr_scheduler": {"scheduler": anneal, "interval": "step"}}
 
     module = Module()
     checkpoints = lightning.callbacks.ModelCheckpoint(
-        folder, "{step}", every_n_train_steps=STOP, save_top_k=-1
+        folder, "{step}", every_n_train_steps=steps // 2, save_top_k=-1
     )
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_steps=STEPS, logger=False, enable_progress_bar=False, precision=precision,
+        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_progress_bar=False, precision=precision,
         enable_model_summary=False, callbacks=[checkpoints], accumulate_grad_batches=2, gradient_clip_val=1.0,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(texts(), 4), ckpt_path=resume)
@@ -204,11 +215,11 @@ def with_lightning(lightning: Any, folder: Path, resume: Path | None, precision:
 
 
 @pytest.mark.filterwarnings("ignore")  # its own advice
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_lightning(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "steps"), [("32-true", STEPS), ("bf16-mixed", 10)])
+def test_lightning(tmp_path: Path, precision: str, steps: int) -> None:
     """Stopped at the end of an epoch: from the middle of one Lightning goes on with the first batches."""
     lightning = pytest.importorskip("lightning.pytorch")
-    whole, _ = with_lightning(lightning, tmp_path, None, precision)
-    resumed, opt = with_lightning(lightning, tmp_path, tmp_path / f"step={STOP}.ckpt", precision)
+    whole, _ = with_lightning(lightning, tmp_path, None, precision, steps)
+    resumed, opt = with_lightning(lightning, tmp_path, tmp_path / f"step={steps // 2}.ckpt", precision, steps)
     assert same(whole, resumed) and not same(whole, start()[0])
     finished(resumed, opt, tmp_path)
