@@ -1,6 +1,9 @@
 """Packed models in save_pretrained and from_pretrained of transformers: the same logits, no layer without values."""
 
+import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,10 @@ def test_packs_what_lies_on_levels(tmp_path: Path) -> None:
     }
     assert {layer["compute"] for layer in packed.config.quantization_config.layers.values()} == {"int8"}
     torch.testing.assert_close(logits(packed), expected, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="leaves out every layer"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=QuantoptConfig(modules_to_not_convert=["model"])
+        )
     packed.save_pretrained(tmp_path / "packed")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(loaded), logits(packed))
@@ -202,6 +209,18 @@ def test_the_configuration(tmp_path: Path) -> None:
     config = QuantoptConfig.from_dict(written)
     assert {"layers": config.layers, "folded": config.folded} == describe(packed)
     assert QuantoptConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """It is imported only when asked for, and the error names the extra."""
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"quantopt.integrations.{library}", raising=False)
+    with pytest.raises(ImportError, match=rf"needs {library}: pip install 'quantopt\[{library}\]'"):
+        importlib.import_module(f"quantopt.integrations.{library}")
+    code = "import sys, quantopt; assert not {'transformers', 'peft', 'accelerate'} & set(sys.modules)"
+    if library == "peft":
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_refusals(tmp_path: Path) -> None:
