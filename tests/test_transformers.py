@@ -1,6 +1,9 @@
 """Packed models in save_pretrained and from_pretrained of transformers: the same logits, no layer without values."""
 
+import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,29 +20,8 @@ from quantopt.packing import describe, skeleton
 transformers = pytest.importorskip("transformers")
 from transformers.quantizers import auto  # noqa: E402
 
+from language_models import SIZES, TOKENS, logits, make  # noqa: E402
 from quantopt.integrations.transformers import QuantoptConfig, prepare, save_pretrained  # noqa: E402
-
-TOKENS = torch.arange(24).view(2, 12)
-SIZES: dict[str, dict[str, Any]] = {
-    "GPT2LMHead": dict(n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=None),
-    "LlamaForCausalLM": dict(num_key_value_heads=1, tie_word_embeddings=False),
-    "Qwen3ForCausalLM": dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
-    "BertForMaskedLM": dict(),
-}
-
-
-def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random model with two layers of width 32."""
-    usual = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=None
-    )
-    sizes = SIZES[kind] | changes
-    family = kind.removesuffix("LMHead").split("For")[0]
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=48, **(sizes if "n_embd" in sizes else usual | sizes)
-    )
-    cls = getattr(transformers, f"{kind}Model" if kind.endswith("Head") else kind)
-    return cls._from_config(config, dtype=dtype).eval()
 
 
 def packed_of(model: Any, scale: str = "channel", **options: Any) -> Any:
@@ -50,11 +32,6 @@ def packed_of(model: Any, scale: str = "channel", **options: Any) -> Any:
 
 def packed_layers(model: nn.Module) -> int:
     return sum(isinstance(module, BinaryLinear) for module in model.modules())
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(TOKENS).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -200,6 +177,10 @@ def test_packs_what_lies_on_levels(tmp_path: Path) -> None:
     }
     assert {layer["compute"] for layer in packed.config.quantization_config.layers.values()} == {"int8"}
     torch.testing.assert_close(logits(packed), expected, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="leaves out every layer"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=QuantoptConfig(modules_to_not_convert=["model"])
+        )
     packed.save_pretrained(tmp_path / "packed")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(loaded), logits(packed))
@@ -228,6 +209,18 @@ def test_the_configuration(tmp_path: Path) -> None:
     config = QuantoptConfig.from_dict(written)
     assert {"layers": config.layers, "folded": config.folded} == describe(packed)
     assert QuantoptConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """It is imported only when asked for, and the error names the extra."""
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"quantopt.integrations.{library}", raising=False)
+    with pytest.raises(ImportError, match=rf"needs {library}: pip install 'quantopt\[{library}\]'"):
+        importlib.import_module(f"quantopt.integrations.{library}")
+    code = "import sys, quantopt; assert not {'transformers', 'peft', 'accelerate'} & set(sys.modules)"
+    if library == "peft":
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ model needs it.
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -173,24 +173,24 @@ class QuantoptQuantizer(HfQuantizer):
             *markers,
         }
 
-    def _check_names(self, model: nn.Module, files: Iterable[str]) -> None:
+    def _check_names(self, model: Any, files: Iterable[str]) -> None:
         """Raises ValueError if a file has a tensor of a packed layer that the layer does not have."""
-        known = {own: name for name, own in self._names.items()} | self._names
-        prefix = getattr(model, "base_model_prefix", "") + "."
+        packed, prefix = set(self._names.values()), model.base_model_prefix + "."
         for file in files:
             with safetensors.safe_open(file, framework="pt") as opened:
                 keys = list(opened.keys())
             for key in keys:
                 name, _, tensor = key.rpartition(".")
-                own = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), None)
-                if own is None:
+                own = _name_in(packed, name, prefix)
+                if own is None or tensor == _MARKER:
                     continue
-                layer = model.get_submodule(self._names.get(own, own))
-                if tensor != _MARKER and layer._buffers.get(tensor) is None:
+                layer = model.get_submodule(own)
+                if layer._buffers.get(tensor) is None:
+                    has = ", ".join(part for part in _TENSORS if layer._buffers.get(part) is not None)
                     raise ValueError(
-                        f"{file}: tensor {key} is none of the packed layer {name}, which has "
-                        f"{_has(layer)}: config.json and the tensors are of different models. "
-                        "Save the packed model again with quantopt.integrations.transformers.save_pretrained"
+                        f"{file}: tensor {key} is none of the packed layer {name}, which has {has}: config.json and "
+                        "the tensors are of different models. Save the packed model again with "
+                        "quantopt.integrations.transformers.save_pretrained"
                     )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -222,6 +222,10 @@ class QuantoptQuantizer(HfQuantizer):
             for name, fields in description["layers"].items()
             if should_convert_module(name, left)
         }
+        if not description["layers"]:
+            raise ValueError(
+                f"modules_to_not_convert={left!r} leaves out every layer whose weights lie on levels"
+            )
         skeleton(model, description)
         for name in description["layers"]:
             layer, values = model.get_submodule(name), packed.get_submodule(name)
@@ -250,22 +254,22 @@ class QuantoptQuantizer(HfQuantizer):
         return state, {}
 
 
-def _has(layer: nn.Module) -> str:
-    return ", ".join(key for key in _TENSORS if layer._buffers.get(key) is not None)
+def _name_in(names: Container[str], name: str, prefix: str) -> str | None:
+    """``name``, or what it is with or without the prefix of the model without its head, whichever is in ``names``."""
+    return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
 
 
 def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """{name in the files: name in ``model``} of modules. Files of a model with a head may be loaded without it, and the
-    other way round: names differ by the prefix then, and what is in the head is left out.
+    """{name in the files: name in ``model``} of modules.
 
-    Raises ValueError for a module that the model lacks."""
-    modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
+    Files of a model with a head may be loaded without it, and the other way round: names differ by the prefix then, and
+    what is in the head is left out. Raises ValueError for a module that the model lacks."""
+    modules, prefix = dict(model.named_modules(remove_duplicate=False)), model.base_model_prefix + "."
     others = type(model).__name__ not in (model.config.architectures or ())
     with_head = any(name.startswith(prefix) for name in names)
     result = {}
     for name in names:
-        own = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
-        if own is not None:
+        if (own := _name_in(modules, name, prefix)) is not None:
             result[name] = own
         elif not others or not with_head or name.startswith(prefix):
             raise ValueError(
@@ -291,7 +295,10 @@ def _config_of(packed: Any) -> QuantoptConfig:
     # The layers that could be packed, and were not.
     left = [name for name, module in packed.named_modules() if not fault_of(module)]
     return QuantoptConfig(
-        modules_to_not_convert=left, conv1d_to_linear=_without_conv1d(packed), **description
+        modules_to_not_convert=left,
+        layers=description["layers"],
+        folded=description["folded"],
+        conv1d_to_linear=_without_conv1d(packed),
     )
 
 
