@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+STATE_TENSOR = 2**31  # exp_avg_sq of tensor n takes the random numbers of tensor n + 2^31
 ROUNDS = 7
 
 
