@@ -101,17 +101,18 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
-def alive() -> dict[int, int]:
-    """The memory of all tensors of the process that Python knows."""
-    gc.collect()
-    return storages(t for t in gc.get_objects() if issubclass(type(t), Tensor))
-
-
 def measured(make: Make, dtype: torch.dtype) -> dict[str, float]:
     """Bytes for each parameter after STEPS steps: of the parameter, its gradient, the optimizer's state, and what it
     keeps beside that."""
     torch.manual_seed(0)
-    before = alive()
+    gc.freeze()  # of what is there already, gc.get_objects() says nothing
+    try:
+        return _measured(make, dtype)
+    finally:
+        gc.unfreeze()
+
+
+def _measured(make: Make, dtype: torch.dtype) -> dict[str, float]:
     p = nn.Parameter((torch.randn(SIDE, SIDE) / 32).to(dtype))
     p.grad = torch.randn_like(p)
     own = storages([p, p.grad])
@@ -119,7 +120,9 @@ def measured(make: Make, dtype: torch.dtype) -> dict[str, float]:
     for _ in range(STEPS):
         opt.step()
     state = {at: n for at, n in storages(tensors_in(dict(opt.state))).items() if at not in own}
-    held = {at: n for at, n in alive().items() if at not in before and at not in own and at not in state}
+    gc.collect()
+    alive = storages(t for t in gc.get_objects() if issubclass(type(t), Tensor))
+    held = {at: n for at, n in alive.items() if at not in own and at not in state}
     parts = {
         "parameter": p.nbytes,
         "gradient": p.grad.nbytes,

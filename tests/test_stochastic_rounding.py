@@ -208,6 +208,20 @@ def test_parameter_and_exp_avg_sq_are_rounded_independently() -> None:
     assert abs(float(correlation)) < 5 / 2**8
 
 
+@needs_extension
+def test_random_numbers_follow_the_memory_of_a_tensor() -> None:
+    """Of weights and exp_avg_sq in channels_last, by the kernel and by the reference."""
+    case = Case("none", 2, "adam", "tensor", BF16, seed=SEED, lr=0.0, exp_avg_sq_dtype=BF16)
+    records = [map_lists(make(case, [(4, 6, 3, 3)]), _in_channels_last, keep=("steps",)) for _ in range(2)]
+    for record, backend in zip(records, ("cpu", "reference"), strict=True):
+        fused_step(record, backend=backend)
+    assert torch.equal(records[0].exp_avg_sqs[0], records[1].exp_avg_sqs[0])
+
+
+def _in_channels_last(t: Tensor) -> Tensor:
+    return t.to(memory_format=torch.channels_last)
+
+
 BAD_MOMENTS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "rounding to nearest would stall; pass state_seed", dict(state_seed=-1)),
     (ValueError, "state_seed is for bfloat16 exp_avg_sqs", dict(exp_avg_sqs=[torch.ones(3), torch.ones(4)])),
