@@ -199,6 +199,7 @@ std::unique_ptr<quantopt::StepPlan> make_plan(py::handle record, py::handle left
   r.maximize = flag("maximize");
   r.decoupled = flag("decoupled");
   r.seed = number("seed");
+  r.state_seed = number("state_seed");
   return std::make_unique<quantopt::StepPlan>(r, tensors_of(left_out, "left_out"),
                                               tensors_of(counted, "counted"));
 }

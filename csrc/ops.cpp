@@ -34,6 +34,7 @@ TORCH_LIBRARY(quantopt, m) {
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] latents, Tensor(e!)[] scales, Tensor[] latent_bounds, "
       "Tensor(f!)[] steps, Tensor hyper, int levels=2, int group_size=0, bool dynamic_scale=False, "
       "bool nesterov=False, bool maximize=False, bool decoupled=False, int seed=-1, "
+      "int state_seed=-1, "
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   // y = activation(x W^T + b), W = scale * sum_i plane_weights[i] * (+-1 plane i of bits). compute: exact,
   // bf16, int8. activation: none, relu, gelu (by erf), silu. tiles: the result of binary_tiles, or None.

@@ -62,6 +62,11 @@ void check_float(const at::Tensor& tensor, const at::Tensor& param, const char* 
                    "] must be float32, not ", tensor.scalar_type());
 }
 
+// The key of a seed, without step and tensor.
+PhiloxKey key_of(int64_t seed) {
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32), 0, 0};
+}
+
 int64_t channels_of(const at::Tensor& param) { return param.dim() > 0 ? param.size(0) : 1; }
 
 }  // namespace
@@ -93,14 +98,22 @@ StepOptions step_options(const StepRecord& r) {
   o.decoupled = r.decoupled;
   o.stochastic_rounding = r.seed >= 0;
   o.gradient_factor = r.maximize ? -1.0f : 1.0f;
-  o.key = {static_cast<uint32_t>(r.seed), static_cast<uint32_t>(static_cast<uint64_t>(r.seed) >> 32), 0, 0};
+  o.key = key_of(r.seed);
+  o.state_key = key_of(r.state_seed);
   if (!r.params.empty()) o.param_dtype = dtype_of(r.params[0], "fused_step", "params[0]");
+  if (!r.exp_avg_sqs.empty() && r.exp_avg_sqs[0].scalar_type() == at::kBFloat16)
+    o.exp_avg_sq_dtype = Dtype::kBFloat16;
   if (o.has_momentum) o.momentum_dtype = dtype_of(r.momentum_buffers[0], "fused_step", "momentum_buffers[0]");
 
   TORCH_CHECK_VALUE(o.base != Base::kGiven || !o.has_momentum,
                     "fused_step: base 'given' takes grads as the direction; pass no momentum_buffers");
   TORCH_CHECK_VALUE(o.base == Base::kAdam || r.exp_avg_sqs.empty(), "fused_step: base '", r.base,
                     "' has no second moments; pass no exp_avg_sqs, or base 'adam'");
+  TORCH_CHECK_VALUE(o.exp_avg_sq_dtype == Dtype::kFloat32 || r.state_seed >= 0,
+                    "fused_step: exp_avg_sqs are bfloat16, which rounding to nearest would stall; pass "
+                    "state_seed of at least 0, or float32");
+  TORCH_CHECK_VALUE(o.exp_avg_sq_dtype == Dtype::kBFloat16 || r.state_seed < 0,
+                    "fused_step: state_seed is for bfloat16 exp_avg_sqs; pass state_seed=-1");
   TORCH_CHECK_VALUE(!r.dynamic_scale || facts.dynamic_scale, "fused_step: rule '", r.rule,
                     "' has no dynamic scale; pass dynamic_scale=False");
   TORCH_CHECK_VALUE(
@@ -149,8 +162,14 @@ void step_segments(const StepRecord& r, at::Device device, std::vector<StepSegme
       s.momentum = momentum.data_ptr();
     }
     if (!r.exp_avg_sqs.empty()) {
-      check_float(r.exp_avg_sqs[i], param, "exp_avg_sqs", i);
-      s.exp_avg_sq = static_cast<float*>(r.exp_avg_sqs[i].data_ptr());
+      const at::Tensor& exp_avg_sq = r.exp_avg_sqs[i];
+      check_like(exp_avg_sq, param, "exp_avg_sqs", i);
+      const auto dtype = exp_avg_sq.scalar_type();
+      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, "fused_step: exp_avg_sqs[", i,
+                       "] must be float32 or bfloat16, not ", dtype);
+      TORCH_CHECK_TYPE(dtype == r.exp_avg_sqs[0].scalar_type(), "fused_step: exp_avg_sqs[", i, "] is ", dtype,
+                       ", exp_avg_sqs[0] ", r.exp_avg_sqs[0].scalar_type());
+      s.exp_avg_sq = exp_avg_sq.data_ptr();
     }
     if (!r.latents.empty()) {
       check_float(r.latents[i], param, "latents", i);

@@ -26,12 +26,12 @@ void fused_step(c10::string_view rule, c10::string_view base, at::TensorList par
                 at::TensorList momentum_buffers, at::TensorList exp_avg_sqs, at::TensorList latents,
                 at::TensorList scales, at::TensorList latent_bounds, at::TensorList steps,
                 const at::Tensor& hyper, int64_t levels, int64_t group_size, bool dynamic_scale,
-                bool nesterov, bool maximize, bool decoupled, int64_t seed,
+                bool nesterov, bool maximize, bool decoupled, int64_t seed, int64_t state_seed,
                 const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-  const StepRecord record{rule,        base,      params,     grads,         momentum_buffers,
-                          exp_avg_sqs, latents,   scales,     latent_bounds, steps,
-                          hyper,       levels,    group_size, dynamic_scale, nesterov,
-                          maximize,    decoupled, seed,       grad_scale,    found_inf};
+  const StepRecord record{
+      rule,     base,          params,    grads, momentum_buffers, exp_avg_sqs, latents,
+      scales,   latent_bounds, steps,     hyper, levels,           group_size,  dynamic_scale,
+      nesterov, maximize,      decoupled, seed,  state_seed,       grad_scale,  found_inf};
   const StepOptions options = step_options(record);
   if (params.empty()) return;
   thread_local std::vector<StepSegment> segments;  // keeps its memory between steps

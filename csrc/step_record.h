@@ -16,7 +16,7 @@ struct StepRecord {  // does not own the lists
   at::Tensor hyper;
   int64_t levels, group_size;
   bool dynamic_scale, nesterov, maximize, decoupled;
-  int64_t seed;
+  int64_t seed, state_seed;
   std::optional<at::Tensor> grad_scale, found_inf;
 };
 

@@ -46,15 +46,32 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def stochastic_bfloat16(x, first, step, index, seed, BLOCK: tl.constexpr):
-    """csrc/core/rounding.h with the random halves of csrc/core/philox.h; `first` is a multiple of 8."""
+def random_halves(first, step, index, seed, BLOCK: tl.constexpr):
+    """The random 16 bits of BLOCK elements from ``first``, a multiple of 8: csrc/core/philox.h."""
     blocks = first // 8 + tl.arange(0, BLOCK // 8)
     low = blocks.to(tl.uint32)
     high = (blocks >> 32).to(tl.uint32)
     w0, w1, w2, w3 = philox(seed, low, high, step + 0 * low, index + 0 * low)
     # the words in order 0..3 along the last dimension, then their halves
     words = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 2, 1))
-    random = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
+
+
+@triton.jit
+def random_halves_anywhere(i, step, index, seed):
+    """The same of any elements ``i``, each of which makes its block of 8."""
+    blocks = i // 8
+    low = blocks.to(tl.uint32)
+    high = (blocks >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = philox(seed, low, high, step + 0 * low, index + 0 * low)
+    lane = (i - blocks * 8).to(tl.uint32)
+    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+    return (word >> (lane % 2 * 16)) & 0xFFFF
+
+
+@triton.jit
+def stochastic_bfloat16(x, random):
+    """csrc/core/rounding.h with 16 random bits for each element."""
     bits = x.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     special = tl.where(size > 0x7F800000, 0x7FC00000, tl.where(size == 0x7F800000, size, 0x7F7F0000))

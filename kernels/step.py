@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantopt.kernels.elements import read, stochastic_bfloat16, write
+from quantopt.kernels.elements import (
+    random_halves,
+    random_halves_anywhere,
+    read,
+    stochastic_bfloat16,
+    write,
+)
 from quantopt.kernels.rules import (
     Grid,
     Numbers,
@@ -35,6 +41,7 @@ ROW_WIDTH = tl.constexpr(len(Row._fields))
 LENGTH = tl.constexpr(Row._fields.index("length"))
 GROUP = tl.constexpr(Row._fields.index("group"))
 FIRST_PROGRAM = tl.constexpr(Row._fields.index("first_program"))
+STATE_TENSOR = tl.constexpr(2**31)  # exp_avg_sq of tensor n takes the random numbers of tensor n + 2^31
 
 
 # ---- the kernels -------------------------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ def latent_limit_of(row, i, at, inside, h, HAS_LATENT_BOUND: tl.constexpr):
 def read_state(
     row, i, inside, factor,
     BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PARAM_TYPE: tl.constexpr, MOMENTUM_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+    EXP_AVG_SQ_TYPE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(gradient, momentum buffer, second moment); the gradient in place of what there is not."""
     g = read(pointer(row.grad, PARAM_TYPE, ALIGNED), i, inside, WHOLE) * factor
@@ -108,20 +115,25 @@ def read_state(
     if HAS_MOMENTUM:
         m = read(pointer(row.momentum_buffer, MOMENTUM_TYPE, ALIGNED), i, inside, WHOLE)
     if BASE == "adam":
-        v = read(pointer(row.exp_avg_sq, tl.float32, ALIGNED), i, inside, WHOLE)
+        v = read(pointer(row.exp_avg_sq, EXP_AVG_SQ_TYPE, ALIGNED), i, inside, WHOLE)
     return g, m, v
 
 
 @triton.jit
 def write_state(
     row, i, inside, m, v,
-    BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, MOMENTUM_TYPE: tl.constexpr, EXP_AVG_SQ_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     if HAS_MOMENTUM:
         write(pointer(row.momentum_buffer, MOMENTUM_TYPE, ALIGNED), i, m, inside, WHOLE)
     if BASE == "adam":
-        write(pointer(row.exp_avg_sq, tl.float32, ALIGNED), i, v, inside, WHOLE)
+        write(pointer(row.exp_avg_sq, EXP_AVG_SQ_TYPE, ALIGNED), i, v, inside, WHOLE)
+
+
+@triton.jit
+def step_number(steps_ptr, row):
+    return tl.load(steps_ptr + row.tensor_index).to(tl.int64).to(tl.uint32)
 
 
 @triton.jit
@@ -133,8 +145,9 @@ def write_weights(
     if HAS_LATENT:
         write(pointer(row.latent, tl.float32, ALIGNED), i, latent, inside, WHOLE)
     if STOCHASTIC:
-        count = tl.load(steps_ptr + row.tensor_index).to(tl.int64).to(tl.uint32)
-        weight = stochastic_bfloat16(weight, first, count, row.tensor_index.to(tl.uint32), seed, BLOCK)
+        index = row.tensor_index.to(tl.uint32)
+        random = random_halves(first, step_number(steps_ptr, row), index, seed, BLOCK)
+        weight = stochastic_bfloat16(weight, random)
     write(param_ptr, i, weight, inside, WHOLE)
 
 
@@ -170,19 +183,19 @@ def load_grid(
 
 @triton.jit
 def step_block(
-    row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
+    row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, state_seed, level_factor, intervals,
     RULE: tl.constexpr, BASE: tl.constexpr, BINARY: tl.constexpr, QUANTISED: tl.constexpr,
     DYNAMIC_SCALE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, HAS_LATENT: tl.constexpr,
     HAS_LATENT_BOUND: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    MOMENTUM_TYPE: tl.constexpr, ONE_SCALE: tl.constexpr, SMALL: tl.constexpr, ALIGNED: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr, EXP_AVG_SQ_TYPE: tl.constexpr, ONE_SCALE: tl.constexpr, SMALL: tl.constexpr,
+    ALIGNED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements [first, first + BLOCK) of one tensor."""
     row = load_row(row_ptr)  # here, as it takes many registers
     i = first + tl.arange(0, BLOCK)
     inside = i < row.numel
     g, m, v = read_state(
-        row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, WHOLE
+        row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, EXP_AVG_SQ_TYPE, ALIGNED, WHOLE
     )
     param_ptr = pointer(row.param, PARAM_TYPE, ALIGNED)
     if HAS_LATENT:
@@ -205,7 +218,12 @@ def step_block(
     g = gradient(x, g, RULE)
     d, m, v = direction(g, m, v, corrections_ptr, row.tensor_index, h, BASE, HAS_MOMENTUM, NESTEROV)
     latent, weight = step(x, d, RULE)
-    write_state(row, i, inside, m, v, BASE, HAS_MOMENTUM, MOMENTUM_TYPE, ALIGNED, WHOLE)
+    if EXP_AVG_SQ_TYPE == tl.bfloat16:
+        index = row.tensor_index.to(tl.uint32) + STATE_TENSOR
+        v = stochastic_bfloat16(
+            v, random_halves(first, step_number(steps_ptr, row), index, state_seed, BLOCK)
+        )
+    write_state(row, i, inside, m, v, BASE, HAS_MOMENTUM, MOMENTUM_TYPE, EXP_AVG_SQ_TYPE, ALIGNED, WHOLE)
     if h.lr != 0.0:
         write_weights(
             row, param_ptr, i, inside, latent, weight, first, steps_ptr, seed,
@@ -213,15 +231,15 @@ def step_block(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "seed"])
+@triton.jit(do_not_specialize=["count", "seed", "state_seed"])
 def step_kernel(
     table_ptr, numbers_ptr, steps_ptr, corrections_ptr, grad_scale_ptr, found_inf_ptr,
-    count, sign, level_factor, intervals, seed,
+    count, sign, level_factor, intervals, seed, state_seed,
     RULE: tl.constexpr, BASE: tl.constexpr, BINARY: tl.constexpr, QUANTISED: tl.constexpr,
     DYNAMIC_SCALE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, HAS_LATENT: tl.constexpr,
     HAS_LATENT_BOUND: tl.constexpr, STOCHASTIC: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    MOMENTUM_TYPE: tl.constexpr, ONE_SCALE: tl.constexpr, SMALL: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr, EXP_AVG_SQ_TYPE: tl.constexpr, ONE_SCALE: tl.constexpr, SMALL: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk, with the scales as they are."""
     if skipped(found_inf_ptr):
@@ -236,15 +254,17 @@ def step_kernel(
         first = begin + block * BLOCK
         if first + BLOCK <= row.numel:
             step_block(
-                row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
+                row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, state_seed, level_factor, intervals,
                 RULE, BASE, BINARY, QUANTISED, DYNAMIC_SCALE, HAS_MOMENTUM, NESTEROV, HAS_LATENT,
-                HAS_LATENT_BOUND, STOCHASTIC, PARAM_TYPE, MOMENTUM_TYPE, ONE_SCALE, SMALL, ALIGNED, True, BLOCK,
+                HAS_LATENT_BOUND, STOCHASTIC, PARAM_TYPE, MOMENTUM_TYPE, EXP_AVG_SQ_TYPE, ONE_SCALE, SMALL, ALIGNED,
+                True, BLOCK,
             )  # fmt: skip
         elif first < row.numel:
             step_block(
-                row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, level_factor, intervals,
+                row_ptr, h, first, factor, steps_ptr, corrections_ptr, seed, state_seed, level_factor, intervals,
                 RULE, BASE, BINARY, QUANTISED, DYNAMIC_SCALE, HAS_MOMENTUM, NESTEROV, HAS_LATENT,
-                HAS_LATENT_BOUND, STOCHASTIC, PARAM_TYPE, MOMENTUM_TYPE, ONE_SCALE, SMALL, ALIGNED, False, BLOCK,
+                HAS_LATENT_BOUND, STOCHASTIC, PARAM_TYPE, MOMENTUM_TYPE, EXP_AVG_SQ_TYPE, ONE_SCALE, SMALL, ALIGNED,
+                False, BLOCK,
             )  # fmt: skip
 
 
@@ -253,14 +273,14 @@ def add(x, y):
     return x + y
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "state_seed"])
 def group_kernel(
-    table_ptr, numbers_ptr, corrections_ptr, grad_scale_ptr, found_inf_ptr,
-    count, sign, level_factor, intervals,
+    table_ptr, numbers_ptr, steps_ptr, corrections_ptr, grad_scale_ptr, found_inf_ptr,
+    count, sign, level_factor, intervals, state_seed,
     RULE: tl.constexpr, BASE: tl.constexpr, BINARY: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, HAS_LATENT_BOUND: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    MOMENTUM_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MOMENTUM_TYPE: tl.constexpr, EXP_AVG_SQ_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Dynamic scales, with GROUPS groups of up to BLOCK elements per program: the mean of |point| becomes the scale,
     then the step. Without STEP: one program per BLOCK of a group, which only writes the sum of |point|."""
@@ -292,7 +312,7 @@ def group_kernel(
     i = start + within
 
     g, m, v = read_state(
-        row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, ALIGNED, False
+        row, i, inside, factor, BASE, HAS_MOMENTUM, PARAM_TYPE, MOMENTUM_TYPE, EXP_AVG_SQ_TYPE, ALIGNED, False
     )
     param_ptr = pointer(row.param, PARAM_TYPE, ALIGNED)
     w = read(pointer(row.latent, tl.float32, ALIGNED), i, inside, False)
@@ -310,7 +330,12 @@ def group_kernel(
         grid = make_grid(scale, level_factor, intervals, BINARY)
         x = Weights(w, grid, before, limit, h, param_ptr, i, inside, False)
         latent, weight = step(x, d, RULE)
-        write_state(row, i, inside, m, v, BASE, HAS_MOMENTUM, MOMENTUM_TYPE, ALIGNED, False)
+        if EXP_AVG_SQ_TYPE == tl.bfloat16:
+            index = row.tensor_index.to(tl.uint32) + STATE_TENSOR
+            v = stochastic_bfloat16(
+                v, random_halves_anywhere(i, step_number(steps_ptr, row), index, state_seed)
+            )
+        write_state(row, i, inside, m, v, BASE, HAS_MOMENTUM, MOMENTUM_TYPE, EXP_AVG_SQ_TYPE, ALIGNED, False)
         if h.lr != 0.0:
             write(pointer(row.latent, tl.float32, ALIGNED), i, latent, inside, False)
             write(param_ptr, i, weight, inside, False)
@@ -366,9 +391,12 @@ def fused_step(record: StepRecord) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         plan = plan_of(record, check)
         momentum_dtype = record.momentum_buffers[0].dtype if record.momentum_buffers else torch.float32
+        exp_avg_sq_dtype = record.exp_avg_sqs[0].dtype if record.exp_avg_sqs else torch.float32
         counted, corrections = _count_step(record)
         shared: dict[str, Any] = {
             "numbers_ptr": _derived_numbers(record),
+            "steps_ptr": counted,
+            "state_seed": max(record.state_seed, 0),
             "corrections_ptr": corrections,
             "grad_scale_ptr": record.grad_scale,
             "found_inf_ptr": record.found_inf,
@@ -383,6 +411,7 @@ def fused_step(record: StepRecord) -> None:
             "HAS_LATENT_BOUND": bool(record.latent_bounds),
             "PARAM_TYPE": DTYPES[record.params[0].dtype],
             "MOMENTUM_TYPE": DTYPES[momentum_dtype],
+            "EXP_AVG_SQ_TYPE": DTYPES[exp_avg_sq_dtype],
             "enable_fp_fusion": False,
         }
         for (aligned, block), table in plan.groups.items():
@@ -404,7 +433,6 @@ def fused_step(record: StepRecord) -> None:
                 step_kernel,
                 table,
                 shared,
-                steps_ptr=counted,
                 seed=max(record.seed, 0),
                 QUANTISED=RULES[record.rule].quantised,
                 DYNAMIC_SCALE=record.dynamic_scale,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantopt.reference.levels import COUNTS
+from quantopt.reference.step import check_moments
 from quantopt.rules import BASES, RULES, StepRecord
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,7 +48,11 @@ def check(record: StepRecord) -> None:
     _check_tensors("grads", record.grads, params, params[0].dtype)
     momentum_dtype = record.momentum_buffers[0].dtype if record.momentum_buffers else torch.float32
     _check_tensors("momentum_buffers", record.momentum_buffers, params, momentum_dtype)
-    _check_tensors("exp_avg_sqs", record.exp_avg_sqs, params, torch.float32)
+    check_moments(record)
+    for exp_avg_sq in record.exp_avg_sqs[:1]:  # which has the dtype of all
+        if exp_avg_sq.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"fused_step: exp_avg_sqs[0] must be float32 or bfloat16, not {exp_avg_sq.dtype}")
+        _check_tensors("exp_avg_sqs", record.exp_avg_sqs, params, exp_avg_sq.dtype)
     _check_tensors("latents", record.latents, params, torch.float32)
     for name in ("scales", "latent_bounds", "steps"):
         for i, tensor in enumerate(getattr(record, name)):

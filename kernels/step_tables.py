@@ -223,6 +223,7 @@ def plan_of(record: StepRecord, check: Callable[[StepRecord], None]) -> Plan:
         record.group_size,
         record.dynamic_scale,
         record.seed >= 0,
+        record.state_seed >= 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else None,
         *map(len, record[2:10]),  # the lists
         *map(Tensor.data_ptr, _watched(record)),

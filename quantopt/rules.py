@@ -69,7 +69,7 @@ class StepRecord(NamedTuple):
     momentum_buffers: Sequence[
         Tensor
     ]  # m of SGD or Adam, float32 or bfloat16; empty for momentum 0 and "given"
-    exp_avg_sqs: Sequence[Tensor]  # v of Adam, float32
+    exp_avg_sqs: Sequence[Tensor]  # v of Adam, float32, or bfloat16 with a state_seed
     latents: Sequence[Tensor]  # l, x or u of a latent rule, else master weights, float32
     scales: Sequence[Tensor]  # float32, [1], [channels] or [channels, groups]; written where dynamic
     latent_bounds: Sequence[
@@ -84,6 +84,9 @@ class StepRecord(NamedTuple):
     maximize: bool = False
     decoupled: bool = False  # weight decay acts before the step instead of in the gradient or velocity
     seed: int = -1  # at least 0: rounds bfloat16 params stochastically; -1: to nearest
+    state_seed: int = (
+        -1
+    )  # at least 0 where exp_avg_sqs are bfloat16, which are rounded stochastically; else -1
     grad_scale: Tensor | None = None  # one float32, of torch.amp.GradScaler: gradients are divided by it
     found_inf: Tensor | None = None  # one float32: where not 0, nothing is changed
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
+import quantopt
 from distributed_network import (
     MAKERS,
     RANKS,
@@ -53,6 +54,32 @@ def sharded_training_is_the_training_of_the_whole() -> None:
             assert torch.equal(opt.quantization(ours).codes, reference.quantization(theirs).codes)
             saved = dcp.get_optimizer_state_dict(model, opt)["state"]["2.2.weight"]
             close({key: whole(value) for key, value in saved.items()}, dict(reference.state[theirs]))
+
+
+@case
+def second_moments_in_bfloat16_are_sharded_and_loaded() -> None:
+    """Random numbers go by the element in the shard, so the whole network draws others: no equal bits."""
+    model, plain = sharded(network()), network()
+    options = dict(lr=0.01, memory=True, momentum_dtype="bfloat16", exp_avg_sq_dtype="bfloat16")
+    opt, reference = (quantopt.AskewAdam(groups(m), **options) for m in (model, plain))
+    for i in range(3):
+        train(model, opt, mine(batch(i)))
+        train(plain, reference, batch(i))
+    for name, p in model.named_parameters():
+        ours, theirs = opt.state[p], reference.state[dict(plain.named_parameters())[name]]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert ours[key].placements == p.placements
+            assert ours[key].dtype == theirs[key].dtype == torch.bfloat16
+        torch.testing.assert_close(whole(ours["exp_avg_sq"]), theirs["exp_avg_sq"], rtol=0.05, atol=1e-7)
+    again = sharded(network())
+    restored = quantopt.AskewAdam(groups(again), **options)
+    again.load_state_dict(model.state_dict())
+    dcp.set_optimizer_state_dict(again, restored, dcp.get_optimizer_state_dict(model, opt))
+    for m, o in ((model, opt), (again, restored)):
+        train(m, o, mine(batch(3)))
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(whole(p.detach()), whole(q.detach()))
+        assert all(torch.equal(whole(opt.state[p][k]), whole(restored.state[q][k])) for k in opt.state[p])
 
 
 @case

@@ -23,6 +23,8 @@ def on_muon(make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return made
 
 
+BF16_MOMENTS = dict(momentum_dtype="bfloat16", exp_avg_sq_dtype="bfloat16")
+
 MAKERS: dict[str, Callable[..., Any]] = {
     "askew": quantopt.AskewSGD,
     "askew-gradient": lambda p, **k: quantopt.AskewSGD(p, constrain="gradient", **k),
@@ -33,6 +35,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "adam": quantopt.AskewAdam,
     "adam-printed": lambda p, **k: quantopt.AskewAdam(p, clamp=False, **k),
     "adam-memory": lambda p, **k: quantopt.AskewAdam(p, memory=True, **k),
+    "adam-bf16-moments": lambda p, **k: quantopt.AskewAdam(p, memory=True, **BF16_MOMENTS, **k),
     "stam": quantopt.STAM,
     "stam-splitting": lambda p, **k: quantopt.STAM(p, form="splitting", **k),
     "binaryconnect": quantopt.BinaryConnect,

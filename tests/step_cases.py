@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Case:
     maximize: bool = False
     grad_scale: float | None = None
     found_inf: float | None = None
+    exp_avg_sq_dtype: torch.dtype = F32
     # the fields of HYPER
     lr: float = 0.1
     momentum: float = 0.9
@@ -106,6 +108,7 @@ def all_cases() -> Iterator[Case]:
         yield Case("splitting", levels, base, "channel", weight_decay=0.0)
     yield Case("prox", 4, "given", "group", threshold=math.inf)
     yield from dynamic_cases()
+    yield from narrow_cases()
     yield from frozen_cases()
 
 
@@ -171,6 +174,24 @@ def dynamic_cases() -> Iterator[Case]:
         )
     for scale in ("channel", "group"):
         yield Case("alternating", 2, "sgd", scale, dynamic_scale=True, found_inf=1.0)
+
+
+def narrow_cases() -> Iterator[Case]:
+    """exp_avg_sq in bfloat16."""
+    low: dict[str, Any] = dict(exp_avg_sq_dtype=BF16)
+    for rule, dtype in itertools.product(RULES, (F32, BF16)):
+        yield Case(rule, 2, "adam", "channel", dtype, dtype, **low)
+    yield Case("askew_memory", 4, "adam", "group", BF16, BF16, rate=math.inf, **low)
+    yield Case("none", 2, "adam", "tensor", BF16, F32, seed=5, hyper_on_device=True, lr=0.2, **low)
+    yield Case("askew", 2, "adam", "tensor", BF16, BF16, seed=2**40 + 77, **low)
+    yield Case("prox", 2, "adam", "tensor", BF16, master=True, **low)
+    yield Case("none", 2, "adam", "tensor", F16, BF16, grad_scale=8.0, found_inf=0.0, **low)
+    yield Case("askew", 2, "adam", "channel", BF16, found_inf=1.0, **low)
+    yield Case("askew_memory", 2, "adam", "tensor", BF16, lr=0.0, **low)
+    for rule, (dtype, size) in itertools.product(DYNAMIC, ((F32, 7), (BF16, 40), (BF16, 600))):
+        yield Case(rule, 2, "adam", "group", dtype, dtype, dynamic_scale=True, group_size=size, **low)
+    for rule, dtype in itertools.product(DYNAMIC, (F32, BF16)):
+        yield Case(rule, 2, "adam", "channel", dtype, F32, dynamic_scale=True, hyper_on_device=True, **low)
 
 
 def frozen_cases() -> Iterator[Case]:
@@ -240,7 +261,7 @@ def make(
         params=tensors(weights, case.dtype),
         grads=tensors(normal, case.dtype),
         momentum_buffers=tensors(normal, case.momentum_dtype, case.has_momentum),
-        exp_avg_sqs=tensors(lambda shape: normal(shape).square(), wanted=adam),
+        exp_avg_sqs=tensors(lambda shape: normal(shape).square(), case.exp_avg_sq_dtype, adam),
         latents=tensors(normal, wanted=rule.latent or case.master),
         scales=[scale(shape, case.scale) for shape in shapes if rule.quantised],
         latent_bounds=[scale(shape, case.latent_bound) for shape in shapes if case.latent_bound],
@@ -253,6 +274,7 @@ def make(
         maximize=case.maximize,
         decoupled=case.decoupled,
         seed=case.seed,
+        state_seed=-1 if case.exp_avg_sq_dtype == F32 else 2**41 + 5,
         grad_scale=one(case.grad_scale),
         found_inf=one(case.found_inf),
     )
@@ -315,7 +337,7 @@ def bits_of(t: Tensor) -> Tensor:
 
 def in_float64(record: StepRecord) -> StepRecord:
     """For the float64 reference. It reads the point of the splitting; of 16 bits it follows from the state."""
-    exact = map_lists(record, Tensor.double, keep=("steps",))._replace(seed=-1)
+    exact = map_lists(record, Tensor.double, keep=("steps",))._replace(seed=-1, state_seed=-1)
     h = dict(zip(HYPER, record.hyper.tolist(), strict=True))
     if record.rule == "splitting" and record.params[0].dtype != F32 and h["lr"] != 0.0:
         for p, x, scale in zip(exact.params, exact.latents, exact.scales, strict=True):

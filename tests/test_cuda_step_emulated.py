@@ -45,6 +45,7 @@ def test_source_gives_the_bits_of_the_cpu_kernel(host: Any, case: Case) -> None:
             assert same(ours, expected)
     if case.dynamic_scale:
         check(case, results[0], make(case))
+        assert all(map(torch.equal, results[0].exp_avg_sqs, expected.exp_avg_sqs))
         assert all(same(ours, results[0]) for ours in results)
 
 

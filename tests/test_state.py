@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import quantopt
-from optim_cases import MAKERS, every, network, same, train, weights
+from optim_cases import BF16_MOMENTS, MAKERS, every, network, same, train, weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,3 +146,74 @@ def test_options_that_a_state_dict_lacks_take_their_defaults() -> None:
     del saved["param_groups"][0]["form"]
     with pytest.raises(ValueError, match=r"lack \['form'\]"):
         opt.load_state_dict(saved)
+
+
+def bytes_per_element(opt: Any, p: nn.Parameter) -> float:
+    """Of the state that has the shape of its parameter."""
+    return sum(value.nbytes for value in opt.state[p].values() if value.shape == p.shape) / p.numel()
+
+
+def test_bytes_of_the_state_of_adam_with_a_latent() -> None:
+    """Of bfloat16 parameters: 12 for a float32 latent and moments, 8 with the moments in bfloat16."""
+    for options, size in (({}, 12), (dict(momentum_dtype="bfloat16"), 10), (BF16_MOMENTS, 8)):
+        model = network(torch.bfloat16)
+        opt = quantopt.AskewAdam(quantopt.param_groups(model), memory=True, **options)
+        train(model, opt, 1)
+        assert {bytes_per_element(opt, p) for p in opt.param_groups[0]["params"]} == {size}
+
+
+def second_moments(opt: Any) -> list[torch.Tensor]:
+    return [opt.state[p]["exp_avg_sq"] for group in opt.param_groups for p in group["params"]]
+
+
+def test_second_moments_are_converted_when_the_option_changes() -> None:
+    """To bfloat16 and back, each time at the next step, and as if they had never been of another dtype."""
+    model, twin = network(), network()
+    opt, exact = (quantopt.AskewAdam(quantopt.param_groups(m), lr=0.0) for m in (model, twin))
+    assert "exp_avg_sq_dtype" not in opt.param_groups[0]  # as of versions that lacked it
+    for step, dtype in enumerate(("float32", "bfloat16", "bfloat16", "float32")):
+        for group in opt.param_groups:
+            group["exp_avg_sq_dtype"] = dtype
+        for m, o in ((model, opt), (twin, exact)):
+            train(m, o, 1, step)
+        for ours, theirs in zip(second_moments(opt), second_moments(exact), strict=True):
+            assert ours.dtype == getattr(torch, dtype)
+            torch.testing.assert_close(ours.float(), theirs, rtol=2.0**-6 if step else 0, atol=0)
+    assert not all(map(torch.equal, second_moments(opt), second_moments(exact)))
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_the_dtype_of_second_moments_is_that_of_the_loaded_groups(with_key: bool) -> None:
+    """A state_dict says it; one without the option, as of versions that lacked it, is of float32."""
+    model = network()
+    saved_by = quantopt.AskewAdam(quantopt.param_groups(model))
+    if with_key:
+        for group in saved_by.param_groups:
+            group["exp_avg_sq_dtype"] = "float32"
+    train(model, saved_by, 2)
+    low = quantopt.AskewAdam(quantopt.param_groups(network()), exp_avg_sq_dtype="bfloat16")
+    low.load_state_dict(saved_by.state_dict())
+    assert {v.dtype for v in second_moments(low)} == {torch.float32}
+    for group in low.param_groups:
+        group["exp_avg_sq_dtype"] = "bfloat16"
+    low.metrics()
+    quantised = low.param_groups[0]["params"]
+    for p, q in zip(quantised, saved_by.param_groups[0]["params"], strict=True):
+        assert torch.equal(low.state[p]["exp_avg_sq"], saved_by.state[q]["exp_avg_sq"].bfloat16())
+    saved_by.load_state_dict(low.state_dict())  # and back
+    for group in saved_by.param_groups:
+        group["exp_avg_sq_dtype"] = "float32"
+    saved_by.metrics()
+    for p, q in zip(quantised, saved_by.param_groups[0]["params"], strict=True):
+        assert torch.equal(low.state[p]["exp_avg_sq"].float(), saved_by.state[q]["exp_avg_sq"])
+
+
+def test_second_moments_of_two_dtypes_in_a_group_draw_other_numbers() -> None:
+    params = [nn.Parameter(torch.ones(64, 64, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    opt = quantopt.AskewAdam([{"params": params, "bits": 0}], exp_avg_sq_dtype="bfloat16")
+    for p in params:
+        p.grad = torch.full_like(p, 1.5)
+    opt.step()
+    first, second = second_moments(opt)
+    assert first.unique().tolist() == second.unique().tolist()  # the two neighbours of 0.001 * 1.5^2
+    assert 0.3 < float((first == second).float().mean()) < 0.7

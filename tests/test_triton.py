@@ -52,8 +52,9 @@ def test_gives_the_bits_of_the_cpu_kernel(interpreted: ModuleType, case: step_ca
     ours, expected = (step_cases.make(case, SHAPES) for _ in range(2))
     interpreted.fused_step(ours)
     step_cases.check(case, ours, step_cases.make(case, SHAPES))
+    step_cases.op(expected)
+    assert all(map(torch.equal, ours.exp_avg_sqs, expected.exp_avg_sqs))
     if not case.dynamic_scale:
-        step_cases.op(expected)
         pairs = zip(comparable(case, ours), comparable(case, expected), strict=True)
         assert all(torch.equal(got, want) for got, want in pairs)
 
@@ -245,7 +246,7 @@ def compiled_for(kernel: Any, architecture: int, constants: dict[str, Any], warp
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {"count": "i32", "seed": "i32", "hyper_ptr": "*fp64", "table_ptr": "*i64"}
+    types = {"count": "i32", "seed": "i32", "state_seed": "i64", "hyper_ptr": "*fp64", "table_ptr": "*i64"}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -270,14 +271,15 @@ def step_variant(rule: str, base: str, **changes: Any) -> dict[str, Any]:
     variant: dict[str, Any] = dict(
         RULE=rule, BASE=base, BINARY=True, QUANTISED=RULES[rule].quantised, DYNAMIC_SCALE=False,
         HAS_MOMENTUM=base != "given", NESTEROV=False, HAS_LATENT=RULES[rule].latent, HAS_LATENT_BOUND=False,
-        STOCHASTIC=False, PARAM_TYPE="float32", MOMENTUM_TYPE="float32", ONE_SCALE=True, SMALL=True, ALIGNED=True,
-        STEP=True, BLOCK=step.BLOCK, CHUNK=step.CHUNK,
+        STOCHASTIC=False, PARAM_TYPE="float32", MOMENTUM_TYPE="float32", EXP_AVG_SQ_TYPE="float32", ONE_SCALE=True,
+        SMALL=True, ALIGNED=True, STEP=True, BLOCK=step.BLOCK, CHUNK=step.CHUNK,
     )  # fmt: skip
     variant |= changes
-    for name in ("PARAM_TYPE", "MOMENTUM_TYPE"):
+    for name in ("PARAM_TYPE", "MOMENTUM_TYPE", "EXP_AVG_SQ_TYPE"):
         variant[name] = step.DTYPES[getattr(torch, variant[name])]
     absent = [] if variant.pop("FLAGS", False) else ["grad_scale_ptr", "found_inf_ptr"]
-    absent += [] if variant["STOCHASTIC"] else ["steps_ptr"]
+    draws = variant["STOCHASTIC"] or changes.get("EXP_AVG_SQ_TYPE") == "bfloat16"
+    absent += [] if draws else ["steps_ptr"]
     absent += [] if base == "adam" else ["corrections_ptr"]
     return variant | dict.fromkeys(absent)
 
@@ -315,11 +317,12 @@ def test_compiles_ahead_of_time(rule: str, base: str, architecture: int) -> None
     [
         dict(rule="askew", base="sgd", PARAM_TYPE="bfloat16", MOMENTUM_TYPE="bfloat16", STOCHASTIC=True),
         dict(rule="askew_memory", base="adam", BINARY=False, ONE_SCALE=False, PARAM_TYPE="float16"),
+        dict(rule="askew_memory", base="adam", MOMENTUM_TYPE="bfloat16", EXP_AVG_SQ_TYPE="bfloat16"),
         dict(rule="askew", base="sgd", FLAGS=True, NESTEROV=True),
         dict(rule="alternating", base="sgd", DYNAMIC_SCALE=True, HAS_LATENT_BOUND=True),
         dict(rule="prox", base="sgd", HAS_LATENT=True, PARAM_TYPE="float16", ONE_SCALE=False, SMALL=False),
     ],
-    ids=["stochastic", "groups", "grad-scale-found-inf", "dynamic-scale-of-long-rows", "master"],
+    ids=["stochastic", "groups", "moments", "grad-scale-found-inf", "dynamic-scale-of-long-rows", "master"],
 )
 def test_variants_compile_ahead_of_time(variant: dict[str, Any]) -> None:
     from quantopt.kernels import step
@@ -341,8 +344,9 @@ def test_variants_compile_ahead_of_time(variant: dict[str, Any]) -> None:
 def test_rows_of_dynamic_scales_compile_ahead_of_time(architecture: int, rule: str, base: str) -> None:
     from quantopt.kernels import step
 
-    for groups, block in ((1, step.ROW_BLOCK), (32, 32)):
-        variant = step_variant(rule, base, GROUPS=groups, BLOCK=block)
+    for groups, block, second in ((1, step.ROW_BLOCK, "float32"), (32, 32, "bfloat16")):
+        narrow = second if base == "adam" else "float32"
+        variant = step_variant(rule, base, GROUPS=groups, BLOCK=block, EXP_AVG_SQ_TYPE=narrow)
         ptx = compiled_for(step.group_kernel, architecture, variant, groups * block // 256).asm["ptx"]
         check_ptx(ptx, variant)
 

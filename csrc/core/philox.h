@@ -14,6 +14,10 @@ struct PhiloxKey {
   uint32_t step, tensor;
 };
 
+// exp_avg_sq of tensor n takes the random numbers of tensor n + 2^31: two tensors that are rounded with the
+// same bits would err alike.
+inline constexpr uint32_t kStateTensor = 0x80000000u;
+
 QUANTOPT_HOST_DEVICE void wide_product(uint32_t constant, uint32_t x, uint32_t& high, uint32_t& low) {
   const uint64_t product = static_cast<uint64_t>(constant) * x;
   high = static_cast<uint32_t>(product >> 32);

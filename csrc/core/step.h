@@ -17,7 +17,7 @@ struct StepSegment {
   void* param;
   const void* grad;
   void* momentum;             // m of SGD or Adam
-  float* exp_avg_sq;          // v of Adam
+  void* exp_avg_sq;           // v of Adam
   float* latent;              // l, x or u of the rule; for the other rules the fp32 master weights
   float* scale;               // one per span of `group` elements of a row
   float* next_scale;          // the scales after the step, where they are dynamic; else equal to scale
@@ -36,6 +36,7 @@ struct StepOptions {
   Base base;
   Dtype param_dtype;
   Dtype momentum_dtype;
+  Dtype exp_avg_sq_dtype;     // kFloat32, or kBFloat16, which is rounded stochastically
   Hyper hyper;                // lr = 0: weights, latents and scales stay as they are
   const Hyper* device_hyper;  // CUDA: where not null, the numbers are read there when the kernels run
   int levels;                 // K; not used by kNone
@@ -47,7 +48,8 @@ struct StepOptions {
   bool prefetch;             // CPU: software prefetch
   bool stream;               // CPU: store weights that are not read past the caches
   float gradient_factor;     // (maximize ? -1 : 1) / grad_scale
-  PhiloxKey key;
+  PhiloxKey key;             // of stochastic_rounding
+  PhiloxKey state_key;       // of exp_avg_sq
 };
 
 }  // namespace quantopt

@@ -123,7 +123,8 @@ Access access_of(const StepTensor& t, int vector, bool by_groups) {
 Storage storage_of(const StepOptions& o, const StepSegment& first) {
   const Dtype momentum = first.momentum != nullptr ? o.momentum_dtype : o.param_dtype;
   const bool has_master = first.latent != nullptr && !facts_of(o.rule).latent;
-  if (o.param_dtype == Dtype::kFloat32 && momentum == Dtype::kFloat32 && !has_master)
+  if (o.param_dtype == Dtype::kFloat32 && momentum == Dtype::kFloat32 &&
+      o.exp_avg_sq_dtype == Dtype::kFloat32 && !has_master)
     return Storage::kFloat32;
   if (o.param_dtype == Dtype::kBFloat16 && first.latent == nullptr) {
     if (momentum == Dtype::kBFloat16) return Storage::kBFloat16;
@@ -144,10 +145,23 @@ class Launcher {
       : options_(options),
         inputs_(inputs),
         storage_(storage_of(options, first)),
-        params_{options.hyper,           options.device_hyper, inputs.grad_scale, inputs.found_inf,
-                options.gradient_factor, options.level_factor, options.levels,    options.param_dtype,
-                options.momentum_dtype,  options.nesterov,     options.decoupled, options.stochastic_rounding,
-                options.key.seed_low,    options.key.seed_high} {}
+        params_{options.hyper,
+                options.device_hyper,
+                inputs.grad_scale,
+                inputs.found_inf,
+                options.gradient_factor,
+                options.level_factor,
+                options.levels,
+                options.param_dtype,
+                options.momentum_dtype,
+                options.exp_avg_sq_dtype,
+                options.nesterov,
+                options.decoupled,
+                options.stochastic_rounding,
+                options.key.seed_low,
+                options.key.seed_high,
+                options.state_key.seed_low,
+                options.state_key.seed_high} {}
 
   cudaError_t run(const StepSegment* segments, int64_t count) {
     if (!inputs_.dynamic_scale) return launch_over(segments, count, Phase::kStep);

@@ -35,8 +35,8 @@ enum class Access : uint32_t {
 // The dtypes of the tensors: known at compile time in the cases that move the fewest bytes, at run time in
 // all others.
 enum class Storage {
-  kFloat32,       // parameters and momentum float32
-  kBFloat16,      // parameters and momentum bfloat16, no latent or master weights
+  kFloat32,       // parameters, momentum and exp_avg_sq float32
+  kBFloat16,      // parameters and momentum bfloat16, no latent or master weights; exp_avg_sq any
   kBFloat16Wide,  // the same with float32 momentum
   kAny,
 };
@@ -70,7 +70,7 @@ struct StepTensor {
   void* param;
   const void* grad;
   void* momentum;
-  float* exp_avg_sq;
+  void* exp_avg_sq;
   float* latent;
   float* scale;
   const float*
@@ -103,9 +103,10 @@ struct StepParams {
   float gradient_factor;
   float level_factor;
   int levels;
-  Dtype param_dtype, momentum_dtype;
+  Dtype param_dtype, momentum_dtype, exp_avg_sq_dtype;
   bool nesterov, decoupled, stochastic_rounding;
-  uint32_t seed_low, seed_high;
+  uint32_t seed_low, seed_high;              // of stochastic_rounding
+  uint32_t state_seed_low, state_seed_high;  // of bfloat16 exp_avg_sq
 };
 
 enum class Phase {

@@ -213,12 +213,40 @@ __device__ __forceinline__ Raw<N> narrow(Dtype dtype, const Floats<N>& x) {
   return raw;
 }
 
-// bfloat16, rounded with the random 16 bits of elements i .. i + N - 1, which are in one block of Philox.
-template <int N>
-__device__ __forceinline__ Raw<N> narrow_stochastic(const Floats<N>& x, const PhiloxKey& key, int64_t i) {
+__device__ __forceinline__ void random_block(const PhiloxKey& key, uint64_t block, uint32_t out[4]) {
+  philox(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), out);
+}
+
+// The random 16 bits of elements i .. i + 7, of which the first `lead` = i % 8 of the block of i are not.
+__device__ __forceinline__ void random_across_blocks(const PhiloxKey& key, int64_t i, int lead,
+                                                     uint32_t out[4]) {
+  uint32_t word[8];
   const auto block = static_cast<uint64_t>(i) / 8;
+  random_block(key, block, word);
+  random_block(key, block + 1, word + 4);
+  if (lead & 4) {
+#pragma unroll
+    for (int j = 0; j < 6; ++j) word[j] = word[j + 2];
+  }
+  if (lead & 2) {
+#pragma unroll
+    for (int j = 0; j < 5; ++j) word[j] = word[j + 1];
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) out[j] = lead & 1 ? word[j] >> 16 | word[j + 1] << 16 : word[j];
+}
+
+// bfloat16, rounded with the random 16 bits of elements i .. i + N - 1. one_block: they are in one block of
+// Philox, as one is.
+template <int N>
+__device__ __forceinline__ Raw<N> narrow_stochastic(const Floats<N>& x, const PhiloxKey& key, int64_t i,
+                                                    bool one_block = true) {
   uint32_t random[4];
-  philox(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), random);
+  if (N == 8 && !one_block) {
+    random_across_blocks(key, i, static_cast<int>(i % 8), random);
+  } else {
+    random_block(key, static_cast<uint64_t>(i) / 8, random);
+  }
   Raw<N> raw;
   if constexpr (N == 1) {
     const int lane = static_cast<int>(i % 8);

@@ -94,7 +94,7 @@ __device__ __forceinline__ void step_group(const StepParams& params, const StepT
       if (count > 0) {
         w[k] = stepper.weights(e[k]);
         d[k] = stepper.directions(old_rule, e[k], w[k]);
-        stepper.store_base_state(e[k], element_of(k), vectors && count == kVector, count);
+        stepper.store_base_state(e[k], element_of(k), vectors && count == kVector, count, vectors);
         const Floats<kVector> before = stepper.ran_with(e[k]);
 #pragma unroll
         for (int n = 0; n < kVector; ++n) {

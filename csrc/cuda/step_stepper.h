@@ -102,6 +102,11 @@ __device__ __forceinline__ Dtype momentum_type(const StepParams& params) {
                                    : Dtype::kFloat32;
 }
 
+template <Storage S>
+__device__ __forceinline__ Dtype exp_avg_sq_type(const StepParams& params) {
+  return S == Storage::kFloat32 ? Dtype::kFloat32 : params.exp_avg_sq_dtype;
+}
+
 // Whether the network's weights are not rounded to 16 bits.
 template <Storage S>
 __device__ __forceinline__ bool is_exact(const StepParams& params) {
@@ -154,7 +159,8 @@ __device__ __forceinline__ R rule_at(const BlockConstants<Row, Direction>& const
 
 template <int N>
 struct Elements {
-  Raw<N> param, grad, momentum, exp_avg_sq, latent;
+  Raw<N> param, grad, momentum, latent;
+  Raw<N> exp_avg_sq;  // as stored, from Stepper::directions on float32
 };
 
 template <class R, class Direction, Storage S>
@@ -181,7 +187,7 @@ struct Stepper {
     if (has_latent()) e.latent = load_raw<N>(Dtype::kFloat32, t.latent, i, full, count);
     if (has_momentum()) e.momentum = load_raw<N>(momentum_type<S>(params), t.momentum, i, full, count);
     if constexpr (Direction::kAdam) {
-      e.exp_avg_sq = load_raw<N>(Dtype::kFloat32, t.exp_avg_sq, i, full, count);
+      e.exp_avg_sq = load_raw<N>(exp_avg_sq_type<S>(params), t.exp_avg_sq, i, full, count);
     }
     return e;
   }
@@ -204,7 +210,7 @@ struct Stepper {
     const Floats<N> g = widen(param_type<S>(params), e.grad);
     Floats<N> m{}, v{}, d;
     if (has_momentum()) m = widen(momentum_type<S>(params), e.momentum);
-    if constexpr (Direction::kAdam) v = widen(Dtype::kFloat32, e.exp_avg_sq);
+    if constexpr (Direction::kAdam) v = widen(exp_avg_sq_type<S>(params), e.exp_avg_sq);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       d.at[n] = direction(rule.gradient(g.at[n] * factor, w.at[n]), m.at[n], v.at[n], has_momentum());
@@ -215,12 +221,20 @@ struct Stepper {
   }
 
   // Momentum and exp_avg_sq, which are ready before the scale of a row is: their registers are free then.
+  // one_block: as in narrow_stochastic.
   template <int N>
-  __device__ __forceinline__ void store_base_state(const Elements<N>& e, int64_t i, bool full,
-                                                   int count) const {
+  __device__ __forceinline__ void store_base_state(const Elements<N>& e, int64_t i, bool full, int count,
+                                                   bool one_block) const {
     if (has_momentum()) store_raw(momentum_type<S>(params), e.momentum, t.momentum, i, full, count);
     if constexpr (Direction::kAdam) {
-      store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
+      if (exp_avg_sq_type<S>(params) == Dtype::kFloat32) {
+        store_raw(Dtype::kFloat32, e.exp_avg_sq, t.exp_avg_sq, i, full, count);
+      } else {
+        const PhiloxKey of_state{params.state_seed_low, params.state_seed_high, key.step,
+                                 t.index + kStateTensor};
+        const Raw<N> v = narrow_stochastic(widen(Dtype::kFloat32, e.exp_avg_sq), of_state, i, one_block);
+        store_raw(Dtype::kBFloat16, v, t.exp_avg_sq, i, full, count);
+      }
     }
   }
 
@@ -257,7 +271,7 @@ struct Stepper {
   __device__ __forceinline__ void step(const R& rule, Elements<N>& e, int64_t i) const {
     const Floats<N> w = weights(e);
     const Floats<N> d = directions(rule, e, w);
-    store_base_state(e, i, true, N);
+    store_base_state(e, i, true, N, true);
     update_and_store(rule, e, w, d, i, true, N);
   }
 };
@@ -267,7 +281,9 @@ __device__ __forceinline__ Stepper<R, Direction, S> make_stepper(const StepParam
                                                                  const StepTensor& t,
                                                                  const Direction& direction, bool frozen) {
   PhiloxKey key{params.seed_low, params.seed_high, 0, t.index};
-  if (is_bfloat16(S) && params.stochastic_rounding) key.step = static_cast<uint32_t>(*t.step);
+  const bool draws = (is_bfloat16(S) && params.stochastic_rounding) ||
+                     (Direction::kAdam && exp_avg_sq_type<S>(params) == Dtype::kBFloat16);
+  if (draws) key.step = static_cast<uint32_t>(*t.step);
   return {params, t, direction, frozen, gradient_factor(params), key};
 }
 

@@ -81,6 +81,8 @@ class AskewSGD(LevelOptimizer):
             weights, with alpha = rate/lr, before momentum; the clamp to [-hi, hi] comes last).
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"
             (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
+            exp_avg_sq_dtype: of Adam's second moment, "float32" or "bfloat16", which is rounded stochastically whatever
+            ``rounding`` is: to nearest it would stall. A state of another dtype is converted at the next step.
         error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a
             gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on
             the device of the parameters, which schedules fill and replays of a captured CUDA graph read.
@@ -121,6 +123,7 @@ class AskewSGD(LevelOptimizer):
         group_size: int = 128,
         rounding: str = "master",
         momentum_dtype: str = "float32",
+        exp_avg_sq_dtype: str = "float32",
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,
@@ -226,6 +229,7 @@ class AskewAdam(AskewSGD):
         group_size: int = 128,
         rounding: str = "master",
         momentum_dtype: str = "float32",
+        exp_avg_sq_dtype: str = "float32",
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,

@@ -116,6 +116,7 @@ OPTIONS: dict[str, Option] = {
     # numbers in memory, and what is done with them
     "rounding": Option(choice("master", "nearest", "stochastic"), "master"),
     "momentum_dtype": Option(choice("float32", "bfloat16"), "float32"),
+    "exp_avg_sq_dtype": Option(choice("float32", "bfloat16"), "float32", usual="float32"),
     "seed": Option(whole(0, 2**62, "an int in [0, 2**62)"), 0),
     "error_if_nonfinite": Option(flag, False),
     "capturable": Option(flag, False),

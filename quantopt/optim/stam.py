@@ -102,6 +102,7 @@ class STAM(LevelOptimizer):
         group_size: int = 128,
         rounding: str = "master",
         momentum_dtype: str = "float32",
+        exp_avg_sq_dtype: str = "float32",
         seed: int = 0,
         error_if_nonfinite: bool = False,
         capturable: bool = False,

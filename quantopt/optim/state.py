@@ -1,7 +1,7 @@
 """Every key of the optimizers' state, once: when a parameter has it, its dtype and its layout.
 
-float64 parameters have float64 state. All other state is float32 whatever the parameter's dtype, except momentum, for
-which ``momentum_dtype`` says it.
+float64 parameters have float64 state. All other state is float32 whatever the parameter's dtype, except the moments,
+for which ``momentum_dtype`` and ``exp_avg_sq_dtype`` say it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     bounded: bool  # the latent is clipped at a multiple of a frozen scale
     dtype: torch.dtype  # of the state
     momentum_dtype: torch.dtype
+    exp_avg_sq_dtype: torch.dtype
 
 
 def facts_of(opt: LevelOptimizer, group: dict[str, Any], dtype: torch.dtype) -> Facts:
@@ -56,6 +57,7 @@ def facts_of(opt: LevelOptimizer, group: dict[str, Any], dtype: torch.dtype) -> 
         bounded=rule.quantised and opt._bounds_latent(group),
         dtype=wide,
         momentum_dtype=wide if wide == torch.float64 else getattr(torch, group["momentum_dtype"]),
+        exp_avg_sq_dtype=wide if wide == torch.float64 else getattr(torch, group["exp_avg_sq_dtype"]),
     )
 
 
@@ -67,7 +69,7 @@ class StateKey(NamedTuple):
 
 STATE = {
     "exp_avg": StateKey(lambda f: f.base == "adam", PARAMETER, lambda f: f.momentum_dtype),
-    "exp_avg_sq": StateKey(lambda f: f.base == "adam", PARAMETER),
+    "exp_avg_sq": StateKey(lambda f: f.base == "adam", PARAMETER, lambda f: f.exp_avg_sq_dtype),
     "momentum_buffer": StateKey(lambda f: f.momentum, PARAMETER, lambda f: f.momentum_dtype),
     "latent": StateKey(lambda f: f.rule.latent, PARAMETER),
     "master": StateKey(lambda f: f.master, PARAMETER),

@@ -84,7 +84,8 @@ class GroupStep:
         taking_part = set(map(id, self.params))
         self.left_out = [p for p in self.all_params if id(p) not in taking_part]
         self.buckets = [
-            Bucket(opt, group, group_index, self.hyper, params, self.left_out) for params in parts.values()
+            Bucket(opt, group, (group_index, i), self.hyper, params, self.left_out)
+            for i, params in enumerate(parts.values())
         ]
         self.counted = any(bucket.counted for bucket in self.buckets)
         self.on_cuda = any(bucket.device.type == "cuda" for bucket in self.buckets)
@@ -223,11 +224,12 @@ class Bucket:
         self,
         opt: LevelOptimizer,
         group: dict[str, Any],
-        group_index: int,
+        place: tuple[int, int],
         hyper: Tensor,
         params: list[nn.Parameter],
         left_out: list[nn.Parameter],
     ) -> None:
+        """``place``: index of the group, and of the bucket in it."""
         self.params = params
         self.device = params[0].device
         self.dtype = params[0].dtype
@@ -239,7 +241,7 @@ class Bucket:
         self.copied: list[tuple[Tensor, Tensor]] = []  # (tensor, copy in a layout that kernels take)
         self.grads: list[Tensor] = []
         self.directions: Directions | None = None  # of muon
-        self.record = self._record(opt, group, group_index, hyper)
+        self.record = self._record(opt, group, place, hyper)
         self.weights = list(self.record.params)
         self.looked_at = [
             (p, shard, shard.shape, shard.stride(), w, w.stride())
@@ -267,7 +269,7 @@ class Bucket:
             self.watch = _extension.TensorWatch([*self.shards, *tensors], counted)
 
     def _record(
-        self, opt: LevelOptimizer, group: dict[str, Any], group_index: int, hyper: Tensor
+        self, opt: LevelOptimizer, group: dict[str, Any], place: tuple[int, int], hyper: Tensor
     ) -> StepRecord:
         facts = facts_of(opt, group, self.dtype)
         weights = [self._as_dense(w, state) for w, state in zip(self.shards, self.states, strict=True)]
@@ -282,13 +284,17 @@ class Bucket:
         if base == "muon":
             self.directions = Directions(opt.whole(group), weights, tensors.pop("momentum_buffer"))
             base, maximize, nesterov = "given", False, False
+        exp_avg_sqs = tensors.get("exp_avg_sq", [])
+        narrow = bool(exp_avg_sqs) and facts.exp_avg_sq_dtype == torch.bfloat16
+        # each group has a random stream, as the kernels count the tensors of a list from 0
+        seed = (group["seed"] + place[0] * 0x9E3779B97F4A7C15) % 2**62
         return StepRecord(
             rule=facts.rule.name,
             base=base,
             params=weights,
             grads=(),
             momentum_buffers=tensors.get("exp_avg", tensors.get("momentum_buffer", [])),
-            exp_avg_sqs=tensors.get("exp_avg_sq", []),
+            exp_avg_sqs=exp_avg_sqs,
             latents=tensors.get("latent", tensors.get("master", [])),
             scales=tensors.get("scale", []),
             latent_bounds=tensors.get("sigma", []),
@@ -300,8 +306,9 @@ class Bucket:
             nesterov=nesterov,
             maximize=maximize,
             decoupled=group["decoupled_weight_decay"],
-            # each group has a random stream, as the kernels count the tensors of a list from 0
-            seed=(group["seed"] + group_index * 0x9E3779B97F4A7C15) % 2**62 if facts.stochastic else -1,
+            seed=seed if facts.stochastic else -1,
+            # of which a group may have buckets of several dtypes
+            state_seed=(seed + place[1] * 0xBF58476D1CE4E5B9) % 2**62 if narrow else -1,
         )
 
     def _as_dense(self, w: Tensor, state: State) -> Tensor:

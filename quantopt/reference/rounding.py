@@ -1,13 +1,14 @@
 """Stochastic rounding to bfloat16 by Philox4x32-7 (Salmon et al., SC 2011), bit for bit as the kernels do it.
 
-Element i of tensor n at step k takes the 16-bit half i % 8 of the block with counter (i/8 low, i/8 high, k, n) and
-the 64-bit seed as key, so the result does not depend on chunks, threads or vector width.
+Element i (in memory) of tensor n at step k takes the 16-bit half i % 8 of the block with counter (i/8 low, i/8 high, k,
+n) and the 64-bit seed as key, so the result does not depend on chunks, threads or vector width.
 """
 
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+STATE_TENSOR = 2**31  # exp_avg_sq of tensor n takes the random numbers of tensor n + 2^31
 ROUNDS = 7
 
 
@@ -33,6 +34,10 @@ def philox(blocks: Tensor, step: int, tensor: int, seed: int, rounds: int = ROUN
 def stochastic_bfloat16(x: Tensor, step: int, tensor: int, seed: int) -> Tensor:
     """Rounds float32 ``x`` to bfloat16 up or down with the probabilities that keep the mean; a finite value never
     becomes infinite."""
+    if not x.is_contiguous():  # of dense memory, in the order in which the elements lie there
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        rounded = stochastic_bfloat16(x.permute(order).contiguous(), step, tensor, seed)
+        return rounded.permute([order.index(d) for d in range(x.dim())])
     n = x.numel()
     words = philox(torch.arange((n + 7) // 8, device=x.device), step, tensor, seed)
     random = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[:n]

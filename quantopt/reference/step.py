@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantopt.reference import base
 from quantopt.reference.levels import COUNTS, level_factor, mean_of_slices, rows, spread_over
-from quantopt.reference.rounding import stochastic_bfloat16
+from quantopt.reference.rounding import STATE_TENSOR, stochastic_bfloat16
 from quantopt.reference.rule import GRADIENTS, STEPS, Weights
 from quantopt.rules import BASES, HYPER, RULES, StepRecord
 
@@ -66,10 +66,28 @@ def _check(record: StepRecord) -> None:
             raise ValueError(
                 f"fused_step: scales[{i}] has shape {list(scale.shape)} for a parameter of shape {list(param.shape)}"
             )
+    check_moments(record)
     if stochastic and (record.latents or any(p.dtype != torch.bfloat16 for p in record.params)):
         raise ValueError(
             "fused_step: stochastic rounding is for bfloat16 parameters without latents; pass seed=-1"
         )
+
+
+def check_moments(record: StepRecord) -> None:
+    """Raises ValueError or TypeError unless exp_avg_sqs have one dtype, and a seed where that is bfloat16."""
+    for i, v in enumerate(record.exp_avg_sqs):
+        if v.dtype != record.exp_avg_sqs[0].dtype:
+            raise TypeError(
+                f"fused_step: exp_avg_sqs[{i}] is {v.dtype}, exp_avg_sqs[0] {record.exp_avg_sqs[0].dtype}"
+            )
+    narrow = bool(record.exp_avg_sqs) and record.exp_avg_sqs[0].dtype == torch.bfloat16
+    if narrow and record.state_seed < 0:
+        raise ValueError(
+            "fused_step: exp_avg_sqs are bfloat16, which rounding to nearest would stall; pass state_seed of at least "
+            "0, or float32"
+        )
+    if record.state_seed >= 0 and not narrow:
+        raise ValueError("fused_step: state_seed is for bfloat16 exp_avg_sqs; pass state_seed=-1")
 
 
 def _fits(scale: Tensor, param: Tensor, group_size: int) -> bool:
@@ -136,6 +154,10 @@ def _direction(record: StepRecord, hyper: SimpleNamespace, i: int, g: Tensor) ->
         d, new_m, new_v = base.adam_direction(
             g, m.to(g.dtype), v.to(g.dtype), int(record.steps[i]), hyper.momentum, hyper.beta2, hyper.adam_eps
         )
+        if v.dtype == torch.bfloat16:
+            new_v = stochastic_bfloat16(
+                new_v.float(), int(record.steps[i]), i + STATE_TENSOR, record.state_seed
+            )
         v.copy_(new_v)
     elif record.base == "sgd" and record.momentum_buffers:
         m = record.momentum_buffers[i]

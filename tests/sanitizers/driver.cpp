@@ -534,6 +534,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   o.base = v.base;
   o.param_dtype = v.param;
   o.momentum_dtype = v.momentum;
+  o.exp_avg_sq_dtype = v.levels == 2 ? Dtype::kFloat32 : Dtype::kBFloat16;
   o.hyper = {0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.1, 0.25, 2.0, 3.0, 0.01, 0.05};
   o.levels = v.levels;
   o.level_factor = max_level_factor(v.levels);
@@ -543,6 +544,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   o.prefetch = true;
   o.gradient_factor = 1.0f;
   o.key = {1, 2, 3, 4};
+  o.state_key = {5, 6, 7, 8};
   const RuleFacts& facts = facts_of(v.rule);
   if (v.grouped && !facts.latent) o.hyper.bound = INFINITY;  // AskewSGD as printed
   StepSegment s{};
@@ -562,8 +564,9 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   s.grad = take(v.param, s.numel, 1.0f);
   if (v.has_momentum) s.momentum = take(v.momentum, s.numel, 0.1f);
   if (v.base == Base::kAdam) {
-    s.exp_avg_sq = static_cast<float*>(take(Dtype::kFloat32, s.numel, 0.1f));
-    for (int64_t i = 0; i < s.numel; ++i) s.exp_avg_sq[i] = std::fabs(s.exp_avg_sq[i]);
+    s.exp_avg_sq = take(o.exp_avg_sq_dtype, s.numel, 0.1f);
+    const int64_t words = width_of(o.exp_avg_sq_dtype) / 2;  // of 16 bits: the last has the sign
+    for (int64_t i = 1; i <= s.numel; ++i) static_cast<uint16_t*>(s.exp_avg_sq)[i * words - 1] &= 0x7FFF;
   }
   if (v.master || facts.latent) s.latent = static_cast<float*>(take(Dtype::kFloat32, s.numel, 1.0f));
   Array<float> scale(v.rows * s.scales_per_row, 0.5f), next(scale.size(), 0.4f),

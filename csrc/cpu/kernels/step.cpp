@@ -45,6 +45,44 @@ void write_from_float(Dtype dtype, const float* from, void* to, int64_t at, int6
   }
 }
 
+// The second moments of at most kStage elements from `at`, as float32: those of the segment itself, or
+// `wide`, in which bfloat16 is widened.
+QUANTOPT_INLINE float* read_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n,
+                                       float* wide) {
+  if (o.exp_avg_sq_dtype == Dtype::kFloat32) return static_cast<float*>(s.exp_avg_sq) + at;
+  widen<BFloat16>(s.exp_avg_sq, at, wide, n);
+  return wide;
+}
+
+void round_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n, const float* wide) {
+  PhiloxKey key = o.state_key;
+  key.tensor = s.index + kStateTensor;
+  key.step = static_cast<uint32_t>(s.step);
+  BFloat16* const to = static_cast<BFloat16*>(s.exp_avg_sq) + at;
+  uint16_t halves[kRandomBlock];
+  for (int64_t i = 0; i < n;) {
+    const int64_t lead = (at + i) % 8, end = std::min(n, i + kRandomBlock - lead);
+    random_halves(key, at + i - lead, halves);
+    const uint16_t* random = halves + lead - i;
+    for (; i + kPair <= end; i += kPair)
+      store_line(to + i, rounded_stochastically(load_pair(wide + i), random + i));
+    if (i == end) continue;
+    const auto rest = static_cast<size_t>(end - i);
+    uint16_t last[kPair] = {};
+    BFloat16 rounded[kPair];
+    std::memcpy(last, random + i, rest * sizeof(*last));
+    store_line(rounded, rounded_stochastically(load_some(wide + i, end - i), last));
+    std::memcpy(to + i, rounded, rest * sizeof(*rounded));
+    i = end;
+  }
+}
+
+// Rounds `wide` stochastically into the segment, where that is bfloat16.
+QUANTOPT_INLINE void write_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n,
+                                      const float* wide) {
+  if (o.exp_avg_sq_dtype != Dtype::kFloat32) round_exp_avg_sq(o, s, at, n, wide);
+}
+
 // float16, or bfloat16 momentum of float weights: everything that is not float is converted to float arrays
 // that stay in the first cache. The float kernel then does the work. Weights and latents that stay as they
 // are, are stepped there too, of all types.
@@ -55,8 +93,8 @@ struct Stage {
   alignas(64) float latent[kStage];
 };
 
-Span<float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage, int64_t at, int64_t n,
-                       bool latent_rule, bool reads_weight) {
+Span<float> fill_stage(const StepContext& o, const StepSegment& s, float* exp_avg_sq, Stage& stage,
+                       int64_t at, int64_t n, bool latent_rule, bool reads_weight) {
   Span<float> span{};
   read_as_float(o.param_dtype, s.grad, at, stage.grad, n);
   span.grad = stage.grad;
@@ -64,7 +102,7 @@ Span<float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage,
     read_as_float(o.momentum_dtype, s.momentum, at, stage.momentum, n);
     span.momentum = stage.momentum;
   }
-  if (s.exp_avg_sq != nullptr) span.exp_avg_sq = s.exp_avg_sq + at;
+  span.exp_avg_sq = exp_avg_sq;
   float* latent = s.latent != nullptr ? s.latent + at : nullptr;
   if (o.frozen && latent != nullptr) {
     std::memcpy(stage.latent, latent, static_cast<size_t>(n) * sizeof(float));
@@ -84,12 +122,13 @@ Span<float> fill_stage(const StepContext& o, const StepSegment& s, Stage& stage,
 }
 
 template <class Direction, class R>
-void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+void step_staged(const StepContext& o, const StepSegment& s, float* exp_avg_sq, int64_t begin, int64_t end,
                  const Direction& direction, const R& rule) {
   Stage stage;
   for (int64_t at = begin; at < end; at += kStage) {
     const int64_t n = std::min(kStage, end - at);
-    const auto span = fill_stage(o, s, stage, at, n, R::kLatent, R::kReadsWeight);
+    float* const v = exp_avg_sq + (exp_avg_sq ? at - begin : 0);
+    const auto span = fill_stage(o, s, v, stage, at, n, R::kLatent, R::kReadsWeight);
     step_span(span, n, o.gradient_factor, direction, rule, Writing{});
     if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
     if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, at, n);
@@ -98,19 +137,20 @@ void step_staged(const StepContext& o, const StepSegment& s, int64_t begin, int6
 
 // ---- choosing the instantiation
 
-Span<float> float_span(const StepSegment& s, int64_t begin) {
+// `exp_avg_sq`: of the elements from `begin` on, as read_exp_avg_sq gives it.
+Span<float> float_span(const StepSegment& s, float* exp_avg_sq, int64_t begin) {
   return {static_cast<float*>(s.param) + begin, static_cast<const float*>(s.grad) + begin,
-          static_cast<float*>(s.momentum) + (s.momentum ? begin : 0),
-          s.exp_avg_sq + (s.exp_avg_sq ? begin : 0), s.latent + (s.latent ? begin : 0)};
+          static_cast<float*>(s.momentum) + (s.momentum ? begin : 0), exp_avg_sq,
+          s.latent + (s.latent ? begin : 0)};
 }
 
-Span<BFloat16> bfloat16_span(const StepContext& o, const StepSegment& s, int64_t begin) {
+Span<BFloat16> bfloat16_span(const StepContext& o, const StepSegment& s, float* exp_avg_sq, int64_t begin) {
   const bool narrow = o.momentum_dtype == Dtype::kBFloat16;
   const int64_t bytes = narrow ? sizeof(BFloat16) : sizeof(float);
   return {static_cast<BFloat16*>(s.param) + begin,
           static_cast<const BFloat16*>(s.grad) + begin,
           {static_cast<char*>(s.momentum) + (s.momentum ? begin * bytes : 0), narrow},
-          s.exp_avg_sq + (s.exp_avg_sq ? begin : 0),
+          exp_avg_sq,
           s.latent + (s.latent ? begin : 0)};
 }
 
@@ -121,24 +161,40 @@ bool all_float(const StepContext& o) {
 }
 
 template <class Direction, class R>
-void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
-                const Direction& direction, const R& rule) {
+void step_with(const StepContext& o, const StepSegment& s, float* exp_avg_sq, int64_t begin, int64_t end,
+               const Direction& direction, const R& rule) {
   const int64_t n = end - begin;
-  if (o.frozen) return step_staged(o, s, begin, end, direction, rule);
+  if (o.frozen) return step_staged(o, s, exp_avg_sq, begin, end, direction, rule);
   if (all_float<Direction>(o)) {
-    return step_span(float_span(s, begin), n, o.gradient_factor, direction, rule, Writing{o.stream},
-                     o.prefetch);
+    return step_span(float_span(s, exp_avg_sq, begin), n, o.gradient_factor, direction, rule,
+                     Writing{o.stream}, o.prefetch);
   }
   if (o.param_dtype == Dtype::kBFloat16) {
     PhiloxKey key = o.key;
     key.tensor = s.index;
     key.step = static_cast<uint32_t>(s.step);
-    const Span<BFloat16> span = bfloat16_span(o, s, begin);
+    const Span<BFloat16> span = bfloat16_span(o, s, exp_avg_sq, begin);
     const bool stochastic = o.stochastic_rounding && s.latent == nullptr;
     const Writing writing{o.stream, stochastic ? &key : nullptr};
     return step_span(span, n, o.gradient_factor, direction, rule, writing, o.prefetch, begin);
   }
-  step_staged(o, s, begin, end, direction, rule);
+  step_staged(o, s, exp_avg_sq, begin, end, direction, rule);
+}
+
+template <class Direction, class R>
+void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                const Direction& direction, const R& rule) {
+  if constexpr (Direction::kExpAvgSq) {
+    alignas(64) float wide[kStage];
+    const int64_t length = o.exp_avg_sq_dtype == Dtype::kFloat32 ? end - begin : kStage;
+    for (int64_t at = begin; at < end; at += length) {
+      const int64_t n = std::min(length, end - at);
+      step_with(o, s, read_exp_avg_sq(o, s, at, n, wide), at, at + n, direction, rule);
+      write_exp_avg_sq(o, s, at, n, wide);
+    }
+  } else {
+    step_with(o, s, nullptr, begin, end, direction, rule);
+  }
 }
 
 // The levels of a scale before the step, without a bound of the latent.
@@ -211,14 +267,16 @@ void step_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, in
 template <class Direction, class R>
 double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                           const Direction& direction, const R& rule) {
-  if (all_float<Direction>(o)) {
-    return magnitude_of_span(float_span(s, begin), end - begin, o.gradient_factor, direction, rule);
-  }
+  const bool at_once = all_float<Direction>(o) && o.exp_avg_sq_dtype == Dtype::kFloat32;
+  const int64_t length = at_once ? end - begin : kStage;
   double total = 0.0;
   Stage stage;
-  for (int64_t at = begin; at < end; at += kStage) {
-    const int64_t n = std::min(kStage, end - at);
-    const auto span = fill_stage(o, s, stage, at, n, true, R::kReadsWeight);
+  alignas(64) float wide[kStage];
+  for (int64_t at = begin; at < end; at += length) {
+    const int64_t n = std::min(length, end - at);
+    float* const v = Direction::kExpAvgSq ? read_exp_avg_sq(o, s, at, n, wide) : nullptr;
+    const auto span = all_float<Direction>(o) ? float_span(s, v, at)
+                                              : fill_stage(o, s, v, stage, at, n, true, R::kReadsWeight);
     total += magnitude_of_span(span, n, o.gradient_factor, direction, rule);
   }
   return total;
@@ -241,23 +299,34 @@ double magnitude_of_piece_of(const StepContext& o, const StepSegment& s, int64_t
 
 // A group of at most kKept elements; returns its scale.
 template <class Direction, class R, class MakeRule>
-QUANTOPT_INLINE float step_group_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t n,
-                                    const Direction& direction, const R& old_rule,
-                                    const MakeRule& make_rule) {
+QUANTOPT_INLINE float step_group_with(const StepContext& o, const StepSegment& s, float* exp_avg_sq,
+                                      int64_t begin, int64_t n, const Direction& direction, const R& old_rule,
+                                      const MakeRule& make_rule) {
   const float factor = o.gradient_factor;
   if (all_float<Direction>(o)) {
-    return step_group(float_span(s, begin), n, factor, direction, old_rule, make_rule, Writing{o.stream},
-                      o.prefetch);
+    return step_group(float_span(s, exp_avg_sq, begin), n, factor, direction, old_rule, make_rule,
+                      Writing{o.stream}, o.prefetch);
   }
   if (o.param_dtype == Dtype::kBFloat16) {
-    return step_group(bfloat16_span(o, s, begin), n, factor, direction, old_rule, make_rule,
+    return step_group(bfloat16_span(o, s, exp_avg_sq, begin), n, factor, direction, old_rule, make_rule,
                       Writing{o.stream}, o.prefetch);
   }
   Stage stage;
-  const auto span = fill_stage(o, s, stage, begin, n, true, R::kReadsWeight);
+  const auto span = fill_stage(o, s, exp_avg_sq, stage, begin, n, true, R::kReadsWeight);
   const float scale = step_group(span, n, factor, direction, old_rule, make_rule, Writing{}, false);
   if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, begin, n);
   write_from_float(o.param_dtype, span.param, s.param, begin, n);
+  return scale;
+}
+
+template <class Direction, class R, class MakeRule>
+QUANTOPT_INLINE float step_group_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t n,
+                                    const Direction& direction, const R& old_rule,
+                                    const MakeRule& make_rule) {
+  alignas(64) float wide[Direction::kExpAvgSq ? kKept : 1];
+  float* const exp_avg_sq = Direction::kExpAvgSq ? read_exp_avg_sq(o, s, begin, n, wide) : nullptr;
+  const float scale = step_group_with(o, s, exp_avg_sq, begin, n, direction, old_rule, make_rule);
+  if (Direction::kExpAvgSq) write_exp_avg_sq(o, s, begin, n, wide);
   return scale;
 }
 
