@@ -51,6 +51,10 @@ def test_round_trip(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
         assert torch.equal(logits(other), logits(packed))
         assert other.dtype == dtype and packed_layers(other) == packed_layers(packed) > 7
         assert describe(other) == describe(packed)
+        tiles = [
+            [m.tiles is None for m in net.modules() if isinstance(m, BinaryLinear)] for net in (other, packed)
+        ]
+        assert tiles[0] == tiles[1]  # the layout of the kernels is derived
         head, embedding = other.get_output_embeddings(), other.get_input_embeddings()
         assert (head.weight is embedding.weight) == tied
     wide = type(model).from_pretrained(tmp_path / "a", dtype=torch.float64)
@@ -99,6 +103,10 @@ def test_kinds_of_packed_layers(tmp_path: Path, kind: str, pack: Callable[[Any],
     save_pretrained(packed, tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(packed)) and describe(loaded) == describe(packed)
+    if pack is packed_head:  # what is packed cannot be tied
+        tied = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=True)
+        assert torch.equal(logits(tied), logits(packed))
+        assert not any(net.config.tie_word_embeddings for net in (packed, loaded, tied))
 
 
 def test_without_the_head_and_with_another(tmp_path: Path) -> None:
