@@ -61,40 +61,16 @@ OURS = {
 TORCH, LLAMA = "torch bf16", "llama.cpp Q1_0"
 
 
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of heads that share keys and values, without copies of those. torch's fused attention of a CPU takes
-    2 to 12 times as long where there is one query and a mask (torch 2.13)."""
-    batch, heads, tokens, size = query.shape
-    shared = key.shape[1]
-    scaling = size**-0.5 if scaling is None else scaling
-    grouped = query.reshape(batch, shared, heads // shared * tokens, size) * scaling
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).view(batch, heads, tokens, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : scores.shape[-1]]
-    shares = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    result = torch.matmul(shares.view(batch, shared, heads // shared * tokens, -1), value)
-    return result.view(batch, heads, tokens, size).transpose(1, 2).contiguous(), None
-
-
 def configuration(shape: dict[str, int]) -> Any:
-    from transformers import AttentionInterface, LlamaConfig
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers import LlamaConfig
 
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", eager_mask)
+    from quantopt.integrations.generation import ATTENTION
+
     return LlamaConfig(
         vocab_size=VOCABULARY,
         tie_word_embeddings=False,
         max_position_embeddings=4096,
-        attn_implementation="grouped",
+        attn_implementation=ATTENTION,
         **shape,
     )
 

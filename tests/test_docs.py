@@ -10,7 +10,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 # Each page with blocks of Python, and the libraries that it needs.
 PAGES = {
     "accelerate.md": ("accelerate",),
+    "gguf.md": ("gguf", "transformers"),
+    "language-models.md": ("transformers",),
     "lightning.md": ("lightning",),
+    "memory.md": (),
     "peft.md": ("peft", "transformers"),
     "transformers.md": ("transformers", "accelerate"),
 }
