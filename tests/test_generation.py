@@ -62,6 +62,8 @@ def test_generates_the_same_tokens_in_one_graph(name: str) -> None:
     assert quick.config._attn_implementation == ATTENTION
     assert sum(isinstance(module, JoinedLinear) for module in quick.modules()) == 2 * 5
     torch.testing.assert_close(quick(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-5)
+    if name != "llama":  # one is compiled
+        return
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     expected = plain.generate(tokens, **options)
     graphs: list[Any] = []
