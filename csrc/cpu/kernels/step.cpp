@@ -330,17 +330,40 @@ QUANTOPT_INLINE float step_group_of(const StepContext& o, const StepSegment& s, 
   return scale;
 }
 
-// Calls visit(begin, end, index of the scale) for every group of [begin, end), which are whole ones.
-template <class Visit>
-QUANTOPT_INLINE void for_each_group(const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
+// Whether all is stepped where it is, kAtOnce groups at a time.
+template <class Direction>
+bool at_once(const StepContext& o, const StepSegment& s) {
+  const bool in_place = all_float<Direction>(o) || o.param_dtype == Dtype::kBFloat16;
+  const bool moments = !Direction::kExpAvgSq || o.exp_avg_sq_dtype == Dtype::kFloat32;
+  return in_place && moments && s.group % kPair == 0 && s.group * kAtOnce <= kKept;
+}
+
+template <class Direction, class R, class MakeRule>
+void step_groups_with(const StepContext& o, const StepSegment& s, int64_t begin, const Direction& direction,
+                      const R* before, const MakeRule& make_rule, float* scales) {
+  float* const v = Direction::kExpAvgSq ? static_cast<float*>(s.exp_avg_sq) + begin : nullptr;
+  const auto step = [&](const auto& span) {
+    step_groups_at_once(span, s.group, o.gradient_factor, direction, before, make_rule, Writing{o.stream},
+                        o.prefetch, scales);
+  };
+  all_float<Direction>(o) ? step(float_span(s, v, begin)) : step(bfloat16_span(o, s, v, begin));
+}
+
+// Calls visit(begin, end, index of the scale) for every group of [begin, end), which are whole ones; first
+// many(begin, index) for kAtOnce of them at a time, as long as a row has so many that are not cut off.
+template <class Many, class Visit>
+QUANTOPT_INLINE void for_each_group(const StepSegment& s, int64_t begin, int64_t end, bool at_once,
+                                    const Many& many, const Visit& visit) {
   const int64_t row = begin / s.row;
   int64_t at = row * s.scales_per_row + (begin - row * s.row) / s.group;
   int64_t row_end = (row + 1) * s.row;
   while (begin < end) {
-    const int64_t stop = std::min(begin + s.group, row_end);
-    visit(begin, stop, at++);
-    if (stop == row_end) row_end += s.row;
-    begin = stop;
+    const int64_t there = std::min(end, row_end);
+    for (; at_once && begin + kAtOnce * s.group <= there; begin += kAtOnce * s.group, at += kAtOnce)
+      many(begin, at);
+    for (; begin < there; begin = std::min(begin + s.group, there))
+      visit(begin, std::min(begin + s.group, there), at++);
+    row_end += s.row;
   }
 }
 
@@ -349,12 +372,14 @@ void step_groups_of(const StepContext& o, const StepSegment& s, int64_t begin, i
   const bool kept =
       s.group <= kKept && (s.latent_bound == nullptr || s.bound_row == 0 || s.bound_row >= s.row);
   if (!kept) {
-    return for_each_group(s, begin, end, [&](int64_t a, int64_t b, int64_t at) {
-      const double sum = magnitude_of_piece_of<Binary>(o, s, a, b);
-      s.next_scale[at] = static_cast<float>(sum / static_cast<double>(b - a));
-      step_piece_of<Binary>(o, s, a, b);
-      s.scale[at] = s.next_scale[at];
-    });
+    return for_each_group(
+        s, begin, end, false, [](auto...) {},
+        [&](int64_t a, int64_t b, int64_t at) {
+          const double sum = magnitude_of_piece_of<Binary>(o, s, a, b);
+          s.next_scale[at] = static_cast<float>(sum / static_cast<double>(b - a));
+          step_piece_of<Binary>(o, s, a, b);
+          s.scale[at] = s.next_scale[at];
+        });
   }
   visit_rule<Binary>(o.rule, [&](auto row) {
     using Row = decltype(row);
@@ -363,16 +388,34 @@ void step_groups_of(const StepContext& o, const StepSegment& s, int64_t begin, i
       visit_direction(o, s.step, [&](const auto& direction) {
         Row::visit_object(constants, o.param_dtype == Dtype::kFloat32, [&](auto type) {
           using R = typename decltype(type)::type;
-          for_each_group(s, begin, end, [&](int64_t a, int64_t b, int64_t at) {
+          const auto levels_of = [&](int64_t a, int64_t at) {
             SpanLevels levels = levels_before(o, s, at);
             if (s.latent_bound != nullptr)
               levels.latent_limit = latent_limit(o, s, s.bound_row == 0 ? at : a / s.bound_row);
+            return levels;
+          };
+          const auto after = [&](SpanLevels levels, float scale) {
+            levels.grid = make_grid(scale, o.level_factor, o.levels);
+            return Row::template object<R>(constants, levels);
+          };
+          const auto many = [&](int64_t a, int64_t at) {
+            SpanLevels levels[kAtOnce];
+            R old_rules[kAtOnce];
+            for (int64_t k = 0; k < kAtOnce; ++k) {
+              levels[k] = levels_of(a + k * s.group, at + k);
+              old_rules[k] = Row::template object<R>(constants, levels[k]);
+            }
+            const auto make_rule = [&](int64_t k, float scale) { return after(levels[k], scale); };
+            step_groups_with(o, s, a, direction, old_rules, make_rule, s.scale + at);
+          };
+          const auto one = [&](int64_t a, int64_t b, int64_t at) {
+            const SpanLevels levels = levels_of(a, at);
             const R old_rule = Row::template object<R>(constants, levels);
-            s.scale[at] = step_group_of(o, s, a, b - a, direction, old_rule, [&](float scale) {
-              levels.grid = make_grid(scale, o.level_factor, o.levels);
-              return Row::template object<R>(constants, levels);
-            });
-          });
+            const auto make_rule = [&](float scale) { return after(levels, scale); };
+            s.scale[at] = step_group_of(o, s, a, b - a, direction, old_rule, make_rule);
+          };
+          using Direction = std::decay_t<decltype(direction)>;
+          for_each_group(s, begin, end, at_once<Direction>(o, s), many, one);
         });
       });
     }

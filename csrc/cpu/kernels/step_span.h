@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kBlock = 128;        // elements between two rounds of prefetches
 constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
-constexpr int64_t kKept = kStage;      // of a group whose directions are kept until its scale is known
+constexpr int64_t kKept = kStage;      // of groups whose directions are kept until their scales are known
+constexpr int64_t kAtOnce = 8;         // groups whose sums are carried side by side
 constexpr int64_t kRandomBlock = 128;  // elements whose random bits are made together; a multiple of 8 kWidth
 
 // Sixteen random bits for each of kRandomBlock elements from `first`, a multiple of 8. Little endian: the low
@@ -313,6 +314,15 @@ class MagnitudeSum {
     }
     return total;
   }
+  // The same of kAtOnce sums from 0, whose additions do not wait for each other.
+  static QUANTOPT_INLINE void carry(const MagnitudeSum* sums, double* totals) {
+    for (int64_t k = 0; k < kAtOnce; ++k) totals[k] = 0.0;
+    for (int64_t part = 0; part < kSums; ++part) {
+      for (int lane = 0; lane < kWidth; ++lane) {
+        for (int64_t k = 0; k < kAtOnce; ++k) totals[k] += sums[k].lanes_[part][lane];
+      }
+    }
+  }
 
  private:
   static constexpr int64_t kSums = 16 / kWidth, kPairs = kSums > 1 ? kSums / 2 : 1;
@@ -400,6 +410,37 @@ float step_group(const Span<P>& span_in, int64_t n, float factor, const Directio
   finish_pair(tail.span, 0, make_rule(scale), d + whole, Writing{});
   tail.write(span);
   return scale;
+}
+
+// Steps kAtOnce groups of n elements that follow each other, n a multiple of kPair and at most
+// kKept / kAtOnce, as step_group steps each. before: the rule of each with its levels before the step;
+// make_rule(k, scale): that of group k with those after it. Writes their scales.
+template <class P, class Direction, class R, class MakeRule>
+void step_groups_at_once(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
+                         const R* before, const MakeRule& make_rule, const Writing& writing_in, bool prefetch,
+                         float* scales) {
+  static_assert(R::kLatent);
+  const Span<P> span = span_in;  // local copies, as in step_span
+  const Direction direction = direction_in;
+  Writing writing = writing_in;
+  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  alignas(64) float d[kKept];
+  MagnitudeSum sums[kAtOnce];
+  double totals[kAtOnce];
+  for (int64_t k = 0; k < kAtOnce; ++k) {
+    const R rule = before[k];
+    for (int64_t i = 0; i < n; i += kPair) {
+      const int64_t at = k * n + i;
+      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at);
+      sums[k].add(move_pair(span, at, factor, direction, rule, d + at), i);
+    }
+  }
+  MagnitudeSum::carry(sums, totals);
+  for (int64_t k = 0; k < kAtOnce; ++k) scales[k] = static_cast<float>(totals[k] / static_cast<double>(n));
+  for (int64_t k = 0; k < kAtOnce; ++k) {
+    const R rule = make_rule(k, scales[k]);
+    for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, writing);
+  }
 }
 
 }  // namespace
