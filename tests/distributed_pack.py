@@ -56,8 +56,8 @@ def of_this_rank(packed: Any, all_ranks: bool) -> bool:
 
 @case
 def packed_copies_of_sharded_models_are_those_of_the_whole() -> None:
-    for i, (wrapping, wrap) in enumerate(WRAPPINGS.items()):
-        model, plain = wrap(network()), network()
+    for i, wrapping in enumerate(("root", "layers", "copies of shards", "nested", "together")):
+        model, plain = WRAPPINGS[wrapping](network()), network()
         model[0].register_forward_hook(lambda *_: None)
         rule, scale = (("askew", "channel"), ("binaryconnect", "tensor"), ("stam", "group"))[i % 3]
         made = [quantopt.param_groups(m, scale=scale, skip=("4.*",)) for m in (model, plain)]
@@ -207,9 +207,13 @@ def scales_in_rows_that_are_cut_are_refused_at_construction() -> None:
             ValueError, match=r"'down.weight' is sharded as .*Shard\(dim=1\).*use scale='tensor'"
         ):
             quantopt.AskewSGD(made)
-        made = quantopt.param_groups(model, scale=scale, skip=("down.*",))  # ColwiseParallel leaves rows whole
+        made = quantopt.param_groups(
+            model, scale=scale, skip=("down.*",)
+        )  # ColwiseParallel leaves rows whole
         made[0]["group_size"] = 3
-        train(model, quantopt.AskewSGD(made), torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)))
+        train(
+            model, quantopt.AskewSGD(made), torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+        )
 
 
 @case
