@@ -1,12 +1,10 @@
 """Ranks of torch.distributed for tests. They are forked from a server that has imported torch once."""
 
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 _MODULES = (
@@ -33,22 +31,28 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_MODULES))
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    environment = dict(os.environ)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     environment |= {"TORCHELASTIC_RUN_ID": "test"} if torchrun else {}
     processes = [
-        context.Process(target=_run, args=(function, environment, rank, arguments)) for rank in range(ranks)
+        context.Process(target=_run, args=(function, environment, rank, arguments), daemon=True)
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    waiting = {process.sentinel: process for process in processes}
-    while waiting:
-        for sentinel in multiprocessing.connection.wait(list(waiting), timeout=300) or list(waiting):
-            process = waiting.pop(sentinel)  # type: ignore[call-overload]
-            process.join(0)
-            if process.exitcode != 0:
-                for other in waiting.values():
-                    other.join(20)  # it notices by itself
-                    other.kill()
+    running = list(processes)
+    patience = (
+        120.0  # seconds, of all together; once one has failed, the others notice by themselves or are killed
+    )
+    while running:
+        ended = multiprocessing.connection.wait([process.sentinel for process in running], patience)
+        if not ended:
+            for process in running:
+                process.kill()
+                process.join()
+        running = [process for process in running if process.exitcode is None]
+        if any(process.exitcode for process in processes):
+            patience = 20.0
     return [process.exitcode for process in processes]
 
 
@@ -60,11 +64,3 @@ def _run(
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     function(rank, *arguments)
-
-
-def record(folder: str, rank: int, **values: Any) -> None:
-    Path(folder, f"{rank}.json").write_text(json.dumps(values))
-
-
-def recorded(folder: Path, ranks: int) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
