@@ -1,11 +1,14 @@
 """Cases of exact gradients, CPU offload, and checkpoints of torch.distributed.checkpoint on disk."""
 
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -175,6 +178,25 @@ def checkpoints_on_disk_are_continued_by_another_number_of_ranks() -> None:
                     anneal.step()
                 close(full_weights(model), full_weights(plain))
                 assert opt.param_groups[0]["anneal_step"] == 5
+
+
+@case
+def the_code_of_the_page_runs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    before = Path.cwd()
+    with shared_folder() as folder, mock.patch.object(dist, "init_process_group"):
+        os.chdir(folder)
+        try:
+            for block in blocks:
+                exec(compile(block, str(page), "exec"), names)
+        finally:
+            os.chdir(before)
+        dist.barrier()
+        assert (folder / "model.safetensors").exists()
+    assert names["anneal"].optimizer.param_groups[0]["anneal_step"] == 4
+    assert (names["packed"] is None) == (dist.get_rank() != 0)
 
 
 def annealed(model: nn.Module, rule: str, scale: str) -> tuple[Any, Any]:

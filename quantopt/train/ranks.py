@@ -135,7 +135,8 @@ def _first_error(error: Any) -> Any:
     if rank():
         return Left((2, 1, OUT_OF_TIME)[kind])
     where = f"rank {first}: " if first else ""
-    return InputError(argument, where + message) if kind == 0 else _ERRORS[kind](where + message)
+    made: Any = (lambda text: InputError(argument, text), TrainingError, OutOfTime)[kind]
+    return made(where + message)
 
 
 def exchanged(text: str) -> list[str]:
