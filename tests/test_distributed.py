@@ -2,36 +2,34 @@
 
 import datetime
 import json
-import os
-import socket
 import traceback
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-import distributed_fsdp2  # noqa: F401 # its cases
+import distributed_equal  # noqa: F401 # its cases
+import distributed_fsdp2  # noqa: F401
 import distributed_gradients  # noqa: F401
+import distributed_pack  # noqa: F401
 from distributed_network import CASES, RANKS
+from processes import start
+from quantopt.train import ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results: dict[str, str] = {}
     try:
         for name, function in CASES.items():
             results[name] = "hangs"
             function()
             results[name] = ""
-        dist.destroy_process_group()
+        ranks.leave()
     except BaseException:  # the other ranks wait for this one now: no case after it can run
         results[name] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
@@ -41,10 +39,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """For each rank, the traceback of each case, "" of those that passed."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=RANKS)
+    start(worker, RANKS, str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

@@ -31,6 +31,7 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
         "accuracy_latent",
         "accuracy_quantized",
         "accuracy_packed",
+        "processes",
         "seconds",
         "images_per_second",
         "optimizer_share",

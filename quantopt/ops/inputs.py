@@ -25,6 +25,11 @@ def check_activation(activation: str) -> None:
 def check_floating(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, not {kind_of(x)}")
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        raise TypeError(
+            "x is a DTensor, but packed layers run whole on one rank: leave them out of the plan of parallelize_module "
+            "and give them x.full_tensor(), or run a copy of the packed model on each rank"
+        )
 
 
 def needs_gradient(x: Tensor, bias: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(t: Any) -> bool:
@@ -39,7 +39,13 @@ def local_gradient(p: Tensor) -> Tensor:
 
 def gathered(t: Tensor) -> Tensor:
     """All of a DTensor, gathered from all ranks; any other tensor as it is."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+    if not hasattr(t, "full_tensor"):
+        return t
+    mesh: Any = t.device_mesh  # type: ignore[attr-defined]
+    if t.device.type == mesh.device_type:
+        return t.full_tensor()  # type: ignore[no-any-return]
+    # CPUOffloadPolicy: the shards are on the CPU, and the ranks communicate between devices
+    return t.to(mesh.device_type).full_tensor().to(t.device)  # type: ignore[attr-defined, no-any-return]
 
 
 def shard_like(scale: Tensor, w: Tensor, name: str) -> Tensor:
@@ -103,6 +109,12 @@ def reshard(params: Iterable[Tensor]) -> None:
 def sharded_parameter(t: Tensor) -> Any:
     """The parameter whose gathered copy ``t`` is; any other tensor as it is."""
     return _gathered_copies().get(id(t), t)
+
+
+def shards_of(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """``params``, with the sharded parameters in the place of the copies that FSDP2 has gathered."""
+    copies = _gathered_copies()
+    return [copies.get(id(p), p) for p in params]  # type: ignore[misc]
 
 
 def _gathered_copies() -> dict[int, Tensor]:
@@ -184,4 +196,5 @@ __all__ = [
     "reshard",
     "shard_like",
     "sharded_parameter",
+    "shards_of",
 ]

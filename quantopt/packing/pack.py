@@ -1,5 +1,6 @@
 """Packed copies of trained models."""
 
+import contextlib
 import copy
 import warnings
 from typing import Any, NamedTuple, Protocol
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from quantopt.levels import Quantization
 from quantopt.ops.inputs import compute_mode
 from quantopt.ops.weights import pack_signs, plane_weights_of, planes_of_codes
+from quantopt.optim.sharded import gathered, is_sharded
 from quantopt.packing import folding
 from quantopt.packing.layers import fault_of, skeleton
+from quantopt.packing.sharded import has_result, is_sharded_model, unsharded
 from quantopt.reference.levels import rows as matrix
 from quantopt.reference.levels import spread_over
 from quantopt.reference.reading import doubt_of, read_levels
 from quantopt.selection import is_layer, is_transposed
-from quantopt.wrappers import unwrapped
+from quantopt.wrappers import unwrapped, unwrapped_model
 
 
 class _Optimizer(Protocol):
@@ -30,10 +33,6 @@ class _Codes(NamedTuple):
     codes: Tensor  # uint8
     scale: Tensor  # float32 [1], [rows] or [rows, groups]
     group_size: int  # 0 unless the scales are per group
-
-
-# The codes of a parameter and, with True, of its transpose: that of a Conv1D, which may be tied to a Linear.
-_Key = tuple[nn.Parameter, bool]
 
 
 def _checked(weight: Tensor, quantization: Quantization) -> _Codes:
@@ -71,40 +70,77 @@ def _projected(p: Tensor, weight: _Codes) -> Tensor:
     return (spread_over(weight.scale, odd, weight.group_size) * odd).to(p.dtype)
 
 
-def _key(module: nn.Module, p: nn.Parameter) -> _Key:
-    return p, is_transposed(module)
+def _pack(codes: _Codes) -> "_Packed":
+    return _Packed(codes.levels, _bits(codes), codes.scale, codes.group_size, codes.codes[0].numel())
 
 
-def _quantised_by(model: nn.Module, opt: Any) -> dict[_Key, _Codes]:
-    """The parameters of ``model`` that ``opt`` quantises. Raises ValueError if there are none, or if the model has some
-    of them and weights besides that ``opt`` does not know."""
-    params = list(model.parameters())
-    every = opt.quantizations() if hasattr(opt, "quantizations") else {}  # in one pass over the groups
-    found = {p: every[p] for p in params if p in every}
-    if not found:
-        found = {p: q for p in params if (q := opt.quantization(p)) is not None}
-    groups = getattr(opt, "param_groups", [])
-    if found:
-        _refuse_partial_copy(model, groups)
-        codes: dict[_Key, _Codes] = {}
-        for p, quantization in found.items():
-            codes[p, False] = checked = _checked(p, quantization)
-            if checked.scale.numel() == 1 and p.dim() == 2:  # scales per row would be per input
-                codes[p, True] = checked._replace(codes=checked.codes.t())
-        return codes
-    if groups and all(group["bits"] == 0 for group in groups):
+class _Packed(NamedTuple):
+    """What a packed layer is made of."""
+
+    levels: int
+    bits: Tensor
+    scale: Tensor
+    group_size: int
+    row_length: int
+
+
+class _Use(NamedTuple):
+    """A module that has a parameter, and the name under which it does."""
+
+    module_name: str
+    module: nn.Module
+    key: str
+
+    @property
+    def name(self) -> str:
+        return _full(self.module_name, self.key)
+
+
+# The codes of a parameter, of its transpose (that of a Conv1D, which may be tied to a Linear) under True.
+_Forms = dict[bool, _Codes]
+
+
+class _OptimizerLevels:
+    """The codes that an optimizer gives."""
+
+    reads = False
+
+    def __init__(self, model: nn.Module, opt: Any, by_one: bool) -> None:
+        """``by_one``: the codes are asked for parameter by parameter, so that no more than one is in memory."""
+        self.params = list(model.parameters())
+        self.groups: list[dict[str, Any]] = getattr(opt, "param_groups", [])
+        quantised = {p for group in self.groups if group["bits"] != 0 for p in group["params"]}
+        if not quantised.isdisjoint(self.params):
+            _refuse_partial_copy(model, self.groups)
+        at_once = hasattr(opt, "quantizations") and not by_one  # in one pass over the groups
+        self.quantization = opt.quantizations().get if at_once else opt.quantization
+
+    def of(self, p: nn.Parameter, uses: list[_Use]) -> _Forms:
+        quantization = self.quantization(p)
+        if quantization is None:
+            return {}
+        codes = _checked(p, quantization)
+        if codes.scale.numel() == 1 and p.dim() == 2:  # scales per row would be per input
+            return {False: codes, True: codes._replace(codes=codes.codes.t())}
+        return {False: codes}
+
+    def finish(self, found: bool) -> None:
+        """Raises ValueError where no parameter of the model is quantised."""
+        if found:
+            return
+        if self.groups and all(group["bits"] == 0 for group in self.groups):
+            raise ValueError(
+                "opt quantises nothing: all its groups have bits=0; make them with quantopt.param_groups(model)"
+            )
+        if self.groups and {p for group in self.groups for p in group["params"]}.isdisjoint(self.params):
+            raise ValueError(
+                "opt holds none of the parameters of the model, which is a copy, an average or a loaded model. Load "
+                "its weights into the model that opt trains and pack that; or, if its weights lie on levels, call "
+                "pack(model) without opt"
+            )
         raise ValueError(
-            "opt quantises nothing: all its groups have bits=0; make them with quantopt.param_groups(model)"
+            "opt quantises no parameter of the model; make its groups with quantopt.param_groups(model)"
         )
-    if groups and {p for group in groups for p in group["params"]}.isdisjoint(params):
-        raise ValueError(
-            "opt holds none of the parameters of the model, which is a copy, an average or a loaded model. Load its "
-            "weights into the model that opt trains and pack that; or, if its weights lie on levels, call pack(model) "
-            "without opt"
-        )
-    raise ValueError(
-        "opt quantises no parameter of the model; make its groups with quantopt.param_groups(model)"
-    )
 
 
 def _refuse_partial_copy(model: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -142,47 +178,58 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _on_levels(model: nn.Module) -> dict[_Key, _Codes]:
-    """The weights of ``model`` that lie on levels. A warning names the layers of which that is in doubt. Raises
-    ValueError if no weight lies on levels."""
-    found: dict[_Key, _Codes] = {}
-    doubts: dict[_Key, tuple[str, str]] = {}
-    for name, module in model.named_modules():
-        p = module._parameters.get("weight")
-        if p is None or isinstance(module, nn.Embedding) or p.dim() < 2:
-            continue
-        key = _key(module, p)
-        if key in found or key in doubts:
-            continue
-        w = p.t() if key[1] else p
-        reading = read_levels(w)
-        if reading is not None:
-            found[key] = _Codes(reading.levels, reading.codes, reading.step, reading.group_size)
-        elif not fault_of(module) and (doubt := doubt_of(w)):
-            doubts[key] = (_full(name, "weight"), doubt)
-    reasons: dict[str, list[str]] = {}
-    for full, doubt in doubts.values():
-        reasons.setdefault(doubt, []).append(full)
-    doubtful = "; ".join(f"{', '.join(names)}: {doubt}" for doubt, names in reasons.items())
-    way = "pass the optimizer that trained the model, pack(model, opt), to pack"
-    if not found and doubts:
-        raise ValueError(
-            f"no weight of the model is sure to lie on levels. Some may, but are not told from float weights: "
-            f"{doubtful}; {way} them"
-        )
-    if not found:
-        raise ValueError(
-            f"no weight of the model lies on 2, 3, 4, 8, 16 or 17 levels; {way} it. Without opt, weights are packed "
-            "that were stored inside opt.quantized(), if there are enough for each scale to tell them from float "
-            "weights"
-        )
-    if doubts:
-        warnings.warn(
-            f"these layers stay as they are, since their weights may lie on levels but are not told from float "
-            f"weights: {doubtful}; {way} them",
-            stacklevel=3,
-        )
-    return found
+class _ReadLevels:
+    """The codes that are read off weights that lie on levels."""
+
+    reads = True
+
+    def __init__(self) -> None:
+        self.doubts: dict[
+            str, list[str]
+        ] = {}  # names of weights of which it is not sure that they lie on levels
+
+    def of(self, p: nn.Parameter, uses: list[_Use]) -> _Forms:
+        forms: _Forms = {}
+        doubted: set[bool] = set()
+        whole: Tensor | None = None
+        for use in uses:
+            transposed = is_transposed(use.module)
+            if use.key != "weight" or isinstance(use.module, nn.Embedding) or p.dim() < 2:
+                continue
+            if transposed in forms or transposed in doubted:
+                continue
+            whole = gathered(p.detach()) if whole is None else whole
+            w = whole.t() if transposed else whole
+            reading = read_levels(w)
+            if reading is not None:
+                forms[transposed] = _Codes(reading.levels, reading.codes, reading.step, reading.group_size)
+            elif not fault_of(use.module) and (doubt := doubt_of(w)):
+                doubted.add(transposed)
+                self.doubts.setdefault(doubt, []).append(use.name)
+        return forms
+
+    def finish(self, found: bool) -> None:
+        """A warning names the layers of which it is in doubt whether their weights lie on levels. Raises ValueError if
+        no weight does."""
+        doubtful = "; ".join(f"{', '.join(names)}: {doubt}" for doubt, names in self.doubts.items())
+        way = "pass the optimizer that trained the model, pack(model, opt), to pack"
+        if not found and doubtful:
+            raise ValueError(
+                f"no weight of the model is sure to lie on levels. Some may, but are not told from float weights: "
+                f"{doubtful}; {way} them"
+            )
+        if not found:
+            raise ValueError(
+                f"no weight of the model lies on 2, 3, 4, 8, 16 or 17 levels; {way} it. Without opt, weights are "
+                "packed that were stored inside opt.quantized(), if there are enough for each scale to tell them from "
+                "float weights"
+            )
+        if doubtful:
+            warnings.warn(
+                f"these layers stay as they are, since their weights may lie on levels but are not told from float "
+                f"weights: {doubtful}; {way} them",
+                stacklevel=4,
+            )
 
 
 def _refuse_computed(model: nn.Module) -> None:
@@ -208,12 +255,18 @@ def _refuse_computed(model: nn.Module) -> None:
 
 
 def pack(
-    model: nn.Module, opt: _Optimizer | None = None, *, compute: str = "auto", fold_batchnorm: bool = False
-) -> nn.Module:
+    model: nn.Module,
+    opt: _Optimizer | None = None,
+    *,
+    compute: str = "auto",
+    fold_batchnorm: bool = False,
+    all_ranks: bool = False,
+) -> nn.Module | Any:  # None on some ranks of a sharded model alone
     """A copy of ``model`` in which every Linear, Conv1d and Conv2d with a quantised weight is packed.
 
     Args:
-        model: any module, itself a Linear included; it is not changed.
+        model: any module, itself a Linear included; it is not changed. Of one in the wrappers of
+            DistributedDataParallel and torch.compile, the module within is copied.
         opt: the optimizer of this package that trains ``model``, also in the wrappers of accelerate and Lightning.
             None: the levels are read off the weights, for models whose weights were stored inside
             ``opt.quantized()``. What lies on 2, 3, 4, 8, 16 or 17 uniform levels, with one scale for the tensor, a row
@@ -233,6 +286,13 @@ def pack(
             A BatchNorm1d folded into a Linear takes [batch, features] only: other inputs are then an error. A model
             that torch.fx cannot trace is not folded, with a warning that gives the reason. Nothing is folded into a
             Conv1d.
+        all_ranks: of a sharded model (FSDP2, tensor parallelism: parameters are DTensors), whether all ranks get the
+            packed copy. By default rank 0 gets it, and **the others get None**. Of any other model, each process gets
+            the copy of its own.
+
+    All ranks of a sharded model call this together. Its parameters are gathered one by one, so no rank has more than
+    one of them whole, beside the packed copy; buffers, such as the statistics of batch norms, are those of the rank.
+    The copy has no hooks of fully_shard and parallelize_module and is a model of one process.
 
     Subclasses that keep the forward of their base are packed too, as out_proj of MultiheadAttention, and the Conv1D of
     the transformers library if it has one scale. Shared layers and shared weights stay shared, and hooks of a layer are
@@ -254,32 +314,109 @@ def pack(
     compute_mode(compute)
     if not isinstance(fold_batchnorm, bool):
         raise TypeError(f"fold_batchnorm must be True or False, not {fold_batchnorm!r}")
-    for name, p in model.named_parameters():
-        if hasattr(p, "to_local"):
-            raise ValueError(
-                f"{name} is sharded over ranks (DTensor), and a packed model is on one: inside opt.quantized() take "
-                "the whole state_dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "full_state_dict=True), load it into a model that is not sharded, and call pack(model) on that"
-            )
-    _refuse_computed(model)
-    quantised = _on_levels(model) if opt is None else _quantised_by(model, opt)
-    layers = _packable(model, quantised, read=opt is None)
-    foldable = [layer for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
-    chains = (
-        {id(c.layer): c for c in folding.find_chains(model, foldable)} if fold_batchnorm and foldable else {}
-    )
-    tensors: dict[_Key, Tensor] = {}
-    replaced: dict[int, Any] = {}  # deepcopy's memo: it takes the packed layer wherever the layer occurs
-    for module in layers:
-        key = _key(module, module.weight)
-        codes = quantised[key]
-        if key not in tensors:
-            tensors[key] = _bits(codes)
-        bits, scale = tensors[key], codes.scale
-        bias = module.bias if isinstance(module.bias, Tensor) else None
+    if not isinstance(all_ranks, bool):
+        raise TypeError(f"all_ranks must be True or False, not {all_ranks!r}")
+    model = unwrapped_model(model)
+    sharded = is_sharded_model(model)
+    kept = not sharded or has_result(all_ranks)
+    with unsharded(model) if sharded else contextlib.nullcontext():
+        _refuse_computed(model)
+        levels = _ReadLevels() if opt is None else _OptimizerLevels(model, opt, by_one=sharded)
+        contents = _contents(model, levels, kept)
+        foldable = [use.module for use in contents.layers if isinstance(use.module, nn.Linear | nn.Conv2d)]
+        chains = folding.find_chains(model, foldable) if fold_batchnorm and foldable else []
+        return _copy(model, contents, {id(chain.layer): chain for chain in chains}, compute) if kept else None
+
+
+class _Contents(NamedTuple):
+    """What goes into the packed copy of a model."""
+
+    layers: list[_Use]  # whose weights are packed
+    packed: dict[tuple[nn.Parameter, bool], _Packed]  # the weights, and their transposes
+    values: dict[int, Any]  # by the ids of other tensors of the model: what takes their place in the copy
+    left: dict[str, list[str]]  # why quantised weights are not packed, with their names
+
+
+def _contents(model: nn.Module, levels: _OptimizerLevels | _ReadLevels, kept: bool) -> _Contents:
+    """One parameter after the other is looked at, gathered if it is sharded, and left. ``kept``: whether a copy is made
+    of what is found, which goes through all else in any case, as ranks do this together."""
+    uses: dict[nn.Parameter, list[_Use]] = {}
+    contents = _Contents([], {}, {}, {})
+    for module_name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                uses.setdefault(p, []).append(_Use(module_name, module, key))
+        for buffer in module._buffers.values():
+            if is_sharded(buffer):
+                contents.values[id(buffer)] = gathered(buffer.detach()).clone()
+    for p, users in uses.items():
+        forms = levels.of(p, users)
+        whole = not forms  # whether p itself is in the copy
+        for use in users if forms else ():
+            if levels.reads and isinstance(use.module, nn.Embedding):
+                whole = True
+            elif fault := _fault(use, forms):
+                contents.left.setdefault(fault, []).append(use.name)
+                whole = True
+            else:
+                contents.layers.append(use)
+                key = p, is_transposed(use.module)
+                if kept and key not in contents.packed:
+                    contents.packed[key] = _pack(forms[key[1]])
+        if not whole:
+            continue
+        value = None
+        if forms and not levels.reads:
+            value = _projected(p, forms[False])
+        elif is_sharded(p):
+            value = gathered(p.detach()).clone()
+        if kept and value is not None:
+            contents.values[id(p)] = _like(p, value)
+    levels.finish(bool(contents.layers or contents.left))
+    reasons = "; ".join(f"{', '.join(named)}: {fault}" for fault, named in contents.left.items())
+    if not contents.layers:
+        raise ValueError(f"no quantised weight of the model can be packed: {reasons}")
+    if contents.left:
+        kept_as = "stay as they are" if levels.reads else "keep their type and get their projected values"
+        warnings.warn(f"these quantised weights are not packed and {kept_as}: {reasons}", stacklevel=3)
+    return contents
+
+
+def _fault(use: _Use, forms: _Forms) -> str:
+    """Why a quantised weight is not packed, "" if it is."""
+    fault = fault_of(use.module) if use.key == "weight" else "not the weight of a layer"
+    if fault or is_transposed(use.module) in forms:
+        return fault
+    if is_transposed(use.module):
+        return (
+            "a Conv1D with a scale for each input (call quantopt.nn.conv1d_to_linear(model) before the optimizer is "
+            "made)"
+        )
+    return "tied to a Conv1D, with a scale for each input"
+
+
+def _like(p: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter with ``value`` that has what else ``p`` has."""
+    if is_sharded(p):
+        return nn.Parameter(value, p.requires_grad)
+    copied = copy.deepcopy(p)
+    copied.data = value
+    return copied
+
+
+def _copy(model: nn.Module, contents: _Contents, chains: dict[int, folding.Chain], compute: str) -> nn.Module:
+    """The packed copy of ``model``."""
+    replaced = dict(contents.values)  # deepcopy's memo: it takes the packed layer wherever the layer occurs
+    for use in contents.layers:
+        module: Any = use.module
+        levels, bits, scale, group_size, row_length = contents.packed[module.weight, is_transposed(module)]
+        bias = contents.values.get(id(module.bias), module.bias)
+        if not isinstance(bias, Tensor):  # False, in some layers
+            bias = None
         _, norm, activation = chains.get(id(module), (module, None, None))
         if norm is not None:
-            bits, scale, bias = folding.fold(bits, scale, bias, codes.codes[0].numel(), norm)
+            norm_here = copy.deepcopy(norm, dict(contents.values))
+            bits, scale, bias = folding.fold(bits, scale, bias, row_length, norm_here)
             if not bool(scale.isfinite().all()):
                 name = next(n for n, m in model.named_modules() if m is norm)
                 raise ValueError(
@@ -289,9 +426,9 @@ def pack(
         packed = skeleton(
             module,
             bias=bias is not None,
-            levels=codes.levels,
-            scale="group" if codes.group_size else ("tensor" if scale.numel() == 1 else "channel"),
-            group_size=codes.group_size,
+            levels=levels,
+            scale="group" if group_size else ("tensor" if scale.numel() == 1 else "channel"),
+            group_size=group_size,
             compute=compute,
             activation=folding.activation_of(activation),
         )
@@ -300,41 +437,4 @@ def pack(
             if folded is not None:
                 replaced[id(folded)] = folding.Folded(folded)
     result: nn.Module = copy.deepcopy(model, replaced)
-    if opt is not None:
-        copies = dict(result.named_parameters(remove_duplicate=False))
-        for name, p in model.named_parameters(remove_duplicate=False):
-            if name in copies and (p, False) in quantised:
-                copies[name].data = _projected(p, quantised[p, False])
     return result
-
-
-def _packable(model: nn.Module, quantised: dict[_Key, _Codes], read: bool) -> list[Any]:
-    """The layers that are packed. A warning names the others that have a quantised weight, with the reasons.
-
-    ``read``: the codes are those of weights that lie on levels."""
-    params = {p for p, _ in quantised}
-    layers: list[nn.Module] = []
-    left: dict[str, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for key, p in module._parameters.items():
-            if p is None or p not in params or (read and isinstance(module, nn.Embedding)):
-                continue
-            fault = fault_of(module) if key == "weight" else "not the weight of a layer"
-            if not fault and _key(module, p) not in quantised:
-                fault = (
-                    "a Conv1D with a scale for each input (call quantopt.nn.conv1d_to_linear(model) before the "
-                    "optimizer is made)"
-                    if is_transposed(module)
-                    else "tied to a Conv1D, with a scale for each input"
-                )
-            if fault:
-                left.setdefault(fault, []).append(_full(module_name, key))
-            else:
-                layers.append(module)
-    reasons = "; ".join(f"{', '.join(named)}: {fault}" for fault, named in left.items())
-    if not layers:
-        raise ValueError(f"no quantised weight of the model can be packed: {reasons}")
-    if left:
-        kept = "stay as they are" if read else "keep their type and get their projected values"
-        warnings.warn(f"these quantised weights are not packed and {kept}: {reasons}", stacklevel=3)
-    return layers

@@ -1,4 +1,5 @@
-"""The command line: `quantopt train | sweep | lm | sample | eval | pack | env`, also `python -m quantopt`.
+"""The command line: `quantopt train | sweep | lm | sample | eval | pack | env`, also `python -m quantopt`, and
+`torchrun -m quantopt train`.
 
 Exit status: 0 done, 1 training failed (the loss became infinite), 2 a bad argument or input (named on stderr),
 3 the time given was over (the same command continues), 130 interrupted.
@@ -13,7 +14,7 @@ from dataclasses import replace
 import torch
 
 import quantopt
-from quantopt.train import commands, models
+from quantopt.train import commands, models, ranks
 from quantopt.train.arguments import add_from_report, add_option, add_options, nonempty
 from quantopt.train.config import OPTIONS, Option
 from quantopt.train.errors import OUT_OF_TIME, InputError, OutOfTime, TrainingError
@@ -207,6 +208,8 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         status = run()
         print(end="", flush=True)  # a full disk is noticed here, not at the interpreter's end
         return status
+    except ranks.Left as left:
+        return left.status
     except OutOfTime as stop:
         print(f"{program}: {stop}; `--resume` continues", file=sys.stderr)
         return OUT_OF_TIME
@@ -224,7 +227,8 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         print(f"{program}: error: --batch-size: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; `--resume` continues a training run", file=sys.stderr)
+        with ranks.quiet():
+            print(f"{program}: interrupted; `--resume` continues a training run", file=sys.stderr)
         return 130
 
 
@@ -238,8 +242,19 @@ def _drop_output() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (sys.argv[1:] if None); returns the exit status (argparse raises SystemExit 2)."""
-    arguments = _parser().parse_args(argv)
-    return guarded(f"quantopt {arguments.command}", lambda: int(arguments.run(arguments)))
+    with ranks.quiet():  # what all ranks say of the arguments
+        arguments = _parser().parse_args(argv)
+    return guarded(f"quantopt {arguments.command}", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if ranks.launched() and arguments.command != "train":
+        if ranks.rank():
+            raise ranks.Left(2)
+        raise InputError(
+            "torchrun", f"is for `quantopt train`; start `quantopt {arguments.command}` without it"
+        )
+    return int(arguments.run(arguments))
 
 
 if __name__ == "__main__":

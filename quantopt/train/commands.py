@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import quantopt
-from quantopt.train import data, environment, loop, measure, models, recipes, report
+from quantopt.train import data, environment, loop, measure, models, ranks, recipes, report
 from quantopt.train import sweep as runs
 from quantopt.train.arguments import given
 from quantopt.train.checkpoint import KEYS
@@ -35,17 +35,27 @@ from quantopt.train.optimizers import FLOAT
 
 
 def train(arguments: argparse.Namespace) -> int:
+    with ranks.joined(), contextlib.ExitStack() as stack:
+        hold = None
+        with ranks.together():
+            recipe, out = _train_arguments(arguments)
+            if ranks.rank() == 0:
+                check_out(out)
+                hold = stack.enter_context(held(out))
+        return _train(arguments, recipe, out, hold)
+
+
+def _train_arguments(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """(the recipe, the directory to write to)."""
     if arguments.recipe is not None and arguments.optimizer is not None:
         raise InputError("--optimizer", "is part of the recipe: give --recipe or --optimizer")
     recipe = recipes.load(arguments.recipe or arguments.optimizer or Config.optimizer)
     out = Path(arguments.out or Path("runs") / Path(arguments.recipe or recipe["optimizer"]).stem)
-    check_out(out)
     if arguments.until_stdin_ends:
         if sys.stdin is None:  # else its number would be given to a file that is opened later
             raise InputError("--until-stdin-ends", "standard input is closed")
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    with held(out) as hold:
-        return _train(arguments, recipe, out, hold)
+    return recipe, out
 
 
 def _end_with_stdin() -> None:
@@ -55,10 +65,13 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path, hold: Hold) -> int:
-    device = resolve_device(arguments.device)
-    dataset = data.load(arguments.data, progress=not arguments.quiet)
-    config = recipes.configuration(recipe, given(arguments), device, dataset)
+def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path, hold: Hold | None) -> int:
+    with ranks.together():
+        device = resolve_device(arguments.device)
+        ranks.use_device(device)
+    dataset = ranks.one_after_another(lambda: data.load(arguments.data, progress=not arguments.quiet))
+    with ranks.together():
+        config = recipes.configuration(recipe, given(arguments), device, dataset)
     try:
         result = loop.train(
             config,

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.train import augment, checkpoint, models, optimizers, recipes
+from quantopt.train import augment, checkpoint, models, optimizers, ranks, recipes
 from quantopt.train.checkpoint import CURVES
-from quantopt.train.config import DEFAULTS, Config
+from quantopt.train.config import DEFAULTS, OPTIONS, Config
 from quantopt.train.data import Dataset
 from quantopt.train.directory import CHECKPOINT, Hold, Result, prepare, read_checkpoint, write_checkpoint
 from quantopt.train.environment import versions
@@ -29,6 +29,7 @@ from quantopt.train.measure import (
     histogram,
     images_per_second,
     reestimate_batch_norm,
+    right,
     tensor_bytes,
 )
 from quantopt.train.report import plain
@@ -38,6 +39,7 @@ class Trainer:
     """A run: network, optimizer, schedules, random numbers and curves, after `epoch` epochs.
 
     Everything that influences the next epoch is in `state_dict()`. The global random state of torch is seeded.
+    Under torchrun each rank trains on a part of each batch (`ranks`), and all ranks call the same methods.
     Raises InputError if the network does not fit the images or a value is refused.
     """
 
@@ -54,6 +56,8 @@ class Trainer:
         if len(self.train_labels) < 2:
             raise InputError("--data", "at least two training images are needed")
         self.batch_size = min(config.batch_size, len(self.train_labels))
+        _check_ranks(config, self.batch_size)
+        self._part = ranks.part(self.batch_size)
         self.steps_per_epoch = len(self.train_labels) // self.batch_size
         torch.manual_seed(config.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -83,7 +87,7 @@ class Trainer:
             raise InputError("--backend", str(error)) from None
         except (ValueError, TypeError, ArithmeticError) as error:
             raise InputError("--optimizer", str(error)) from None
-        self.run_model = torch.compile(self.model) if config.compile else self.model
+        self.run_model = torch.compile(self.model) if config.compile else ranks.parallel(self.model)
         self._graphed: Graphed | None = None
         self._stopwatch = Stopwatch(self.device, config.cuda_graph)
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -100,15 +104,21 @@ class Trainer:
         return optimizers.has_levels(self.config.optimizer, self.config.bits)
 
     def _iteration(self, chosen: Tensor) -> None:
-        """One step of the weights on the images `chosen`; adds to the sums of the epoch."""
-        images = augment.apply(self.train_images[chosen], self.config.augment, self.generator)
+        """One step of the weights on the images `chosen`, of which this rank takes a part; adds to the sums of the
+        epoch."""
+        own = chosen[self._part]
+        images = augment.apply(
+            self.train_images[own], self.config.augment, self.generator, self._part.start, len(chosen)
+        )
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        labels = self.train_labels[chosen]
+        labels = self.train_labels[own]
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.run_model(images)
         loss = F.cross_entropy(logits.float(), labels)
+        if len(own) * ranks.size() != len(chosen):  # gradients are averaged over ranks, with unequal parts
+            loss = loss * (len(own) * ranks.size() / len(chosen))
         loss.backward()  # type: ignore[no-untyped-call]
         with self._stopwatch:
             self.optimizer.update()
@@ -135,15 +145,20 @@ class Trainer:
             if bar.update(
                 self.batch_size
             ):  # true when the bar is due to be drawn: the sums are read only then
-                seen = (step + 1) * self.batch_size
+                seen = (step + 1) * (self._part.stop - self._part.start)
                 self._show(bar, float(self._loss) / (step + 1), 100 * int(self._correct) / seen, None)
         seen = self.steps_per_epoch * self.batch_size
-        loss_mean = float(self._loss) / self.steps_per_epoch
-        accuracy = 100 * int(self._correct) / seen
-        if not math.isfinite(loss_mean):
-            raise TrainingError(f"the loss became {loss_mean} in epoch {self.epoch + 1}: try a smaller --lr")
-        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
-            raise TrainingError(f"the weights became infinite in epoch {self.epoch + 1}: try a smaller --lr")
+        loss_mean = float(ranks.total(self._loss)) / ranks.size() / self.steps_per_epoch
+        accuracy = 100 * int(ranks.total(self._correct)) / seen
+        with ranks.together():
+            if not math.isfinite(loss_mean):
+                raise TrainingError(
+                    f"the loss became {loss_mean} in epoch {self.epoch + 1}: try a smaller --lr"
+                )
+            if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+                raise TrainingError(
+                    f"the weights became infinite in epoch {self.epoch + 1}: try a smaller --lr"
+                )
         self.curves["loss"].append(loss_mean)
         self.curves["accuracy"].append(accuracy)
         self.update_seconds += self._stopwatch.read()
@@ -154,12 +169,15 @@ class Trainer:
     def test(self) -> None:
         """Appends the test accuracies after an epoch to the curves, None in epochs that are not measured."""
         optimizer: Any = self.optimizer.optimizer
+        count = len(self.test_labels)
+        own = ranks.part(count)
         for curve in ("test_accuracy", "projected_accuracy"):
             accuracy = None
             if self._has_value(curve, self.epoch):
                 weights = optimizer.quantized() if curve == "projected_accuracy" else nullcontext()
                 with weights, self._autocast():
-                    accuracy = evaluate(self.model, self.test_images, self.test_labels)
+                    correct = right(self.model, self.test_images[own], self.test_labels[own])
+                accuracy = 100 * int(ranks.total(correct)) / count
             self.curves[curve].append(accuracy)
 
     def _autocast(self) -> torch.autocast:
@@ -318,6 +336,7 @@ class Trainer:
             "accuracy_latent": latent,
             "accuracy_quantized": quantized,
             "accuracy_packed": None if packed is None else evaluate(packed, test_images, test_labels),
+            "processes": ranks.size(),
             "seconds": self.seconds,
             "images_per_second": self.epoch * self.steps_per_epoch * self.batch_size / self.seconds
             if self.seconds
@@ -347,6 +366,22 @@ def _chosen(config: Config, dataset: Dataset) -> Dataset:
         if len(dataset.train_labels) == 0:
             raise InputError("--validation", f"{config.validation} leaves no training images")
     return dataset if config.limit is None else dataset.limited(config.limit)
+
+
+def _check_ranks(config: Config, batch_size: int) -> None:
+    """Raises InputError for what several processes cannot do as one does."""
+    if ranks.size() == 1:
+        return
+    if batch_size < ranks.size():
+        raise InputError("--batch-size", f"{batch_size} images are less than {ranks.size()} processes")
+    statistics = "takes statistics of all of a batch, of which a process has a part: train it in one process"
+    if config.optimizer == "luq":
+        raise InputError("--optimizer", f"luq {statistics}")
+    if config.activations:
+        raise InputError("--activations", f"{config.activations} {statistics}")
+    for name in ("compile", "cuda_graph"):
+        if getattr(config, name):
+            raise InputError(OPTIONS[name].flag, "is for one process: leave it out under torchrun")
 
 
 def _described(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -384,25 +419,37 @@ def train(
     run stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad
     value or checkpoint and on a file that cannot be written, TrainingError if the loss is not finite, OutOfTime if the
     minutes are over.
+
+    Under torchrun all ranks call this, and see `out` where they resume. Rank 0 writes, and returns; the others raise
+    `ranks.Left`.
     """
     started = time.monotonic()
     file = Path() if out is None else out / CHECKPOINT
-    resuming = resume and out is not None and file.exists()
-    initial = None
-    if config.init is not None and not resuming:
-        source = Path(config.init)
-        state = read_checkpoint(source / CHECKPOINT if source.is_dir() else source, "--init")
-        initial = state["model"]
-    trainer = Trainer(config, dataset, initial)
-    if resuming:
-        trainer.load_state_dict(read_checkpoint(file, "--resume"), "--resume", file)
-    if out is not None:
-        prepare(out, hold)
+    progress = progress and ranks.rank() == 0
+    with ranks.together():
+        resuming = resume and out is not None and file.exists()
+        initial = None
+        if config.init is not None and not resuming:
+            source = Path(config.init)
+            state = read_checkpoint(source / CHECKPOINT if source.is_dir() else source, "--init")
+            initial = state["model"]
+        trainer = Trainer(config, dataset, initial)
+        if resuming:
+            trainer.load_state_dict(read_checkpoint(file, "--resume"), "--resume", file)
+        if out is not None and ranks.rank() == 0:
+            prepare(out, hold)
+    if ranks.size() > 1:
+        ranks.check_same(dataset.fingerprint(), "--data", "the fingerprint of the images")
+        ranks.check_same(str(trainer.epoch), "--resume", "the number of epochs in the checkpoint in --out")
     longest = 0.0
     while trainer.epoch < config.epochs:
         begun = time.monotonic()
-        if longest and minutes is not None and begun + longest > started + 60 * minutes:
-            raise OutOfTime(f"{minutes:g} minutes are over after epoch {trainer.epoch} of {config.epochs}")
+        late = longest and minutes is not None and begun + longest > started + 60 * minutes
+        with ranks.together():
+            if late and ranks.rank() == 0:
+                raise OutOfTime(
+                    f"{minutes:g} minutes are over after epoch {trainer.epoch} of {config.epochs}"
+                )
         with tqdm(
             total=trainer.steps_per_epoch * trainer.batch_size,
             desc=f"epoch {trainer.epoch + 1}/{config.epochs}",
@@ -412,9 +459,12 @@ def train(
         ) as bar:
             trainer.train_epoch(bar)
         trainer.test()
-        if out is not None:
-            write_checkpoint(out, trainer.state_dict(), hold)
+        with ranks.together():
+            if out is not None and ranks.rank() == 0:
+                write_checkpoint(out, trainer.state_dict(), hold)
         if on_epoch is not None:
             on_epoch(trainer)
         longest = max(longest, time.monotonic() - begun)
+    if ranks.rank():
+        raise ranks.Left(0)
     return trainer.finish()

@@ -22,17 +22,22 @@ _STATISTICS_BATCH = 250
 _STATISTICS_IMAGES = 20_000
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Percentage of `images` that `model`, in evaluation mode, classifies as `labels`. Leaves the mode as it was."""
+    return 100 * int(right(model, images, labels)) / len(images)
+
+
+@torch.no_grad()
+def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Number (int64) of `images` that `model`, in evaluation mode, classifies as `labels`. Leaves the mode."""
     training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     size = _EVALUATION_BATCH[images.device.type]
-    for batch, expected in zip(images.split(size), labels.split(size), strict=True):
+    for batch, expected in zip(images.split(size), labels.split(size), strict=True) if len(images) else ():
         correct += (model(batch).argmax(1) == expected).sum()
     model.train(training)
-    return 100 * int(correct) / len(images)
+    return correct
 
 
 def reestimate_batch_norm(model: nn.Module, images: Tensor, mode: str = "none") -> None:
