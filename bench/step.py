@@ -288,16 +288,45 @@ def paths() -> list[dict[str, Any]]:
     ]
 
 
-def sharded_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
-    """DTensors on a mesh of this process alone."""
+def mesh_of_one() -> Any:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    params = []
+    return init_device_mesh("cpu", (1,))
+
+
+def offloaded() -> list[dict[str, Any]]:
+    """The step of FSDP2 shards that CPUOffloadPolicy keeps on the CPU: four matrices of 2048x2048."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    mesh = mesh_of_one()
+
+    def parameters_of_shards() -> list[nn.Parameter]:
+        model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(4)))
+        fully_shard(model, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        model(torch.randn(4, 2048)).square().mean().backward()
+        return list(model.parameters())
+
+    options: dict[str, Any] = {"bits": 1, "lr": 1e-3, "epsilon": EPSILON}
+    functions: dict[str, Callable[[], object]] = {
+        "AskewAdam": quantopt.AskewAdam(parameters_of_shards(), **options).step,
+        "AskewAdam, latent": quantopt.AskewAdam(parameters_of_shards(), memory=True, **options).step,
+    }
+    adam = torch.optim.Adam(parameters_of_shards(), lr=1e-3, fused=True)
+    times = compare(functions | {"adam": adam.step}, min_time=1.0)
+    return [
+        row(f"{name}, FSDP2 shards on the CPU, fp32 16M", "Adam(fused=True)", times[name], times["adam"], 1.0)
+        for name in functions
+    ]
+
+
+def sharded_parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    """DTensors on a mesh of this process alone."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh, params = mesh_of_one(), []
     for p in parameters(shapes, torch.float32):
         sharded = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
         sharded.grad = DTensor(p.grad, sharded._spec, requires_grad=False)  # one layout object, as in FSDP2
@@ -373,6 +402,7 @@ def cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
         "148 small": lambda: whole_step("148 tensors of 256", [(256,)] * 148, {fused_sgd: 8}),
         "148 small latent": lambda: whole_step("148 tensors of 256, latent", [(256,)] * 148, {}, memory=True),
         "62 small, paths": paths,
+        "offloaded shards": offloaded,
         "PARQ": parq_row,
     }
 
