@@ -141,7 +141,10 @@ at::Tensor derived_or_equal(const at::Tensor& tiles, const at::Tensor& bits, con
   if (!tiles.is_cpu() || !countable(tiles, bits) || tied_of(tiles) != nullptr) return derive();
   const Source source(tiles, bits, form);  // before the bits are read
   at::Tensor derived = derive();
-  if (std::memcmp(tiles.const_data_ptr(), derived.const_data_ptr(), tiles.nbytes()) != 0) return derived;
+  if (tiles.nbytes() != derived.nbytes() ||
+      std::memcmp(tiles.const_data_ptr(), derived.const_data_ptr(), tiles.nbytes()) != 0) {
+    return derived;
+  }
   adopt(tiles, bits, source);
   return tiles;
 }

@@ -32,11 +32,14 @@ at::Tensor derived_or_equal(const at::Tensor& tiles, const at::Tensor& bits, con
                             const std::function<at::Tensor()>& derive);
 
 // `tiles` if they fit `bits`; else what derive() returns, for this call alone. Tiles that are not `size`
-// elements of `type` are an error; null, or of no elements, are none.
+// elements of `type` are an error; null, or of no elements, are none, and so are those of the other kind of
+// device, which a program that was exported there still holds when it is moved here.
 template <class Derive>
 at::Tensor tiles_or_derived(const at::Tensor* tiles, const at::Tensor& bits, const TilesForm& form,
                             at::ScalarType type, int64_t size, const Derive& derive) {
   if (tiles == nullptr || tiles->numel() == 0) return derive();
+  const bool of_other_device = tiles->scalar_type() == (type == at::kShort ? at::kInt : at::kShort);
+  if (of_other_device && tiles->device() == bits.device()) return derive();
   TORCH_CHECK_VALUE(tiles->device() == bits.device() && tiles->scalar_type() == type &&
                         tiles->is_contiguous() && tiles->numel() == size,
                     "quantopt: tiles do not belong to these bits; derive them from the bits again");

@@ -28,7 +28,7 @@ _FLOAT = onnx.TensorProto.FLOAT
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """{operator of quantopt: its translation}, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
+    """{operator: its translation}: the ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)``.
 
     For models on the CPU, with the compiled extension. All modes are translated: y is that of the operator up to the
     order of the fp32 sums. "int8" rounds x per row (per image for conv2d), and scales of groups, as the CPU kernels do,
@@ -73,7 +73,9 @@ def _scaled(planes: Any, scale: Any, outputs: int, in_features: int, group_size:
     if spare:
         planes = op.Pad(planes, _constant(0, 0, 0, spare))
     # A multiplication that broadcasts: exporters that fold constants would store scales spread over [N, K].
-    grouped = op.Mul(op.Reshape(planes, _constant(outputs, groups, group)), op.Unsqueeze(scale, _constant(-1)))
+    grouped = op.Mul(
+        op.Reshape(planes, _constant(outputs, groups, group)), op.Unsqueeze(scale, _constant(-1))
+    )
     flat = op.Reshape(grouped, _constant(outputs, groups * group))
     return op.Slice(flat, _constant(0), _constant(in_features), _constant(-1)) if spare else flat
 
