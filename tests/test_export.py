@@ -17,7 +17,7 @@ from conftest import force_isa, supported_isas
 from quantopt import _extension
 from quantopt.nn import BinaryConv1d, BinaryConv2d, BinaryLinear, SignActivation
 from quantopt.nn.joined import join
-from quantopt.nn.linear import BinaryModule
+from quantopt.nn.linear import BinaryModule, BinaryOutProjection
 from quantopt.ops.inputs import COMPUTE
 from quantopt.ops.linear import binary_linear
 from quantopt.ops.weights import pack_signs
@@ -290,6 +290,17 @@ def test_onnx_files_hold_bits(tmp_path: Path) -> None:
         torch.testing.assert_close(run(x)[0], half(x))
     sizes = [tensor.numel() * tensor.itemsize for tensor in model.state_dict().values()]
     assert (tmp_path / "model.onnx").stat().st_size < sum(sizes) + 2**16
+
+
+def test_onnx_attention(tmp_path: Path) -> None:
+    """torch reads the weight of the output projection, which is unpacked outside of quantopt's operators."""
+    model = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True).eval()
+    model.self_attn.out_proj = filled(BinaryOutProjection(32, 32, levels=3))  # type: ignore[assignment]
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        want = model(x)
+    _, run = in_onnxruntime(model, x, tmp_path)
+    torch.testing.assert_close(run(x)[0], want, rtol=1e-5, atol=1e-5)
 
 
 def test_onnx_llama(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def pack_signs(w: Tensor) -> Tensor:
 
 def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [..., ceil(K/8)] -> ±1 [..., K], K = ``in_features``."""
-    ones = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)  # torch.onnx cannot shift uint8
+    ones = (bits.unsqueeze(-1) & powers) != 0
     return (2 * ones.flatten(-2)[..., :in_features].to(torch.int8) - 1).to(dtype)
 
 
