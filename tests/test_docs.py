@@ -10,6 +10,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 # Each page with blocks of Python, and the libraries that it needs.
 PAGES = {
     "accelerate.md": ("accelerate",),
+    "export.md": ("onnx", "onnxscript", "onnxruntime"),
     "gguf.md": ("gguf", "transformers"),
     "language-models.md": ("transformers",),
     "lightning.md": ("lightning",),

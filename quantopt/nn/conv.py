@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from quantopt.nn.linear import BinaryModule
+from quantopt.nn.traced import leaf
 from quantopt.ops.conv2d import run_conv2d
 from quantopt.ops.tiles import conv_tiles
 from quantopt.ops.weights import pack_signs
@@ -134,6 +135,8 @@ class BinaryConv2d(BinaryModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return leaf(self, x)  # type: ignore[no-any-return]
         if (
             x.dim() not in (3, 4) or x.shape[-3] != self.in_channels
         ):  # bits do not show one channel more or less
@@ -200,6 +203,8 @@ class BinaryConv1d(BinaryConv2d):
         return super().weight.squeeze(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return leaf(self, x)  # type: ignore[no-any-return]
         if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:
             raise ValueError(f"x must be [B, {self.in_channels}, L], batched or not, not {list(x.shape)}")
         return super().forward(x.unsqueeze(-2)).squeeze(-2)

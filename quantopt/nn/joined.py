@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from quantopt.nn.linear import BinaryLinear
+from quantopt.nn.traced import leaf
 
 
 class _Product:
@@ -35,6 +36,8 @@ class JoinedLinear(nn.Module):
             self.weights = product.layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return leaf(self, x)  # type: ignore[no-any-return]
         product = self._product
         version = -1 if is_compiling() or x.is_inference() else x._version
         last = product.last

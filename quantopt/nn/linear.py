@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from quantopt.nn.traced import leaf
 from quantopt.ops.inputs import check_activation, compute_mode
 from quantopt.ops.linear import run_linear
 from quantopt.ops.tiles import binary_tiles
@@ -22,9 +23,10 @@ class BinaryModule(nn.Module):
     bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] where levels > 2. scale: fp32 [1] | [N] | [N, ceil(K/group_size)].
     The layout is derived again when a state_dict is loaded, the module moved or copied. It serves only the bits that it
     comes from: after writing to ``bits``, and with other bits (torch.func.functional_call), each call derives it, which
-    takes longer, until :meth:`prepare`; a program that torch.export saved always does. Scales of groups are kept in
-    that layout until they are written to. Writes that torch does not count (as those through ``bits.data`` and
-    ``scale.data``) are not seen.
+    takes longer, until :meth:`prepare`. A program of torch.export holds the layout: on the CPU the first call after
+    loading it compares it with what the bits give, and the others use it; on a GPU each call derives it. Scales of
+    groups are kept in that layout until they are written to. Writes that torch does not count (as those through
+    ``bits.data`` and ``scale.data``) are not seen.
     """
 
     bits: Tensor
@@ -235,6 +237,8 @@ class BinaryLinear(BinaryModule):
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor and isinstance(x, fx.Proxy):  # the first is half as dear as the second
+            return leaf(self, x)  # type: ignore[no-any-return]
         # self.packed, in a fifth of its time: a module finds its buffers slowly, and a small layer takes 3 us in all.
         buffers = self._buffers
         fields = (

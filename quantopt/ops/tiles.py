@@ -1,7 +1,9 @@
 """The bits in the order that the kernels of their device read, derived once and passed to the products as ``tiles``.
 
 Tiles remember the bits that they come from, and keep their memory alive: with other bits, or when these were written to
-since, the products derive the order again at each call. The same holds for a copy of the tiles.
+since, the products derive the order again at each call. A copy of tiles remembers nothing, as that in a program of
+torch.export that was saved: on the CPU it is compared once with what the bits give, and serves them from then on if it
+is equal; on a GPU it does not serve.
 """
 
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ Bits are plain row-major, least significant first: bit k % 8 of byte k // 8 is w
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ def pack_signs(w: Tensor) -> Tensor:
 
 def unpack_signs(bits: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [..., ceil(K/8)] -> ±1 [..., K], K = ``in_features``."""
-    ones = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)  # torch.onnx cannot shift uint8
+    ones = (bits.unsqueeze(-1) & powers) != 0
     return (2 * ones.flatten(-2)[..., :in_features].to(torch.int8) - 1).to(dtype)
 
 
@@ -58,15 +60,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(x.dtype), s
 
 
+def takes_levels(group_size: int, plane_weights: Sequence[int], in_features: int) -> bool:
+    """Whether the CPU kernels replace the scales of groups in ``compute="int8"``: not without groups, with planes other
+    than one or two of equal weight (32 in all at most), nor where the sum might leave 32 bits."""
+    weights = list(plane_weights)
+    if not group_size or weights not in ([weights[0]], [weights[0]] * 2):
+        return False
+    return sum(weights) <= 32 and in_features <= (2**31 - 1) // (127 * 127 * sum(weights))
+
+
 def level_scales(weight: PackedWeight) -> tuple[Tensor, Tensor] | None:
     """(u [N, groups], r [N, 1]) by which the CPU kernels replace the scales of groups in ``compute="int8"``: those of a
     row are rounded to r * u as :func:`quantize_rows` rounds a row of x, so that the sum of whole numbers q u (±1) is
-    exact. None where they keep the scales: without groups, with planes other than one or two of equal weight (32 in
-    all at most), and where the sum might leave 32 bits. The reference, and the kernels of GPUs, always keep them."""
-    weights = list(weight.plane_weights)
-    if not weight.group_size or weights not in ([weights[0]], [weights[0]] * 2):
-        return None
-    if sum(weights) > 32 or weight.in_features > (2**31 - 1) // (127 * 127 * sum(weights)):
+    exact. None where they keep the scales (:func:`takes_levels`). The reference, and the kernels of GPUs, always do."""
+    if not takes_levels(weight.group_size, weight.plane_weights, weight.in_features):
         return None
     return quantize_rows(weight.scale.to(torch.promote_types(weight.scale.dtype, torch.float32)))
 
