@@ -114,7 +114,7 @@ def test_conv1d(tmp_path: Path, levels: int, scale: str, group_size: int, option
     assert torch.allclose(packed.weight, opt.project(layer).weight)
     with pytest.raises(ValueError, match=r"x must be \[B, 18, L\]"):
         packed(torch.randn(2, 18, 3, 3))
-    refuse(tmp_path / "m", "a BinaryConv1d in the file, Conv2d in the model", nn.Conv2d(18, 14, 1))
+    refuse(tmp_path / "m", "a BinaryConv1d in the description, Conv2d in the model", nn.Conv2d(18, 14, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
