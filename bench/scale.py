@@ -116,7 +116,8 @@ def decode_table() -> str:
     ]
     for name, model in MODELS.items():
         dense, other = model.quantised(), model.vocabulary * model.width  # of the embedding one row is read
-        packed = dense / 8 + 4 * model.layers * (5 * model.width + 2 * model.hidden)
+        rows = 3 * model.width + 2 * model.width * model.shared_heads // model.heads + 2 * model.hidden
+        packed = dense / 8 + 4 * model.layers * rows
         head = other / 8 + 4 * model.vocabulary
         cells = (2 * (dense + other), packed + 2 * other, packed + head)
         lines.append(f"| {name} | " + " | ".join(f"{cell / 1e9:.2f}" for cell in cells) + " |")

@@ -286,7 +286,10 @@ def test_nothing_is_folded_into_layers_that_stay_float() -> None:
     [
         (metadata(folded="[]"), '"folded" is not an object'),
         (metadata(folded='{"9": "ReLU"}'), "folded 9: the model has no such module"),
-        (metadata(folded='{"2": "BatchNorm1d"}'), "folded 2: 'BatchNorm1d' in the description, ReLU in the model"),
+        (
+            metadata(folded='{"2": "BatchNorm1d"}'),
+            "folded 2: 'BatchNorm1d' in the description, ReLU in the model",
+        ),
         (metadata(folded='{"0": "Linear"}'), "folded 0: 'Linear' in the description, Linear in the model"),
         (metadata(folded='{"1": ["ReLU"]}'), "folded 1:"),
         (metadata(folded='{"2": "ReLU"}'), "tensor 1.bias is missing"),

@@ -80,5 +80,17 @@ def test_generates_the_same_tokens_in_one_graph(name: str) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers, not Linear"):
         faster(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no module of the model has packed layers"):
+    with pytest.raises(ValueError, match="has no packed layers"):
         faster(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+    joined = faster(packed_model("llama"))
+    with pytest.raises(ValueError, match="is joined with others"):
+        faster(joined)
+    x = torch.zeros(1, 1, 1, 4)
+    assert grouped_attention(nn.Module(), x, x, x, None, softcap=None, sliding_window=3)[0].shape == (
+        1,
+        1,
+        1,
+        4,
+    )
+    with pytest.raises(ValueError, match=r'Module has softcap, .* set_attn_implementation\("eager"\) does'):
+        grouped_attention(nn.Module(), x, x, x, None, softcap=30.0)

@@ -120,6 +120,18 @@ def test_what_cannot_be_saved_says_so_and_writes_nothing(tmp_path):
         gguf.save(model, path)
     with pytest.raises(ValueError, match="unpacked names 'up', which is no packed layer"):
         gguf.save(model, path, unpacked=["up"])
+    with pytest.raises(TypeError, match="unpacked must be a collection of names, not the name"):
+        gguf.save(model, path, unpacked=layer)
+    model.config.eos_token_id = [3, 5]
+    with pytest.raises(ValueError, match=r"eos_token_id is \[3, 5\], and a file without a tokenizer has one"):
+        gguf.save(model, path, unpacked=[layer])
+    model.config.eos_token_id = 10
+    with pytest.raises(ValueError, match='eos_token_id is 10: tokenizer="bytes" has byte 0 there'):
+        gguf.save(model, path, unpacked=[layer], tokenizer="bytes")
+    model.config.eos_token_id = None
+    float_model = type(model)(model.config)
+    with pytest.raises(ValueError, match="has no packed layers"):
+        gguf.save(float_model, path)
     with pytest.raises(ValueError, match="ternary must be one of"):
         gguf.save(model, path, ternary="Q1_0")
     with pytest.raises(ValueError, match="float_type must be one of"):
@@ -127,7 +139,7 @@ def test_what_cannot_be_saved_says_so_and_writes_nothing(tmp_path):
     with pytest.raises(TypeError, match="must be a llama with its head"):
         gguf.save(model.model, path)
     assert not list(tmp_path.iterdir())
-    gguf.save(model, path, unpacked=[layer])
+    gguf.save(model, path, unpacked=(name for name in [layer]))
     loaded = gguf.load(path)
     assert torch.equal(loaded.get_submodule(layer).weight, model.get_submodule(layer).weight)
     model.set_submodule(layer, BinaryConv1d(128, 256, 1))

@@ -82,6 +82,9 @@ def test_other_and_changed_inputs_are_computed_anew() -> None:
     first(x)
     x.mul_(2)
     assert torch.equal(first(x), layers[0](x))
+    with torch.no_grad():
+        first(x.requires_grad_())
+    assert second(x).requires_grad
 
 
 def test_gradients_copies_devices_and_modes() -> None:
@@ -109,10 +112,7 @@ def test_compiles_to_one_graph() -> None:
 
 def test_what_is_left_as_it_is() -> None:
     model = Attention(lambda n: packed_layer(n, levels=2 if n > 8 else 3))
-    with pytest.raises(
-        ValueError, match="names: no module of the model has packed layers of one of these sets"
-    ):
-        join_layers(model)
+    assert join_layers(model) == 0
     assert not any(isinstance(m, JoinedLinear) for m in model.modules())
     assert join_layers(model, [("q_proj", "v_proj")]) == 1
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
@@ -130,6 +130,10 @@ def test_bad_layers() -> None:
     hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="has hooks"):
         join([hooked, packed_layer(4)])
+    changed = packed_layer(4)
+    changed.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match="a forward of its own"):
+        join([packed_layer(4), changed])
 
 
 def test_a_joined_model_is_not_saved(tmp_path: Path) -> None:

@@ -255,6 +255,11 @@ def test_export(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--export=gguf", "--width=128"], "--feed-forward: 344"),
         (["--export=gguf", "--bits=ternary", "--width=128"], "--width: 128: .* multiple of 256"),
         (["--export=gguf", "--scale=group", "--group-size=32", "--feed-forward=256"], "--group-size: 32"),
+        (
+            ["--export=gguf", "--bits=ternary", "--scale=group", "--width=256", "--feed-forward=512"],
+            "--group-size: 128: a GGUF file has a scale for 256",
+        ),
+        (["--export=hf", "--activations=4"], "--activations: 4: exported networks have float activations"),
     ],
 )
 def test_what_cannot_be_exported(
@@ -309,3 +314,31 @@ def test_recipe_with_a_key_of_images(file: Path, tmp_path: Path) -> None:
     recipe.write_text('base = "stam"\nepochs = 3\n')
     with pytest.raises(InputError, match="'epochs' is not for language models"):
         lm.load(str(recipe))
+
+
+@pytest.mark.parametrize("recipe", ["luq", "stam"])
+def test_activations_are_those_of_training(file: Path, tmp_path: Path, recipe: str) -> None:
+    config = configured(file, recipe, activations=4, steps=50)
+    report = loop.train(config, loaded(config), out=tmp_path / "run", progress=False)
+    _, network = commands.load(tmp_path / "run", "cpu")
+    expected = report["loss" if recipe == "luq" else "loss_packed"]
+    assert model.validation_loss(network, loaded(config), config.context) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_byte_costs_one_pass(file: Path, tmp_path: Path) -> None:
+    config = configured(file, "stam", steps=1)
+    loop.train(config, loaded(config), out=tmp_path / "run", progress=False)
+    _, network = commands.load(tmp_path / "run", "cpu")
+    lengths: list[int] = []
+    network.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    network.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert lengths == [3, 1, 1, 1]
+
+
+def test_text_that_has_changed(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(file, "stam", steps=1)
+    loop.train(config, loaded(config), out=tmp_path / "run", progress=False)
+    file.write_bytes(b"hgfedcba" * 100)
+    assert main(["eval", "--model", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert "--data" in capsys.readouterr().err
+    assert main(["eval", "--model", str(tmp_path / "run"), "--device", "cpu", "--data", str(file)]) == 0

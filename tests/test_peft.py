@@ -131,6 +131,8 @@ def test_refusals() -> None:
         with_adapters(packed(), use_dora=True)
     with pytest.raises(ValueError, match='"all-linear" leaves out packed layers'):
         register(peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="bias='all': biases of packed layers are not trained"):
+        register(peft.LoraConfig(target_modules=TARGETS, bias="all"))
     with pytest.raises(TypeError, match="must be a LoraConfig of peft, not IA3Config"):
         register(peft.IA3Config())
     with pytest.raises(ValueError, match=r"BinaryLinear.*is not supported"):  # not registered: peft says so

@@ -150,6 +150,7 @@ NAME = "model.layers.1.mlp.up_proj"
         (lambda t: t.pop(f"{NAME}.scale"), rf"tensor {NAME}\.scale of a packed layer was not in the files"),
         (lambda t: t.update({f"{NAME}.bias": torch.ones(48)}), rf"tensor {NAME}\.bias is none of the packed layer"),
         (lambda t: t.update({f"{NAME}.scale": torch.full((48,), torch.nan)}), rf"tensor {NAME}\.scale: not finite"),
+        (lambda t: t.update({f"{NAME}.bits": t[f"{NAME}.bits"].float()}), rf"tensor {NAME}\.bits .* is F32, not U8"),
         (lambda t: t.update({f"{NAME}.scale": torch.ones(1)}), rf"tensor {NAME}\.scale .* not in the shape"),
     ],
 )  # fmt: skip
@@ -245,6 +246,10 @@ def test_refusals(tmp_path: Path) -> None:
         QuantoptConfig(version=2)
     with pytest.raises(ValueError, match="is there twice"):
         QuantoptConfig(layers=[{"names": ["a", "a"]}])
+    with pytest.raises(
+        ValueError, match=r"is written by quantopt\.integrations\.transformers\.save_pretrained"
+    ):
+        packed_of(model).save_pretrained(tmp_path)
     packed = prepare(packed_of(model))
     packed.model.layers[0].mlp.up_proj.scale[0] = -1.0
     with pytest.raises(ValueError, match=r"up_proj\.scale: negative, which from_pretrained refuses"):

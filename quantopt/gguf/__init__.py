@@ -10,10 +10,10 @@ except ImportError as error:
         f"quantopt.gguf needs the gguf package: pip install 'quantopt[gguf]' ({error})"
     ) from None
 
-from quantopt.gguf.blocks import from_blocks, to_blocks
+from quantopt.gguf.blocks import BLOCKS, from_blocks, to_blocks
 from quantopt.gguf.container import Field, File, GGUFFileError
 from quantopt.gguf.layers import read_layer, save_layers
 from quantopt.gguf.models import load, save
 
-__all__ = ["Field", "File", "GGUFFileError", "from_blocks", "load", "read_layer", "save"]
+__all__ = ["BLOCKS", "Field", "File", "GGUFFileError", "from_blocks", "load", "read_layer", "save"]
 __all__ += ["save_layers", "to_blocks"]

@@ -40,6 +40,10 @@ def block_of(kind: str) -> tuple[int, int]:
     return weights, size
 
 
+BLOCKS = {levels: GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] for levels, kind in _DEFAULT_KIND.items()}
+"""{levels of a packed layer: the weights of a row that share a scale in a file}."""
+
+
 def check_kind(kind: str) -> str:
     """``kind``. Raises ValueError unless it is one of the three."""
     if kind not in LEVELS:
@@ -70,6 +74,8 @@ def to_blocks(
     if scales not in ("exact", "round"):
         raise ValueError(f'scales must be "exact" or "round", not {scales!r}')
     kind = kind_of_layer(layer, kind, name)
+    if layer.bits.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has no values to save")
     block, size = block_of(kind)
     rows, blocks = layer.out_features, layer.in_features // block
     d = (

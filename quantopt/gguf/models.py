@@ -17,6 +17,7 @@ from quantopt.gguf.container import Field, File, Written, write
 from quantopt.gguf.layers import layer_of, read_float, written_float, written_layer
 from quantopt.nn import BinaryLinear
 from quantopt.nn.linear import BinaryModule
+from quantopt.packing import describe
 from quantopt.packing.contents import first_on_meta, memory_of
 from quantopt.wrappers import unwrapped_model
 
@@ -55,8 +56,8 @@ def save(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: naming the layer or attribute and the remedy: a layer that no block holds, a configuration that
-            llama.cpp does not compute, a tokenizer of another size.
+        ValueError: nothing is packed, or layers are joined. Naming the layer or attribute and the remedy: a layer that
+            no block holds, a configuration that llama.cpp does not compute, a tokenizer of another size.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -70,9 +71,13 @@ def save(
             f"model must be a {config.model_type} with its head (ForCausalLM), not {type(model).__name__}"
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BinaryModule)}
-    if missing := sorted(set(unpacked) - set(layers)):
+    if isinstance(unpacked, str):
+        raise TypeError(f"unpacked must be a collection of names, not the name {unpacked!r}")
+    unpacked = frozenset(unpacked)
+    if missing := sorted(unpacked - set(layers)):
         raise ValueError(f"unpacked names {missing[0]!r}, which is no packed layer of the model")
-    written = _Writer(model, layers, scales, ternary, float_type, frozenset(unpacked)).tensors()
+    describe(model)  # raises where nothing is packed, or layers are joined
+    written = _Writer(model, layers, scales, ternary, float_type, unpacked).tensors()
     kinds = [item.kind.name for item in written.values() if item.kind.name in LEVELS]
     file_type = max(sorted(set(kinds)), key=kinds.count, default=None)
     number = LlamaFileType[f"MOSTLY_{file_type}"] if file_type else LlamaFileType.GUESSED

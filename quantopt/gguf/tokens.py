@@ -26,14 +26,26 @@ def metadata_of(tokenizer: str | os.PathLike[str] | None, config: Any) -> dict[s
         fields = {"tokenizer.ggml.model": Field(GGUFValueType.STRING, "no_vocab")}
         for name in SPECIAL:
             token = getattr(config, f"{name}_token_id", None)
-            if isinstance(token, int):
-                fields[id_key(name)] = Field(GGUFValueType.UINT32, token)
+            if isinstance(token, list | tuple):
+                if len(token) > 1:
+                    raise ValueError(
+                        f"model.config.{name}_token_id is {token}, and a file without a tokenizer has one: keep one "
+                        "of them in the configuration, or give tokenizer= a GGUF file"
+                    )
+                token = token[0] if token else None
+            if token is not None:
+                fields[id_key(name)] = Field(GGUFValueType.UINT32, int(token))
         return fields
     if tokenizer == "bytes":
         if vocabulary != _BYTES:
             raise ValueError(
                 f'tokenizer="bytes" has 256 tokens, the model {vocabulary}: give a GGUF file or None'
             )
+        for name in SPECIAL:
+            if (token := getattr(config, f"{name}_token_id", None)) not in (None, 0):
+                raise ValueError(
+                    f'model.config.{name}_token_id is {token}: tokenizer="bytes" has byte 0 there; set it to 0 or None'
+                )
         return _bytes()
     file = File(Path(tokenizer))
     fields = {key: field for key, field in file.metadata.items() if key.startswith(PREFIX)}

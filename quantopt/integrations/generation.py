@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantopt.packing import join_layers
+from quantopt.packing import describe, join_layers
 from quantopt.wrappers import unwrapped_model
 
 try:
@@ -18,6 +18,7 @@ except ImportError as error:
 
 __all__ = ["ATTENTION", "faster", "grouped_attention"]
 
+_CHANGE = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 ATTENTION = "quantopt_grouped"
 """The name of :func:`grouped_attention` among transformers' attn_implementation, as this module is imported."""
 
@@ -30,14 +31,20 @@ def grouped_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T + mask) v, in which heads that share keys and values are rows of one product.
 
     query [batch, heads, tokens, size], key and value [batch, shared, positions, size]; returns [batch, tokens, heads,
     size] and no weights. The shared keys and values are not copied. torch's fused attention of a CPU (2.13) takes 2 to
-    12 times as long where there is one token and a mask.
+    12 times as long where there is one token and a mask. Raises ValueError for what changes the result and is not here
+    (softcap, attention sinks, a bias of positions).
     """
+    if unknown := [name for name in _CHANGE if others.get(name) is not None]:
+        raise ValueError(
+            f"{type(module).__name__} has {', '.join(unknown)}, which {ATTENTION} does not compute: "
+            'packed.set_attn_implementation("eager") does'
+        )
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
     scaling = size**-0.5 if scaling is None else scaling
@@ -59,17 +66,19 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 def faster(packed: nn.Module) -> Any:
     """Prepares a packed model of transformers for generation on a CPU, in place, and returns it without wrappers.
 
-    Packed layers of one input are joined (:func:`quantopt.packing.join_layers`), and the attention becomes
-    :func:`grouped_attention`. Outputs change by its rounding. A model is saved before that.
+    The attention becomes :func:`grouped_attention`, and packed layers of one input are joined where they have the names
+    of :func:`quantopt.packing.join_layers`. Outputs change by the rounding of the attention; a model whose attention
+    has more than that raises when it is called. A model is saved before that.
 
     For one graph per token use a static cache: ``packed.forward = torch.compile(packed.forward, fullgraph=True)``, then
     ``packed.generate(..., cache_implementation="static")``.
 
-    Raises TypeError for what is no PreTrainedModel, ValueError if nothing in it is packed.
+    Raises TypeError for what is no PreTrainedModel, ValueError if nothing in it is packed, or layers are joined.
     """
     packed = unwrapped_model(packed)
     if not isinstance(packed, PreTrainedModel):
         raise TypeError(f"packed must be a PreTrainedModel of transformers, not {type(packed).__name__}")
-    join_layers(packed)
+    describe(packed)  # raises if nothing is packed, or if layers are joined already
     packed.set_attn_implementation(ATTENTION)
+    join_layers(packed)
     return packed

@@ -66,13 +66,19 @@ def register(config: LoraConfig) -> LoraConfig:
     that are not packed get peft's own adapters.
 
     Raises TypeError for another configuration, ValueError for target_modules="all-linear", by which peft means
-    nn.Linear alone.
+    nn.Linear alone, and for a bias that would be trained. ``modules_to_save`` is for layers that are not packed: those
+    have no parameters.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a LoraConfig of peft, not {type(config).__name__}")
     if config.target_modules == "all-linear":
         raise ValueError(
             'target_modules="all-linear" leaves out packed layers: name them, e.g. ["q_proj", "v_proj"]'
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f'bias={config.bias!r}: biases of packed layers are not trained; use bias="none", or ordinary peft '
+            "for layers that are not packed"
         )
     config._register_custom_module({BinaryLinear: PackedLora})
     return config

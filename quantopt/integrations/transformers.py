@@ -60,7 +60,8 @@ class QuantoptConfig(QuantizationConfigMixin):
             packed model: the layers that are not packed.
         layers, folded: the description of a packed model (:func:`quantopt.packing.describe`). Layers that differ in
             their names alone may be one entry of a list, {"names": [...], ...}, as config.json has it.
-        conv1d_to_linear: of a packed model: whether :func:`quantopt.nn.conv1d_to_linear` was called on it.
+        conv1d_to_linear: whether :func:`quantopt.nn.conv1d_to_linear` was called on the model that was saved; then it
+            is on the one that is made.
         version: of this format.
 
     Raises ValueError for a value out of range, TypeError for an argument of another kind.
@@ -149,11 +150,11 @@ class QuantoptQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            return
         config = self.quantization_config
         if config.conv1d_to_linear:
             conv1d_to_linear(model)
+        if not self.pre_quantized:
+            return
         self._names = _names_in(model, config.layers)
         folded = _names_in(model, config.folded)
         skeleton(
@@ -178,13 +179,17 @@ class QuantoptQuantizer(HfQuantizer):
         packed, prefix = set(self._names.values()), model.base_model_prefix + "."
         for file in files:
             with safetensors.safe_open(file, framework="pt") as opened:
-                keys = list(opened.keys())
-            for key in keys:
+                kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
+            for key, kind in kinds.items():
                 name, _, tensor = key.rpartition(".")
                 own = _name_in(packed, name, prefix)
                 if own is None or tensor == _MARKER:
                     continue
                 layer = model.get_submodule(own)
+                if tensor == "bits" and kind != "U8":
+                    raise ValueError(
+                        f"{file}: tensor {key} of a packed layer is {kind}, not U8: the file is damaged"
+                    )
                 if layer._buffers.get(tensor) is None:
                     has = ", ".join(part for part in _TENSORS if layer._buffers.get(part) is not None)
                     raise ValueError(
@@ -338,6 +343,7 @@ def prepare(packed: nn.Module) -> Any:
             "others"
         )
     model: Any = packed
+    vars(model).pop("save_pretrained", None)  # the refusal of quantopt.pack
     config = _config_of(model)
     model.hf_quantizer = QuantoptQuantizer(config, pre_quantized=True)
     model.is_quantized = True
@@ -391,7 +397,8 @@ class AnnealCallback(TrainerCallback):
                 "leave out the callback"
             )
         total = state.max_steps if self.total_steps is None else self.total_steps
-        self.anneal = Anneal(unwrapped(kwargs["optimizer"]), total, **self.options)
+        first = 0 if state.global_step == 0 else None  # a training that begins, with a used optimizer too
+        self.anneal = Anneal(unwrapped(kwargs["optimizer"]), total, last_step=first, **self.options)
         if state.global_step == 0:
             self.anneal.optimizer.metrics()  # sign flips are counted from here
 

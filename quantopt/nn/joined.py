@@ -1,6 +1,7 @@
 """Packed layers of one input as one product."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,15 +16,16 @@ class _Product:
 
     def __init__(self, layer: BinaryLinear) -> None:
         self.layer = layer
-        self.last: tuple[Tensor, int, Tensor] | None = None  # one tuple: threads see it whole or not
+        self.last: tuple[Tensor, Any, Tensor] | None = None  # one tuple: threads see it whole or not
 
 
 class JoinedLinear(nn.Module):
     """Takes the place of one of several BinaryLinear that are called with the same tensor one after the other: the
     first one called computes the outputs of all, the others take theirs from the result.
 
-    Called with another tensor, or with one that was written to in between, it computes all outputs anew. The weights
-    are in the first of the joined layers, as ``weights``. Made by :func:`join`.
+    Called with another tensor, or with one that was written to in between, it computes all outputs anew (of a tensor
+    that was made in torch.inference_mode torch counts no writes: do not write to it in between). The weights are in the
+    first of the joined layers, as ``weights``. Made by :func:`join`.
     """
 
     def __init__(self, product: _Product, first: int, count: int, is_last: bool) -> None:
@@ -39,7 +41,7 @@ class JoinedLinear(nn.Module):
         if isinstance(x, fx.Proxy):
             return leaf(self, x)  # type: ignore[no-any-return]
         product = self._product
-        version = -1 if is_compiling() or x.is_inference() else x._version
+        version = None if is_compiling() or x.is_inference() else (x._version, torch.is_grad_enabled())
         last = product.last
         if self._first and last is not None and last[0] is x and last[1] == version:
             y = last[2]
@@ -60,17 +62,18 @@ def join(layers: Sequence[BinaryLinear]) -> list[JoinedLinear]:
     Outputs are bit-equal. Scales per tensor become scales per channel; biases that lack are zeros.
 
     Raises:
-        TypeError: a layer that is no BinaryLinear, or that has hooks. ValueError: fewer than two layers, or layers that
-            differ in in_features, levels, group_size, compute, activation, mode or device.
+        TypeError: a layer that is no BinaryLinear, or that has hooks or a forward of its own. ValueError: fewer than
+            two layers, or layers that differ in in_features, levels, group_size, compute, activation, mode or device.
     """
     if len(layers) < 2:
         raise ValueError(f"layers: at least two are joined, not {len(layers)}")
     for layer in layers:
         if type(layer) is not BinaryLinear:
             raise TypeError(f"layers: BinaryLinear is needed, not {type(layer).__name__}")
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
+        if any(hooks) or "forward" in vars(layer):
             raise TypeError(
-                "layers: one of them has hooks, which a joined layer would not call: remove them first"
+                "layers: one has hooks or a forward of its own, which a joined layer would not call: remove them first"
             )
     head = layers[0]
     for name in ("in_features", "levels", "group_size", "compute", "activation", "training"):

@@ -19,11 +19,11 @@ def join_layers(packed: nn.Module, names: Sequence[Sequence[str]] = PROJECTIONS)
         packed: a model that :func:`quantopt.pack` or :func:`quantopt.load` made.
         names: sets of names of submodules, in the order in which a module calls them, with one and the same tensor.
 
-    Returns how many sets were joined. A set is left as it is where a module lacks one of the names, where a layer is
-    not packed, or where the layers differ in in_features, levels, scales, compute or mode. Save a model before its
-    layers are joined: :func:`quantopt.save` refuses it after.
+    Returns how many sets were joined, 0 where no module has such names. A set is left as it is where a module lacks one
+    of the names, where a layer is not packed, or where the layers differ in in_features, levels, scales, compute or
+    mode. Save a model before its layers are joined: :func:`quantopt.save` refuses it after.
 
-    Raises TypeError if ``packed`` is no module, ValueError if nothing was joined.
+    Raises TypeError if ``packed`` is no module.
     """
     if not isinstance(packed, nn.Module):
         raise TypeError(f"packed must be a torch.nn.Module, not {type(packed).__name__}")
@@ -41,7 +41,4 @@ def join_layers(packed: nn.Module, names: Sequence[Sequence[str]] = PROJECTIONS)
             for name, layer in zip(some, joined, strict=True):
                 setattr(module, name, layer)
             count += 1
-    if not count:
-        wanted = "; ".join(", ".join(some) for some in names)
-        raise ValueError(f"names: no module of the model has packed layers of one of these sets: {wanted}")
     return count

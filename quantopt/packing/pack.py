@@ -437,4 +437,15 @@ def _copy(model: nn.Module, contents: _Contents, chains: dict[int, folding.Chain
             if folded is not None:
                 replaced[id(folded)] = folding.Folded(folded)
     result: nn.Module = copy.deepcopy(model, replaced)
+    if callable(getattr(result, "save_pretrained", None)):
+        vars(result)["save_pretrained"] = _refuse_to_save
     return result
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of the method of transformers, which would write tensors that from_pretrained does not know: it would
+    make layers with random weights."""
+    raise ValueError(
+        "a packed model is written by quantopt.integrations.transformers.save_pretrained(packed, directory), or by its "
+        "own method after quantopt.integrations.transformers.prepare(packed)"
+    )

@@ -150,6 +150,16 @@ class Optimizer:
         group["initial_lr"] = self.scheduler.base_lrs[0] = rate
 
 
+def change_layers(name: str, model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Puts into ``model`` the layers that the settings of a run ask for: those of luq, or SAWB quantisers of
+    activations."""
+    skip = tuple(settings["skip"])
+    if name == "luq":
+        quantopt.nn.luq(model, skip=skip, repeat=settings["options"].get("repeat", 1))
+    elif settings["activations"]:
+        quantopt.nn.quantize_activations(model, skip=skip)
+
+
 def build(
     name: str,
     model: nn.Module,
@@ -177,7 +187,8 @@ def build(
     anneal = None
     rescaled = name not in FLOAT and settings["scale"] == "none" and settings.get("rescale", True)
     options = dict(settings["options"])
-    repeat = options.pop("repeat", 1) if name == "luq" else 1
+    if name == "luq":
+        options.pop("repeat", None)
     parameters = inspect.signature(make).parameters
     known = {
         argument.name: argument.default
@@ -190,10 +201,7 @@ def build(
         for key, value in options.items():
             if (kind := _kind_of(known[key])) and not _is_of(kind, value):
                 raise ValueError(f"{key}={value!r}: must be {kind}")
-    if name == "luq":
-        quantopt.nn.luq(model, skip=skip, repeat=repeat)
-    elif settings["activations"]:
-        quantopt.nn.quantize_activations(model, skip=skip)
+    change_layers(name, model, settings)
     if "momentum" in parameters:
         options["momentum"] = momentum
     if name in FLOAT:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 import quantopt
+from quantopt.train import optimizers
 from quantopt.train.arguments import given
 from quantopt.train.config import resolve_device
 from quantopt.train.directory import (
@@ -83,6 +84,7 @@ def load(run: Path, device: str) -> tuple[lm.Config, nn.Module]:
     report = json.loads((run / REPORT).read_text(encoding="utf-8"))
     config = _configured(report["config"], "--model", run / REPORT, device="cpu")
     network = model.build(config)
+    optimizers.change_layers(config.optimizer, network, config.settings())
     if report.get("bytes_packed") is None:
         state = read_checkpoint(run / CHECKPOINT, "--model", KEYS)
         try:
@@ -101,6 +103,11 @@ def evaluate(arguments: argparse.Namespace, run: Path) -> int:
     device = resolve_device(arguments.device)
     config, network = load(run, device)
     found = text.load(arguments.data or config.data, config.context, config.validation)
+    trained = json.loads((run / REPORT).read_text(encoding="utf-8"))["config"].get("fingerprint")
+    if arguments.data is None and found.fingerprint() != trained:
+        raise InputError(
+            "--data", f"{config.data} is not what the network was trained on: name another file to use it"
+        )
     started = time.perf_counter()
     loss = model.validation_loss(network, found, config.context)
     seconds = time.perf_counter() - started

@@ -39,7 +39,6 @@ def build(config: Config) -> Any:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
-        "use_cache": False,
         # In bfloat16, fused attention is half as fast on a CPU as the operations one by one (torch 2.13).
         "attn_implementation": "eager" if torch.device(config.device).type == "cpu" else "sdpa",
     }
@@ -62,7 +61,7 @@ def feed_forward_width(architecture: str, width: int) -> int:
 
 def loss(model: Any, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross entropy of the byte that follows each byte, in nats."""
-    logits = model(input_ids=inputs).logits
+    logits = model(input_ids=inputs, use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
