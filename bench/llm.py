@@ -311,8 +311,9 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
+    other = reference([row["name"] for row in rows])
     lines = [
-        f"{'':8}{'':16}{'ms':>10}{'tokens/s':>10}{'x torch':>9}  distance of the logits to those of {reference([row['name'] for row in rows])}"
+        f"{'':8}{'':16}{'ms':>10}{'tokens/s':>10}{'x torch':>9}{'x llama':>9}  distance of the logits to {other}'s"
     ]
     for row in rows:
         if row["kind"] == "left out":
