@@ -17,6 +17,7 @@ import inspect
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 import types
@@ -270,6 +271,12 @@ def measure(
         times[kind][name].append(time.perf_counter() - start)
         return y
 
+    for each in contenders.values():
+        each.read(short[:, :2])
+        for tokens in (prompt, short[:, :1]) if batch == 1 else (short[:, :1],):  # compiles
+            each.clear()
+            each.read(tokens)
+    print("timed from here", file=sys.stderr, flush=True)
     if batch == 1:
         begin = time.perf_counter()
         while len(times["prompt"][next(iter(contenders))]) < 4 or time.perf_counter() - begin < min_time:
