@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
@@ -178,6 +179,44 @@ def checkpoints_on_disk_are_continued_by_another_number_of_ranks() -> None:
                     anneal.step()
                 close(full_weights(model), full_weights(plain))
                 assert opt.param_groups[0]["anneal_step"] == 5
+
+
+@case
+def checkpoints_on_disk_keep_the_dtype_of_second_moments_that_the_optimizer_has() -> None:
+    """A group lacks the key where it is float32, as those of earlier versions do: docs/memory.md says what follows."""
+
+    def trained(dtype: str) -> tuple[nn.Module, Any]:
+        model = sharded(network())
+        opt = quantopt.AskewAdam(groups(model), lr=0.01, exp_avg_sq_dtype=dtype)
+        train(model, opt, mine(batch(0)))
+        return model, opt
+
+    def loaded(place: Path, dtype: str) -> Any:
+        model, opt = trained(dtype)
+        states = get_state_dict(model, opt)[1]
+        checkpoints.load({"opt": states}, checkpoint_id=place)
+        set_state_dict(model, opt, model_state_dict={}, optim_state_dict=states)
+        return opt
+
+    with shared_folder() as folder:
+        saved = {}
+        for dtype in ("float32", "bfloat16"):
+            model, saved[dtype] = trained(dtype)
+            checkpoints.save({"opt": get_state_dict(model, saved[dtype])[1]}, checkpoint_id=folder / dtype)
+        for before, after in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+            opt = loaded(folder / before, after)
+            assert opt.param_groups[0].get("exp_avg_sq_dtype", "float32") == after
+            for group in opt.param_groups:  # as the page has it: another after the load
+                group["exp_avg_sq_dtype"] = before
+            opt.metrics()
+            for ours, theirs in zip(
+                opt.param_groups[0]["params"], saved[before].param_groups[0]["params"], strict=True
+            ):
+                v, right = opt.state[ours]["exp_avg_sq"], saved[before].state[theirs]["exp_avg_sq"]
+                assert v.dtype == right.dtype == getattr(torch, before)
+                assert torch.equal(whole(v), whole(right))
+        with pytest.raises(checkpoints.api.CheckpointException, match="Missing key .*exp_avg_sq_dtype"):
+            loaded(folder / "float32", "bfloat16")
 
 
 @case
