@@ -215,7 +215,7 @@ def checkpoints_on_disk_keep_the_dtype_of_second_moments_that_the_optimizer_has(
                 v, right = opt.state[ours]["exp_avg_sq"], saved[before].state[theirs]["exp_avg_sq"]
                 assert v.dtype == right.dtype == getattr(torch, before)
                 assert torch.equal(whole(v), whole(right))
-        with pytest.raises(checkpoints.api.CheckpointException, match="Missing key .*exp_avg_sq_dtype"):
+        with pytest.raises(checkpoints.api.CheckpointException, match=r"Missing key .*exp_avg_sq_dtype"):
             loaded(folder / "float32", "bfloat16")
 
 

@@ -5,12 +5,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from quantopt.optim.sharded import is_sharded, least_over_ranks, reshard, shards_of
 
-# What fully_shard, parallelize_module and the other composable functions of torch put into a module beside its parameters.
+# What fully_shard, parallelize_module and other composable functions of torch put into a module beside its parameters.
 _STATE, _APPLIED = "__composable_api_state_key", "_distribute_module_applied"
 _HOOKS_OF = tuple(f"torch.distributed.{part}." for part in ("fsdp", "tensor", "_composable"))
 
