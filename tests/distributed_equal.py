@@ -1,5 +1,6 @@
 """Cases of exact gradients, CPU offload, and checkpoints of torch.distributed.checkpoint on disk."""
 
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import quantopt
 from distributed_network import (
@@ -35,6 +37,7 @@ from distributed_network import (
     train,
     whole,
 )
+from quantopt.optim.sharded import local
 
 
 class Exact(nn.Module):
@@ -94,6 +97,45 @@ def step(model: nn.Module, opt: Any, x: Tensor) -> None:
     model.zero_grad()
     model(x).mean().backward()
     opt.step()
+
+
+@case
+def shards_are_rounded_with_other_random_numbers_and_their_copies_with_the_same() -> None:
+    """A column of four equal parts, on two ranks and copied, or on four; the whole is drawn by nobody."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
+    for mesh, placements in (
+        (grid, [Replicate(), Shard(0)]),
+        (grid, [Shard(0), Shard(0)]),
+        (grid["shard"], [Shard(0)]),
+    ):
+        for options in ({"rounding": "stochastic"}, {"exp_avg_sq_dtype": "bfloat16", "rounding": "nearest"}):
+            params = [
+                nn.Parameter(distribute_tensor(torch.ones(256, 4, dtype=torch.bfloat16), mesh, kind))
+                for kind in (placements, [Replicate()] * mesh.ndim)
+            ]
+            opt = quantopt.AskewAdam(params, bits=0, lr=0.003, **options)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.full_like(p, 1.5)
+                opt.step()
+            key = "exp_avg_sq" if "exp_avg_sq_dtype" in options else None
+            own, copied = (local(p.detach() if key is None else opt.state[p][key]) for p in params)
+            everywhere = [torch.empty_like(own) for _ in range(RANKS)]
+            dist.all_gather(everywhere, own)
+            parts = {rank: tuple(grid.mesh[:, rank % 2].tolist()) for rank in range(RANKS)}
+            for rank, other in itertools.combinations(range(RANKS), 2):
+                shared = Replicate() in placements or mesh.ndim == 1
+                same = shared and other in parts[rank]
+                assert torch.equal(everywhere[rank], everywhere[other]) == same, (
+                    placements,
+                    options,
+                    rank,
+                    other,
+                )
+            assert not torch.equal(own, copied[: len(own)])  # lists of one rank
+            everywhere = [torch.empty_like(copied) for _ in range(RANKS)]
+            dist.all_gather(everywhere, copied)
+            assert all(torch.equal(copied, other) for other in everywhere)
 
 
 @case

@@ -327,12 +327,9 @@ def pack(
         contents = _contents(model, levels, kept)
         foldable = [use.module for use in contents.layers if isinstance(use.module, nn.Linear | nn.Conv2d)]
         chains = folding.find_chains(model, foldable) if fold_batchnorm and foldable else []
+        by_layer = {id(chain.layer): chain for chain in chains}
         with together(model) if sharded else contextlib.nullcontext():
-            packed = (
-                _copy(model, contents, {id(chain.layer): chain for chain in chains}, compute)
-                if kept
-                else None
-            )
+            packed = _copy(model, contents, by_layer, compute) if kept else None
     return packed
 
 
