@@ -101,7 +101,7 @@ def step(model: nn.Module, opt: Any, x: Tensor) -> None:
 
 @case
 def shards_are_rounded_with_other_random_numbers_and_their_copies_with_the_same() -> None:
-    """A column of four equal parts, on two ranks and copied, or on four; the whole is drawn by nobody."""
+    """Equal weights with equal gradients, sharded in three ways, and beside them in the same group not sharded."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
     for mesh, placements in (
         (grid, [Replicate(), Shard(0)]),
@@ -132,7 +132,7 @@ def shards_are_rounded_with_other_random_numbers_and_their_copies_with_the_same(
                     rank,
                     other,
                 )
-            assert not torch.equal(own, copied[: len(own)])  # lists of one rank
+            assert not torch.equal(own, copied[: len(own)])
             everywhere = [torch.empty_like(copied) for _ in range(RANKS)]
             dist.all_gather(everywhere, copied)
             assert all(torch.equal(copied, other) for other in everywhere)

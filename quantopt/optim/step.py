@@ -215,8 +215,8 @@ class GroupStep:
 
 
 class Bucket:
-    """The parameters of one dtype and device of a group: one call of the fused step. Where random numbers are drawn, all
-    of them are also sharded alike.
+    """The parameters of one dtype and device of a group: one call of the fused step. Where random numbers are drawn,
+    all of them are also sharded alike.
 
     Where compiled kernels run, a plan holds the checked arguments. It looks up the gradients itself
     (``finds_gradients``), unless they belong to DTensors or have another layout than their parameters. On muon the
