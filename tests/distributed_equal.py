@@ -1,5 +1,6 @@
 """Cases of exact gradients, CPU offload, and checkpoints of torch.distributed.checkpoint on disk."""
 
+import itertools
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import quantopt
 from distributed_network import (
@@ -34,6 +37,7 @@ from distributed_network import (
     train,
     whole,
 )
+from quantopt.optim.sharded import local
 
 
 class Exact(nn.Module):
@@ -93,6 +97,45 @@ def step(model: nn.Module, opt: Any, x: Tensor) -> None:
     model.zero_grad()
     model(x).mean().backward()
     opt.step()
+
+
+@case
+def shards_are_rounded_with_other_random_numbers_and_their_copies_with_the_same() -> None:
+    """Equal weights with equal gradients, sharded in three ways, and beside them in the same group not sharded."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
+    for mesh, placements in (
+        (grid, [Replicate(), Shard(0)]),
+        (grid, [Shard(0), Shard(0)]),
+        (grid["shard"], [Shard(0)]),
+    ):
+        for options in ({"rounding": "stochastic"}, {"exp_avg_sq_dtype": "bfloat16", "rounding": "nearest"}):
+            params = [
+                nn.Parameter(distribute_tensor(torch.ones(256, 4, dtype=torch.bfloat16), mesh, kind))
+                for kind in (placements, [Replicate()] * mesh.ndim)
+            ]
+            opt = quantopt.AskewAdam(params, bits=0, lr=0.003, **options)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.full_like(p, 1.5)
+                opt.step()
+            key = "exp_avg_sq" if "exp_avg_sq_dtype" in options else None
+            own, copied = (local(p.detach() if key is None else opt.state[p][key]) for p in params)
+            everywhere = [torch.empty_like(own) for _ in range(RANKS)]
+            dist.all_gather(everywhere, own)
+            parts = {rank: tuple(grid.mesh[:, rank % 2].tolist()) for rank in range(RANKS)}
+            for rank, other in itertools.combinations(range(RANKS), 2):
+                shared = Replicate() in placements or mesh.ndim == 1
+                same = shared and other in parts[rank]
+                assert torch.equal(everywhere[rank], everywhere[other]) == same, (
+                    placements,
+                    options,
+                    rank,
+                    other,
+                )
+            assert not torch.equal(own, copied[: len(own)])
+            everywhere = [torch.empty_like(copied) for _ in range(RANKS)]
+            dist.all_gather(everywhere, copied)
+            assert all(torch.equal(copied, other) for other in everywhere)
 
 
 @case
@@ -178,6 +221,44 @@ def checkpoints_on_disk_are_continued_by_another_number_of_ranks() -> None:
                     anneal.step()
                 close(full_weights(model), full_weights(plain))
                 assert opt.param_groups[0]["anneal_step"] == 5
+
+
+@case
+def checkpoints_on_disk_keep_the_dtype_of_second_moments_that_the_optimizer_has() -> None:
+    """A group lacks the key where it is float32, as those of earlier versions do: docs/memory.md says what follows."""
+
+    def trained(dtype: str) -> tuple[nn.Module, Any]:
+        model = sharded(network())
+        opt = quantopt.AskewAdam(groups(model), lr=0.01, exp_avg_sq_dtype=dtype)
+        train(model, opt, mine(batch(0)))
+        return model, opt
+
+    def loaded(place: Path, dtype: str) -> Any:
+        model, opt = trained(dtype)
+        states = get_state_dict(model, opt)[1]
+        checkpoints.load({"opt": states}, checkpoint_id=place)
+        set_state_dict(model, opt, model_state_dict={}, optim_state_dict=states)
+        return opt
+
+    with shared_folder() as folder:
+        saved = {}
+        for dtype in ("float32", "bfloat16"):
+            model, saved[dtype] = trained(dtype)
+            checkpoints.save({"opt": get_state_dict(model, saved[dtype])[1]}, checkpoint_id=folder / dtype)
+        for before, after in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+            opt = loaded(folder / before, after)
+            assert opt.param_groups[0].get("exp_avg_sq_dtype", "float32") == after
+            for group in opt.param_groups:  # as the page has it: another after the load
+                group["exp_avg_sq_dtype"] = before
+            opt.metrics()
+            for ours, theirs in zip(
+                opt.param_groups[0]["params"], saved[before].param_groups[0]["params"], strict=True
+            ):
+                v, right = opt.state[ours]["exp_avg_sq"], saved[before].state[theirs]["exp_avg_sq"]
+                assert v.dtype == right.dtype == getattr(torch, before)
+                assert torch.equal(whole(v), whole(right))
+        with pytest.raises(checkpoints.api.CheckpointException, match=r"Missing key .*exp_avg_sq_dtype"):
+            loaded(folder / "float32", "bfloat16")
 
 
 @case

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint, replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -27,7 +28,9 @@ from distributed_network import (
     WRAPPINGS,
     batch,
     case,
+    close,
     groups,
+    layers,
     mine,
     network,
     same_network,
@@ -145,11 +148,50 @@ def batch_norms_of_sharded_models_are_folded() -> None:
         train(m, o, batch(0))
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):  # on all ranks
         quantopt.pack(model, opt, fold_batchnorm=True)
-    packed = quantopt.pack(model.eval(), opt, fold_batchnorm=True)
+    variance = model.eval()[1].running_var
+    before = variance.clone()
+    if dist.get_rank() == 0:  # buffers are those of the rank
+        variance.fill_(torch.nan)
+    said = "not finite" if dist.get_rank() == 0 else "refused on another rank"
+    with pytest.raises(ValueError, match=said):
+        quantopt.pack(model, opt, fold_batchnorm=True)
+    variance.copy_(before)
+    packed = quantopt.pack(model, opt, fold_batchnorm=True)
     if packed is not None:
         same_packed(packed, quantopt.pack(plain.eval(), reference, fold_batchnorm=True))
         with reference.quantized(), torch.no_grad():
             torch.testing.assert_close(packed(batch(3)), plain(batch(3)))
+
+
+@case
+def each_stage_of_a_pipeline_gets_its_copy() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "data"))
+    stage, rank = mesh.get_coordinate()
+    model, plain = sharded(network(), mesh=mesh["data"]), network()
+    opt, reference = (MAKERS["askew"](groups(m)) for m in (model, plain))
+    train(model, opt, batch(stage).chunk(2)[rank])
+    train(plain, reference, batch(stage))
+    packed = quantopt.pack(model, opt)
+    assert (packed is not None) == (rank == 0)
+    if packed is not None:
+        same_packed(packed, quantopt.pack(plain, reference))
+
+
+@case
+def the_other_composable_functions_of_torch_are_no_part_of_the_copy() -> None:
+    model, copies = network(), network()
+    for layer in layers(model):
+        checkpoint(layer)
+    sharded(model)
+    replicate(copies)
+    for m in (model, copies):
+        opt = MAKERS["askew"](groups(m))
+        train(m, opt, mine(batch(0)))
+        packed = quantopt.pack(m, opt, all_ranks=True)
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in packed.modules())
+        with opt.quantized(), torch.no_grad():
+            close(packed(batch(3)), m(batch(3)))
+        train(m, opt, mine(batch(1)))  # with its hooks
 
 
 @case

@@ -305,6 +305,21 @@ def test_options_of_another_class_and_none_are_refused() -> None:
         quantopt.AskewSGD([p], bits=1, base="foo")
 
 
+def test_second_moments_in_bfloat16_are_refused_where_there_are_none() -> None:
+    p, q = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    narrow = {"exp_avg_sq_dtype": "bfloat16"}
+    refused = pytest.raises(ValueError, match="exp_avg_sq_dtype='bfloat16': only groups with base='adam'")
+    for make in (quantopt.AskewSGD, quantopt.STAM):
+        with refused:
+            make([p], bits=1, lr=0.5, **narrow)
+        with refused:
+            make([{"params": [p], **narrow}, {"params": [q], "base": "adam"}], bits=1, lr=0.5)
+        opt = make([{"params": [p]}, {"params": [q], "base": "adam"}], bits=1, lr=0.5, **narrow)
+        p.grad = q.grad = torch.ones(4, 4)
+        opt.step()
+        assert opt.state[q]["exp_avg_sq"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 def test_schedulers_that_cycle_momentum_find_it(base: str) -> None:
     opt = quantopt.STAM([nn.Parameter(torch.randn(4, 4))], bits=1, lr=0.1, base=base)

@@ -122,6 +122,7 @@ def test_what_one_rank_refuses_ends_all(patterns: Path, tmp_path: Path) -> None:
     from training_data import write_patterns
 
     write_patterns(tmp_path / "other", train=120)
+    write_patterns(tmp_path / "large", size=10)
     started = tmp_path / "started"
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.main([*arguments(patterns, started, "--minutes", "1e-9")]) == 3
@@ -138,6 +139,11 @@ def test_what_one_rank_refuses_ends_all(patterns: Path, tmp_path: Path) -> None:
         "--resume: rank 2: the number of epochs in the checkpoint in --out here is 0, and 1": {
             0: resumed,
             2: arguments(patterns, out, "--resume"),
+        },
+        f"--init: rank 1: {tmp_path / 'none'} ": {0: plain, 1: [*plain, "--init", str(tmp_path / "none")]},
+        "--data: rank 2: the fingerprint of the images here is": {
+            0: plain,
+            2: arguments(tmp_path / "large", out),
         },
         "torchrun: is for `quantopt train`; start `quantopt env` without it": {0: ["env"]},
     }

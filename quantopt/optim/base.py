@@ -20,11 +20,13 @@ from quantopt.optim.options import (
     SCHEDULED,
     SHARED,
     check_group,
+    check_second_moments,
     flag,
     keep_position,
     of_base,
     one_device,
     place_scheduled,
+    read_at_each_step,
     scheduled_value,
     shared_options,
 )
@@ -69,6 +71,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         self._options: dict[str, Any] = options | dict(self.extra_options)
         self._forget_steps()
         super().__init__(params, self._completed({}))
+        check_second_moments(options, [group.get("base", self._base) for group in self.param_groups])
 
     def __getstate__(self) -> dict[str, Any]:
         pickled: dict[str, Any] = super().__getstate__()
@@ -150,6 +153,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             )
         whole = self.whole(completed)
         self._check(whole)
+        check_second_moments(param_group, [whole["base"]])
         # Not of a loaded group: versions up to 0.1.0 took it.
         if whole["decoupled_weight_decay"] and RULES[self.rule_of(whole)].latent:
             raise ValueError(
@@ -205,7 +209,7 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def layout_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The keys of a group on which the layout of its step depends."""
-        return tuple(key for key in group if key in self._options and not _read_at_each_step(key))
+        return tuple(key for key in group if key in self._options and not read_at_each_step(key))
 
     def rule_of(self, group: dict[str, Any]) -> str:
         """The rule of a group, "none" where it is not quantised."""
@@ -493,7 +497,3 @@ class LevelOptimizer(torch.optim.Optimizer):
 _LATER = set(SHARED) - {key for keys in BASE_OPTIONS.values() for key in keys}
 _USUAL = {key: option.usual for key, option in OPTIONS.items() if option.usual is not None}
 _LATER |= set(_USUAL)
-
-
-def _read_at_each_step(key: str) -> bool:
-    return key in OPTIONS and OPTIONS[key].per_step

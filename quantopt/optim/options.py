@@ -195,6 +195,19 @@ def check_group(group: Mapping[str, Any], known: Iterable[str]) -> None:
         )
 
 
+def check_second_moments(options: Mapping[str, Any], bases: Iterable[Any]) -> None:
+    """Raises ValueError where ``options`` narrow the second moments, and no group that they are of, on ``bases``, has
+    any. Not of groups that have the option from a constructor, which may be for others."""
+    if options.get("exp_avg_sq_dtype") == "bfloat16" and "adam" not in bases:
+        raise ValueError(
+            "exp_avg_sq_dtype='bfloat16': only groups with base='adam' have second moments; leave it out"
+        )
+
+
+def read_at_each_step(key: str) -> bool:
+    return key in OPTIONS and OPTIONS[key].per_step
+
+
 def keep_position(own: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> str | None:
     """Puts into the groups of a state_dict what ``own`` have of an anneal and they lack. The length of the anneal that
     is attached stays. Returns what its user should know of that."""

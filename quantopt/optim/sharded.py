@@ -59,6 +59,23 @@ def shard_like(scale: Tensor, w: Tensor, name: str) -> Tensor:
     return distribute_tensor(scale, w.device_mesh, w.placements)
 
 
+def sharding_of(t: Any) -> tuple[Any, tuple[int, ...]] | None:
+    """The mesh of a sharded tensor, and its dimensions along which the ranks have different parts: the same on all
+    ranks. None where each rank has all of ``t``."""
+    if not is_sharded(t):
+        return None
+    dims = tuple(i for i, placement in enumerate(t.placements) if not placement.is_replicate())
+    return (t.device_mesh, dims) if dims else None
+
+
+def place_in(sharding: tuple[Any, tuple[int, ...]] | None) -> tuple[int, ...]:
+    """Which part this rank has of tensors with this sharding: its coordinates along those dimensions of the mesh."""
+    if sharding is None:
+        return ()
+    coordinates = sharding[0].get_coordinate()
+    return tuple(coordinates[dim] for dim in sharding[1]) if coordinates else ()
+
+
 def check_rows(w: Any, name: str) -> None:
     """Raises ValueError for a sharded parameter with rows of which a rank has a part."""
     if not all(placement.is_replicate() or placement.is_shard(0) for placement in w.placements):
@@ -193,8 +210,10 @@ __all__ = [
     "least_over_ranks",
     "local",
     "local_gradient",
+    "place_in",
     "reshard",
     "shard_like",
     "sharded_parameter",
+    "sharding_of",
     "shards_of",
 ]

@@ -14,7 +14,7 @@ from quantopt.backends import choose
 from quantopt.levels import level_count
 from quantopt.ops.step import fused_step, hyper_tensor
 from quantopt.optim.muon import Directions
-from quantopt.optim.sharded import is_sharded, local, local_gradient
+from quantopt.optim.sharded import is_sharded, local, local_gradient, place_in, sharding_of
 from quantopt.optim.state import PARAMETER, SIGNS, STATE, facts_of
 from quantopt.optim.written import Mark, mark
 from quantopt.rules import HYPER, StepRecord
@@ -78,14 +78,16 @@ class GroupStep:
             self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
             self.written, self.replayed = {}, False
 
-        parts: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        whole = opt.whole(group)
+        draws = whole["rounding"] == "stochastic" or whole["exp_avg_sq_dtype"] == "bfloat16"
+        parts: dict[tuple[torch.dtype, torch.device, Any], list[nn.Parameter]] = {}
         for p in self.params:
-            parts.setdefault((p.dtype, p.device), []).append(p)
+            parts.setdefault((p.dtype, p.device, sharding_of(p) if draws else None), []).append(p)
         taking_part = set(map(id, self.params))
         self.left_out = [p for p in self.all_params if id(p) not in taking_part]
         self.buckets = [
-            Bucket(opt, group, (group_index, i), self.hyper, params, self.left_out)
-            for i, params in enumerate(parts.values())
+            Bucket(opt, group, (group_index, i), place_in(sharding), self.hyper, params, self.left_out)
+            for i, ((_, _, sharding), params) in enumerate(parts.items())
         ]
         self.counted = any(bucket.counted for bucket in self.buckets)
         self.on_cuda = any(bucket.device.type == "cuda" for bucket in self.buckets)
@@ -213,7 +215,8 @@ class GroupStep:
 
 
 class Bucket:
-    """The parameters of one dtype and device of a group: one call of the fused step.
+    """The parameters of one dtype and device of a group: one call of the fused step. Where random numbers are drawn,
+    all of them are also sharded alike.
 
     Where compiled kernels run, a plan holds the checked arguments. It looks up the gradients itself
     (``finds_gradients``), unless they belong to DTensors or have another layout than their parameters. On muon the
@@ -225,11 +228,13 @@ class Bucket:
         opt: LevelOptimizer,
         group: dict[str, Any],
         place: tuple[int, int],
+        part: tuple[int, ...],
         hyper: Tensor,
         params: list[nn.Parameter],
         left_out: list[nn.Parameter],
     ) -> None:
-        """``place``: index of the group, and of the bucket in it."""
+        """``place``: index of the group, and of the bucket in it. ``part``: which part of the parameters this rank has,
+        () if all."""
         self.params = params
         self.device = params[0].device
         self.dtype = params[0].dtype
@@ -241,7 +246,7 @@ class Bucket:
         self.copied: list[tuple[Tensor, Tensor]] = []  # (tensor, copy in a layout that kernels take)
         self.grads: list[Tensor] = []
         self.directions: Directions | None = None  # of muon
-        self.record = self._record(opt, group, place, hyper)
+        self.record = self._record(opt, group, place, part, hyper)
         self.weights = list(self.record.params)
         self.looked_at = [
             (p, shard, shard.shape, shard.stride(), w, w.stride())
@@ -269,7 +274,12 @@ class Bucket:
             self.watch = _extension.TensorWatch([*self.shards, *tensors], counted)
 
     def _record(
-        self, opt: LevelOptimizer, group: dict[str, Any], place: tuple[int, int], hyper: Tensor
+        self,
+        opt: LevelOptimizer,
+        group: dict[str, Any],
+        place: tuple[int, int],
+        part: tuple[int, ...],
+        hyper: Tensor,
     ) -> StepRecord:
         facts = facts_of(opt, group, self.dtype)
         weights = [self._as_dense(w, state) for w, state in zip(self.shards, self.states, strict=True)]
@@ -288,6 +298,9 @@ class Bucket:
         narrow = bool(exp_avg_sqs) and facts.exp_avg_sq_dtype == torch.bfloat16
         # each group has a random stream, as the kernels count the tensors of a list from 0
         seed = (group["seed"] + place[0] * 0x9E3779B97F4A7C15) % 2**62
+        # and each part of sharded parameters, as they count its elements from 0
+        for number in (place[1], *part) if part else ():
+            seed = (seed * 0x5851F42D4C957F2D + number + 1) % 2**62
         return StepRecord(
             rule=facts.rule.name,
             base=base,

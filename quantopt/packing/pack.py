@@ -14,7 +14,7 @@ from quantopt.ops.weights import pack_signs, plane_weights_of, planes_of_codes
 from quantopt.optim.sharded import gathered, is_sharded
 from quantopt.packing import folding
 from quantopt.packing.layers import fault_of, skeleton
-from quantopt.packing.sharded import has_result, is_sharded_model, unsharded
+from quantopt.packing.sharded import has_result, is_sharded_model, together, unsharded
 from quantopt.reference.levels import rows as matrix
 from quantopt.reference.levels import spread_over
 from quantopt.reference.reading import doubt_of, read_levels
@@ -287,12 +287,14 @@ def pack(
             that torch.fx cannot trace is not folded, with a warning that gives the reason. Nothing is folded into a
             Conv1d.
         all_ranks: of a sharded model (FSDP2, tensor parallelism: parameters are DTensors), whether all ranks get the
-            packed copy. By default rank 0 gets it, and **the others get None**. Of any other model, each process gets
+            packed copy. By default the first rank of their mesh gets it (the one with the coordinates 0: rank 0, or of
+            a pipeline the first rank of each stage), and **the others get None**. Of any other model, each process gets
             the copy of its own.
 
     All ranks of a sharded model call this together. Its parameters are gathered one by one, so no rank has more than
     one of them whole, beside the packed copy; buffers, such as the statistics of batch norms, are those of the rank.
-    The copy has no hooks of fully_shard and parallelize_module and is a model of one process.
+    The copy has no hooks of fully_shard, parallelize_module and torch's other composable functions, and is a model of
+    one process. Where one rank cannot make it, all of them raise an error.
 
     Subclasses that keep the forward of their base are packed too, as out_proj of MultiheadAttention, and the Conv1D of
     the transformers library if it has one scale. Shared layers and shared weights stay shared, and hooks of a layer are
@@ -318,14 +320,17 @@ def pack(
         raise TypeError(f"all_ranks must be True or False, not {all_ranks!r}")
     model = unwrapped_model(model)
     sharded = is_sharded_model(model)
-    kept = not sharded or has_result(all_ranks)
-    with unsharded(model) if sharded else contextlib.nullcontext():
+    kept = not sharded or has_result(model, all_ranks)
+    with unsharded(model):
         _refuse_computed(model)
         levels = _ReadLevels() if opt is None else _OptimizerLevels(model, opt, by_one=sharded)
         contents = _contents(model, levels, kept)
         foldable = [use.module for use in contents.layers if isinstance(use.module, nn.Linear | nn.Conv2d)]
         chains = folding.find_chains(model, foldable) if fold_batchnorm and foldable else []
-        return _copy(model, contents, {id(chain.layer): chain for chain in chains}, compute) if kept else None
+        by_layer = {id(chain.layer): chain for chain in chains}
+        with together(model) if sharded else contextlib.nullcontext():
+            packed = _copy(model, contents, by_layer, compute) if kept else None
+    return packed
 
 
 class _Contents(NamedTuple):

@@ -5,14 +5,13 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
-from quantopt.optim.sharded import is_sharded, reshard, shards_of
+from quantopt.optim.sharded import is_sharded, least_over_ranks, reshard, shards_of
 
-# What fully_shard and parallelize_module put into a module beside its parameters.
+# What fully_shard, parallelize_module and other composable functions of torch put into a module beside its parameters.
 _STATE, _APPLIED = "__composable_api_state_key", "_distribute_module_applied"
-_HOOKS_OF = ("torch.distributed.fsdp.", "torch.distributed.tensor.")
+_HOOKS_OF = tuple(f"torch.distributed.{part}." for part in ("fsdp", "tensor", "_composable"))
 
 
 def is_sharded_model(model: nn.Module) -> bool:
@@ -20,9 +19,26 @@ def is_sharded_model(model: nn.Module) -> bool:
     return any(p is not own or is_sharded(p) for p, own in _parameters(model))
 
 
-def has_result(all_ranks: bool) -> bool:
-    """Whether this rank gets the packed copy of a sharded model."""
-    return all_ranks or torch.distributed.get_rank() == 0
+def has_result(model: nn.Module, all_ranks: bool) -> bool:
+    """Whether this rank gets the packed copy of a sharded model: the first of the meshes of the parameters, which need
+    not have rank 0 of the job, as that of a pipeline stage."""
+    meshes: Any = {own.device_mesh for _, own in _parameters(model) if is_sharded(own)}  # type: ignore[attr-defined]
+    return all_ranks or all(set(mesh.get_coordinate() or ()) == {0} for mesh in meshes)
+
+
+@contextlib.contextmanager
+def together(model: nn.Module) -> Iterator[None]:
+    """Context of what some ranks of a sharded model do by themselves: where one raises an error, all of them do."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    done = least_over_ranks([own for _, own in _parameters(model)], int(error is None))
+    if error is not None:
+        raise error
+    if not done:
+        raise ValueError("the packed copy was refused on another rank, which says why")
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -87,7 +87,7 @@ class Trainer:
             raise InputError("--backend", str(error)) from None
         except (ValueError, TypeError, ArithmeticError) as error:
             raise InputError("--optimizer", str(error)) from None
-        self.run_model = torch.compile(self.model) if config.compile else ranks.parallel(self.model)
+        self.run_model = torch.compile(self.model) if config.compile else self.model
         self._graphed: Graphed | None = None
         self._stopwatch = Stopwatch(self.device, config.cuda_graph)
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -98,6 +98,11 @@ class Trainer:
         self.histograms = self._histogram()[None]
         if self.quantised:
             self._metrics()  # sign flips are counted from here
+
+    def join_ranks(self) -> None:
+        """Trains with the other ranks from now on. All ranks call it, once none of them has refused anything."""
+        if ranks.size() > 1:
+            self.run_model = ranks.parallel(self.model)
 
     @property
     def quantised(self) -> bool:
@@ -441,6 +446,7 @@ def train(
     if ranks.size() > 1:
         ranks.check_same(dataset.fingerprint(), "--data", "the fingerprint of the images")
         ranks.check_same(str(trainer.epoch), "--resume", "the number of epochs in the checkpoint in --out")
+        trainer.join_ranks()
     longest = 0.0
     while trainer.epoch < config.epochs:
         begun = time.monotonic()

@@ -1,7 +1,7 @@
 """The processes of a training: one, or those that torchrun has started, each with a part of every batch.
 
 All ranks have the whole network, optimizer and data, and draw the same random numbers. Gradients are averaged over
-ranks (DistributedDataParallel), and batch norms take the statistics of the whole batch, so that a run is that of one
+ranks (DistributedDataParallel), and batch norms take the statistics of the whole batch, so that a step is that of one
 process up to the rounding of sums. Rank 0 writes and prints.
 """
 
