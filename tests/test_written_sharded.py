@@ -50,14 +50,6 @@ def test_a_written_shard_counts(name: str, backend: str, write: str, mesh: Any) 
     assert torch.equal(latents[1].full_tensor(), latents[0])
 
 
-def test_a_sharded_model_is_not_packed(mesh: Any) -> None:
-    model = nn.Linear(16, 8)
-    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-    opt = quantopt.AskewSGD([{"params": [model.weight], "bits": 1}])
-    with pytest.raises(ValueError, match="get_model_state_dict"):
-        quantopt.pack(model, opt)
-
-
 @pytest.mark.parametrize(
     ("make", "options"),
     [
