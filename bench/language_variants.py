@@ -2,7 +2,7 @@
 
     python bench/language_variants.py --data FILE [--out DIR] [--variants NAME ...] [--seeds N]
 
-Variants of the schedule, of the scales, and three things that others report of 1-bit networks (docs/experiments.md, 9):
+Variants of the schedule, of the scales, and three things that others report of 1-bit networks:
 
 - rotated: the inputs of each quantised layer are multiplied by a Hadamard matrix (blocks of the largest power of 2 that
   divides their number).
@@ -106,10 +106,11 @@ def run(name: str, seed: int, data: str, out: Path) -> dict[str, Any]:
     config = lm.configuration(recipe, given)
     words = text.load(data, config.context, config.validation)
     file = out / f"{name}-{seed}.json"
+    own = {"variant": name} | ({"silent": SILENT, "decay": DECAY} if change is silence else {})
     if file.is_file():
         report: dict[str, Any] = json.loads(file.read_text())
         expected = loop.describe(config, words) | {"data": report["config"]["data"]}
-        if report["config"] != json.loads(json.dumps(expected)):
+        if report.get("variant") != own or report["config"] != json.loads(json.dumps(expected)):
             sys.exit(f"{file} is of another run: remove it, or choose another --out")
         return report
     trainer = loop.Trainer(config, words)
@@ -119,7 +120,7 @@ def run(name: str, seed: int, data: str, out: Path) -> dict[str, Any]:
         trainer.train_until(config.steps, bar)
     report, packed = trainer.finish()
     assert packed is not None and any(isinstance(m, quantopt.nn.BinaryLinear) for m in packed.modules())
-    write_json(file, report)
+    write_json(file, {**report, "variant": own})
     return report
 
 

@@ -8,8 +8,13 @@ Random weights at one bit, with a scale per channel or per group of 128, int8 ac
 transformers library with a static cache, compiled by torch.compile as one graph, layers of one input joined. The peers
 are the same network with the same levels in bf16, run in the same way, and the same tensors in a GGUF file (Q1_0) run
 by llama.cpp (at batch 1), where llama-cpp-python is installed. The logits of each are checked before it is timed.
-Contenders take turns, a token or a prompt each; medians, and the times of the peers by theirs.
+Contenders take turns, a token or a prompt each; medians, and the times of the peers by theirs. Memory of torch is in
+huge pages (THP_MEM_ALLOC_ENABLE=1, before torch is imported): of 1.7 billion weights a token touches every page.
 """
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # of torch: weights in huge pages, for all that torch runs
 
 import argparse
 import importlib.util

@@ -31,13 +31,14 @@ struct KeptScales {
 
 // What tiles were derived from, without the storage of the bits.
 struct Source {
-  const void* data;
+  const void *data, *tiles_data;  // views of one storage may be tiles of several bits
   std::vector<int64_t> sizes, strides;
   int64_t version, tiles_version;
   TilesForm form;
 
   Source(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& tiles_form)
       : data(bits.const_data_ptr()),
+        tiles_data(tiles.const_data_ptr()),
         sizes(bits.sizes().vec()),
         strides(bits.strides().vec()),
         version(static_cast<int64_t>(bits._version())),
@@ -45,7 +46,7 @@ struct Source {
         form(tiles_form) {}
 
   bool fits(const at::Tensor& tiles, const at::Tensor& bits, const TilesForm& wanted) const {
-    return form == wanted && data == bits.const_data_ptr() &&
+    return form == wanted && data == bits.const_data_ptr() && tiles_data == tiles.const_data_ptr() &&
            version == static_cast<int64_t>(bits._version()) &&
            tiles_version == static_cast<int64_t>(tiles._version()) &&
            bits.sizes() == at::IntArrayRef(sizes) && bits.strides() == at::IntArrayRef(strides);
@@ -69,7 +70,9 @@ Tied* tied_of(const at::Tensor& tiles) {
 // Tiles that are not tied, but were found to be those of these bits. Their storage belongs to others, who may
 // read it meanwhile: it stays as it is, and what is known of it lies here.
 struct Adopted {
-  WeakStorage tiles, bits;  // weak, so that nothing lives longer; no other storage gets the address meanwhile
+  // Weak, so that neither lives longer; no other storage gets the address meanwhile. Scales, and what was
+  // derived from them, stay until other tiles are adopted.
+  WeakStorage tiles, bits;
   Source source;
   KeptScales scales;
 };

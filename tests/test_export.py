@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import quantopt
 from conftest import force_isa, supported_isas
 from quantopt import _extension
 from quantopt.nn import BinaryConv1d, BinaryConv2d, BinaryLinear, SignActivation
@@ -122,11 +123,12 @@ def test_a_loaded_program_in_threads() -> None:
     layer = filled(BinaryLinear(256, 128, scale="group", group_size=32, compute="int8"))
     x = torch.randn(1, 256)
     want, program = layer(x), saved(layer, x)
-    wrong = []
+    right: list[bool] = []
 
     def work(module: Any, start: threading.Barrier) -> None:
         start.wait()
-        wrong.extend(1 for _ in range(20) if not torch.equal(module(x), want))
+        for _ in range(20):
+            right.append(torch.equal(module(x), want))
 
     for _ in range(3):
         module, start = loaded(program), threading.Barrier(4)
@@ -135,7 +137,16 @@ def test_a_loaded_program_in_threads() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert not wrong
+    assert right == [True] * (3 * 4 * 20)
+
+
+def test_layouts_in_one_storage() -> None:
+    x, scale = torch.randn(1, 64), torch.ones(1)
+    first, second = (quantopt.pack_signs(torch.randn(32, 64)) for _ in range(2))
+    both = torch.stack([torch.ops.quantopt.binary_tiles(bits, 64) for bits in (first, second)])
+    want = quantopt.binary_linear(x, first, scale, in_features=64)
+    for tiles in (both[0], both[1], both[0]):
+        assert torch.equal(quantopt.binary_linear(x, first, scale, in_features=64, tiles=tiles), want)
 
 
 @pytest.mark.slow

@@ -77,6 +77,20 @@ def test_generates_the_same_tokens_in_one_graph(name: str) -> None:
     assert len(graphs) <= 3  # the prompt, a token, and a token without a cache that is made
 
 
+def test_masks_of_callers() -> None:
+    query, key, value = torch.full((1, 2, 1, 4), 8.0), torch.full((1, 1, 3, 4), -8.0), torch.randn(1, 1, 3, 6)
+    key[..., 1] = 3.0
+    allowed = torch.tensor([[[[True, False, True]]]])
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, enable_gqa=True
+    )
+    found, _ = grouped_attention(nn.Module(), query, key, value, allowed)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+    halves = (query.half(), key.half(), value.half())
+    nothing = torch.full((1, 1, 1, 3), torch.finfo(torch.float16).min, dtype=torch.float16)
+    assert bool(grouped_attention(nn.Module(), *halves, nothing)[0].isfinite().all())
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers, not Linear"):
         faster(nn.Linear(2, 2))

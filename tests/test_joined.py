@@ -1,6 +1,7 @@
 """Packed layers of one input as one product."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,11 @@ def test_other_and_changed_inputs_are_computed_anew() -> None:
     first(x)
     x.mul_(2)
     assert torch.equal(first(x), layers[0](x))
+    first(x)
+    second(x).mul_(2)  # a result of its own, once it is taken
+    assert torch.equal(second(x), layers[1](x))
+    assert len(pickle.dumps(second)) < 20_000
+    copy.deepcopy(second)
     with torch.no_grad():
         first(x.requires_grad_())
     assert second(x).requires_grad

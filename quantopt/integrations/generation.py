@@ -35,10 +35,11 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T + mask) v, in which heads that share keys and values are rows of one product.
 
-    query [batch, heads, tokens, size], key and value [batch, shared, positions, size]; returns [batch, tokens, heads,
-    size] and no weights. The shared keys and values are not copied. torch's fused attention of a CPU (2.13) takes 2 to
-    12 times as long where there is one token and a mask. Raises ValueError for what changes the result and is not here
-    (softcap, attention sinks, a bias of positions).
+    query [batch, heads, tokens, size], key [batch, shared, positions, size], value [batch, shared, positions, size_v],
+    attention_mask: added, or bool (True takes part); returns [batch, tokens, heads, size_v] and no weights. Shared keys
+    and values are not copied. torch's fused attention of a CPU (2.13) takes 2 to 12 times as long where there is one
+    token and a mask. Raises ValueError for what changes the result and is not here (softcap, attention sinks, a bias of
+    positions).
     """
     if unknown := [name for name in _CHANGE if others.get(name) is not None]:
         raise ValueError(
@@ -51,12 +52,16 @@ def grouped_attention(
     rows = query.reshape(batch, shared, heads // shared * tokens, size) * scaling
     scores = torch.matmul(rows, key.transpose(-1, -2)).view(batch, heads, tokens, -1)
     if attention_mask is not None:
-        scores = scores + attention_mask[..., : scores.shape[-1]]
+        mask = attention_mask[..., : scores.shape[-1]]
+        if mask.dtype == torch.bool:  # of a caller: True takes part
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:  # in fp32, as the least number of fp16 overflows with what is added
+            scores = scores.float() + mask
     shares = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     if dropout:
         shares = nn.functional.dropout(shares, dropout, module.training)
     result = torch.matmul(shares.view(batch, shared, heads // shared * tokens, -1), value)
-    return result.view(batch, heads, tokens, size).transpose(1, 2).contiguous(), None
+    return result.view(batch, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)

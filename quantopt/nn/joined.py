@@ -16,16 +16,20 @@ class _Product:
 
     def __init__(self, layer: BinaryLinear) -> None:
         self.layer = layer
-        self.last: tuple[Tensor, Any, Tensor] | None = None  # one tuple: threads see it whole or not
+        # x, its version, y, the row that is next: one tuple, which threads see whole or not
+        self.last: tuple[Tensor, Any, Tensor, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer, "last": None}
 
 
 class JoinedLinear(nn.Module):
     """Takes the place of one of several BinaryLinear that are called with the same tensor one after the other: the
     first one called computes the outputs of all, the others take theirs from the result.
 
-    Called with another tensor, or with one that was written to in between, it computes all outputs anew (of a tensor
-    that was made in torch.inference_mode torch counts no writes: do not write to it in between). The weights are in the
-    first of the joined layers, as ``weights``. Made by :func:`join`.
+    Called with another tensor, or with one that was written to in between, it computes all outputs anew. Between the
+    calls do not write to the weights, nor to a tensor of torch.inference_mode, whose writes torch does not count. The
+    weights are in the first of the joined layers, as ``weights``. Made by :func:`join`.
     """
 
     def __init__(self, product: _Product, first: int, count: int, is_last: bool) -> None:
@@ -43,11 +47,11 @@ class JoinedLinear(nn.Module):
         product = self._product
         version = None if is_compiling() or x.is_inference() else (x._version, torch.is_grad_enabled())
         last = product.last
-        if self._first and last is not None and last[0] is x and last[1] == version:
+        if last is not None and last[0] is x and last[1] == version and last[3] == self._first:
             y = last[2]
         else:
             y = product.layer(x)
-        product.last = None if self._is_last else (x, version, y)
+        product.last = None if self._is_last else (x, version, y, self._first + self.out_features)
         return y[..., self._first : self._first + self.out_features]
 
     def extra_repr(self) -> str:

@@ -14,7 +14,9 @@ def leaf(layer: nn.Module, x: fx.Proxy) -> Any:
         raise TypeError(
             f"torch.fx has nothing to trace in a {name} alone: its forward is one operator; trace a model that has it"
         )
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    # Hooks of register_backward_hook make torch look for a tensor in the result for ever.
+    legacy = layer._backward_hooks and layer._is_full_backward_hook is False
+    if layer._forward_hooks or layer._forward_pre_hooks or legacy:
         raise TypeError(
             f"a {name} with hooks cannot be traced, as they would be called once more in the traced model: remove them "
             "first, or trace with a torch.fx.Tracer whose is_leaf_module is True for it"
