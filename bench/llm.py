@@ -2,7 +2,7 @@
 
     python bench/llm.py [--model 125m|1.7b] [--layers N] [--threads N] [--batch N] [--context N]
                         [--head packed|bf16] [--only NAME ...] [--min-time SECONDS] [--json FILE]
-    python bench/llm.py --memory NAME ...      peak memory of a process that has nothing but the one
+    python bench/llm.py --memory NAME ...      memory of a process that has nothing but the one
 
 Random weights at one bit, with a scale per channel or per group of 128, int8 activations or exact, run by the
 transformers library with a static cache, compiled by torch.compile as one graph, layers of one input joined. The peers
@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import resource
 import statistics
 import sys
@@ -212,16 +213,25 @@ class LlamaCpp:
 Contender = Transformers | LlamaCpp
 
 
+def write_gguf(shape: dict[str, int], head: str, path: Path) -> None:
+    from quantopt import gguf
+
+    gguf.save(build(shape, head, "exact", "channel", joined=False), path)
+
+
 def contender(name: str, arguments: argparse.Namespace) -> Contender:
     shape = SHAPES[arguments.model] | (
         {} if arguments.layers is None else {"num_hidden_layers": arguments.layers}
     )
     if name == LLAMA:
-        from quantopt import gguf
-
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "model.gguf"
-            gguf.save(build(shape, arguments.head, "exact", "channel", joined=False), path)
+            # In a process of its own, whose memory is not counted.
+            process = multiprocessing.get_context("spawn").Process(
+                target=write_gguf, args=(shape, arguments.head, path)
+            )
+            process.start()
+            process.join()
             return LlamaCpp(path, arguments.context, arguments.threads)
     compute, scale = OURS.get(name, (None, "channel"))
     return Transformers(build(shape, arguments.head, compute, scale), arguments.context)
@@ -340,13 +350,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def peak(name: str, arguments: argparse.Namespace) -> float:
-    """MB at the peak of a process that reads a prompt with one contender, less what it has before it builds it."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(name: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """(MB that stay, at the peak) of a process that builds one contender and reads 8 tokens, less what it had before.
+    The peak is of random weights that are made and converted, not of a file that is loaded."""
+    before = resident()
     each = contender(name, arguments)
     with torch.inference_mode():
         each.read(tokens_of(arguments.batch, 8))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident() - before, highest - before
+
+
+def resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def main() -> None:
@@ -373,7 +390,8 @@ def main() -> None:
         parser.error(f"--context: at least {PROMPT}")
     torch.set_num_threads(arguments.threads)
     if arguments.memory:
-        print(f"{arguments.memory}: {peak(arguments.memory, arguments):.0f} MB")
+        stays, highest = memory(arguments.memory, arguments)
+        print(f"{arguments.memory}: {stays:.0f} MB, {highest:.0f} MB at the peak")
         return
     rows = rows_of(arguments)
     print(table(rows))
