@@ -86,16 +86,15 @@ class Sweep:
     def row(self, method: str) -> dict[str, Any]:
         """The row of a method: at every rate with seed 0, at the best of them with all seeds."""
         tried: dict[float, float] = {}
-        if self.rates is not None:
-            if method not in self.rates:
-                raise TrainingError("bench/results/language-small.json has no rate of it")
-            tried = {self.rates[method]: self.tried(method, self.rates[method])}
-        wanted = [] if tried else list(RATES)
+        if self.rates is not None and method not in self.rates:
+            raise TrainingError("bench/results/language-small.json has no rate of it")
+        wanted = list(RATES) if self.rates is None else [self.rates[method]]
         while wanted:
             tried |= {rate: self.tried(method, rate) for rate in wanted}
             best = min(tried, key=tried.__getitem__)
             wanted = [best / 2] if best == min(tried) else [2 * best] if best == max(tried) else []
-        best = min(tried, key=tried.__getitem__)
+            if self.rates is not None:
+                break
         reports = [self.run(method, best, seed) for seed in range(SEEDS)]
         losses = [loss_of(report) for report in reports]
         return {

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import types
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,17 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 2048,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
-    }
-    | {"num_key_value_heads": 12, "head_dim": 64},
+        "num_key_value_heads": 12,
+        "head_dim": 64,
+    },
     "1.7b": {
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
-    }
-    | {"num_key_value_heads": 8, "head_dim": 128},
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 }
 VOCABULARY = 32_000
 PROMPT = 512  # tokens of the prompt that is timed
@@ -84,12 +87,8 @@ def configuration(shape: dict[str, int]) -> Any:
 
 def bits_of(name: str, rows: int, columns: int) -> Tensor:
     """The signs of a layer, the same for every contender."""
-    generator = torch.Generator().manual_seed(hash_of(name))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randint(0, 256, (rows, columns // 8), dtype=torch.uint8, generator=generator)
-
-
-def hash_of(name: str) -> int:
-    return sum((i + 1) * byte for i, byte in enumerate(name.encode()))
 
 
 def packed_layer(name: str, layer: nn.Linear, compute: str, scale: str) -> BinaryLinear:
@@ -105,7 +104,7 @@ def packed_layer(name: str, layer: nn.Linear, compute: str, scale: str) -> Binar
 
 @torch.no_grad()
 def build(shape: dict[str, int], head: str, compute: str | None, scale: str, joined: bool = True) -> Any:
-    """The network: packed with `compute` and everything else in fp32, or all in bf16 if that is None."""
+    """The network: packed with `compute`, or in bf16 if that is None; everything else is bf16 in both."""
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -122,8 +121,6 @@ def build(shape: dict[str, int], head: str, compute: str | None, scale: str, joi
         if compute is None or (head == "bf16" and key == "lm_head"):
             new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
             new.weight = nn.Parameter(packed.weight.bfloat16(), requires_grad=False)
-            if compute is not None:
-                new = InBfloat16(new)
         setattr(model.get_submodule(parent), key, new)
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(VOCABULARY, config.hidden_size, generator=generator)
@@ -136,17 +133,6 @@ def build(shape: dict[str, int], head: str, compute: str | None, scale: str, joi
     if compute is not None and joined:
         join_layers(model)
     return model.eval()
-
-
-class InBfloat16(nn.Module):
-    """A layer of bf16 weights in a network of another type."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.bfloat16()).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class Transformers:

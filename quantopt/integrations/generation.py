@@ -37,8 +37,8 @@ def grouped_attention(
 
     query [batch, heads, tokens, size], key [batch, shared, positions, size], value [batch, shared, positions, size_v],
     attention_mask: added, or bool (True takes part); returns [batch, tokens, heads, size_v] and no weights. Shared keys
-    and values are not copied. torch's fused attention of a CPU (2.13) takes 2 to 12 times as long where there is one
-    token and a mask. Raises ValueError for what changes the result and is not here (softcap, attention sinks, a bias of
+    and values are not copied. torch's fused attention of a CPU (2.13) takes longer where there is one token
+    and a mask. Raises ValueError for what changes the result and is not here (softcap, attention sinks, a bias of
     positions).
     """
     if unknown := [name for name in _CHANGE if others.get(name) is not None]:

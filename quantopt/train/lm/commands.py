@@ -56,13 +56,18 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(directory: Path) -> dict[str, Any] | None:
+    """The report in a directory, if it is of a language model."""
+    try:
+        report: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        return report if "layers" in report["config"] and "model" not in report["config"] else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def is_run(directory: Path) -> bool:
     """Whether the report in a directory is of a language model."""
-    try:
-        config = json.loads((directory / REPORT).read_text(encoding="utf-8"))["config"]
-        return "layers" in config and "model" not in config
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+    return _report(directory) is not None
 
 
 def _configured(saved: Any, argument: str, source: Path, **differing: Any) -> lm.Config:
@@ -79,9 +84,9 @@ def _configured(saved: Any, argument: str, source: Path, **differing: Any) -> lm
 def load(run: Path, device: str) -> tuple[lm.Config, nn.Module]:
     """The configuration of a finished run and its network, packed (full precision: as the checkpoint has it), on
     `device` in evaluation mode. Raises InputError, naming --model, if it cannot be loaded."""
-    if not is_run(run):
+    report = _report(run)
+    if report is None:
         raise InputError("--model", f"{run} is no finished run of quantopt lm")
-    report = json.loads((run / REPORT).read_text(encoding="utf-8"))
     config = _configured(report["config"], "--model", run / REPORT, device="cpu")
     network = model.build(config)
     optimizers.change_layers(config.optimizer, network, config.settings())
@@ -103,7 +108,7 @@ def evaluate(arguments: argparse.Namespace, run: Path) -> int:
     device = resolve_device(arguments.device)
     config, network = load(run, device)
     found = text.load(arguments.data or config.data, config.context, config.validation)
-    trained = json.loads((run / REPORT).read_text(encoding="utf-8"))["config"].get("fingerprint")
+    trained = (_report(run) or {})["config"].get("fingerprint")
     if arguments.data is None and found.fingerprint() != trained:
         raise InputError(
             "--data", f"{config.data} is not what the network was trained on: name another file to use it"

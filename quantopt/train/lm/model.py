@@ -39,7 +39,7 @@ def build(config: Config) -> Any:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
-        # In bfloat16, fused attention is half as fast on a CPU as the operations one by one (torch 2.13).
+        # In bfloat16, fused attention takes longer on a CPU than the operations one by one (torch 2.13).
         "attn_implementation": "eager" if torch.device(config.device).type == "cpu" else "sdpa",
     }
     library: Any = transformers
