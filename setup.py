@@ -85,7 +85,7 @@ TORCH_FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp
 
 # Kernel file -> further flags. Objects of products that allocate hold nothing for exceptions: the linker may keep any
 # one definition of that.
-TUNING = {"binary_linear": ["-fno-exceptions"]}
+TUNING = {"binary_linear": ["-fno-exceptions"], "step": ["-fno-exceptions"]}
 # For `python setup.py sanitize`. null and unreachable cost compile time and are caught as crashes; calls in
 # place of inline checks halve it.
 SANITIZER_FLAGS = [

@@ -101,6 +101,12 @@ struct AskewMemoryRow : AskewFamilyRow<AskewMemory<Binary, true>> {
   }
 };
 
+// Whether visit_object gives an object only where weights are float32: it is not compiled for others.
+template <class R>
+inline constexpr bool kExactAlone = false;
+template <bool Binary>
+inline constexpr bool kExactAlone<StamSplitting<Binary, true>> = true;
+
 template <bool Binary>
 struct SplittingRow : RuleRow<StamConstants, StamSplitting<Binary, true>> {
   static constexpr bool kDynamicScale = true;

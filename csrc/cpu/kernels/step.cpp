@@ -121,20 +121,6 @@ Span<float> fill_stage(const StepContext& o, const StepSegment& s, float* exp_av
   return span;
 }
 
-template <class Direction, class R>
-void step_staged(const StepContext& o, const StepSegment& s, float* exp_avg_sq, int64_t begin, int64_t end,
-                 const Direction& direction, const R& rule) {
-  Stage stage;
-  for (int64_t at = begin; at < end; at += kStage) {
-    const int64_t n = std::min(kStage, end - at);
-    float* const v = exp_avg_sq + (exp_avg_sq ? at - begin : 0);
-    const auto span = fill_stage(o, s, v, stage, at, n, R::kLatent, R::kReadsWeight);
-    step_span(span, n, o.gradient_factor, direction, rule, Writing{});
-    if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, at, n);
-    if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, at, n);
-  }
-}
-
 // ---- choosing the instantiation
 
 // `exp_avg_sq`: of the elements from `begin` on, as read_exp_avg_sq gives it.
@@ -155,45 +141,71 @@ Span<BFloat16> bfloat16_span(const StepContext& o, const StepSegment& s, float* 
 }
 
 // Whether all that is read is float32.
-template <class Direction>
-bool all_float(const StepContext& o) {
-  return o.param_dtype == Dtype::kFloat32 && (!Direction::kMomentum || o.momentum_dtype == Dtype::kFloat32);
+bool all_float(const StepContext& o, const StepSegment& s) {
+  return o.param_dtype == Dtype::kFloat32 && (s.momentum == nullptr || o.momentum_dtype == Dtype::kFloat32);
 }
 
+// What a chunk of a step reads and writes.
+struct Kinds {
+  bool exp_avg_sq, latent, reads_weight;
+};
 template <class Direction, class R>
-void step_with(const StepContext& o, const StepSegment& s, float* exp_avg_sq, int64_t begin, int64_t end,
-               const Direction& direction, const R& rule) {
-  const int64_t n = end - begin;
-  if (o.frozen) return step_staged(o, s, exp_avg_sq, begin, end, direction, rule);
-  if (all_float<Direction>(o)) {
-    return step_span(float_span(s, exp_avg_sq, begin), n, o.gradient_factor, direction, rule,
-                     Writing{o.stream}, o.prefetch);
-  }
-  if (o.param_dtype == Dtype::kBFloat16) {
-    PhiloxKey key = o.key;
-    key.tensor = s.index;
-    key.step = static_cast<uint32_t>(s.step);
-    const Span<BFloat16> span = bfloat16_span(o, s, exp_avg_sq, begin);
-    const bool stochastic = o.stochastic_rounding && s.latent == nullptr;
-    const Writing writing{o.stream, stochastic ? &key : nullptr};
-    return step_span(span, n, o.gradient_factor, direction, rule, writing, o.prefetch, begin);
-  }
-  step_staged(o, s, exp_avg_sq, begin, end, direction, rule);
-}
+constexpr Kinds kKinds{Direction::kExpAvgSq, R::kLatent, R::kReadsWeight};
 
-template <class Direction, class R>
-void step_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
-                const Direction& direction, const R& rule) {
-  if constexpr (Direction::kExpAvgSq) {
-    alignas(64) float wide[kStage];
-    const int64_t length = o.exp_avg_sq_dtype == Dtype::kFloat32 ? end - begin : kStage;
-    for (int64_t at = begin; at < end; at += length) {
-      const int64_t n = std::min(length, end - at);
-      step_with(o, s, read_exp_avg_sq(o, s, at, n, wide), at, at + n, direction, rule);
-      write_exp_avg_sq(o, s, at, n, wide);
+// A step of elements [begin, end), of which `chunk` has all. A pointer and not a template, so that in_chunks
+// is compiled once.
+struct ChunkStep {
+  template <class P>
+  using Function = void(const void* step, const Span<P>& chunk, int64_t begin, int64_t end, const Writing&,
+                        bool prefetch);
+  const void* step;
+  Function<float>* floats;
+  Function<BFloat16>* bfloat16;
+
+  // Step(chunk, begin, end, writing, prefetch), which has to outlive this. OfFloats: it is not called for
+  // others.
+  template <bool OfFloats, class Step>
+  static ChunkStep of(const Step& step) {
+    const auto call = [](const void* s, const auto& chunk, int64_t a, int64_t b, const Writing& w, bool p) {
+      (*static_cast<const Step*>(s))(chunk, a, b, w, p);
+    };
+    if constexpr (OfFloats) {
+      return {&step, call, nullptr};
+    } else {
+      return {&step, call, call};
     }
-  } else {
-    step_with(o, s, nullptr, begin, end, direction, rule);
+  }
+};
+
+// Calls step for the elements [begin, end) in chunks: all at once where they are stepped where they are, else
+// at most kStage; next(begin) is where a chunk of so many may end.
+void in_chunks(const StepContext& o, const StepSegment& s, const Kinds& kinds, int64_t begin, int64_t end,
+               int64_t (*next)(const StepSegment&, int64_t), const ChunkStep& step) {
+  const bool floats = all_float(o, s);
+  const bool staged = o.frozen || (!floats && o.param_dtype != Dtype::kBFloat16);
+  const bool at_once = !staged && (!kinds.exp_avg_sq || o.exp_avg_sq_dtype == Dtype::kFloat32);
+  Stage stage;
+  alignas(64) float wide[kStage];
+  for (int64_t stop; begin < end; begin = stop) {
+    stop = at_once ? end : std::min(end, next(s, begin));
+    const int64_t n = stop - begin;
+    float* const v = kinds.exp_avg_sq ? read_exp_avg_sq(o, s, begin, n, wide) : nullptr;
+    if (staged) {
+      const auto span = fill_stage(o, s, v, stage, begin, n, kinds.latent, kinds.reads_weight);
+      step.floats(step.step, span, begin, stop, Writing{}, false);
+      if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, begin, n);
+      if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, begin, n);
+    } else if (floats) {
+      step.floats(step.step, float_span(s, v, begin), begin, stop, Writing{o.stream}, o.prefetch);
+    } else {
+      PhiloxKey key = o.key;
+      key.tensor = s.index;
+      key.step = static_cast<uint32_t>(s.step);
+      const bool stochastic = o.stochastic_rounding && s.latent == nullptr;
+      const Writing writing{o.stream, stochastic ? &key : nullptr};
+      step.bfloat16(step.step, bfloat16_span(o, s, v, begin), begin, stop, writing, o.prefetch);
+    }
+    if (kinds.exp_avg_sq) write_exp_avg_sq(o, s, begin, n, wide);
   }
 }
 
@@ -203,14 +215,20 @@ SpanLevels levels_before(const StepContext& o, const StepSegment& s, int64_t sca
   return {grid, grid, std::numeric_limits<float>::infinity()};
 }
 
+template <class Row>
+const auto& constants_of(const StepContext& o) {
+  return *std::get_if<static_cast<size_t>(Row::kRule)>(&o.constants);
+}
+
 float latent_limit(const StepContext& o, const StepSegment& s, int64_t bound) {
   return static_cast<float>(o.hyper.bound) * s.latent_bound[bound];
 }
 
 // Calls visit(begin, end, levels) for every run of elements that share a scale and, with a latent, a bound.
-template <bool Latent, class Visit>
-void for_each_span(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
-                   const Visit& visit) {
+template <bool Quantised, bool Latent, class Visit>
+QUANTOPT_INLINE void for_each_span(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                                   const Visit& visit) {
+  if constexpr (!Quantised) return visit(begin, end, SpanLevels{});
   while (begin < end) {
     const int64_t row = begin / s.row;
     const int64_t group = (begin - row * s.row) / s.group;
@@ -228,38 +246,54 @@ void for_each_span(const StepContext& o, const StepSegment& s, int64_t begin, in
   }
 }
 
-// Calls visit(begin, end, object) for every run of elements that one object of the rule serves.
-template <class Row, class Visit>
-void for_each_object(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
-                     const Visit& visit) {
-  const auto& constants = *std::get_if<static_cast<size_t>(Row::kRule)>(&o.constants);
-  Row::visit_object(constants, o.param_dtype == Dtype::kFloat32, [&](auto type) {
-    using R = typename decltype(type)::type;
-    if constexpr (Row::kQuantised) {
-      for_each_span<R::kLatent>(o, s, begin, end, [&](int64_t a, int64_t b, const SpanLevels& levels) {
-        visit(a, b, Row::template object<R>(constants, levels));
-      });
-    } else {
-      visit(begin, end, Row::template object<R>(constants, {}));
-    }
-  });
-}
-
 template <class Visit>
 void visit_direction(const StepContext& o, double step, const Visit& visit) {
   if (o.base == Base::kAdam) return visit(make_adam_direction(o.hyper, step));
-  if (o.has_momentum) return visit(MomentumDirection{static_cast<float>(o.hyper.momentum), o.nesterov});
-  visit(PlainDirection{});
+  visit(SgdDirection(o.has_momentum, static_cast<float>(o.hyper.momentum), o.nesterov));
+}
+
+// Calls visit(row, Type<R>, direction) for the rule and the base of a step.
+template <bool Binary, class Visit>
+void visit_kinds(const StepContext& o, const StepSegment& s, const Visit& visit) {
+  visit_rule<Binary>(o.rule, [&](auto of_levels) {
+    using Row =
+        std::conditional_t<decltype(of_levels)::kQuantised, decltype(of_levels), RowOf<Rule::kNone, true>>;
+    Row::visit_object(constants_of<Row>(o), o.param_dtype == Dtype::kFloat32, [&](auto type) {
+      visit_direction(o, s.step, [&](const auto& direction) { visit(Row{}, type, direction); });
+    });
+  });
+}
+
+// Elements [begin, end), of which `chunk` has all; instantiated for every rule, base and type.
+template <class Row, class R, class P, class Direction>
+__attribute__((noinline, noclone)) void step_chunk(const StepContext& o, const StepSegment& s,
+                                                   const typename Row::Constants& constants,
+                                                   const Span<P>& chunk, int64_t begin, int64_t end,
+                                                   const Direction& direction, const Writing& writing,
+                                                   bool prefetch) {
+  for_each_span<Row::kQuantised, R::kLatent>(
+      o, s, begin, end, [&](int64_t a, int64_t b, const auto& levels) __attribute__((always_inline)) {
+        const R rule = Row::template object<R>(constants, levels);
+        step_span(from_element(chunk, a - begin), b - a, o.gradient_factor, direction, rule, writing,
+                  prefetch, a);
+      });
+}
+
+template <class Row, class R, class Direction>
+void step_elements(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                   const Direction& direction) {
+  const auto& constants = constants_of<Row>(o);
+  const auto next = [](const StepSegment&, int64_t at) { return at + kStage; };
+  const auto step = [&](const auto& chunk, int64_t a, int64_t b, const auto&... how) {
+    step_chunk<Row, R>(o, s, constants, chunk, a, b, direction, how...);
+  };
+  in_chunks(o, s, kKinds<Direction, R>, begin, end, next, ChunkStep::of<kExactAlone<R>>(step));
 }
 
 template <bool Binary>
 void step_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
-  visit_rule<Binary>(o.rule, [&](auto row) {
-    visit_direction(o, s.step, [&](const auto& direction) {
-      for_each_object<decltype(row)>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
-        step_range(o, s, a, b, direction, rule);
-      });
-    });
+  visit_kinds<Binary>(o, s, [&](auto row, auto type, const auto& direction) {
+    step_elements<decltype(row), typename decltype(type)::type>(o, s, begin, end, direction);
   });
 }
 
@@ -267,7 +301,7 @@ void step_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, in
 template <class Direction, class R>
 double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                           const Direction& direction, const R& rule) {
-  const bool at_once = all_float<Direction>(o) && o.exp_avg_sq_dtype == Dtype::kFloat32;
+  const bool at_once = all_float(o, s) && o.exp_avg_sq_dtype == Dtype::kFloat32;
   const int64_t length = at_once ? end - begin : kStage;
   double total = 0.0;
   Stage stage;
@@ -275,150 +309,118 @@ double magnitude_of_range(const StepContext& o, const StepSegment& s, int64_t be
   for (int64_t at = begin; at < end; at += length) {
     const int64_t n = std::min(length, end - at);
     float* const v = Direction::kExpAvgSq ? read_exp_avg_sq(o, s, at, n, wide) : nullptr;
-    const auto span = all_float<Direction>(o) ? float_span(s, v, at)
-                                              : fill_stage(o, s, v, stage, at, n, true, R::kReadsWeight);
+    const auto span =
+        all_float(o, s) ? float_span(s, v, at) : fill_stage(o, s, v, stage, at, n, true, R::kReadsWeight);
     total += magnitude_of_span(span, n, o.gradient_factor, direction, rule);
   }
+  return total;
+}
+
+template <class Row, class R, class Direction>
+double magnitude_of_elements(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                             const Direction& direction) {
+  double total = 0.0;
+  for_each_span<true, true>(o, s, begin, end, [&](int64_t a, int64_t b, const SpanLevels& levels) {
+    const R rule = Row::template object<R>(constants_of<Row>(o), levels);
+    total += magnitude_of_range(o, s, a, b, direction, rule);
+  });
   return total;
 }
 
 template <bool Binary>
 double magnitude_of_piece_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
   double total = 0.0;
-  visit_rule<Binary>(o.rule, [&](auto row) {
-    if constexpr (decltype(row)::kDynamicScale) {
-      visit_direction(o, s.step, [&](const auto& direction) {
-        for_each_object<decltype(row)>(o, s, begin, end, [&](int64_t a, int64_t b, const auto& rule) {
-          total += magnitude_of_range(o, s, a, b, direction, rule);
-        });
-      });
-    }
+  visit_kinds<Binary>(o, s, [&](auto row, auto type, const auto& direction) {
+    using Row = decltype(row);
+    if constexpr (Row::kDynamicScale)
+      total = magnitude_of_elements<Row, typename decltype(type)::type>(o, s, begin, end, direction);
   });
   return total;
 }
 
-// A group of at most kKept elements; returns its scale.
-template <class Direction, class R, class MakeRule>
-QUANTOPT_INLINE float step_group_with(const StepContext& o, const StepSegment& s, float* exp_avg_sq,
-                                      int64_t begin, int64_t n, const Direction& direction, const R& old_rule,
-                                      const MakeRule& make_rule) {
-  const float factor = o.gradient_factor;
-  if (all_float<Direction>(o)) {
-    return step_group(float_span(s, exp_avg_sq, begin), n, factor, direction, old_rule, make_rule,
-                      Writing{o.stream}, o.prefetch);
-  }
-  if (o.param_dtype == Dtype::kBFloat16) {
-    return step_group(bfloat16_span(o, s, exp_avg_sq, begin), n, factor, direction, old_rule, make_rule,
-                      Writing{o.stream}, o.prefetch);
-  }
-  Stage stage;
-  const auto span = fill_stage(o, s, exp_avg_sq, stage, begin, n, true, R::kReadsWeight);
-  const float scale = step_group(span, n, factor, direction, old_rule, make_rule, Writing{}, false);
-  if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, begin, n);
-  write_from_float(o.param_dtype, span.param, s.param, begin, n);
-  return scale;
-}
-
-template <class Direction, class R, class MakeRule>
-QUANTOPT_INLINE float step_group_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t n,
-                                    const Direction& direction, const R& old_rule,
-                                    const MakeRule& make_rule) {
-  alignas(64) float wide[Direction::kExpAvgSq ? kKept : 1];
-  float* const exp_avg_sq = Direction::kExpAvgSq ? read_exp_avg_sq(o, s, begin, n, wide) : nullptr;
-  const float scale = step_group_with(o, s, exp_avg_sq, begin, n, direction, old_rule, make_rule);
-  if (Direction::kExpAvgSq) write_exp_avg_sq(o, s, begin, n, wide);
-  return scale;
-}
-
-// Whether all is stepped where it is, kAtOnce groups at a time.
-template <class Direction>
-bool at_once(const StepContext& o, const StepSegment& s) {
-  const bool in_place = all_float<Direction>(o) || o.param_dtype == Dtype::kBFloat16;
-  const bool moments = !Direction::kExpAvgSq || o.exp_avg_sq_dtype == Dtype::kFloat32;
-  return in_place && moments && s.group % kPair == 0 && s.group * kAtOnce <= kKept;
-}
-
-template <class Direction, class R, class MakeRule>
-void step_groups_with(const StepContext& o, const StepSegment& s, int64_t begin, const Direction& direction,
-                      const R* before, const MakeRule& make_rule, float* scales) {
-  float* const v = Direction::kExpAvgSq ? static_cast<float*>(s.exp_avg_sq) + begin : nullptr;
-  const auto step = [&](const auto& span) {
-    step_groups_at_once(span, s.group, o.gradient_factor, direction, before, make_rule, Writing{o.stream},
-                        o.prefetch, scales);
-  };
-  all_float<Direction>(o) ? step(float_span(s, v, begin)) : step(bfloat16_span(o, s, v, begin));
-}
-
-// Calls visit(begin, end, index of the scale) for every group of [begin, end), which are whole ones; first
-// many(begin, index) for kAtOnce of them at a time, as long as a row has so many that are not cut off.
-template <class Many, class Visit>
-QUANTOPT_INLINE void for_each_group(const StepSegment& s, int64_t begin, int64_t end, bool at_once,
-                                    const Many& many, const Visit& visit) {
+// Calls visit(begin, groups, elements of each, index of the first scale) for the groups of [begin, end),
+// which are whole ones: kAtOnce of them at a time, as long as a row has so many that are not cut off, else
+// one.
+template <class Visit>
+QUANTOPT_INLINE void for_each_group(const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
   const int64_t row = begin / s.row;
+  const int64_t many = s.group % kPair == 0 && s.group * kAtOnce <= kKept ? kAtOnce * s.group : s.row + 1;
   int64_t at = row * s.scales_per_row + (begin - row * s.row) / s.group;
   int64_t row_end = (row + 1) * s.row;
   while (begin < end) {
     const int64_t there = std::min(end, row_end);
-    for (; at_once && begin + kAtOnce * s.group <= there; begin += kAtOnce * s.group, at += kAtOnce)
-      many(begin, at);
-    for (; begin < there; begin = std::min(begin + s.group, there))
-      visit(begin, std::min(begin + s.group, there), at++);
+    while (begin < there) {
+      const int64_t groups = begin + many <= there ? kAtOnce : 1;
+      const int64_t n = std::min(s.group, there - begin);
+      visit(begin, groups, n, at);
+      begin += groups * n;
+      at += groups;
+    }
     row_end += s.row;
   }
 }
 
+// Groups [begin, end) of at most kKept elements, of which `chunk` has all; instantiated as step_chunk.
+template <class Row, class R, class P, class Direction>
+__attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& o, const StepSegment& s,
+                                                             const typename Row::Constants& constants,
+                                                             const Span<P>& chunk, int64_t begin, int64_t end,
+                                                             const Direction& direction,
+                                                             const Writing& writing, bool prefetch) {
+  const auto step = [&](auto count, int64_t a, int64_t n, int64_t at) __attribute__((always_inline)) {
+    constexpr int64_t kGroups = decltype(count)::value;
+    SpanLevels levels[kGroups];
+    R before[kGroups];
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < kGroups; ++k) {
+      levels[k] = levels_before(o, s, at + k);
+      if (s.latent_bound != nullptr)
+        levels[k].latent_limit = latent_limit(o, s, s.bound_row == 0 ? at + k : a / s.bound_row);
+      before[k] = Row::template object<R>(constants, levels[k]);
+    }
+    const auto make_rule = [&](int64_t k, float scale) {
+      levels[k].grid = make_grid(scale, o.level_factor, o.levels);
+      return Row::template object<R>(constants, levels[k]);
+    };
+    step_kept_groups<kGroups>(from_element(chunk, a - begin), n, o.gradient_factor, direction, before,
+                              make_rule, writing.stream, prefetch, s.scale + at);
+  };
+  for_each_group(s, begin, end,
+                 [&](int64_t a, int64_t groups, int64_t n, int64_t at) __attribute__((always_inline)) {
+                   groups == 1 ? step(std::integral_constant<int64_t, 1>{}, a, n, at)
+                               : step(std::integral_constant<int64_t, kAtOnce>{}, a, n, at);
+                 });
+}
+
+template <class Row, class R, class Direction>
+void step_groups_of_elements(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
+                             const Direction& direction) {
+  if (s.group <= kKept && (s.latent_bound == nullptr || s.bound_row == 0 || s.bound_row >= s.row)) {
+    const auto& constants = constants_of<Row>(o);
+    const auto next = [](const StepSegment& of, int64_t at) {
+      return std::min((at / of.row + 1) * of.row, at + kStage / of.group * of.group);
+    };
+    const auto step = [&](const auto& chunk, int64_t a, int64_t b, const auto&... how) {
+      step_groups_of_chunk<Row, R>(o, s, constants, chunk, a, b, direction, how...);
+    };
+    return in_chunks(o, s, kKinds<Direction, R>, begin, end, next, ChunkStep::of<kExactAlone<R>>(step));
+  }
+  for_each_group(s, begin, end, [&](int64_t a, int64_t groups, int64_t n, int64_t at) {
+    for (int64_t k = 0; k < groups; ++k, a += n, ++at) {
+      const double sum = magnitude_of_elements<Row, R>(o, s, a, a + n, direction);
+      s.next_scale[at] = static_cast<float>(sum / static_cast<double>(n));
+      step_elements<Row, R>(o, s, a, a + n, direction);
+      s.scale[at] = s.next_scale[at];
+    }
+  });
+}
+
 template <bool Binary>
 void step_groups_of(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end) {
-  const bool kept =
-      s.group <= kKept && (s.latent_bound == nullptr || s.bound_row == 0 || s.bound_row >= s.row);
-  if (!kept) {
-    return for_each_group(
-        s, begin, end, false, [](auto...) {},
-        [&](int64_t a, int64_t b, int64_t at) {
-          const double sum = magnitude_of_piece_of<Binary>(o, s, a, b);
-          s.next_scale[at] = static_cast<float>(sum / static_cast<double>(b - a));
-          step_piece_of<Binary>(o, s, a, b);
-          s.scale[at] = s.next_scale[at];
-        });
-  }
-  visit_rule<Binary>(o.rule, [&](auto row) {
+  visit_kinds<Binary>(o, s, [&](auto row, auto type, const auto& direction) {
     using Row = decltype(row);
-    if constexpr (Row::kDynamicScale) {
-      const auto& constants = *std::get_if<static_cast<size_t>(Row::kRule)>(&o.constants);
-      visit_direction(o, s.step, [&](const auto& direction) {
-        Row::visit_object(constants, o.param_dtype == Dtype::kFloat32, [&](auto type) {
-          using R = typename decltype(type)::type;
-          const auto levels_of = [&](int64_t a, int64_t at) {
-            SpanLevels levels = levels_before(o, s, at);
-            if (s.latent_bound != nullptr)
-              levels.latent_limit = latent_limit(o, s, s.bound_row == 0 ? at : a / s.bound_row);
-            return levels;
-          };
-          const auto after = [&](SpanLevels levels, float scale) {
-            levels.grid = make_grid(scale, o.level_factor, o.levels);
-            return Row::template object<R>(constants, levels);
-          };
-          const auto many = [&](int64_t a, int64_t at) {
-            SpanLevels levels[kAtOnce];
-            R old_rules[kAtOnce];
-            for (int64_t k = 0; k < kAtOnce; ++k) {
-              levels[k] = levels_of(a + k * s.group, at + k);
-              old_rules[k] = Row::template object<R>(constants, levels[k]);
-            }
-            const auto make_rule = [&](int64_t k, float scale) { return after(levels[k], scale); };
-            step_groups_with(o, s, a, direction, old_rules, make_rule, s.scale + at);
-          };
-          const auto one = [&](int64_t a, int64_t b, int64_t at) {
-            const SpanLevels levels = levels_of(a, at);
-            const R old_rule = Row::template object<R>(constants, levels);
-            const auto make_rule = [&](float scale) { return after(levels, scale); };
-            s.scale[at] = step_group_of(o, s, a, b - a, direction, old_rule, make_rule);
-          };
-          using Direction = std::decay_t<decltype(direction)>;
-          for_each_group(s, begin, end, at_once<Direction>(o, s), many, one);
-        });
-      });
-    }
+    if constexpr (Row::kDynamicScale)
+      step_groups_of_elements<Row, typename decltype(type)::type>(o, s, begin, end, direction);
   });
 }
 

@@ -64,6 +64,18 @@ QUANTOPT_INLINE void store_momentum(const Momentum& m, int64_t i, Pair x) {
 QUANTOPT_INLINE Pair load_momentum(const float* m, int64_t i) { return load_pair(m + i); }
 QUANTOPT_INLINE void store_momentum(float* m, int64_t i, Pair x) { store_pair(m + i, x); }
 
+// SGD, with momentum or without, and a given direction, in one instantiation. Without, m is 0 and beta -0, as
+// -0 * 0 + g is g, also where that is a zero.
+struct SgdDirection : MomentumDirection {
+  bool kept;
+
+  SgdDirection(bool has_momentum, float momentum, bool with_nesterov)
+      : MomentumDirection{has_momentum ? momentum : -0.0f, has_momentum && with_nesterov},
+        kept(has_momentum) {}
+};
+QUANTOPT_INLINE bool has_momentum(const SgdDirection& direction) { return direction.kept; }
+QUANTOPT_INLINE bool has_momentum(const AdamDirection&) { return true; }
+
 // Pointers of a span, already advanced to its first element. P is float or BFloat16.
 template <class P>
 struct Span {
@@ -108,7 +120,7 @@ QUANTOPT_INLINE Moved load_moved(const Span<P>& s, int64_t i, float factor, cons
                                  const R& rule) {
   Moved x{};
   load_weights<P, R>(s, i, x);
-  if constexpr (Direction::kMomentum) x.m = load_momentum(s.momentum, i);
+  if (has_momentum(direction)) x.m = load_momentum(s.momentum, i);
   if constexpr (Direction::kExpAvgSq) x.v = load_pair(s.exp_avg_sq + i);
   Pair g = load_pair(s.grad + i);
   if (factor != 1.0f) g = g * factor;
@@ -117,8 +129,8 @@ QUANTOPT_INLINE Moved load_moved(const Span<P>& s, int64_t i, float factor, cons
 }
 
 template <class Direction, class P>
-QUANTOPT_INLINE void store_state(const Span<P>& s, int64_t i, const Moved& x) {
-  if constexpr (Direction::kMomentum) store_momentum(s.momentum, i, x.m);
+QUANTOPT_INLINE void store_state(const Span<P>& s, int64_t i, const Direction& direction, const Moved& x) {
+  if (has_momentum(direction)) store_momentum(s.momentum, i, x.m);
   if constexpr (Direction::kExpAvgSq) store_pair(s.exp_avg_sq + i, x.v);
 }
 
@@ -158,47 +170,48 @@ QUANTOPT_INLINE void step_pair(const Span<P>& s, int64_t i, float factor, const 
                                const R& rule, const Writing& writing, const uint16_t* random = nullptr) {
   const Moved x = load_moved(s, i, factor, direction, rule);
   const Stepped y = stepped(rule, x);
-  store_state<Direction>(s, i, x);
+  store_state(s, i, direction, x);
   store_weights<P, R>(s, i, y, writing, random);
 }
 
-// The last `count` elements of a span, fewer than a pair, in a padded copy.
+// The last elements of a span, fewer than a pair, in a copy that zeros fill up. Not inlined: the same code
+// serves every rule.
 template <class P>
-class Tail {
+class Rest {
  public:
-  Span<P> span;
+  Span<P> span{};
 
-  Tail(const Span<P>& from, int64_t i, int64_t count)
-      : span{param_, grad_, {}, exp_avg_sq_, from.latent ? latent_ : nullptr}, i_(i), count_(count) {
-    in(param_, from.param);
-    in(grad_, from.grad);
-    with_momentum(from, [&](auto* theirs, auto* ours) { in(ours, theirs); });
-    in(exp_avg_sq_, from.exp_avg_sq);
-    in(latent_, from.latent);
+  __attribute__((noinline)) void read(const Span<P>& from, int64_t at, int64_t count) {
+    span = {param_, grad_, {}, exp_avg_sq_, from.latent ? latent_ : nullptr};
+    in(param_, from.param, at, count);
+    in(grad_, from.grad, at, count);
+    with_momentum(from, [&](auto* theirs, auto* ours) { in(ours, theirs, at, count); });
+    in(exp_avg_sq_, from.exp_avg_sq, at, count);
+    in(latent_, from.latent, at, count);
     if constexpr (std::is_same_v<P, float>) {
       span.momentum = momentum_;
     } else {
       span.momentum = {momentum_, from.momentum.narrow};
     }
   }
-  Tail(const Tail&) = delete;
-  Tail& operator=(const Tail&) = delete;
 
-  void write(const Span<P>& to) {
-    out(to.param, param_);
-    with_momentum(to, [&](auto* theirs, auto* ours) { out(theirs, ours); });
-    out(to.exp_avg_sq, exp_avg_sq_);
-    out(to.latent, latent_);
+  __attribute__((noinline)) void write(const Span<P>& to, int64_t at, int64_t count) {
+    out(to.param, param_, at, count);
+    with_momentum(to, [&](auto* theirs, auto* ours) { out(theirs, ours, at, count); });
+    out(to.exp_avg_sq, exp_avg_sq_, at, count);
+    out(to.latent, latent_, at, count);
   }
 
  private:
   template <class T>
-  void in(T* ours, const T* theirs) const {
-    if (theirs) std::memcpy(ours, theirs + i_, static_cast<size_t>(count_) * sizeof(T));
+  static void in(T* ours, const T* theirs, int64_t at, int64_t count) {
+    if (!theirs) return;
+    std::memset(ours, 0, kPair * sizeof(T));
+    std::memcpy(ours, theirs + at, static_cast<size_t>(count) * sizeof(T));
   }
   template <class T>
-  void out(T* theirs, const T* ours) const {
-    if (theirs) std::memcpy(theirs + i_, ours, static_cast<size_t>(count_) * sizeof(T));
+  static void out(T* theirs, const T* ours, int64_t at, int64_t count) {
+    if (theirs) std::memcpy(theirs + at, ours, static_cast<size_t>(count) * sizeof(T));
   }
   // Calls visit(its array of the span, of the copy).
   template <class Visit>
@@ -212,20 +225,10 @@ class Tail {
     }
   }
 
-  int64_t i_, count_;
-  P param_[kPair] = {}, grad_[kPair] = {};
-  float momentum_[kPair] = {}, exp_avg_sq_[kPair] = {}, latent_[kPair] = {};
+  alignas(64) P param_[kPair];
+  P grad_[kPair];
+  float momentum_[kPair], exp_avg_sq_[kPair], latent_[kPair];
 };
-
-template <class P, class Direction, class R>
-void step_tail(const Span<P>& s, int64_t i, int64_t count, float factor, const Direction& direction,
-               const R& rule, const uint16_t* random = nullptr) {
-  uint16_t halves[kPair] = {};
-  if (random != nullptr) std::memcpy(halves, random + i, static_cast<size_t>(count) * sizeof(*halves));
-  Tail<P> tail(s, i, count);
-  step_pair(tail.span, 0, factor, direction, rule, Writing{}, random != nullptr ? halves : nullptr);
-  tail.write(s);
-}
 
 // Always inlined: of a call that does nothing but prefetch, gcc 12 thinks that it does nothing.
 template <int64_t Count, class T>
@@ -241,10 +244,10 @@ QUANTOPT_INLINE void prefetch_span(const Span<P>& span, int64_t at) {
   if (R::kLatent ? R::kReadsWeight : !master) prefetch_from<Count>(span.param + at);
   if (R::kLatent || master) prefetch_from<Count>(span.latent + at);
   prefetch_from<Count>(span.grad + at);
-  if constexpr (Direction::kMomentum) {
-    if constexpr (std::is_same_v<P, float>) {
-      prefetch_from<Count>(span.momentum + at);
-    } else if (span.momentum.narrow) {
+  if constexpr (std::is_same_v<P, float>) {
+    if (span.momentum != nullptr) prefetch_from<Count>(span.momentum + at);
+  } else if (span.momentum.data != nullptr) {
+    if (span.momentum.narrow) {
       prefetch_from<Count>(static_cast<const BFloat16*>(span.momentum.data) + at);
     } else {
       prefetch_from<Count>(static_cast<const float*>(span.momentum.data) + at);
@@ -253,40 +256,64 @@ QUANTOPT_INLINE void prefetch_span(const Span<P>& span, int64_t at) {
   if constexpr (Direction::kExpAvgSq) prefetch_from<Count>(span.exp_avg_sq + at);
 }
 
-// Steps the first n elements of a span; `first` is the number of its first element in its tensor.
+// A span from its element `at` on.
+template <class P>
+QUANTOPT_INLINE Span<P> from_element(const Span<P>& s, int64_t at) {
+  Span<P> part{s.param + at, s.grad + at, s.momentum, s.exp_avg_sq ? s.exp_avg_sq + at : nullptr,
+               s.latent ? s.latent + at : nullptr};
+  if constexpr (std::is_same_v<P, float>) {
+    if (s.momentum) part.momentum = s.momentum + at;
+  } else if (s.momentum.data) {
+    const int64_t bytes = s.momentum.narrow ? sizeof(BFloat16) : sizeof(float);
+    part.momentum.data = static_cast<char*>(s.momentum.data) + at * bytes;
+  }
+  return part;
+}
+
+// Steps the first n elements of a span; `first` is the number of its first element in its tensor. The rule of
+// a pair stands here once, for whole blocks, what is left and random rounding alike: each copy more is
+// compiled for every rule, base and type.
 template <class P, class Direction, class R>
-void step_span(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
-               const R& rule_in, const Writing& writing_in, bool prefetch = false, int64_t first = 0) {
+QUANTOPT_INLINE void step_span(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
+                               const R& rule_in, const Writing& writing, bool prefetch, int64_t first) {
+  constexpr bool kRounds = !std::is_same_v<P, float> && !R::kLatent;
   const Span<P> span = span_in;  // local copies, so that the compiler keeps the constants in registers
   const Direction direction = direction_in;
   const R rule = rule_in;
-  Writing writing = writing_in;
-  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
-  int64_t begin = 0;
-  if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
-    if (writing.key != nullptr) {
-      uint16_t halves[kRandomBlock];
-      while (begin < n) {
-        const int64_t lead = (first + begin) % 8;
-        const int64_t end = std::min(n, begin + kRandomBlock - lead);
-        if (prefetch) prefetch_span<kBlock, P, Direction, R>(span, begin);
-        random_halves(*writing.key, first + begin - lead, halves);
-        const uint16_t* random = halves + lead - begin;
-        for (; begin + kPair <= end; begin += kPair)
-          step_pair(span, begin, factor, direction, rule, writing, random);
-        if (begin < end) step_tail(span, begin, end - begin, factor, direction, rule, random);
-        begin = end;
-      }
-      return;
+  const bool stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  uint16_t halves[kRounds ? kRandomBlock : 1], last[kPair];
+  Rest<P> rest;
+  for (int64_t begin = 0; begin < n;) {
+    int64_t end = n;
+    const uint16_t* random = nullptr;
+    if (prefetch) {
+      end = std::min(n, begin + kBlock);
+      prefetch_span<kBlock, P, Direction, R>(span, begin);
     }
+    if (kRounds && writing.key != nullptr) {
+      const int64_t lead = (first + begin) % 8;
+      end = std::min(n, begin + kRandomBlock - lead);
+      random_halves(*writing.key, first + begin - lead, halves);
+      random = halves + lead - begin;
+    }
+    const int64_t left = (end - begin) % kPair;
+    Span<P> now = span;
+    Writing how{stream};
+    for (int64_t i = begin, stop = end - left;; i = 0, stop = kPair) {
+#pragma GCC unroll 1
+      for (; i < stop; i += kPair) step_pair(now, i, factor, direction, rule, how, random);
+      if (left == 0 || now.param != span.param) break;
+      rest.read(span, stop, left);
+      now = rest.span;
+      how.stream = false;
+      if (random != nullptr) {
+        std::memcpy(last, random + stop, static_cast<size_t>(left) * sizeof(*last));
+        random = last;
+      }
+    }
+    if (left != 0) rest.write(span, end - left, left);
+    begin = end;
   }
-  for (; begin + kBlock <= n; begin += kBlock) {
-    if (prefetch) prefetch_span<kBlock, P, Direction, R>(span, begin);
-    for (int64_t i = begin; i < begin + kBlock; i += kPair)
-      step_pair(span, i, factor, direction, rule, writing);
-  }
-  for (; begin + kPair <= n; begin += kPair) step_pair(span, begin, factor, direction, rule, writing);
-  if (begin < n) step_tail(span, begin, n - begin, factor, direction, rule);
 }
 
 // Sum of magnitudes in an order that depends on their number alone: 16 lanes, lane k of elements k, k + 16
@@ -301,11 +328,17 @@ class MagnitudeSum {
     lanes_[k] += size.first;
     lanes_[kSums == 1 ? 0 : k + 1] += size.second;
   }
-  // The same, of which the first `count` count.
+  // The same, of which the first `count` count, where they are fewer. No call: it would cost a loop its
+  // registers.
   QUANTOPT_INLINE void add_some(Pair size, int64_t at, int64_t count) {
-    float some[kPair] = {};
-    std::memcpy(some, &size, static_cast<size_t>(count) * sizeof(float));
-    add(load_pair(some), at);
+    if (count < kPair) {
+      VecBits lane;
+      for (uint32_t k = 0; k < kWidth; ++k) lane[k] = k;
+      const auto most = static_cast<uint32_t>(count);
+      size.first = (Vec)((VecBits)size.first & (VecBits)(lane < most));
+      size.second = (Vec)((VecBits)size.second & (VecBits)(lane + static_cast<uint32_t>(kWidth) < most));
+    }
+    add(size, at);
   }
   // Adds the lanes to `total`.
   QUANTOPT_INLINE double carried(double total) const {
@@ -314,14 +347,16 @@ class MagnitudeSum {
     }
     return total;
   }
-  // The same of kAtOnce sums from 0, whose additions do not wait for each other.
-  static QUANTOPT_INLINE void carry(const MagnitudeSum* sums, double* totals) {
-    for (int64_t k = 0; k < kAtOnce; ++k) totals[k] = 0.0;
+  // The means of groups of n elements, whose additions do not wait for each other.
+  template <int64_t Groups>
+  static __attribute__((noinline)) void means(const MagnitudeSum (&sums)[Groups], int64_t n, float* out) {
+    double totals[Groups] = {};
     for (int64_t part = 0; part < kSums; ++part) {
       for (int lane = 0; lane < kWidth; ++lane) {
-        for (int64_t k = 0; k < kAtOnce; ++k) totals[k] += sums[k].lanes_[part][lane];
+        for (int64_t k = 0; k < Groups; ++k) totals[k] += sums[k].lanes_[part][lane];
       }
     }
+    for (int64_t k = 0; k < Groups; ++k) out[k] = static_cast<float>(totals[k] / static_cast<double>(n));
   }
 
  private:
@@ -343,13 +378,13 @@ double magnitude_of_span(const Span<float>& s, int64_t n, float factor, const Di
         return count == kPair ? load_pair(p + at) : load_some(p + at, count);
       };
       Pair m{}, v{};
-      if constexpr (Direction::kMomentum) m = read(s.momentum);
+      if (has_momentum(direction)) m = read(s.momentum);
       if constexpr (Direction::kExpAvgSq) v = read(s.exp_avg_sq);
       const Pair w = read(s.latent);
       const Pair g = rule.gradient(read(s.grad) * factor, w);
       const Pair before = R::kReadsWeight ? read(s.param) : Pair{};
       const Pair size = absolute(rule.point(w, direction(g, m, v), before));
-      count == kPair ? sum.add(size, at - start) : sum.add_some(size, at - start, count);
+      sum.add_some(size, at - start, count);
     }
     total = sum.carried(total);
   }
@@ -361,7 +396,7 @@ template <class P, class Direction, class R>
 QUANTOPT_INLINE Pair move_pair(const Span<P>& s, int64_t i, float factor, const Direction& direction,
                                const R& rule, float* d) {
   const Moved x = load_moved(s, i, factor, direction, rule);
-  store_state<Direction>(s, i, x);
+  store_state(s, i, direction, x);
   store_pair(d, x.d);
   return absolute(rule.point(x.w, x.d, x.before));
 }
@@ -376,70 +411,71 @@ QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, con
   store_weights<P, R>(s, i, stepped(rule, x), writing);
 }
 
-// Steps a group of at most kKept elements whose scale follows them, while it is in the first cache: the base
-// and the sum of |point|, which gives the scale, then the rule. Returns the scale. `before` is the rule with
-// the levels before the step, make_rule(scale) the one with those after it.
-template <class P, class Direction, class R, class MakeRule>
-float step_group(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
-                 const R& before, const MakeRule& make_rule, const Writing& writing_in, bool prefetch) {
+// Steps one group, or kAtOnce, of `n` elements that follow each other, at most kKept together, whose scales
+// follow them, while they are in the first cache: the base and the sums of |point|, which give the scales,
+// then the rule. kAtOnce groups are whole pairs. before: the rule of each with its levels before the step;
+// make_rule(k, scale): that of group k with those after it. Writes their scales.
+template <int64_t Groups, class P, class Direction, class R, class MakeRule>
+QUANTOPT_INLINE void step_kept_groups(const Span<P>& span_in, int64_t n, float factor,
+                                      const Direction& direction_in, const R* before,
+                                      const MakeRule& make_rule, bool stream, bool prefetch, float* scales) {
   static_assert(R::kLatent && kKept <= MagnitudeSum::kCarry && kKept % kPair == 0);
   const Span<P> span = span_in;  // local copies, as in step_span
   const Direction direction = direction_in;
-  Writing writing = writing_in;
-  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  Writing writing{stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0};
   alignas(64) float d[kKept];
-  MagnitudeSum sum;
-  int64_t whole = 0;
-  {
-    const R rule = before;
-    for (; whole + kPair <= n; whole += kPair) {
-      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, whole);
-      sum.add(move_pair(span, whole, factor, direction, rule, d + whole), whole);
+  MagnitudeSum sums[Groups];
+  if constexpr (Groups > 1) {
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < Groups; ++k) {
+      const R rule = before[k];
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < n; i += kPair) {
+        const int64_t at = k * n + i;
+        if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at);
+        sums[k].add(move_pair(span, at, factor, direction, rule, d + at), i);
+      }
     }
-  }
-  const auto finish_whole = [&] {
-    const auto scale = static_cast<float>(sum.carried(0.0) / static_cast<double>(n));
-    const R rule = make_rule(scale);
-    for (int64_t i = 0; i < whole; i += kPair) finish_pair(span, i, rule, d + i, writing);
-    return scale;
-  };
-  if (whole == n) return finish_whole();
-  Tail<P> tail(span, whole, n - whole);
-  sum.add_some(move_pair(tail.span, 0, factor, direction, before, d + whole), whole, n - whole);
-  const float scale = finish_whole();
-  finish_pair(tail.span, 0, make_rule(scale), d + whole, Writing{});
-  tail.write(span);
-  return scale;
-}
-
-// Steps kAtOnce groups of n elements that follow each other, n a multiple of kPair and at most
-// kKept / kAtOnce, as step_group steps each. before: the rule of each with its levels before the step;
-// make_rule(k, scale): that of group k with those after it. Writes their scales.
-template <class P, class Direction, class R, class MakeRule>
-void step_groups_at_once(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
-                         const R* before, const MakeRule& make_rule, const Writing& writing_in, bool prefetch,
-                         float* scales) {
-  static_assert(R::kLatent);
-  const Span<P> span = span_in;  // local copies, as in step_span
-  const Direction direction = direction_in;
-  Writing writing = writing_in;
-  writing.stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
-  alignas(64) float d[kKept];
-  MagnitudeSum sums[kAtOnce];
-  double totals[kAtOnce];
-  for (int64_t k = 0; k < kAtOnce; ++k) {
-    const R rule = before[k];
-    for (int64_t i = 0; i < n; i += kPair) {
-      const int64_t at = k * n + i;
-      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at);
-      sums[k].add(move_pair(span, at, factor, direction, rule, d + at), i);
+    MagnitudeSum::means(sums, n, scales);
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < Groups; ++k) {
+      const R rule = make_rule(k, scales[k]);
+#pragma GCC unroll 1
+      for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, writing);
     }
-  }
-  MagnitudeSum::carry(sums, totals);
-  for (int64_t k = 0; k < kAtOnce; ++k) scales[k] = static_cast<float>(totals[k] / static_cast<double>(n));
-  for (int64_t k = 0; k < kAtOnce; ++k) {
-    const R rule = make_rule(k, scales[k]);
-    for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, writing);
+  } else {
+    // What is left of the group goes through the same loops, in a copy.
+    const int64_t left = n % kPair, whole = n - left;
+    Rest<P> rest;
+    {
+      const R rule = *before;
+      Span<P> now = span;
+      int64_t done = 0, count = kPair;
+      for (int64_t stop = whole;; stop = kPair) {
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < stop; i += kPair, done += kPair) {
+          if (prefetch) prefetch_span<kPair, P, Direction, R>(now, i);
+          sums->add_some(move_pair(now, i, factor, direction, rule, d + done), done, count);
+        }
+        if (left == 0 || count == left) break;
+        rest.read(span, whole, left);
+        now = rest.span;
+        count = left;
+      }
+    }
+    MagnitudeSum::means(sums, n, scales);
+    const R rule = make_rule(0, *scales);
+    Span<P> now = span;
+    const float* from = d;
+    for (int64_t stop = whole;; stop = kPair) {
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, from + i, writing);
+      if (left == 0 || now.param == rest.span.param) break;
+      now = rest.span;
+      from += whole;
+      writing.stream = false;
+    }
+    if (left != 0) rest.write(span, whole, left);
   }
 }
 
