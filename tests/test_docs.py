@@ -165,11 +165,10 @@ def test_every_public_name_has_an_entry() -> None:
     entries = set(
         re.findall(r"^::: (\S+)", "".join(page.read_text() for page in DOCS.glob("api/*.md")), re.MULTILINE)
     )
-    for module in ("quantopt.nn", "quantopt.packing", "quantopt.optim"):
-        for name in importlib.import_module(module).__all__:
-            assert f"{module}.{name}" in entries
     documented = {entry.rpartition(".")[2] for entry in entries}
-    assert set(quantopt.__all__) - documented <= {"__version__", "nn", "optim"}
+    for module in ("quantopt", "quantopt.nn", "quantopt.packing", "quantopt.optim"):
+        public = set(importlib.import_module(module).__all__)
+        assert public - documented <= {"__version__", "nn", "optim"}
     assert "quantopt.gguf" in entries
     for path in (ROOT / "quantopt/integrations").glob("[a-z]*.py"):
         assert f"quantopt.integrations.{path.stem}" in entries
