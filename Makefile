@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | sanitize each build the environment first if it is missing or out of date.
+# make demo | test | bench | docs | lint | sanitize each build the environment first if it is missing or out of date.
 #   PYTHON     the interpreter the environment is made from (python3)
 #   PIP_FLAGS  passed to every pip install, e.g. --index-url
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CXX_TESTS = $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: env demo test bench lint sanitize format clean
+.PHONY: env demo test bench docs lint sanitize format clean
 
 env: $(VENV)/.built
 
@@ -37,6 +37,9 @@ bench: env
 
 sanitize: $(VENV)/.requirements
 	$(PY) setup.py -q sanitize
+
+docs: $(VENV)/.requirements
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(VENV)/.requirements
 	$(PY) -m ruff check .

@@ -109,7 +109,8 @@ def save_layers(
     Args:
         layers: {name: layer}.
         path: of the file, which is replaced whole or not at all.
-        kind, scales: of each layer, as in :func:`to_blocks`, whose errors it raises before anything is written.
+        kind: of each layer, as in :func:`to_blocks`, whose errors it raises before anything is written.
+        scales: as in :func:`to_blocks`.
     """
     tensors: list[tuple[str, Written]] = []
     for name, layer in layers.items():

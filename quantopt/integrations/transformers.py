@@ -58,8 +58,9 @@ class QuantoptConfig(QuantizationConfigMixin):
         modules_to_not_convert: names of modules that are not packed as they are loaded, with all that is in them,
             ends of names ("lm_head"), or regular expressions of their beginnings, as elsewhere in transformers. Of a
             packed model: the layers that are not packed.
-        layers, folded: the description of a packed model (:func:`quantopt.packing.describe`). Layers that differ in
+        layers: "layers" of the description of a packed model (:func:`quantopt.packing.describe`). Layers that differ in
             their names alone may be one entry of a list, {"names": [...], ...}, as config.json has it.
+        folded: "folded" of the description.
         conv1d_to_linear: whether :func:`quantopt.nn.conv1d_to_linear` was called on the model that was saved; then it
             is on the one that is made.
         version: of this format.

@@ -19,10 +19,8 @@ from quantopt.packed_weight import ConvGeometry
 class BinaryConv2d(BinaryModule):
     """activation(conv2d) with W [out_channels, in_channels/groups, kh, kw] = scale * sum_i w_i (±1 plane i).
 
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d.
-        levels, scale, group_size, compute, activation: as in :class:`BinaryLinear`; an output channel is a
-            row, flattened.
+    The arguments in_channels to padding_mode are those of nn.Conv2d. levels, scale, group_size, compute and activation
+    are those of :class:`BinaryLinear`; an output channel is a row, flattened.
 
     See :func:`quantopt.binary_conv2d` for what is fast. A new module has all weights -1 until a state_dict is loaded.
     """

@@ -194,7 +194,9 @@ class BinaryLinear(BinaryModule):
     One bit per weight and plane.
 
     Args:
-        in_features, out_features, bias: as in nn.Linear.
+        in_features: as in nn.Linear.
+        out_features: as in nn.Linear.
+        bias: as in nn.Linear.
         levels: 2 (binary), 3 (ternary), 4, 8, 16 or 17 uniform levels: 1, 2, 2, 3, 4 or 5 bit planes,
             of the weights w_i = 1, 2, 4, ..., and of an odd number of levels another one of weight 1.
         scale: "tensor" [1], "channel" [out_features] or "group" [out_features, ceil(in_features/group_size)].

@@ -1,20 +1,19 @@
-r"""Quantised activations, and LUQ: training with weights, activations and gradients of 4 bits.
+"""Quantised activations, and LUQ: training with weights, activations and gradients of 4 bits.
 
 LUQ (Chmiel, Banner, Hoffer, Ben-Yaacov, Soudry, ICLR 2023) is a method of layers, not an optimizer: the float weights
 are rounded in each pass, and any optimizer trains them. It is plain PyTorch and runs on any device.
 
 SAWB quantiser of weights and activations (Choi et al., 2019), b = 4, statistics over the whole tensor in each call:
 
-.. math::
-    clip = 12.1 \sqrt{\mathrm{mean}\,x^2} - 12.2\,\mathrm{mean}|x|, \quad s = 2\,clip / (Q_p - Q_n), \quad
-    x \mapsto s\,\mathrm{round}(\mathrm{clamp}(x / s, Q_n, Q_p))
+    clip = 12.1 √(mean x²) - 12.2 mean|x|
+    s = 2 clip / (Qp - Qn)
+    x ↦ s round(clamp(x / s, Qn, Qp))
 
 with Qn, Qp = -8, 7, for activations that are nowhere negative 0, 15; the gradient passes straight through. Where the
-formula gives no positive clip (all :math:`|x|` nearly equal), clip is max\|x\|.
+formula gives no positive clip (all |x| nearly equal), clip is max|x|.
 
-Gradients, with :math:`a = \max|g| / 2^7`, are rounded at random to 0 or :math:`\pm a 2^k`, k = 0..7, such that the mean
-is g: below a to 0 or a, above to one of the two neighbouring powers. These are 17 values, one more than 4 bits
-can encode.
+Gradients, with a = max|g| / 2^7, are rounded at random to 0 or ±a 2^k, k = 0..7, such that the mean is g: below a to 0
+or a, above to one of the two neighbouring powers. These are 17 values, one more than 4 bits can encode.
 """
 
 from collections.abc import Iterable
@@ -160,7 +159,8 @@ def luq(model: nn.Module, skip: Iterable[str] = ("first", "last"), repeat: int =
     The parameters and their names do not change. Train them with any float optimizer.
 
     Args:
-        skip: as in :func:`quantopt.param_groups`. repeat: draws of which a gradient is the mean, at least 1.
+        skip: as in :func:`quantopt.param_groups`.
+        repeat: draws of which a gradient is the mean, at least 1.
 
     Raises:
         ValueError: naming the argument; nothing is changed then.

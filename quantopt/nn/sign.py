@@ -29,11 +29,11 @@ def sign_activation(x: Tensor) -> Tensor:
 
 
 class SignActivation(nn.Module):
-    r"""Activations of one bit: the sign forward, the derivative of tanh backward (Leconte, Schechtman, Moulines,
+    """Activations of one bit: the sign forward, the derivative of tanh backward (Leconte, Schechtman, Moulines,
     AISTATS 2023, for networks of binary weights and activations).
 
-    .. math::
-        y = \mathrm{sgn}(x), \; \mathrm{sgn}(0) = +1, \qquad \bar x = \bar y\,(1 - \tanh^2 x)
+        y = sgn(x),  sgn(0) = +1
+        gradient for x = gradient for y * (1 - tanh² x)
 
     The scale of x matters to the gradient alone: put a batch norm in front. x: any shape, a floating dtype, which y
     has too; the derivative is computed in float32 for 16 bits. A NaN stays NaN. :func:`quantopt.pack` leaves it as it

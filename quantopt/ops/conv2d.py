@@ -51,11 +51,12 @@ def binary_conv2d(
 
     Args:
         x: [B, C, H, W] or [C, H, W], fp32, bf16 or fp16, any strides.
-        bits, scale, bias, group_size, plane_weights, tiles, activation: as in :func:`binary_linear`, with
-            K = C/groups * kh * kw.
-        kernel_size, stride, padding (zeros), dilation, groups: as in torch.nn.functional.conv2d.
+        bits: uint8 [N, ceil(K/8)], or [P, N, ceil(K/8)] with P planes, K = C/groups * kh * kw.
         compute: as in :func:`binary_linear`, but "int8" has one s for each image (over C, H and W). Rows are here the
             output pixels of all images.
+
+    scale, bias, group_size, plane_weights, tiles and activation are as in :func:`binary_linear`; kernel_size, stride,
+    padding (zeros), dilation and groups as in torch.nn.functional.conv2d.
 
     On GPUs one kernel takes all of them but what :data:`quantopt.backends.LIMITS` lists. On the CPU a kernel of 1x1
     without padding and groups is a linear layer; else, with a processor with AVX2 and neither small groups nor an odd

@@ -52,9 +52,9 @@ class Anneal(LRScheduler):
     itself, or with a scheduler of the rate in torch's ChainedScheduler. It has no place in a SequentialLR.
 
     Args:
-        optimizer: one of this package, or the wrapper that accelerate or Lightning made of it. total_steps: how many
-            steps the training has, at least 1. It counts, with a warning, where the optimizer was loaded from a
-            training of another length.
+        optimizer: one of this package, or the wrapper that accelerate or Lightning made of it.
+        total_steps: how many steps the training has, at least 1. It counts, with a warning, where the optimizer was
+            loaded from a training of another length.
         schedule: (group, step, total_steps) -> values of group keys, in place of the optimizer's own; or "paper", for
             AskewSGD and AskewAdam: e = 1 for the first half of the steps, then 0.88^(100 (step/total_steps - 1/2)), as
             in the paper's trainings of 100 epochs. It ends at 0.0017, not at 0: the final projection, sign() of binary
@@ -65,7 +65,8 @@ class Anneal(LRScheduler):
             (of kappa). ProxQuant: ``end``, from where it is hard.
 
     Raises:
-        TypeError: another optimizer. ValueError: a value out of range, an unknown setting, or schedule="paper" of an
+        TypeError: another optimizer.
+        ValueError: a value out of range, an unknown setting, or schedule="paper" of an
             optimizer without an epsilon.
     """
 

@@ -22,26 +22,22 @@ def interval_epsilon(progress: float, hold: float, end: float, last: float) -> f
 
 
 class AskewSGD(LevelOptimizer):
-    r"""Interval-constrained SGD whose intervals close on the levels.
+    """Interval-constrained SGD whose intervals close on the levels.
 
-    With :math:`t \in [-1, 1]` the coordinate of a weight in its cell of the grid (levels at :math:`\pm 1`) and
-    :math:`u = (1-|t|)(1+|t|)`, a weight is feasible iff :math:`u \le \sqrt e`, that is
-    :math:`|t| \ge t^* = \sqrt{1 - \sqrt e}`; :math:`e` is annealed from 1 (all of the cell) to 0 (the levels), by
-    :class:`quantopt.Anneal`. In each step
+    With t in [-1, 1] the coordinate of a weight in its cell of the grid (levels at ±1) and u = (1 - |t|)(1 + |t|), a
+    weight is feasible iff u ≤ √e, that is |t| ≥ t° = √(1 - √e); e is annealed from 1 (all of the cell) to 0 (the
+    levels), by :class:`quantopt.Anneal`. In each step
 
-    .. math::
-        m &\leftarrow \beta m + g, \quad v = -\eta (m + \lambda w) / \mathrm{half} \\
-        v &\leftarrow s \max(s v, \min(k, \mathrm{cap})) \text{ if infeasible},
-            \quad k = r (u - e/u) / (4 |t|), \quad s = \mathrm{sgn}(t) \\
-        w &\leftarrow \mathrm{clamp}(w + \mathrm{half}\, v, -hi, hi)
+        m ← β m + g
+        v = -η (m + wd w) / half
+        v ← s max(s v, min(k, cap))  if infeasible,  k = r (u - e/u) / (4 |t|),  s = sgn(t)
+        w ← clamp(w + half v, -hi, hi)
 
-    With ``clamp=False``, the form of the paper, a weight may leave :math:`[-hi, hi]`. Beyond the outer levels, by
-    :math:`\delta = |t| - 1`, it is feasible iff :math:`\delta \le \sqrt e`; the step has no clamp, and before it
+    With ``clamp=False``, the form of the paper, a weight may leave [-hi, hi]. Beyond the outer levels, by
+    δ = |t| - 1, it is feasible iff δ ≤ √e; the step has no clamp, and before it
 
-    .. math::
-        v &\leftarrow -s \max(-s v, \min(r (\delta^2 - e) / (2 \delta), \mathrm{cap}))
-            \text{ if } \delta > \sqrt e \\
-        v &\leftarrow \mathrm{cap} \text{ if } t = 0 \text{ and } t^* > 0
+        v ← -s max(-s v, min(r (δ² - e) / (2 δ), cap))  if δ > √e
+        v ← cap                                         if t = 0 and t° > 0
 
     With ``memory=True`` (an extension of ours, to which the paper's theorem does not carry over) a latent weight moves
     by the base step, and the network runs with its projection onto the feasible interval, so that signs can still
@@ -55,17 +51,20 @@ class AskewSGD(LevelOptimizer):
         params: parameters, or groups as from :func:`quantopt.param_groups`. A group may set every option but
             ``backend``, and have keys of its user's.
         lr: eta; default 0.3, with memory 1, on Adam and Muon 1e-3; none on a given direction.
-        momentum, nesterov, weight_decay, maximize: as in torch.optim.SGD (momentum 0.9; on Muon 0.95, with nesterov),
-            but weight decay is part of the velocity, not of the momentum; with ``memory`` it is
-            l <- l (1 - lr wd) - lr d. Groups with ``bits=0`` have it in the momentum, as torch, but on Muon beside d.
-            decoupled_weight_decay: w <- w (1 - lr wd) before the step instead; refused with ``memory``, whose weight
-            decay is so as it is.
+        momentum: as in torch.optim.SGD; default 0.9, on Muon 0.95.
+        nesterov: as in torch.optim.SGD; default False, on Muon True.
+        weight_decay: part of the velocity, not of the momentum; with ``memory`` it is l ← l (1 - lr wd) - lr d. Groups
+            with ``bits=0`` have it in the momentum, as torch, but on Muon beside d.
+        decoupled_weight_decay: w ← w (1 - lr wd) before the step instead; refused with ``memory``, whose weight decay
+            is so as it is.
+        maximize: as in torch.optim.SGD.
         bits: 0, 1, 2, 3, 4, "17-level" (-8..8) or "ternary", of the groups that do not say it; there is no default.
-            scale: "none", "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the
+        scale: "none", "tensor", "channel", "group" (of ``group_size`` consecutive elements of a row): sigma of the
             levels, the standard deviation of the weights when first seen, frozen; weights on such levels already keep
             theirs. A 1-d parameter has one element per channel, whose sigma is its magnitude. "sawb": per tensor and
-            frozen, with the outer level c1 sqrt(mean w^2) - c2 mean\|w\| of SAWB (Choi et al., arXiv 1807.06964),
-            or max\|w\| where that is not positive; not for 1 bit and "ternary".
+            frozen, with the outer level c1 sqrt(mean w^2) - c2 mean|w| of SAWB (Choi et al., arXiv 1807.06964),
+            or max|w| where that is not positive; not for 1 bit and "ternary".
+        group_size: elements of a group, with scale="group".
         base: where the direction d comes from that the rule constrains: "sgd", "adam" (``betas`` and ``eps`` as in
             torch.optim.Adam, in place of momentum), "muon" (``momentum``, ``nesterov``, ``ns_steps`` and
             ``adjust_lr_fn`` as in torch.optim.Muon) or "given" (d is the gradient as the caller left it, for directions
@@ -74,17 +73,22 @@ class AskewSGD(LevelOptimizer):
             Muon is for hidden matrices; weights of convolutions are the matrices [out, the rest]. Everything else is
             better on Adam: ``param_groups(model, other={"base": "adam", "lr": 3e-4})``. Vectors and sharded parameters
             (DTensor) are refused, and ``constrain="gradient"``. It keeps a buffer of the parameter's size and dtype.
-        epsilon: e in [0, 1]. rate: r, the restoring rate per step (default 0.1; with memory infinite, the exact
-            projection). cap: largest restoring step in units of t. bound: with memory, the latent stays in
-            [-bound hi, bound hi]. clamp: False for the form of the paper, which has no memory.
+        epsilon: e in [0, 1].
+        rate: r, the restoring rate per step; default 0.1, with memory infinite: the exact projection.
+        cap: largest restoring step in units of t.
+        memory: keep a latent weight.
+        bound: with memory, the latent stays in [-bound hi, bound hi].
+        clamp: False for the form of the paper, which has no memory.
         constrain: "velocity", or "gradient" for the authors' order (the constraint acts on the gradient of infeasible
             weights, with alpha = rate/lr, before momentum; the clamp to [-hi, hi] comes last).
         rounding: for bfloat16 and float16 parameters "master" (fp32 weights in the state), "nearest", or "stochastic"
-            (bfloat16; reproducible from ``seed`` and the step). momentum_dtype: "float32" or "bfloat16".
-            exp_avg_sq_dtype: of Adam's second moment, "float32" or "bfloat16", which is rounded stochastically whatever
+            (bfloat16; reproducible from ``seed`` and the step).
+        momentum_dtype: "float32" or "bfloat16".
+        exp_avg_sq_dtype: of Adam's second moment, "float32" or "bfloat16", which is rounded stochastically whatever
             ``rounding`` is: to nearest it would stall. A state of another dtype is converted at the next step.
         error_if_nonfinite: raise FloatingPointError naming the parameter, before anything is changed, where a
-            gradient is not finite; costs a check. capturable: lr and the annealed numbers become float64 tensors on
+            gradient is not finite; costs a check.
+        capturable: lr and the annealed numbers become float64 tensors on
             the device of the parameters, which schedules fill and replays of a captured CUDA graph read.
             load_state_dict fills the state in place, so that a captured graph goes on with it.
         fused_amp: torch.amp.GradScaler leaves to the kernels what it has to do: they divide the gradients by its factor
@@ -192,9 +196,9 @@ class AskewSGD(LevelOptimizer):
 
 
 class AskewAdam(AskewSGD):
-    r"""The rule of :class:`AskewSGD` on Adam's direction
-    :math:`d = (m / (1-\beta_1^k)) / (\sqrt{v / (1-\beta_2^k)} + \epsilon_\mathrm{Adam})`: AskewSGD with
-    ``base="adam"``.
+    """The rule of :class:`AskewSGD` on Adam's direction: AskewSGD with ``base="adam"``. At step k
+
+        d = (m / (1 - β₁ᵏ)) / (√(v / (1 - β₂ᵏ)) + eps)
 
     A learning rate of about 0.1 of the weights' standard deviation is a good start. With ``constrain="gradient"`` the
     authors' alpha loses its meaning, since Adam rescales the restoring gradient. Other arguments as in AskewSGD.

@@ -31,11 +31,10 @@ class _LatentClipped(LevelOptimizer):
 
 
 class BinaryConnect(_LatentClipped):
-    r"""BinaryConnect (Courbariaux, Bengio, David, NeurIPS 2015), with a scale per channel or group.
+    """BinaryConnect (Courbariaux, Bengio, David, NeurIPS 2015), with a scale per channel or group.
 
-    .. math::
-        u \leftarrow \mathrm{clamp}(u (1 - \eta\,wd) - \eta d, -clip\,\sigma, clip\,\sigma), \quad
-        p = a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u|
+        u ← clamp(u (1 - η wd) - η d, -clip σ, clip σ)
+        p = a sgn(u),  a = mean|u|
 
     a is that of the new u, per group of ``group_size`` elements of a row with ``scale="group"``, else per channel; a
     1-d parameter is one channel without groups. sigma, the standard deviation of the first weights, has the granularity
@@ -112,11 +111,10 @@ class BinaryConnect(_LatentClipped):
 
 
 class BinaryRelax(_LatentClipped):
-    r"""BinaryRelax (Yin, Zhang, Lyu, Osher, Qi, Xin, SIAM J. Imaging Sci. 2018), with a clipped latent.
+    """BinaryRelax (Yin, Zhang, Lyu, Osher, Qi, Xin, SIAM J. Imaging Sci. 2018), with a clipped latent.
 
-    .. math::
-        u \leftarrow \mathrm{clamp}(u (1 - \eta\,wd) - \eta d, -clip\,\sigma, clip\,\sigma), \quad
-        p = (\kappa\,a\,\mathrm{sgn}(u) + u) / (1 + \kappa)
+        u ← clamp(u (1 - η wd) - η d, -clip σ, clip σ)
+        p = (κ a sgn(u) + u) / (1 + κ)
 
     kappa rises geometrically from 1 to 100 until 80 % of the training, then p is hard. a, sigma, grids of more than two
     levels and weight decay are as in :class:`BinaryConnect`.
@@ -174,11 +172,11 @@ class BinaryRelax(_LatentClipped):
 
 
 class ProxQuant(LevelOptimizer):
-    r"""ProxQuant (Bai, Wang, Liberty, ICLR 2019), meant for a full-precision warm start.
+    """ProxQuant (Bai, Wang, Liberty, ICLR 2019), meant for a full-precision warm start.
 
-    .. math::
-        p \leftarrow p - \eta d, \quad q = \mathrm{project}(p), \quad
-        p \leftarrow q + \mathrm{sgn}(p - q) \max(|p - q| - \eta\,reg\,k, 0)
+        p ← p - η d
+        q = project(p)
+        p ← q + sgn(p - q) max(|p - q| - η reg k, 0)
 
     at the k-th step; hard (p = q) from 80 % of the training. ``reg_strength`` is reg * k, which
     :class:`quantopt.Anneal` sets. Weight decay is part of the gradient, and so of the momentum, as in torch.optim.

@@ -33,18 +33,16 @@ def mean_magnitude_moves(group: dict[str, Any]) -> bool:
 
 
 class STAM(LevelOptimizer):
-    r"""Stochastic splitting with relaxed binary (or multi-level) weights.
+    """Stochastic splitting with relaxed binary (or multi-level) weights.
 
     Only the paper's abstract was at hand: both forms are our reconstruction in its family. No reproduction of the
-    paper's algorithm and no convergence theorem is claimed. :math:`\kappa` is the relaxation weight, annealed by
+    paper's algorithm and no convergence theorem is claimed. κ is the relaxation weight, annealed by
     :class:`quantopt.Anneal`; an infinite one is hard quantisation.
 
-    ``form="alternating"`` (default; alternating minimisation of
-    :math:`h(w) + \rho/2 |w-u|^2 + \lambda/2 |w-q|^2`), state u:
+    ``form="alternating"`` (default; alternating minimisation of h(w) + ρ/2 |w-u|² + λ/2 |w-q|²), state u:
 
-    .. math::
-        u &\leftarrow u (1 - \eta\,wd) - \eta d + \eta\,lam (q - u) \\
-        q &= a\,\mathrm{sgn}(u), \; a = \mathrm{mean}|u|, \quad p = (u + \kappa q)/(1 + \kappa)
+        u ← u (1 - η wd) - η d + η lam (q - u)
+        q = a sgn(u),  a = mean|u|,  p = (u + κ q) / (1 + κ)
 
     a is that of the new u, per group of ``group_size`` consecutive elements of a row with ``scale="group"`` (the last
     group of a row may be shorter), fixed at 1 with "none", else per channel. The pull's q is the level of the old u. A
@@ -53,10 +51,8 @@ class STAM(LevelOptimizer):
 
     ``form="splitting"`` (three-operator splitting: box, minibatch loss, squared distance to the levels), state x:
 
-    .. math::
-        e_x &= x - y, \quad r = y - \eta d - e_x \\
-        x &\leftarrow (r + \kappa\,\mathrm{project}(r)) / (1 + \kappa) + e_x, \quad
-        p = y = \mathrm{clamp}(x / (1 + \eta\,wd), -hi, hi)
+        e = x - y,  r = y - η d - e
+        x ← (r + κ project(r)) / (1 + κ) + e,  p = y = clamp(x / (1 + η wd), -hi, hi)
 
     The y of a step is the p that its gradient belongs to, also where lr has changed since (in the first step x,
     clamped). Without weight decay, and for weights of 16 bits, whose rounding would add up in x, it is computed from x.
@@ -71,12 +67,15 @@ class STAM(LevelOptimizer):
     elements do not fit the cache.
 
     Args:
-        lr, weight_decay: default to 1 and 3e-3 (alternating), 0.3 and 0 (splitting); lr to 1e-3 on Adam and
-            Muon.
-        form: "alternating" or "splitting". kappa: relaxation weight >= 0. lam: pull of the latent towards its level
-            (alternating).
-        Others as in :class:`quantopt.AskewSGD`. Weight decay does not enter the momentum, and is decoupled as it is:
-            decoupled_weight_decay is refused but for groups with ``bits=0``, which have it as torch.
+        lr: default 1 (alternating), 0.3 (splitting), 1e-3 on Adam and Muon.
+        weight_decay: default 3e-3 (alternating), 0 (splitting). It does not enter the momentum.
+        decoupled_weight_decay: refused but for groups with ``bits=0``, which have it as torch: weight decay is
+            decoupled as it is.
+        form: "alternating" or "splitting".
+        kappa: relaxation weight >= 0.
+        lam: pull of the latent towards its level (alternating).
+
+    Other arguments as in :class:`quantopt.AskewSGD`.
     """
 
     def __init__(
