@@ -1,4 +1,4 @@
-// Two operators of the package with trivial or existing kernels, registered through torch's C++ interface or,
+// Operators of the package with trivial or existing kernels, registered through torch's C++ interface or,
 // with -DSTABLE_ABI, through its stable ABI: bench/stable_abi.py compiles this file both ways and times
 // calls. The bodies are the same; what differs are types, checks and the memory of results.
 #ifdef STABLE_ABI
@@ -42,6 +42,13 @@ Tensor dense(int64_t rows, int64_t columns) {
                                                          aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
 }
+
+// Of torch's version counters the stable ABI has what the dispatcher finds by name.
+int64_t version_of(const Tensor& tensor) {
+  StableIValue stack[] = {torch::stable::detail::from(tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_version", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<int64_t>(stack[0]);
+}
 #else
 using Tensor = at::Tensor;
 using Ints = at::IntArrayRef;
@@ -53,6 +60,10 @@ using Type = at::ScalarType;
 Tensor dense(int64_t rows, int64_t columns) {
   return at::detail::empty_cpu({rows, columns}, Type::Float, /*pin_memory=*/false,
                                at::MemoryFormat::Contiguous);
+}
+
+int64_t version_of(const Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
 }
 #endif
 
@@ -131,11 +142,19 @@ void step(String rule, Tensors params, Tensors grads, Tensors latents, const Ten
   }
 }
 
+// The sum of `count` looks at the version counter of a tensor.
+int64_t versions(const Tensor& tensor, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += version_of(tensor);
+  return sum;
+}
+
 constexpr const char* kLinear =
     "linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, int[] plane_weights, "
     "int group_size=0, str compute=\"exact\", Tensor? tiles=None, str activation=\"none\") -> Tensor";
 constexpr const char* kStep =
     "step(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] latents, Tensor hyper) -> ()";
+constexpr const char* kVersions = "versions(Tensor tensor, int count) -> int";
 
 #ifndef STABLE_ABI
 using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -164,16 +183,19 @@ double time_linear(c10::string_view name, int64_t count, const at::Tensor& x, co
 STABLE_TORCH_LIBRARY(quantopt_stable, m) {
   m.def(kLinear);
   m.def(kStep);
+  m.def(kVersions);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantopt_stable, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("step", TORCH_BOX(&step));
+  m.impl("versions", TORCH_BOX(&versions));
 }
 #else
 TORCH_LIBRARY(quantopt_full, m) {
   m.def(kLinear);
   m.def(kStep);
+  m.def(kVersions);
   m.def(
       "time_linear(str name, int count, Tensor x, Tensor bits, Tensor scale, Tensor? bias, int in_features, "
       "Tensor? tiles) -> float",
@@ -183,5 +205,6 @@ TORCH_LIBRARY(quantopt_full, m) {
 TORCH_LIBRARY_IMPL(quantopt_full, CPU, m) {
   m.impl("linear", &linear);
   m.impl("step", &step);
+  m.impl("versions", &versions);
 }
 #endif

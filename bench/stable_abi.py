@@ -44,6 +44,7 @@ COUNTS = (1, 64)  # of parameters in a step
 ELEMENTS = 256  # of a parameter
 CALLS = 20_000  # for each sample from C++
 LEAK_CALLS = 200_000
+LOOKS = 1000  # at a version counter in a call
 FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp-contract=off", "-fPIC"]
 
 
@@ -199,6 +200,16 @@ def from_c() -> dict[str, float]:
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+def version_ns(min_time: float) -> dict[str, float]:
+    """Nanoseconds of a look at a version counter, from C++."""
+    tensor = torch.zeros(1).add_(1)
+    full, stable = torch.ops.quantopt_full.versions.default, torch.ops.quantopt_stable.versions.default
+    if (full(tensor, LOOKS), stable(tensor, LOOKS)) != (LOOKS, LOOKS):
+        sys.exit("a version counter is not what it is")
+    calls = {"full": lambda: full(tensor, LOOKS), "stable": lambda: stable(tensor, LOOKS)}
+    return {n: s * 1e9 / LOOKS for n, s in common.compare(calls, min_time=min_time).items()}
+
+
 def leaked() -> dict[str, float]:
     """Bytes of memory that a call of each small product does not give back."""
     found = {}
@@ -309,6 +320,7 @@ def facts(result: dict[str, Any]) -> str:
         ],
         "symbols of torch's C++ that the library takes": [str(libraries[k]["symbols"]["c++"]) for k in kinds],
         "functions of the C interface that it takes": [str(libraries[k]["symbols"]["c"]) for k in kinds],
+        "ns to read a version counter": [f"{result['version_ns'][k]:.1f}" for k in kinds],
         "bytes that a call with two strings leaks": [f"{result['leaked_bytes'][k]:.0f}" for k in kinds],
         "what a refused argument raises": [result["errors"][k] for k in kinds],
     }
@@ -350,6 +362,7 @@ def main() -> None:
         **header("cpu", 1),
         "rows": rows,
         "libraries": libraries,
+        "version_ns": version_ns(arguments.min_time),
         "leaked_bytes": leaked(),
         "errors": errors(),
         "extension": extension(),
