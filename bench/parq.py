@@ -159,19 +159,22 @@ def accuracies(tasks: Sequence[tuple[Task, Dataset]], out: Path) -> list[dict[st
 
 def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text. gap: what the mean is below float; state: bytes that the optimizer keeps for each parameter;
-    saved: kB of the file that the library's user ends up with."""
+    saved: kB of the file that the library's user ends up with; differ: of the test images that were compared, those that
+    the network in it puts into another class than the weights on their levels."""
     floats = {row["task"]: row["mean"] for row in rows if row["method"] == "sgd"}
     lines = [
         f"{'task':22}{'bits':>5} {'method':15}{'rate':>6}{'steep':>6}{'mean':>8}{'std':>6}{'gap':>7}"
-        f"{'state B':>9}{'saved kB':>10}  after training"
+        f"{'state B':>9}{'saved kB':>10}{'differ':>8}  after training"
     ]
     for row in rows:
         steep = "" if row["steepness"] is None else f"{row['steepness']:g}"
         saved = row.get("file_converted", row["file"]) / 1e3
+        differs = row.get("packed_differs" if row["method"] in OURS else "converted_differs")
         lines.append(
             f"{row['task']:22}{row['bits']:5} {row['method']:15}{row['lr']:6g}{steep:>6}{row['mean']:8.2f}"
             f"{row['std']:6.2f}{floats[row['task']] - row['mean']:7.2f}"
-            f"{row['state_bytes'] / row['parameters']:9.2f}{saved:10.1f}  {outcome(row)}"
+            f"{row['state_bytes'] / row['parameters']:9.2f}{saved:10.1f}{'' if differs is None else sum(differs):>8}  "
+            f"{outcome(row)}"
         )
     return "\n".join(lines)
 
@@ -182,9 +185,12 @@ def outcome(row: dict[str, Any]) -> str:
         return f"quantopt.pack: {row['bits']} bits a weight"
     if row["method"] not in PARQ:
         return "float"
+    said = f"float32 weights on {row['levels']} levels: torchao_convert fails"
     if "file_converted" in row:
-        return "torchao_convert: a byte a weight"
-    return f"float32 weights on {row['levels']} levels: torchao_convert fails"
+        said = "torchao_convert: a byte a weight"
+    if "file_packed_by_ours" in row:
+        said += f"; quantopt.pack makes {row['file_packed_by_ours'] / 1e3:.1f} kB of it"
+    return said
 
 
 # ---- times ----
