@@ -25,6 +25,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +161,8 @@ def accuracies(tasks: Sequence[tuple[Task, Dataset]], out: Path) -> list[dict[st
 
 def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text. gap: what the mean is below float; state: bytes that the optimizer keeps for each parameter;
-    saved: kB of the file that the library's user ends up with; differ: of the test images that were compared, those that
-    the network in it puts into another class than the weights on their levels."""
+    saved: kB of the file that the library's user ends up with; differ: of the test images that were compared, those
+    that the network in it puts into another class than the weights on their levels."""
     floats = {row["task"]: row["mean"] for row in rows if row["method"] == "sgd"}
     lines = [
         f"{'task':22}{'bits':>5} {'method':15}{'rate':>6}{'steep':>6}{'mean':>8}{'std':>6}{'gap':>7}"
@@ -318,6 +320,8 @@ def main() -> int:
     path = Path(arguments.json)
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if arguments.only != "table":
+        if find_spec("torchao") is None:
+            sys.exit("bench/parq.py compares with torchao, which is not installed: pip install torchao")
         tasks = [(task, data.load("digits")) for task in DIGITS]
         if arguments.data:
             tasks.append((given(arguments.data, arguments.limit), data.load(arguments.data)))
@@ -326,11 +330,13 @@ def main() -> int:
             if arguments.only == "accuracy"
             else times(tasks, arguments.min_time)
         )
-        result[arguments.only] = {**header("cpu", arguments.threads), "rows": rows}
+        facts = {"torchao": version("torchao"), "tasks": [asdict(task) for task, _ in tasks]}
+        result[arguments.only] = {**header("cpu", arguments.threads), **facts, "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
     for part, text in (("accuracy", accuracy_table), ("times", common.table)):
         if part in result and arguments.only in (part, "table"):
-            print(f"{part}: {result[part]['device']}; commit {result[part]['commit']}")
+            of = result[part]
+            print(f"{part}: {of['device']}; torchao {of['torchao']}; commit {of['commit']}")
             print(text(result[part]["rows"]))
     return 0
 
