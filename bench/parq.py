@@ -285,6 +285,22 @@ def forward_times(task: Task, dataset: Dataset, bits: int, min_time: float) -> l
     return rows
 
 
+def why_not_packed(bits: int) -> str | None:
+    """Whether torchao packs weights of so many bits on this processor: None, or why not."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
+
+    config = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        weight_granularity=PerGroup(32),
+        intx_packing_format="opaque_torchao_auto",
+    )
+    try:
+        quantize_(nn.Sequential(nn.Linear(512, 512, bias=False)), config)
+    except Exception as error:  # an assertion where the kernels are missing
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
 def check(name: str, y: Tensor, expected: Tensor) -> None:
     """Stops unless both are equal up to rounding."""
     error = float((y - expected).norm() / expected.norm())
@@ -330,14 +346,19 @@ def main() -> int:
             if arguments.only == "accuracy"
             else times(tasks, arguments.min_time)
         )
-        facts = {"torchao": version("torchao"), "tasks": [asdict(task) for task, _ in tasks]}
+        facts: dict[str, Any] = {"torchao": version("torchao"), "tasks": [asdict(task) for task, _ in tasks]}
+        if arguments.only == "times":
+            facts["why_torchao_does_not_pack"] = {str(bits): why_not_packed(bits) for bits in BITS}
         result[arguments.only] = {**header("cpu", arguments.threads), **facts, "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
     for part, text in (("accuracy", accuracy_table), ("times", common.table)):
         if part in result and arguments.only in (part, "table"):
             of = result[part]
             print(f"{part}: {of['device']}; torchao {of['torchao']}; commit {of['commit']}")
-            print(text(result[part]["rows"]))
+            print(text(of["rows"]))
+            for bits, why in of.get("why_torchao_does_not_pack", {}).items():
+                if why is not None:
+                    print(f"no packed format of torchao for {bits} bit on this processor: {why}")
     return 0
 
 
