@@ -6,18 +6,18 @@
 
 PARQ (torchao.prototype.parq) is set up as the README of torchao and the CIFAR-10 script of its authors
 (facebookresearch/parq, scripts/qat_resnet_cifar10.sh) do: QuantOptimizer around SGD with momentum, a new set of levels
-every 10 steps, ProxPARQ from the first step to three quarters of the training, weight decay 2e-4. Its methods:
+every 10 steps, ProxPARQ from the warm-up to three quarters of the training, weight decay 2e-4. Its methods:
 
     parq            least-squares levels (LSBQuantizer), one set for a tensor, as in that script
     parq-channel    levels of StretchedUnifTorchaoQuantizer for each row: those that torchao_convert takes
     parq-hard       as parq, straight-through (ProxHardQuant)
 
-Ours are the recipes of the package, with one scale for a tensor. Layers, learning-rate schedule (a cosine), settings of
-all other parameters and the estimate of the batch norm's statistics at the end are the same for all. Of each method
-three learning rates of the quantised weights are tried with one bit and one seed on held-out training images, and up to
-two more while the best is an end of them; parq and parq-channel have two tries more, of the steepness, since our
-schedules were chosen on this network before. Then three seeds train with one and with two bits. The table has the test
-accuracy of the weights on their levels.
+Ours are the recipes of the package, with one scale for a tensor. Layers, learning-rate schedule (a warm-up, then a
+cosine), settings of all other parameters and the estimate of the batch norm's statistics at the end are the same for
+all. Of each method three learning rates of the quantised weights (of float: of all) are tried with one bit and one seed
+on held-out training images, and up to two more while the best is an end of them; parq and parq-channel have two tries
+more, of the steepness, since our schedules were chosen on this network before. Then three seeds train with one and with
+two bits. The table has the test accuracy of the weights on their levels.
 """
 
 import json

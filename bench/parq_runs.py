@@ -27,7 +27,7 @@ ANNEALED_METHODS = ("parq", "parq-channel")
 PARQ = (*ANNEALED_METHODS, "parq-hard")
 STEEPNESS = (10.0, 1.0, 50.0)  # of ProxPARQ; the first is torchao's default
 SKIP = ("first", "last")
-WARMUP = 0.03  # of the steps, as our recipe of STAM has; the script of PARQ's authors has 200 steps
+WARMUP = 0.03  # of the steps, of the rate for all, and before PARQ quantises: 200 steps in the script of its authors
 ANNEALED = 0.75  # of the steps, as in that script: 150 of 200 epochs
 DECAY = 2e-4
 PERIOD = 10  # steps from one set of levels to the next: QuantOptimizer's default
@@ -103,6 +103,7 @@ def trainer_of(run: Run, dataset: Dataset, epochs: int | None = None) -> Trainer
         batch_size=task.batch_size,
         seed=run.seed,
         lr=run.lr,
+        warmup=WARMUP,
         skip=list(SKIP),
         validation=task.held if run.held_out else None,
         limit=task.images,
@@ -117,7 +118,7 @@ def trainer_of(run: Run, dataset: Dataset, epochs: int | None = None) -> Trainer
         rates = {"lr": trainer.config.float_lr, "weight_decay": trainer.config.float_weight_decay}
         opt = parq_optimizer(run.method, run.bits, trainer.model, run.lr, total, run.steepness, rates)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            opt.base_optimizer, lambda step: optimizers.schedule(step, total, 0.0)
+            opt.base_optimizer, lambda step: optimizers.schedule(step, total, WARMUP)
         )
         trainer.optimizer = optimizers.Optimizer(opt, scheduler, None, None)
     return trainer
