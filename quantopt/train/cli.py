@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser(
         "train",
         help="train a network",
-        description="Trains a network and packs it. Writes report.json, checkpoint.pt (after every epoch), curves.png, "
-        "weights.png and, except for sgd, model.safetensors (packed).",
+        description="Trains a network and packs it. Writes report.json, metrics.csv, checkpoint.pt (after every "
+        "epoch), curves.png, weights.png and, except for sgd, model.safetensors (packed).",
     )
     command.add_argument(
         "--recipe",
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"
     )
     add_option(command, _MINUTES)
+    _add_tensorboard(command)
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     command.add_argument("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)  # of a sweep
     command.set_defaults(run=commands.train)
@@ -106,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "lm",
         help="train a language model on a text file",
         description="Trains a small language model on the bytes of a text file, its linear layers with quantised "
-        "weights, and packs it. Writes report.json, checkpoint.pt, curves.png, weights.png and, except in full "
-        "precision, model.safetensors (packed). Needs the transformers library.",
+        "weights, and packs it. Writes report.json, metrics.csv, checkpoint.pt, curves.png, weights.png and, except in "
+        "full precision, model.safetensors (packed). Needs the transformers library.",
     )
     command.add_argument(
         "--recipe",
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"
     )
     add_option(command, _MINUTES)
+    _add_tensorboard(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=language_models.train)
 
@@ -200,6 +202,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=commands.env)
     return parser
+
+
+def _add_tensorboard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tensorboard",
+        type=nonempty,
+        metavar="DIR",
+        help="write the curves and the histograms of the weights there too, as event files of TensorBoard, one run to a "
+        "directory",
+    )
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
