@@ -1,4 +1,4 @@
-"""The command line: `quantopt train | sweep | lm | sample | eval | pack | env`, also `python -m quantopt`, and
+"""The command line: `quantopt train | sweep | lm | sample | eval | pack | report | env`, also `python -m quantopt`, and
 `torchrun -m quantopt train`.
 
 Exit status: 0 done, 1 training failed (the loss became infinite), 2 a bad argument or input (named on stderr),
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"quantopt {quantopt.__version__}")
     subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="train | sweep | lm | sample | eval | pack | env"
+        dest="command", required=True, metavar="train | sweep | lm | sample | eval | pack | report | env"
     )
 
     command = subparsers.add_parser(
@@ -192,6 +192,27 @@ def _parser() -> argparse.ArgumentParser:
     add_option(command, _DATA_OF_RUN)
     add_option(command, OPTIONS["device"])
     command.set_defaults(run=commands.pack)
+
+    command = subparsers.add_parser(
+        "report",
+        help="write a page of HTML about runs",
+        description="Writes what runs of quantopt train, quantopt lm and quantopt sweep measured as one page of HTML, "
+        "which opens offline: curves, histograms of the weights over the training, a table of layers, size and speed.",
+    )
+    command.add_argument(
+        "directories",
+        type=nonempty,
+        nargs="+",
+        metavar="DIR",
+        help="a run's directory, or one of several runs, such as a sweep's",
+    )
+    command.add_argument(
+        "--out",
+        type=nonempty,
+        metavar="FILE",
+        help="file to write (DIR/report.html; of several directories report.html in the working directory)",
+    )
+    command.set_defaults(run=commands.page)
 
     command = subparsers.add_parser(
         "env",

@@ -33,6 +33,7 @@ from quantopt.train.directory import (
 from quantopt.train.errors import InputError, writing
 from quantopt.train.lm import commands as language_models
 from quantopt.train.optimizers import FLOAT
+from quantopt.train.page import write as write_page
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -219,6 +220,13 @@ def _pack(
         quantopt.save(packed, out)
     print(report.table({config.optimizer: result.report}))
     print(f"\nepoch {trainer.epoch} of {config.epochs}; written: {out}")
+    return 0
+
+
+def page(arguments: argparse.Namespace) -> int:
+    directories = [Path(directory) for directory in arguments.directories]
+    out = None if arguments.out is None else Path(arguments.out)
+    print(f"written: {write_page(directories, out)}")
     return 0
 
 

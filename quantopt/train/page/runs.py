@@ -4,7 +4,7 @@ too."""
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from quantopt.train.directory import CHECKPOINT, REPORT, read_checkpoint
 from quantopt.train.errors import InputError, shown
 from quantopt.train.lm import loop as language_models
 from quantopt.train.measure import plain_histograms
-from quantopt.train.optimizers import FLOAT, has_levels
+from quantopt.train.optimizers import has_levels
 from quantopt.train.series import positions
 
 _NUMBERS = {
@@ -185,10 +185,7 @@ def _run(directory: Path, contents: Mapping[str, Any], is_finished: bool) -> Run
     every = contents.get("curve_every", _EVERY) if is_language else 1
     checkpoint.check_number(every, "curve_every", 1, 2**63, kind=int)
     numbers = [_number(contents, key) if is_finished else None for key in _NUMBERS[is_language]]
-    is_quantised = config["optimizer"] in FLOAT or has_levels(config["optimizer"], config.get("bits"))
     is_quantised = has_levels(config["optimizer"], config.get("bits"))
-    if not is_language and numbers[0] is None:  # of luq
-        numbers[0] = numbers[1] if not is_quantised else None
     histograms, layers = _histograms(contents.get("histograms")), _layers(contents.get("layers"))
     name = directory.name or directory.resolve().name or str(directory)
     return Run(
@@ -303,11 +300,3 @@ def _layer(row: Mapping[str, Any]) -> Layer:
         numbers[1],
         numbers[2],
     )
-
-
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation where there are several."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
