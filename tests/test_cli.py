@@ -82,7 +82,14 @@ def test_train_shows_progress_and_writes_everything(patterns, tmp_path, capsys):
         assert shown in captured.err
     assert "stam" in captured.out and str(out) in captured.out
     names = {file.name for file in out.iterdir()}
-    assert names == {"report.json", "checkpoint.pt", "model.safetensors", "curves.png", "weights.png", "metrics.csv"}
+    assert names == {
+        "report.json",
+        "checkpoint.pt",
+        "model.safetensors",
+        "curves.png",
+        "weights.png",
+        "metrics.csv",
+    }
     written = json.loads((out / "report.json").read_text())
     assert written["config"]["model"] == "mlp" and written["config"]["optimizer"] == "stam"
     assert written["config"]["lr"] == 1.0 and written["config"]["batch_size"] == 64

@@ -67,6 +67,7 @@ class Board:
         if self._writer is not None:
             self._writer.close()
 
+
 @contextmanager
 def opened(directory: str | None) -> Iterator[Callable[[Any], None] | None]:
     """Context of the event files of a run in `directory`: what writes the points of a Trainer that are not written yet.

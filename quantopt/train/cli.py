@@ -216,10 +216,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subparsers.add_parser(
         "env",
-        help="print versions, devices and backends",
-        description="Prints versions, the instruction set, the CUDA build and device, and which backend each operation "
-        "would use and why.",
+        help="say what is fast here and what is not",
+        description="Prints, for optimizer steps and packed products, what runs them here and whether that is fast, else "
+        "why not and what to do; how the extension was built; and which extras are installed.",
     )
+    command.add_argument("--all", action="store_true", help="all versions, and the reason for each backend")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=commands.env)
     return parser

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import quantopt
-from quantopt.train import board, data, environment, loop, measure, models, ranks, recipes, report
+from quantopt.train import board, data, environment, loop, measure, models, ranks, recipes, report, screen
 from quantopt.train import sweep as runs
 from quantopt.train.arguments import given
 from quantopt.train.checkpoint import KEYS
@@ -232,5 +232,8 @@ def page(arguments: argparse.Namespace) -> int:
 
 def env(arguments: argparse.Namespace) -> int:
     facts = environment.describe()
-    print(json.dumps(facts, indent=1) if arguments.json else environment.text(facts))
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(environment.text(facts) if arguments.all else screen.text(facts))
     return 0

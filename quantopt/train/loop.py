@@ -295,7 +295,9 @@ class Trainer:
             checkpoint.check_curves(curves, epoch, self._has_value)
             histograms = state["histograms"]
             checkpoint.check_histograms(histograms, self.histograms[:1], epoch + 1)
-            flips = layer_table.check_flips(state["layer_flips"], list(self.layer_flips), curves["sign_flips"])
+            flips = layer_table.check_flips(
+                state["layer_flips"], list(self.layer_flips), curves["sign_flips"]
+            )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state, epoch * self.steps_per_epoch)
         self.epoch, self.seconds, self.update_seconds = epoch, state["seconds"], state["update_seconds"]

@@ -32,9 +32,7 @@ from quantopt.train.measure import histogram, plain_histograms, tensor_bytes
 from quantopt.train.report import CURVES_PNG, WEIGHTS_PNG, plot_curves, plot_weights, write_json
 from quantopt.train.series import METRICS_CSV, positions, write_csv
 
-_PARTS = (
-    "config step seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms layer_flips"
-)
+_PARTS = "config step seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms layer_flips"
 KEYS = frozenset(_PARTS.split())
 """What a checkpoint holds."""
 

@@ -32,7 +32,9 @@ def write(directories: Sequence[Path], out: Path | None = None) -> Path:
     try:
         from quantopt.train.page import html
 
-        written = html.page([run for _, run in found], datetime.datetime.now().astimezone().isoformat(" ", "minutes"))
+        written = html.page(
+            [run for _, run in found], datetime.datetime.now().astimezone().isoformat(" ", "minutes")
+        )
     except ImportError as error:
         raise InputError("report", f"needs matplotlib: pip install 'quantopt[train]' ({error})") from None
     with writing(out):

@@ -1,18 +1,20 @@
 """The figures of a page: SVG as text, to stand inside HTML. They have numbers in them, and no name that a user chose."""
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantopt.train.page.runs import Histograms, Run
+from quantopt.train.page.runs import Histograms, Layers, Run
 from quantopt.train.report import OPTIONAL_CURVE
 
 WIDTH = 300  # units of a viewBox, in which text is 9 high: 12 pixels where a figure is 400 wide
 _HEIGHT = 190
 _INK, _LINE = "#010101", "#c9c9c9"  # become the colours of the page
 COLORMAP = "viridis"
+MOMENTS = ("#999999", "#E69F00", "#0072B2", "#D55E00")  # colours of the moments of a run
 LEAST_SHARE = 0.01  # percent of the weights in a bin, the low end of the colours
 
 _SETTINGS: dict[str, Any] = {
@@ -63,7 +65,7 @@ def curves(key: str, scale: str, series: Mapping[str, Sequence[Run]], styles: Ma
         return ""
 
     def draw(panel: Any) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         for x, y, style in lines:
             if len(x) == 1:
@@ -72,7 +74,7 @@ def curves(key: str, scale: str, series: Mapping[str, Sequence[Run]], styles: Ma
         panel.set_yscale(scale, **({"linthresh": 1} if scale == "symlog" else {}))
         panel.grid(alpha=0.6, linewidth=0.6)
         panel.set_xlabel(next(iter(series.values()))[0].unit)
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        panel.xaxis.set_major_locator(_whole_numbers())
         values = [value for _, y, _ in lines for value in y]
         if scale == "log":
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
@@ -80,9 +82,9 @@ def curves(key: str, scale: str, series: Mapping[str, Sequence[Run]], styles: Ma
                 panel.yaxis.set_major_locator(LogLocator(numticks=6))
         if scale == "symlog":
             panel.set_ylim(bottom=0, top=2 * max(*values, 1))
+        if key == "fraction_feasible":
+            panel.set_ylim(0, 104)
         panel.yaxis.set_minor_formatter(NullFormatter())
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
     return _svg(draw)
 
@@ -108,6 +110,8 @@ def _mean(found: Sequence[Sequence[float | None]]) -> list[float | None]:
 
 def short(value: float) -> str:
     """A number on an axis: 0.02, 1.5, 20k, 3M."""
+    if value < 0:
+        return f"−{short(-value)}"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.3g}{name}"
@@ -121,7 +125,6 @@ def weights(histograms: Histograms, at: Sequence[int], unit: str) -> str:
     def draw(panel: Any) -> None:
         import numpy as np
         from matplotlib.colors import LogNorm
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         counts = np.array(histograms.counts)
         share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -140,11 +143,73 @@ def weights(histograms: Histograms, at: Sequence[int], unit: str) -> str:
         )
         panel.set_xlabel(unit)
         panel.set_ylabel("weight / level")
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        panel.xaxis.set_major_locator(_whole_numbers())
 
     return _svg(draw)
+
+
+def moments(histograms: Histograms, at: Sequence[int], unit: str) -> tuple[str, list[tuple[str, str]]]:
+    """(the histogram of the weights at up to four moments, from before training to the last; what is to be said of each
+    line: its colour and its moment)."""
+    last = len(histograms.counts) - 1
+    chosen = list(dict.fromkeys(round(last * part / 3) for part in range(4)))
+    times = [0, *at]
+    words = [f"{unit} {times[min(histograms.points[i], len(at))]:,}" for i in chosen]
+
+    def draw(panel: Any) -> None:
+        import numpy as np
+
+        for color, i in zip(MOMENTS, chosen, strict=False):
+            counts = np.array(histograms.counts[i])
+            edges = np.linspace(-histograms.limit, histograms.limit, len(counts) + 1)
+            share = 100 * counts / max(counts.sum(), 1)
+            panel.stairs(
+                np.maximum(share, LEAST_SHARE), edges, baseline=LEAST_SHARE, color=color, linewidth=1.3
+            )
+        panel.set_yscale("log")
+        panel.set_ylim(LEAST_SHARE, 130)
+        panel.grid(alpha=0.6, linewidth=0.6)
+        panel.set_xlabel("weight / level")
+        panel.set_ylabel("% of the weights")
+
+    return _svg(draw), list(zip(MOMENTS, words, strict=False))
+
+
+def layer_flips(layers: Layers, at: Sequence[int], unit: str) -> str:
+    """Sign flips of each layer, a row from the top, over the course of a run, in percent of its weights. "" where they
+    are not known."""
+    rows = []
+    for layer in layers.rows:
+        counts = [count for count in layer.flips if count is not None]
+        rows.append([100 * count / max(math.prod(layer.shape), 1) for count in counts])
+    if not rows or not at or {len(row) for row in rows} != {len(at)}:
+        return ""
+
+    def draw(panel: Any) -> None:
+        import numpy as np
+        from matplotlib.colors import LogNorm
+
+        half = at[-1] / len(at) / 2
+        panel.imshow(
+            np.maximum(np.array(rows), LEAST_SHARE),
+            aspect="auto",
+            interpolation="none",
+            cmap=COLORMAP,
+            norm=LogNorm(LEAST_SHARE, 100, clip=True),
+            extent=(at[0] - half, at[-1] + half, len(rows) + 0.5, 0.5),
+        )
+        panel.set_xlabel(unit)
+        panel.set_ylabel("layer")
+        panel.xaxis.set_major_locator(_whole_numbers())
+        panel.yaxis.set_major_locator(_whole_numbers())
+
+    return _svg(draw)
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def gradient() -> str:
@@ -170,12 +235,16 @@ def _svg(draw: Any) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     text = io.StringIO()
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(WIDTH / 72, _HEIGHT / 72), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure.subplots())
+        panel = figure.subplots()
+        draw(panel)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         figure.savefig(text, format="svg", metadata={"Date": None})
     return _inline(text.getvalue())
 

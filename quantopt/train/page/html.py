@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 import quantopt
 from quantopt.train.lm import loop as language_models
 from quantopt.train.page import figures
-from quantopt.train.page.runs import Layers, Run
+from quantopt.train.page.runs import Histograms, Layers, Run
 from quantopt.train.page.style import CSS
 from quantopt.train.report import PANELS, styles
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _RELAXATIONS = (("kappa", "kappa", "log"), ("reg_strength", "reg_strength", "log"))
-_OPEN_TABLES = 3  # tables of layers that are not folded
+_ALONE = ("#0072B2", (0, ()))  # colour and dashes of the only series
+_MEASURES = {
+    False: "Accuracy on the test images, in percent: of the latent weights, of their projection to the levels, and packed.",
+    True: "Loss on the validation part, in nats per byte: of the weights that training ran with, projected, and packed.",
+}
+_OPEN_TABLES = 2  # tables of layers that are not folded
 
 
 class _Cell(NamedTuple):
@@ -54,7 +59,9 @@ def page(runs: Sequence[Run], date: str) -> str:
     parts += _missing(runs)
     origins = dict.fromkeys(run.origin for run in runs if run.origin)
     made = "; ".join(f"made with {text(origin)}" for origin in origins)
-    parts.append(f"<footer>Page by quantopt {text(quantopt.__version__)}. Runs {made or 'of unknown origin'}.</footer>")
+    parts.append(
+        f"<footer>Page by quantopt {text(quantopt.__version__)}. Runs {made or 'of unknown origin'}.</footer>"
+    )
     return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
 
 
@@ -63,11 +70,11 @@ def _kind(runs: Sequence[Run]) -> list[str]:
     series: dict[str, list[Run]] = {}
     for run in runs:
         series.setdefault(run.series, []).append(run)
-    looks = dict(zip(series, styles(len(series)), strict=True))
+    looks = dict(zip(series, styles(len(series)) if len(series) > 1 else [_ALONE], strict=True))
     parts = []
     if len(runs) == 1 and runs[0].packed is not None:
         parts.append(_tiles(runs[0]))
-    parts += ["<h2>Runs</h2>", _table_of_runs(runs)]
+    parts += [f'<h2>Runs</h2>\n<p class="soft">{_MEASURES[runs[0].is_language]}</p>', _table_of_runs(runs)]
     if len(runs) > len(series):
         parts += ["<h3>Over the seeds</h3>", _table_of_series(series)]
     parts += ["<h2>Curves</h2>", *_curves(series, looks)]
@@ -93,7 +100,13 @@ def _bytes(value: float | None) -> str:
 
 
 def _times(over: float | None, under: float | None) -> str:
-    return "–" if not over or not under else f"{over / under:.2f}x" if over < 10 * under else f"{over / under:.1f}x"
+    return (
+        "–"
+        if not over or not under
+        else f"{over / under:.2f}x"
+        if over < 10 * under
+        else f"{over / under:.1f}x"
+    )
 
 
 def _count(value: float, word: str) -> str:
@@ -150,14 +163,14 @@ def _names(words: Iterable[str]) -> list[str | _Cell]:
 
 def _table_of_runs(runs: Sequence[Run]) -> str:
     language = runs[0].is_language
-    before, unit = ("in training", "loss") if language else ("latent", "accuracy, %")
+    before, unit = ("in training", "") if language else ("latent", " %")
     head = [
         *_names(["run", "network", "optimizer"]),
         "bits",
         *_names(["data"]),
         "seed",
         f"{runs[0].unit}s",
-        *(f"{unit}: {word}" for word in (before, "projected", "packed")),
+        *(f"{word}{unit}" for word in (before, "projected", "packed")),
         "seconds",
     ]
     rows = []
@@ -247,9 +260,10 @@ def _legend(series: Mapping[str, Sequence[Run]], looks: Mapping[str, Any]) -> st
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
-def _figure(caption: str, svg: str, note: str = "") -> str:
+def _figure(caption: str, svg: str, note: str | _Cell = "") -> str:
     svg = svg.replace('role="img"', f'role="img" aria-label="{text(caption)}"', 1)
-    small = f"<small>{text(note)}</small>" if note else ""
+    inner = text(note) if isinstance(note, str) else note.html
+    small = f"<small>{inner}</small>" if inner else ""
     return f"<figure><figcaption>{text(caption)}{small}</figcaption>{svg}</figure>\n"
 
 
@@ -264,9 +278,24 @@ def _weights(series: Mapping[str, Sequence[Run]]) -> list[str]:
     for name, runs in series.items():
         shown = next((run for run in runs if run.histograms is not None), None)
         if shown is not None and shown.histograms is not None:
-            note = f"seed {shown.config.get('seed')} of {len(runs)}" if len(runs) > 1 else ""
+            note = f"seed {shown.config.get('seed')}" if len(runs) > 1 else ""
             drawn.append(_figure(name, figures.weights(shown.histograms, shown.at, shown.unit), note))
+            if len(series) == 1:
+                drawn += _details_of(shown, shown.histograms)
     return [*parts, f'<div class="figures">{"".join(drawn)}</div>']
+
+
+def _details_of(run: Run, histograms: Histograms) -> list[str]:
+    """More of the weights, where a single series has the room."""
+    svg, lines = figures.moments(histograms, run.at, run.unit)
+    marks = "".join(
+        f'<span class="mark" style="background: {color}"></span>{text(words)} &ensp;'
+        for color, words in lines
+    )
+    drawn = [_figure("histogram", svg, _Cell(marks))]
+    if run.layers is not None and (svg := figures.layer_flips(run.layers, run.at, run.unit)):
+        drawn.append(_figure("sign flips of each layer", svg, "% of its weights, colours as above"))
+    return drawn
 
 
 def _layers(runs: Sequence[Run]) -> list[str]:
@@ -279,12 +308,12 @@ def _layers(runs: Sequence[Run]) -> list[str]:
         "to the next.</p>"
     ]
     found = [(run, run.layers) for run in runs if run.layers is not None]
-    for run, layers in found:
+    for number, (run, layers) in enumerate(found):
         table = _table_of_layers(run, layers)
         if len(found) == 1:
             parts.append(table)
         else:
-            open_ = " open" if len(found) <= _OPEN_TABLES else ""
+            open_ = " open" if number < _OPEN_TABLES else ""
             parts.append(f"<details{open_}><summary>{text(run.name)}</summary>{table}</details>")
     return parts
 
@@ -320,9 +349,7 @@ def _table_of_layers(run: Run, layers: Layers) -> str:
                 f"{change:+.4f}" if run.is_language else f"{change:+.2f}",
             ]
         )
-    summary = (
-        f"No layer projected: {_quality(run, layers.none)}. All: {_quality(run, layers.all)}. Measured on {layers.sample}."
-    )
+    summary = f"No layer projected: {_quality(run, layers.none)}. All: {_quality(run, layers.all)}. Measured on {layers.sample}."
     return f'<p class="soft">{text(summary)}</p>{_table(head, rows)}'
 
 

@@ -29,19 +29,24 @@ ul.legend svg { width: 30px; height: 8px; margin-right: 7px; vertical-align: mid
 .tiles div { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .tiles b { display: block; font-size: 25px; line-height: 1.25; font-weight: 650; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px; }
-figure { margin: 0; padding: 10px 10px 6px; background: var(--panel); border-radius: 8px; min-width: 0; }
+figure { margin: 0; padding: 10px 10px 6px; background: var(--panel); border-radius: 8px; min-width: 0; display: flex; flex-direction: column; }
 figcaption { font-weight: 600; font-size: 14px; padding: 0 4px 4px; overflow-wrap: anywhere; }
 figcaption small { font-weight: 400; display: block; }
-figure svg { display: block; width: 100%; height: auto; overflow: visible; font-family: inherit; }
+figure svg { display: block; margin-top: auto; width: 100%; height: auto; overflow: visible; font-family: inherit; }
+@media (max-width: 560px) {
+  main { padding: 18px 12px 28px; }
+  figure { padding: 8px 6px 6px; }
+}
 .scroll { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bottom; white-space: normal; min-width: 4.6em; }
+th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 td.name { max-width: 22em; min-width: 9em; white-space: normal; overflow-wrap: anywhere; }
 td.text, th.text { text-align: left; }
 .spark { width: 80px; height: 20px; vertical-align: middle; color: var(--accent); margin-left: 8px; }
 .bar { display: block; height: 5px; border-radius: 3px; background: var(--accent); margin: 1px 0 2px auto; }
+.mark { display: inline-block; width: 18px; height: 4px; border-radius: 2px; margin-right: 5px; vertical-align: middle; }
 .shares { display: inline-block; width: 120px; height: 10px; border-radius: 3px; margin: 0 6px; }
 details { margin-bottom: 8px; }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0; overflow-wrap: anywhere; }
