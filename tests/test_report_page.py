@@ -1,4 +1,4 @@
-"""`quantopt report`: what the page shows, how it treats old, unfinished and damaged runs, and how a browser draws it."""
+"""`quantopt report`: what the page shows, old, unfinished and damaged runs, and how a browser draws it."""
 
 import functools
 import html
@@ -190,7 +190,7 @@ def test_directories_without_runs(tmp_path: Path) -> None:
         InputError, match=r"DIR: .* holds no run: neither it nor a directory in it has report.json"
     ):
         page.write([tmp_path])
-    with pytest.raises(InputError, match="DIR: .*nothing is not a directory"):
+    with pytest.raises(InputError, match=r"DIR: .*nothing is not a directory"):
         page.write([tmp_path / "nothing"])
 
 
@@ -218,7 +218,7 @@ def test_the_table_of_layers(dataset: Any) -> None:
     names = [row["name"] for row in report["rows"]]
     with optimizer.quantized():
         quantised = {name: weights[name].detach().clone() for name in names}
-    table = layer_table.measure(optimizer, dict.fromkeys(names, []), "accuracy", "", evaluate)
+    table = layer_table.measure(optimizer, {name: [] for name in names}, "accuracy", "", evaluate)
     assert [row["alone"] for row in table["rows"]] == [1.0] * len(names)
     assert (table["none"], table["all"]) == (0.0, len(names))
     for i, name in enumerate(names):
@@ -356,7 +356,8 @@ def test_in_a_browser(images: tuple[Path, Result], language: Path, sweep: Path, 
     file = tmp_path / "frames.html"
     file.write_text(f'<!DOCTYPE html><meta charset="utf-8">{script}{frames}', encoding="utf-8")
     switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    switches += f"disable-component-update disable-sync hide-scrollbars dump-dom enable-logging=stderr user-data-dir={tmp_path / 'profile'}"
+    switches += "disable-component-update disable-sync hide-scrollbars dump-dom enable-logging=stderr "
+    switches += f"user-data-dir={tmp_path / 'profile'}"
     command = [str(BROWSER), *(f"--{switch}" for switch in switches.split()), file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     said = re.findall(r"CONSOLE.*", done.stderr)

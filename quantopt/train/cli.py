@@ -217,8 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser(
         "env",
         help="say what is fast here and what is not",
-        description="Prints, for optimizer steps and packed products, what runs them here and whether that is fast, else "
-        "why not and what to do; how the extension was built; and which extras are installed.",
+        description="Prints, for optimizer steps and packed products, what runs them here and whether that is fast, "
+        "else why not and what to do; how the extension was built; and which extras are installed.",
     )
     command.add_argument("--all", action="store_true", help="all versions, and the reason for each backend")
     command.add_argument("--json", action="store_true", help="as JSON")
@@ -231,8 +231,8 @@ def _add_tensorboard(command: argparse.ArgumentParser) -> None:
         "--tensorboard",
         type=nonempty,
         metavar="DIR",
-        help="write the curves and the histograms of the weights there too, as event files of TensorBoard, one run to a "
-        "directory",
+        help="write the curves and the histograms of the weights there too, as event files of TensorBoard, one run "
+        "to a directory",
     )
 
 

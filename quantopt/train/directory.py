@@ -164,7 +164,8 @@ def write_checkpoint(out: Path, state: dict[str, Any], hold: Hold | None = None)
 
 
 def write_run(out: Path, result: Result, hold: Hold | None = None) -> None:
-    """Writes a finished run's model.safetensors, plots, metrics.csv and report.json, the report last; `hold` as above."""
+    """Writes a finished run's model.safetensors, plots, metrics.csv and report.json, the report last; `hold` as
+    above."""
     if hold is not None:
         hold.check()
     name = result.report["config"]["optimizer"]

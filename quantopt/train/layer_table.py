@@ -10,6 +10,9 @@ from quantopt.optim import views
 from quantopt.optim.base import LevelOptimizer
 from quantopt.optim.sharded import local
 from quantopt.train.checkpoint import check_number
+from quantopt.train.measure import evaluate, reestimate_batch_norm, spread
+
+_IMAGES = 1000
 
 Flips = dict[str, list[int | None]]
 """Of each quantised weight, by its name, the sign flips at each point of the curves; None where an earlier version did
@@ -27,7 +30,7 @@ def _weights(optimizer: LevelOptimizer) -> Iterator[tuple[str, dict[str, Any], n
 
 
 @torch.no_grad()
-def metrics(optimizer: LevelOptimizer) -> dict[str, dict[str, Any]]:
+def metrics(optimizer: Any) -> dict[str, dict[str, Any]]:
     """`LevelOptimizer.metrics` of each quantised weight by itself, by its name. As there, sign flips are counted from
     the last call."""
     return {
@@ -65,11 +68,11 @@ def check_flips(saved: Any, names: Sequence[str], total: Sequence[int | None]) -
 
 @torch.no_grad()
 def measure(
-    optimizer: LevelOptimizer, flips: Flips, quality: str, sample: str, evaluate: Callable[[], float]
+    optimizer: LevelOptimizer, flips: Flips, quality: str, sample: str, quality_of: Callable[[], float]
 ) -> dict[str, Any]:
     """The part `layers` of a report.
 
-    quality: "accuracy" (percent) or "loss" (nats per byte), which `evaluate()` gives of the network as it is. sample:
+    quality: "accuracy" (percent) or "loss" (nats per byte), which `quality_of()` gives of the network as it is. sample:
     in words, what it is measured on. `none` and `all` are the quality with no weight and with every weight projected;
     `alone` of a row is that with its weight projected and all others latent. `error` is |w - q| / |w| (2-norms) of the
     latent weight w and its projection q; `scale` the mean scale, `flips` the sign flips at each point of the curves.
@@ -78,7 +81,7 @@ def measure(
     for name, group, p in _weights(optimizer):
         w, q = local(views.operand(optimizer, p)), views.projected(optimizer, group, p)
         with views.swapped(optimizer, lambda g, other, p=p: _chosen(optimizer, g, other, p)):  # type: ignore[misc]
-            alone = evaluate()
+            alone = quality_of()
         rows.append(
             {
                 "name": name,
@@ -92,9 +95,9 @@ def measure(
             }
         )
     with optimizer.latent():
-        none = evaluate()
+        none = quality_of()
     with optimizer.quantized():
-        every = evaluate()
+        every = quality_of()
     return {"quality": quality, "sample": sample, "none": none, "all": every, "rows": rows}
 
 
@@ -102,3 +105,30 @@ def _chosen(
     optimizer: LevelOptimizer, group: dict[str, Any], p: nn.Parameter, projected: nn.Parameter
 ) -> torch.Tensor:
     return views.projected(optimizer, group, p) if p is projected else local(views.operand(optimizer, p))
+
+
+@torch.no_grad()
+def of_images(
+    optimizer: LevelOptimizer,
+    flips: Flips,
+    model: nn.Module,
+    train_images: torch.Tensor,
+    augment: str,
+    test_images: torch.Tensor,
+    test_labels: torch.Tensor,
+) -> dict[str, Any]:
+    """:func:`measure` of a network of images, on 1000 test images at most, evenly spaced. Batch-norm statistics are
+    estimated anew for each number, on as many training images. Leaves the network as it was."""
+    chosen = spread(len(test_labels), _IMAGES).to(test_labels.device)
+    images, labels = test_images[chosen], test_labels[chosen]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def accuracy() -> float:
+        reestimate_batch_norm(model, train_images, augment, _IMAGES)
+        return evaluate(model, images, labels)
+
+    sample = f"{len(labels):,} of {len(test_labels):,} test images"
+    table = measure(optimizer, flips, "accuracy", sample, accuracy)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return table

@@ -31,14 +31,10 @@ from quantopt.train.measure import (
     plain_histograms,
     reestimate_batch_norm,
     right,
-    spread,
     tensor_bytes,
 )
 from quantopt.train.report import plain
 from quantopt.train.series import positions
-
-# The projection of each layer alone is measured on this many test images, batch norms estimated on as many.
-_LAYER_IMAGES = 1000
 
 
 class Trainer:
@@ -104,7 +100,7 @@ class Trainer:
         self.histograms = self._histogram()[None]
         self.layer_flips: layer_table.Flips = {}
         if self.quantised:  # sign flips are counted from here
-            self.layer_flips = {name: [] for name in layer_table.metrics(self._levels)}
+            self.layer_flips = {name: [] for name in layer_table.metrics(self.optimizer.optimizer)}
 
     def join_ranks(self) -> None:
         """Trains with the other ranks from now on. All ranks call it, once none of them has refused anything."""
@@ -206,7 +202,7 @@ class Trainer:
         measured = ("loss", "accuracy", "test_accuracy", "projected_accuracy")
         values: dict[str, Any] = {name: None for name in CURVES if name not in measured}
         if self.quantised:
-            metrics = layer_table.metrics(self._levels)
+            metrics = layer_table.metrics(self.optimizer.optimizer)
             values |= layer_table.totals(metrics)
             for name, row in metrics.items():
                 self.layer_flips[name].append(row["sign_flips"])
@@ -215,11 +211,6 @@ class Trainer:
         for name, value in values.items():
             self.curves[name].append(value)
         self.histograms = torch.cat([self.histograms, self._histogram()[None]])
-
-    @property
-    def _levels(self) -> Any:
-        """The optimizer where the run is quantised."""
-        return self.optimizer.optimizer
 
     def _relaxation(self) -> float:
         return float(self.optimizer.optimizer.param_groups[0][self.optimizer.relaxation or ""])
@@ -349,7 +340,15 @@ class Trainer:
             packed = quantopt.pack(self.model.eval(), optimizer, fold_batchnorm=True)
             bytes_packed = tensor_bytes(packed)
             speeds = [*images_per_second([self.model.eval(), packed.eval()], test_images)]
-            layers = self._measure_layers()
+            layers = layer_table.of_images(
+                optimizer,
+                self.layer_flips,
+                self.model,
+                self.train_images,
+                self.config.augment,
+                test_images,
+                test_labels,
+            )
         results = {
             "config": self.describe(),
             "versions": versions(),
@@ -376,22 +375,6 @@ class Trainer:
             "images_per_second_packed": speeds[1],
         }
         return Result(plain(results), self.model, packed, self.histograms)
-
-    def _measure_layers(self) -> dict[str, Any]:
-        """What the projection of each layer alone costs, on a sample. Leaves the network as it was."""
-        chosen = spread(len(self.test_labels), _LAYER_IMAGES).to(self.device)
-        images, labels = self.test_images[chosen], self.test_labels[chosen]
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-
-        def accuracy() -> float:
-            reestimate_batch_norm(self.model, self.train_images, self.config.augment, _LAYER_IMAGES)
-            return evaluate(self.model, images, labels)
-
-        sample = f"{len(labels):,} of {len(self.test_labels):,} test images"
-        table = layer_table.measure(self._levels, self.layer_flips, "accuracy", sample, accuracy)
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
-        return table
 
 
 def _chosen(config: Config, dataset: Dataset) -> Dataset:

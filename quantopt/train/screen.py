@@ -1,5 +1,4 @@
-"""What `quantopt env` says in one screen: what is fast here, what is correct and not fast, what is not here, why, and what
-to do about it."""
+"""What `quantopt env` says in one screen: what is fast here, correct and not fast, or not here; why, and what to do."""
 
 import importlib.metadata
 import re

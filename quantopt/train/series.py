@@ -18,8 +18,8 @@ def positions(count: int, every: int, last: int) -> list[int]:
 
 
 def write_csv(path: Path, unit: str, at: list[int], curves: Mapping[str, list[Any]]) -> None:
-    """A row for each point of the curves: `unit` (its epoch or step, of `at`), then a column for each curve, empty where
-    it has no value. Atomically."""
+    """A row for each point of the curves: `unit` (its epoch or step, of `at`), then a column for each curve, empty
+    where it has no value. Atomically."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow([unit, *curves])

@@ -297,8 +297,8 @@ def train(
     on_checkpoint: Callable[[Trainer], None] | None = None,
 ) -> dict[str, Any]:
     """Trains, with a checkpoint in `out` after every `checkpoint_every` steps (a multiple of `EVERY`), and measures.
-    Returns the report, which `out` has as report.json, beside model.safetensors (packed), metrics.csv, curves.png and weights.png. on_checkpoint: called
-    after these steps, whether there is an `out` or not.
+    Returns the report, which `out` has as report.json, beside model.safetensors (packed), metrics.csv, curves.png and
+    weights.png. on_checkpoint: called after these steps, whether there is an `out` or not.
 
     out, resume, progress, hold, minutes: as `quantopt.train.loop.train`. Raises InputError, TrainingError, OutOfTime.
     """

@@ -1,4 +1,4 @@
-"""The figures of a page: SVG as text, to stand inside HTML. They have numbers in them, and no name that a user chose."""
+"""The figures of a page: SVG as text, to stand inside HTML. They hold numbers, and no name that a user chose."""
 
 import io
 import math
@@ -17,7 +17,7 @@ COLORMAP = "viridis"
 MOMENTS = ("#999999", "#E69F00", "#0072B2", "#D55E00")  # colours of the moments of a run
 LEAST_SHARE = 0.01  # percent of the weights in a bin, the low end of the colours
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quantopt",
     "font.size": 9,
@@ -43,8 +43,8 @@ _SETTINGS: dict[str, Any] = {
 
 
 def curves(key: str, scale: str, series: Mapping[str, Sequence[Run]], styles: Mapping[str, Any]) -> str:
-    """One curve of all runs against the epoch or the step. Of a series of several runs their mean, with a faint line for
-    each; single points as dots. "" where no run has a value."""
+    """One curve of all runs against the epoch or the step. Of a series of several runs their mean, with a faint line
+    for each; single points as dots. "" where no run has a value."""
     lines: list[tuple[list[int], list[float], dict[str, Any]]] = []
     factor = 100 if key == "fraction_feasible" else 1
     for name, runs in series.items():
@@ -119,8 +119,8 @@ def short(value: float) -> str:
 
 
 def weights(histograms: Histograms, at: Sequence[int], unit: str) -> str:
-    """The density of the weights over the course of a run: a column for each point, colours for the share of the weights
-    in a bin."""
+    """The density of the weights over the course of a run: a column for each point, colours for the share of the
+    weights in a bin."""
 
     def draw(panel: Any) -> None:
         import numpy as np
@@ -253,8 +253,8 @@ _IDS = re.compile(r'(\bid="|url\(#|href="#)')
 
 
 def _inline(svg: str) -> str:
-    """The element alone, as HTML has it: no namespaces and metadata, the colours and the font of the page, names that no
-    other figure of the page has."""
+    """The element alone, as HTML has it: no namespaces and metadata, the colours and the font of the page, names that
+    no other figure of the page has."""
     name = f"f{zlib.crc32(svg.encode()):08x}-"
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)

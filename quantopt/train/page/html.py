@@ -16,8 +16,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _RELAXATIONS = (("kappa", "kappa", "log"), ("reg_strength", "reg_strength", "log"))
 _ALONE = ("#0072B2", (0, ()))  # colour and dashes of the only series
 _MEASURES = {
-    False: "Accuracy on the test images, in percent: of the latent weights, of their projection to the levels, and packed.",
-    True: "Loss on the validation part, in nats per byte: of the weights that training ran with, projected, and packed.",
+    False: "Accuracy on the test images, in percent: of the latent weights, of their projection, and packed.",
+    True: "Validation loss, in nats per byte: of the weights that training ran with, projected, and packed.",
 }
 _OPEN_TABLES = 2  # tables of layers that are not folded
 
@@ -164,7 +164,7 @@ def _names(words: Iterable[str]) -> list[str | _Cell]:
 def _table_of_runs(runs: Sequence[Run]) -> str:
     language = runs[0].is_language
     before, unit = ("in training", "") if language else ("latent", " %")
-    head = [
+    head: list[str | _Cell] = [
         *_names(["run", "network", "optimizer"]),
         "bits",
         *_names(["data"]),
@@ -173,7 +173,7 @@ def _table_of_runs(runs: Sequence[Run]) -> str:
         *(f"{word}{unit}" for word in (before, "projected", "packed")),
         "seconds",
     ]
-    rows = []
+    rows: list[list[str | _Cell]] = []
     for run in runs:
         config = run.config
         network = config.get("architecture" if language else "model", "–")
@@ -199,7 +199,7 @@ def _table_of_series(series: Mapping[str, Sequence[Run]]) -> str:
     """Mean and standard deviation of the last quality that the runs have."""
     first = next(iter(series.values()))[0]
     what = "loss" if first.is_language else "accuracy, %"
-    rows = []
+    rows: list[list[str | _Cell]] = []
     for name, runs in series.items():
         values = [
             run.before if not run.is_quantised and run.before is not None else run.projected for run in runs
@@ -349,7 +349,8 @@ def _table_of_layers(run: Run, layers: Layers) -> str:
                 f"{change:+.4f}" if run.is_language else f"{change:+.2f}",
             ]
         )
-    summary = f"No layer projected: {_quality(run, layers.none)}. All: {_quality(run, layers.all)}. Measured on {layers.sample}."
+    none, every = _quality(run, layers.none), _quality(run, layers.all)
+    summary = f"No layer projected: {none}. All: {every}. Measured on {layers.sample}."
     return f'<p class="soft">{text(summary)}</p>{_table(head, rows)}'
 
 
@@ -364,7 +365,7 @@ def _sizes(runs: Sequence[Run]) -> list[str]:
             return _Cell("–")
         return _Cell(f'{form}<span class="bar" style="width: {max(100 * value / most, 1):.1f}%"></span>')
 
-    rows = []
+    rows: list[list[str | _Cell]] = []
     for run in packed:
         rows.append(
             [
@@ -378,7 +379,7 @@ def _sizes(runs: Sequence[Run]) -> list[str]:
                 _quality(run, run.packed),
             ]
         )
-    head = [
+    head: list[str | _Cell] = [
         *_names(["run"]),
         "bytes, float",
         "bytes, packed",

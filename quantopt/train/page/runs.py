@@ -17,29 +17,17 @@ from quantopt.train.measure import plain_histograms
 from quantopt.train.optimizers import has_levels
 from quantopt.train.series import positions
 
-_NUMBERS = {
-    False: (
-        "accuracy_latent",
-        "accuracy_quantized",
-        "accuracy_packed",
-        "bytes_float",
-        "bytes_packed",
-        "images_per_second_float",
-        "images_per_second_packed",
-        "seconds",
-    ),
-    True: (
-        "loss",
-        "loss_quantized",
-        "loss_packed",
-        "bytes_float",
-        "bytes_packed",
-        "bytes_per_second_float",
-        "bytes_per_second_packed",
-        "seconds",
-    ),
+_KEYS = {
+    "before": ("accuracy_latent", "loss"),
+    "projected": ("accuracy_quantized", "loss_quantized"),
+    "packed": ("accuracy_packed", "loss_packed"),
+    "bytes_float": ("bytes_float", "bytes_float"),
+    "bytes_packed": ("bytes_packed", "bytes_packed"),
+    "speed_float": ("images_per_second_float", "bytes_per_second_float"),
+    "speed_packed": ("images_per_second_packed", "bytes_per_second_packed"),
+    "seconds": ("seconds", "seconds"),
 }
-"""What is read of a report, of an image network or a language model, in the order of `Run.numbers`."""
+"""Fields of `Run`, with their keys in the report of an image network and of a language model."""
 
 _EVERY = 50  # steps between two points of a language model's curves, where its report does not say
 
@@ -115,8 +103,8 @@ class Run:
 
 
 def find(directory: Path) -> list[Run]:
-    """The run in a directory, or those in its subdirectories (of a sweep, a demo, or any). Raises InputError, naming DIR,
-    if there is none or one cannot be read."""
+    """The run in a directory, or those in its subdirectories (of a sweep, a demo, or any). Raises InputError, naming
+    DIR, if there is none or one cannot be read."""
     if not directory.is_dir():
         raise InputError("DIR", f"{directory} is not a directory")
     places = [directory] if _holds_run(directory) else sorted(filter(_holds_run, _inside(directory)))
@@ -184,24 +172,25 @@ def _run(directory: Path, contents: Mapping[str, Any], is_finished: bool) -> Run
         raise ValueError("the curves are not of one length")
     every = contents.get("curve_every", _EVERY) if is_language else 1
     checkpoint.check_number(every, "curve_every", 1, 2**63, kind=int)
-    numbers = [_number(contents, key) if is_finished else None for key in _NUMBERS[is_language]]
+    found = contents if is_finished else {}
+    numbers = {field: _number(found, keys[is_language]) for field, keys in _KEYS.items()}
     is_quantised = has_levels(config["optimizer"], config.get("bits"))
     histograms, layers = _histograms(contents.get("histograms")), _layers(contents.get("layers"))
     name = directory.name or directory.resolve().name or str(directory)
     return Run(
-        name,
-        _series(name, config),
-        is_language,
-        is_finished,
-        is_quantised,
-        config,
-        *numbers,
-        _origin(contents),
-        positions(counts.pop(), every, length),
-        curves,
-        histograms,
-        layers,
-        tuple(_missing(is_finished, is_quantised, config["optimizer"], histograms, layers)),
+        name=name,
+        series=_series(name, config),
+        is_language=is_language,
+        is_finished=is_finished,
+        is_quantised=is_quantised,
+        config=config,
+        **numbers,
+        origin=_origin(contents),
+        at=positions(counts.pop(), every, length),
+        curves=curves,
+        histograms=histograms,
+        layers=layers,
+        missing=tuple(_missing(is_finished, is_quantised, config["optimizer"], histograms, layers)),
     )
 
 

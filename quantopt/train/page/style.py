@@ -25,11 +25,16 @@ p.soft, figcaption small, td small, footer { color: var(--soft); }
 ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 20px; }
 ul.legend li { overflow-wrap: anywhere; min-width: 0; }
 ul.legend svg { width: 30px; height: 8px; margin-right: 7px; vertical-align: middle; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 165px), 1fr)); gap: 12px; margin: 20px 0; }
+.tiles {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 165px), 1fr)); gap: 12px; margin: 20px 0;
+}
 .tiles div { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .tiles b { display: block; font-size: 25px; line-height: 1.25; font-weight: 650; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px; }
-figure { margin: 0; padding: 10px 10px 6px; background: var(--panel); border-radius: 8px; min-width: 0; display: flex; flex-direction: column; }
+figure {
+  margin: 0; padding: 10px 10px 6px; background: var(--panel); border-radius: 8px; min-width: 0;
+  display: flex; flex-direction: column;
+}
 figcaption { font-weight: 600; font-size: 14px; padding: 0 4px 4px; overflow-wrap: anywhere; }
 figcaption small { font-weight: 400; display: block; }
 figure svg { display: block; margin-top: auto; width: 100%; height: auto; overflow: visible; font-family: inherit; }
@@ -46,7 +51,9 @@ td.name { max-width: 22em; min-width: 9em; white-space: normal; overflow-wrap: a
 td.text, th.text { text-align: left; }
 .spark { width: 80px; height: 20px; vertical-align: middle; color: var(--accent); margin-left: 8px; }
 .bar { display: block; height: 5px; border-radius: 3px; background: var(--accent); margin: 1px 0 2px auto; }
-.mark { display: inline-block; width: 18px; height: 4px; border-radius: 2px; margin-right: 5px; vertical-align: middle; }
+.mark {
+  display: inline-block; width: 18px; height: 4px; border-radius: 2px; margin-right: 5px; vertical-align: middle;
+}
 .shares { display: inline-block; width: 120px; height: 10px; border-radius: 3px; margin: 0 6px; }
 details { margin-bottom: 8px; }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0; overflow-wrap: anywhere; }
