@@ -194,6 +194,17 @@ def test_directories_without_runs(tmp_path: Path) -> None:
         page.write([tmp_path / "nothing"])
 
 
+def test_without_matplotlib(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(sweep / "askew-0")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "error: report: needs matplotlib: pip install 'quantopt[train]' (" in error and error.count("\n") == 1
+    )
+
+
 # ------------------------------------------------------------------------------------------------ what is measured
 
 

@@ -82,10 +82,10 @@ def text(facts: dict[str, Any]) -> str:
     """The screen: at most 100 columns."""
     build, isa, cuda, found = facts["extension"], facts["isa"], facts["cuda"], facts["versions"]
     lines = [
-        f"quantopt {found['quantopt']}, torch {found['torch']}, python {found['python']}, numpy {found['numpy']}; "
-        f"{facts['platform']}, threads: {facts['threads']}",
+        f"quantopt {found['quantopt']}, torch {found['torch']}, python {found['python']}, numpy {found['numpy']}",
         "",
     ]
+    _add(lines, "machine", f"{facts['platform']}, threads: {facts['threads']}")
     if build["loaded"]:
         archs = ", ".join(f"sm_{arch}" for arch in build["cuda_archs"])
         _add(lines, "extension", f"loaded; {build['compiler']}, torch {build['torch']}")

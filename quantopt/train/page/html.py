@@ -154,7 +154,8 @@ def _table(head: Iterable[str | _Cell], rows: Iterable[Sequence[str | _Cell]]) -
         return f"<tr>{''.join(made)}</tr>"
 
     body = "\n".join(row("td", cells) for cells in rows)
-    return f'<div class="scroll"><table>\n<thead>{row("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    table = f"<table>\n<thead>{row('th', head)}</thead>\n<tbody>\n{body}\n</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _names(words: Iterable[str]) -> list[str | _Cell]:

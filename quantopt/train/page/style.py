@@ -3,11 +3,12 @@
 CSS = """
 :root {
   --ink: #1c2430; --soft: #5a6675; --line: #d5dae1; --paper: #ffffff; --panel: #f6f8fa; --accent: #0072b2;
-  color-scheme: light dark;
+  --shadow: #0004; color-scheme: light dark;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ink: #e4e8ee; --soft: #9ba7b6; --line: #3a434f; --paper: #12161c; --panel: #1a2028; --accent: #56b4e9;
+    --shadow: #fff5;
   }
 }
 * { box-sizing: border-box; }
@@ -42,7 +43,14 @@ figure svg { display: block; margin-top: auto; width: 100%; height: auto; overfl
   main { padding: 18px 12px 28px; }
   figure { padding: 8px 6px 6px; }
 }
-.scroll { overflow-x: auto; margin-bottom: 12px; }
+.scroll {
+  overflow-x: auto; margin-bottom: 12px; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; background-size: 40px 100%, 40px 100%, 14px 100%, 14px 100%;
+  background-position: left, right, left, right;
+  background-image: linear-gradient(to right, var(--paper) 40%, transparent),
+    linear-gradient(to left, var(--paper) 40%, transparent),
+    linear-gradient(to right, var(--shadow), transparent), linear-gradient(to left, var(--shadow), transparent);
+}
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bottom; }
