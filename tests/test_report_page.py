@@ -49,7 +49,15 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"layers": 2, "width": 32, "heads": 2, "context": 16, "batch_size": 2, "steps": 120}
     given = {**size, "data": str(folder / "text.txt"), "device": "cpu", "precision": "float32"}
     config = lm.configuration(lm.load("stam"), given)
-    language_models.train(config, text.load(config.data, 16, 0.1), out=folder / "lm", progress=False)
+    seen: list[Any] = []
+    language_models.train(
+        config,
+        text.load(config.data, 16, 0.1),
+        out=folder / "lm",
+        progress=False,
+        on_checkpoint=lambda trainer: seen.append((trainer.at, len(trainer.histograms))),
+    )
+    assert seen == [([50, 100, 120], 4)]
     return folder / "lm"
 
 
@@ -132,6 +140,12 @@ def test_several_directories(
     assert page.write([sweep, again]) == Path("report.html")
     written = Path("report.html").read_text(encoding="utf-8")
     assert text(f"{sweep}/askew-0") in written and text(again) in written
+    assert "(2 seeds)" in written  # of runs of equal settings alone
+    report = json.loads((again / "report.json").read_text())
+    report["config"]["seed"], report["config"]["epochs"] = 2, 5
+    other = write(tmp_path / "more" / "askew-2", report)
+    written = page.write([sweep / "askew-0", other]).read_text(encoding="utf-8")
+    assert "seeds)" not in written and ">askew-2</li>" in written
     with pytest.raises(InputError, match="DIR: a directory is given twice"):
         page.write([sweep, sweep / "askew-0" / ".."])
 

@@ -33,7 +33,8 @@ def write(directories: Sequence[Path], out: Path | None = None) -> Path:
         from quantopt.train.page import html
 
         written = html.page(
-            [run for _, run in found], datetime.datetime.now().astimezone().isoformat(" ", "minutes")
+            runs.in_series([run for _, run in found]),
+            datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         )
     except ImportError as error:
         raise InputError("report", f"needs matplotlib: pip install 'quantopt[train]' ({error})") from None

@@ -4,8 +4,8 @@ too."""
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,22 @@ def find(directory: Path) -> list[Run]:
             "DIR", f"{directory} holds no run: neither it nor a directory in it has {REPORT} or {CHECKPOINT}"
         )
     return [_read(place) for place in places]
+
+
+def in_series(found: Sequence[Run]) -> list[Run]:
+    """The runs, each a series by itself where the runs of its series differ by more than their seeds."""
+    members: dict[str, list[Run]] = {}
+    for run in found:
+        members.setdefault(run.series, []).append(run)
+    alone = {name for name, runs in members.items() if not _differ_by_seed(runs)}
+    return [replace(run, series=run.name) if run.series in alone else run for run in found]
+
+
+def _differ_by_seed(runs: Sequence[Run]) -> bool:
+    free = {"seed", "data", "init"}  # the data has a fingerprint
+    settings = [{name: value for name, value in run.config.items() if name not in free} for run in runs]
+    seeds = [run.config.get("seed") for run in runs]
+    return all(own == settings[0] for own in settings) and all(seeds.count(seed) == 1 for seed in seeds)
 
 
 def _inside(directory: Path) -> list[Path]:
