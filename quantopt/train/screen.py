@@ -92,6 +92,8 @@ def text(facts: dict[str, Any]) -> str:
         active = f"{isa['active'] or isa['error']}{' (forced)' if isa['forced'] else ''}"
         _add(lines, "instructions", f"{active}; built for {', '.join(build['isas'])}")
         why = "install the CUDA toolkit and rebuild with QUANTOPT_CUDA=1"
+        if cuda["torch_build"] is None:
+            why = "this torch could not call them"
         _add(lines, "CUDA kernels", f"{archs} by nvcc {build['nvcc']}" if archs else f"not built: {why}")
     else:
         _add(lines, "extension", f"not loaded: {build['why']}")
