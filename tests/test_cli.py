@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import force_isa
 from quantopt.backends import OPERATIONS
-from quantopt.train import cli, report
+from quantopt.train import cli, report, screen
 from training_data import write_patterns
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -53,7 +53,7 @@ def refused(capsys, *arguments: object) -> str:
 # ------------------------------------------------------------------------------------------------ what works
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["pack"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["pack"], ["report"], ["env"]])
 def test_help(capsys, command):
     assert run(*command, "--help") == 0
     out = capsys.readouterr().out
@@ -82,7 +82,14 @@ def test_train_shows_progress_and_writes_everything(patterns, tmp_path, capsys):
         assert shown in captured.err
     assert "stam" in captured.out and str(out) in captured.out
     names = {file.name for file in out.iterdir()}
-    assert names == {"report.json", "checkpoint.pt", "model.safetensors", "curves.png", "weights.png"}
+    assert names == {
+        "report.json",
+        "checkpoint.pt",
+        "model.safetensors",
+        "curves.png",
+        "weights.png",
+        "metrics.csv",
+    }
     written = json.loads((out / "report.json").read_text())
     assert written["config"]["model"] == "mlp" and written["config"]["optimizer"] == "stam"
     assert written["config"]["lr"] == 1.0 and written["config"]["batch_size"] == 64
@@ -158,7 +165,14 @@ def test_env(capsys):
     )
     assert run("env") == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("quantopt", "instructions", "CUDA", "fused_step", "GPU"))
+    words = ("quantopt", "instructions", "CUDA", "GPU", "extras", *OPERATIONS)
+    assert all(word in text for word in words)
+    if not facts["cuda"]["devices"]:
+        assert text.count("\n") <= 24 and max(map(len, text.splitlines())) <= 100
+        assert "not here: there is no GPU that torch can use" in text
+    assert run("env", "--all") == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in (*words[:4], "safetensors", "the best for cpu tensors", *OPERATIONS))
 
 
 def test_env_without_the_extension():
@@ -174,7 +188,40 @@ def test_env_without_the_extension():
 def test_env_with_an_unknown_instruction_set(monkeypatch, capsys):
     force_isa(monkeypatch, "mmx")
     assert run("env") == 0
-    assert "mmx" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
+    assert "QUANTOPT_CPU_ISA=mmx is unknown" in text and "unset QUANTOPT_CPU_ISA" in text
+    assert "fast:" not in text
+
+
+def test_env_with_slow_instructions(monkeypatch, capsys):
+    force_isa(monkeypatch, "portable")
+    assert run("env") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("correct, not fast: on CPU, cpu kernels, portable; QUANTOPT_CPU_ISA asks for it") == 3
+    assert text.count("fast: on CPU") == 3
+
+
+def test_env_names_what_an_extra_lacks(monkeypatch):
+    """Of extras that name others too, and whatever the name of the distribution is."""
+    requires = [
+        "torch>=2.11",
+        'tqdm>=4; extra == "train"',
+        'quantopt[train]; extra == "all"',
+        'nowhere-to-be-found; (python_version > "3") and extra == "all"',
+    ]
+    monkeypatch.setattr(screen, "_DISTRIBUTIONS", ("not-there", "quantopt"))
+    found = {"quantopt": requires, "not-there": None}
+
+    def lines(name):
+        if found[name] is None:
+            raise screen.importlib.metadata.PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(screen.importlib.metadata, "requires", lines)
+    assert screen.extras() == {
+        "all": {"installed": ["tqdm"], "missing": ["nowhere-to-be-found"]},
+        "train": {"installed": ["tqdm"], "missing": []},
+    }
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

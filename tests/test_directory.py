@@ -22,7 +22,7 @@ from training_data import assert_equal, checkpoint
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread", "blank_figures")
 
-RESULTS = {"report.json", "model.safetensors", "curves.png", "weights.png"}
+RESULTS = {"report.json", "model.safetensors", "curves.png", "weights.png", "metrics.csv"}
 
 
 def arguments(patterns, out, *more) -> list[str]:
@@ -139,7 +139,8 @@ def wait_for(condition) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint.pt", "model.safetensors", "curves.png", "weights.png", "report.json"]
+    "name",
+    ["checkpoint.pt", "model.safetensors", "curves.png", "weights.png", "metrics.csv", "report.json"],
 )
 def test_a_file_that_cannot_be_written_is_named(patterns, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(report, "save_figure", save_blank)

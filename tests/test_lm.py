@@ -18,6 +18,7 @@ from quantopt.train.errors import InputError, OutOfTime, TrainingError
 from quantopt.train.lm import commands, loop, model, text
 from quantopt.train.lm import config as lm
 from quantopt.train.report import CURVES_PNG, WEIGHTS_PNG
+from quantopt.train.series import METRICS_CSV
 
 pytest.importorskip("transformers")
 
@@ -180,7 +181,7 @@ def test_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "validation loss, nats per byte: projected" in printed and "packed" in printed
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [CHECKPOINT, MODEL, REPORT, CURVES_PNG, WEIGHTS_PNG]
+        [CHECKPOINT, MODEL, REPORT, CURVES_PNG, WEIGHTS_PNG, METRICS_CSV]
     )
     report = json.loads((out / REPORT).read_text())
     assert report["config"]["lr"] == 0.01 and report["config"]["optimizer"] == "stam"

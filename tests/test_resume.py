@@ -104,7 +104,15 @@ def test_killed_run_ends_as_if_it_had_not_been(patterns, tmp_path, capsys, point
     packed = [load_file(out / "model.safetensors") for out in (whole, cut)]
     assert_equal(*packed)
     names = {file.name for file in cut.iterdir()}
-    assert names == {"checkpoint.pt", "report.json", "model.safetensors", "curves.png", "weights.png"}
+    assert names == {
+        "checkpoint.pt",
+        "report.json",
+        "model.safetensors",
+        "curves.png",
+        "weights.png",
+        "metrics.csv",
+    }
+    assert (cut / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
 def test_resume_refuses_another_configuration(dataset, tmp_path):

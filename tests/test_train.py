@@ -28,6 +28,8 @@ def test_every_recipe_learns_and_reports(dataset, optimizer):
         "seed",
         "left_out",
         "curves",
+        "histograms",
+        "layers",
         "accuracy_latent",
         "accuracy_quantized",
         "accuracy_packed",

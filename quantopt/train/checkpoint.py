@@ -27,7 +27,8 @@ _END_BYTES = 22
 _LONGEST_COMMENT = 2**16 - 1
 
 _PARTS = (
-    "epoch seconds update_seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms"
+    "epoch seconds update_seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms "
+    "layer_flips"
 )
 KEYS = frozenset(["config", *_PARTS.split()])
 """What the checkpoint of `quantopt train` holds."""
@@ -89,6 +90,7 @@ def check_parts(state: Any, *kinds: frozenset[str]) -> None:
     configuration of plain values."""
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise ValueError("is not a checkpoint of quantopt")
+    state.setdefault("layer_flips", None)  # 0.1.0 had none
     keys = kinds[0] if kinds else KEYS
     if state.keys() not in kinds and state.keys() != keys:
         missing, unknown = keys - state.keys(), state.keys() - keys

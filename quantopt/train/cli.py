@@ -1,4 +1,4 @@
-"""The command line: `quantopt train | sweep | lm | sample | eval | pack | env`, also `python -m quantopt`, and
+"""The command line: `quantopt train | sweep | lm | sample | eval | pack | report | env`, also `python -m quantopt`, and
 `torchrun -m quantopt train`.
 
 Exit status: 0 done, 1 training failed (the loss became infinite), 2 a bad argument or input (named on stderr),
@@ -57,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"quantopt {quantopt.__version__}")
     subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="train | sweep | lm | sample | eval | pack | env"
+        dest="command", required=True, metavar="train | sweep | lm | sample | eval | pack | report | env"
     )
 
     command = subparsers.add_parser(
         "train",
         help="train a network",
-        description="Trains a network and packs it. Writes report.json, checkpoint.pt (after every epoch), curves.png, "
-        "weights.png and, except for sgd, model.safetensors (packed).",
+        description="Trains a network and packs it. Writes report.json, metrics.csv, checkpoint.pt (after every "
+        "epoch), curves.png, weights.png and, except for sgd, model.safetensors (packed).",
     )
     command.add_argument(
         "--recipe",
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"
     )
     add_option(command, _MINUTES)
+    _add_tensorboard(command)
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     command.add_argument("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)  # of a sweep
     command.set_defaults(run=commands.train)
@@ -106,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "lm",
         help="train a language model on a text file",
         description="Trains a small language model on the bytes of a text file, its linear layers with quantised "
-        "weights, and packs it. Writes report.json, checkpoint.pt, curves.png, weights.png and, except in full "
-        "precision, model.safetensors (packed). Needs the transformers library.",
+        "weights, and packs it. Writes report.json, metrics.csv, checkpoint.pt, curves.png, weights.png and, except in "
+        "full precision, model.safetensors (packed). Needs the transformers library.",
     )
     command.add_argument(
         "--recipe",
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in --out from its checkpoint"
     )
     add_option(command, _MINUTES)
+    _add_tensorboard(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=language_models.train)
 
@@ -192,14 +194,46 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.pack)
 
     command = subparsers.add_parser(
-        "env",
-        help="print versions, devices and backends",
-        description="Prints versions, the instruction set, the CUDA build and device, and which backend each operation "
-        "would use and why.",
+        "report",
+        help="write a page of HTML about runs",
+        description="Writes what runs of quantopt train, quantopt lm and quantopt sweep measured as one page of HTML, "
+        "which opens offline: curves, histograms of the weights over the training, a table of layers, size and speed.",
     )
+    command.add_argument(
+        "directories",
+        type=nonempty,
+        nargs="+",
+        metavar="DIR",
+        help="a run's directory, or one of several runs, such as a sweep's",
+    )
+    command.add_argument(
+        "--out",
+        type=nonempty,
+        metavar="FILE",
+        help="file to write (DIR/report.html; of several directories report.html in the working directory)",
+    )
+    command.set_defaults(run=commands.page)
+
+    command = subparsers.add_parser(
+        "env",
+        help="say what is fast here and what is not",
+        description="Prints, for optimizer steps and packed products, what runs them here and whether that is fast, "
+        "else why not and what to do; how the extension was built; and which extras are installed.",
+    )
+    command.add_argument("--all", action="store_true", help="all versions, and the reason for each backend")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=commands.env)
     return parser
+
+
+def _add_tensorboard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tensorboard",
+        type=nonempty,
+        metavar="DIR",
+        help="write the curves and the histograms of the weights there too, as event files of TensorBoard, one run "
+        "to a directory",
+    )
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:

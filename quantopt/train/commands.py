@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import quantopt
-from quantopt.train import data, environment, loop, measure, models, ranks, recipes, report
+from quantopt.train import board, data, environment, loop, measure, models, ranks, recipes, report, screen
 from quantopt.train import sweep as runs
 from quantopt.train.arguments import given
 from quantopt.train.checkpoint import KEYS
@@ -32,17 +33,19 @@ from quantopt.train.directory import (
 from quantopt.train.errors import InputError, writing
 from quantopt.train.lm import commands as language_models
 from quantopt.train.optimizers import FLOAT
+from quantopt.train.page import write as write_page
 
 
 def train(arguments: argparse.Namespace) -> int:
     with ranks.joined(), contextlib.ExitStack() as stack:
-        hold = None
+        hold = on_epoch = None
         with ranks.together():
             recipe, out = _train_arguments(arguments)
             if ranks.rank() == 0:
                 check_out(out)
                 hold = stack.enter_context(held(out))
-        return _train(arguments, recipe, out, hold)
+                on_epoch = stack.enter_context(board.opened(arguments.tensorboard))
+        return _train(arguments, recipe, out, hold, on_epoch)
 
 
 def _train_arguments(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -65,7 +68,13 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path, hold: Hold | None) -> int:
+def _train(
+    arguments: argparse.Namespace,
+    recipe: dict[str, Any],
+    out: Path,
+    hold: Hold | None,
+    on_epoch: Callable[[loop.Trainer], None] | None,
+) -> int:
     with ranks.together():
         device = resolve_device(arguments.device)
         ranks.use_device(device)
@@ -81,6 +90,7 @@ def _train(arguments: argparse.Namespace, recipe: dict[str, Any], out: Path, hol
             progress=not arguments.quiet,
             minutes=arguments.minutes,
             hold=hold,
+            on_epoch=on_epoch,
         )
     except InputError as error:
         name = error.argument.removeprefix("--").replace("-", "_")
@@ -213,7 +223,17 @@ def _pack(
     return 0
 
 
+def page(arguments: argparse.Namespace) -> int:
+    directories = [Path(directory) for directory in arguments.directories]
+    out = None if arguments.out is None else Path(arguments.out)
+    print(f"written: {write_page(directories, out)}")
+    return 0
+
+
 def env(arguments: argparse.Namespace) -> int:
     facts = environment.describe()
-    print(json.dumps(facts, indent=1) if arguments.json else environment.text(facts))
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(environment.text(facts) if arguments.all else screen.text(facts))
     return 0

@@ -29,10 +29,13 @@ from quantopt.train import checkpoint, report
 from quantopt.train.config import OPTIONS
 from quantopt.train.errors import InputError, shown, writing
 from quantopt.train.optimizers import FULL_PRECISION
+from quantopt.train.series import METRICS_CSV, positions, write_csv
 
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
 MODEL = "model.safetensors"
+PAGE = "report.html"
+"""What `quantopt report` writes."""
 GGUF, HF = "model.gguf", "hf"
 """What `quantopt lm --export` writes: a file, and a directory of the transformers library."""
 
@@ -48,7 +51,7 @@ class Result:
     histograms: Tensor
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, argument: str = "--out") -> None:
     """Raises InputError unless files can be written in `out`, or `out` can be made. Leaves nothing behind."""
     existing = out
     while not os.path.lexists(existing):
@@ -57,7 +60,7 @@ def check_out(out: Path) -> None:
         with tempfile.TemporaryDirectory(dir=existing, prefix=".quantopt-") as probe:
             (Path(probe) / "probe").write_bytes(b"")
     except OSError as error:
-        raise InputError("--out", f"{out} is not writable: {existing}: {error.strerror or error}") from None
+        raise InputError(argument, f"{out} is not writable: {existing}: {error.strerror or error}") from None
 
 
 class Hold:
@@ -150,7 +153,7 @@ def write_checkpoint(out: Path, state: dict[str, Any], hold: Hold | None = None)
     def write(file: Path) -> None:
         file.write_bytes(checkpoint.encode(state))
         # The new one is complete and not there yet: at no moment does a report lie beside another run's checkpoint.
-        for stale in (REPORT, MODEL, GGUF, report.CURVES_PNG, report.WEIGHTS_PNG):
+        for stale in (REPORT, MODEL, GGUF, report.CURVES_PNG, report.WEIGHTS_PNG, METRICS_CSV, PAGE):
             (out / stale).unlink(missing_ok=True)
         shutil.rmtree(out / HF, ignore_errors=True)
 
@@ -161,7 +164,8 @@ def write_checkpoint(out: Path, state: dict[str, Any], hold: Hold | None = None)
 
 
 def write_run(out: Path, result: Result, hold: Hold | None = None) -> None:
-    """Writes a finished run's model.safetensors, plots and report.json, the report last; `hold` as above."""
+    """Writes a finished run's model.safetensors, plots, metrics.csv and report.json, the report last; `hold` as
+    above."""
     if hold is not None:
         hold.check()
     name = result.report["config"]["optimizer"]
@@ -171,6 +175,8 @@ def write_run(out: Path, result: Result, hold: Hold | None = None) -> None:
             quantopt.save(packed, out / MODEL)
     report.plot_curves(out / report.CURVES_PNG, {name: result.report["curves"]})
     report.plot_weights(out / report.WEIGHTS_PNG, {name: result.histograms})
+    curves = result.report["curves"]
+    write_csv(out / METRICS_CSV, "epoch", positions(len(curves["loss"]), 1, len(curves["loss"])), curves)
     report.write_json(out / REPORT, result.report)
 
 

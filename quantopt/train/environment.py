@@ -14,6 +14,7 @@ import torch
 
 import quantopt
 from quantopt import _extension, backends
+from quantopt.train import screen
 
 _PACKAGES = ("numpy", "safetensors", "triton", "scikit-learn", "matplotlib", "pillow", "tqdm")
 
@@ -89,6 +90,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "extension": {"loaded": _extension.error is None, "why": _extension.error, **build},
         "isa": _isa(),
+        "extras": screen.extras(),
         "cuda": _cuda(),
         "backends": [
             {"operation": operation, "device": device, "backend": choice.name, "why": choice.why}
@@ -133,7 +135,7 @@ def _choices(device: str) -> list[tuple[str, backends.Choice]]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The same as text for people."""
+    """All of them as text for people; `screen.text` is what they need most."""
     build, isa, cuda = facts["extension"], facts["isa"], facts["cuda"]
     lines = [
         "versions",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.train import augment, checkpoint, models, optimizers, ranks, recipes
+from quantopt.train import augment, checkpoint, layer_table, models, optimizers, ranks, recipes
 from quantopt.train.checkpoint import CURVES
 from quantopt.train.config import DEFAULTS, OPTIONS, Config
 from quantopt.train.data import Dataset
@@ -28,11 +28,13 @@ from quantopt.train.measure import (
     evaluate,
     histogram,
     images_per_second,
+    plain_histograms,
     reestimate_batch_norm,
     right,
     tensor_bytes,
 )
 from quantopt.train.report import plain
+from quantopt.train.series import positions
 
 
 class Trainer:
@@ -96,8 +98,9 @@ class Trainer:
         self.seconds = self.update_seconds = 0.0
         self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
         self.histograms = self._histogram()[None]
-        if self.quantised:
-            self._metrics()  # sign flips are counted from here
+        self.layer_flips: layer_table.Flips = {}
+        if self.quantised:  # sign flips are counted from here
+            self.layer_flips = {name: [] for name in layer_table.metrics(self.optimizer.optimizer)}
 
     def join_ranks(self) -> None:
         """Trains with the other ranks from now on. All ranks call it, once none of them has refused anything."""
@@ -199,20 +202,15 @@ class Trainer:
         measured = ("loss", "accuracy", "test_accuracy", "projected_accuracy")
         values: dict[str, Any] = {name: None for name in CURVES if name not in measured}
         if self.quantised:
-            metrics = self._metrics()
-            weights = sum(group["numel"] for group in metrics)
-            values["fraction_feasible"] = sum(g["fraction_feasible"] * g["numel"] for g in metrics) / weights
-            values["sign_flips"] = int(sum(group["sign_flips"] for group in metrics))
+            metrics = layer_table.metrics(self.optimizer.optimizer)
+            values |= layer_table.totals(metrics)
+            for name, row in metrics.items():
+                self.layer_flips[name].append(row["sign_flips"])
         if self.optimizer.relaxation is not None:
             values[self.optimizer.relaxation] = self._relaxation()
         for name, value in values.items():
             self.curves[name].append(value)
         self.histograms = torch.cat([self.histograms, self._histogram()[None]])
-
-    def _metrics(self) -> list[dict[str, Any]]:
-        """The optimizer's metrics of the quantised groups."""
-        optimizer: Any = self.optimizer.optimizer
-        return [group for group in optimizer.metrics() if group["bits"] != 0]
 
     def _relaxation(self) -> float:
         return float(self.optimizer.optimizer.param_groups[0][self.optimizer.relaxation or ""])
@@ -224,6 +222,11 @@ class Trainer:
         if feasible is not None:
             shown["inside"] = f"{100 * feasible:.1f}%"
         bar.set_postfix(shown)
+
+    @property
+    def at(self) -> list[int]:
+        """The epochs of the points of the curves."""
+        return positions(self.epoch, 1, self.epoch)
 
     def _histogram(self) -> Tensor:
         return histogram(self.model, self.optimizer.optimizer if self.quantised else None)
@@ -242,6 +245,7 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "curves": self.curves,
             "histograms": self.histograms,
+            "layer_flips": self.layer_flips,
         }
 
     def load_state_dict(
@@ -282,11 +286,15 @@ class Trainer:
             checkpoint.check_curves(curves, epoch, self._has_value)
             histograms = state["histograms"]
             checkpoint.check_histograms(histograms, self.histograms[:1], epoch + 1)
+            flips = layer_table.check_flips(
+                state["layer_flips"], list(self.layer_flips), curves["sign_flips"]
+            )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state, epoch * self.steps_per_epoch)
         self.epoch, self.seconds, self.update_seconds = epoch, state["seconds"], state["update_seconds"]
         self.curves = {name: list(curves[name]) for name in CURVES}
         self.histograms = histograms
+        self.layer_flips = flips
 
     def _has_value(self, curve: str, epoch: int) -> bool:
         """Whether a curve has a value in an epoch, 1..epochs, and not None."""
@@ -313,7 +321,7 @@ class Trainer:
         """
         test_images, test_labels = self.test_images, self.test_labels
         optimizer: Any = self.optimizer.optimizer
-        latent = quantized = packed = bytes_packed = None
+        latent = quantized = packed = bytes_packed = layers = None
         speeds: list[float | None] = [None, None]
         if not self.quantised:
             reestimate_batch_norm(self.model, self.train_images, self.config.augment)
@@ -332,12 +340,23 @@ class Trainer:
             packed = quantopt.pack(self.model.eval(), optimizer, fold_batchnorm=True)
             bytes_packed = tensor_bytes(packed)
             speeds = [*images_per_second([self.model.eval(), packed.eval()], test_images)]
+            layers = layer_table.of_images(
+                optimizer,
+                self.layer_flips,
+                self.model,
+                self.train_images,
+                self.config.augment,
+                test_images,
+                test_labels,
+            )
         results = {
             "config": self.describe(),
             "versions": versions(),
             "seed": self.config.seed,
             "left_out": self.dataset.left_out,
             "curves": self.curves,
+            "histograms": plain_histograms(self.histograms),
+            "layers": layers,
             "accuracy_latent": latent,
             "accuracy_quantized": quantized,
             "accuracy_packed": None if packed is None else evaluate(packed, test_images, test_labels),

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from quantopt.train import augment
 
 HISTOGRAM_LIMIT = 2.5
 HISTOGRAM_BINS = 101
+_HISTOGRAM_POINTS = 201  # in a report
 
 # Larger batches do not fit the caches of a CPU, smaller ones do not fill a GPU.
 _EVALUATION_BATCH = {"cpu": 100, "cuda": 1000}
@@ -40,14 +41,16 @@ def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return correct
 
 
-def reestimate_batch_norm(model: nn.Module, images: Tensor, mode: str = "none") -> None:
+def reestimate_batch_norm(
+    model: nn.Module, images: Tensor, mode: str = "none", most: int = _STATISTICS_IMAGES
+) -> None:
     """Replaces the batch-norm statistics by averages over `images` at the present weights (torch's `update_bn`).
 
     mode: the augmentation of `images`. It must be that of training: with statistics of images that are not augmented
-    the accuracy fell by 1 to 3 points (docs/experiments.md, 1). Uses at most 20,000 images, in equal batches; their
+    the accuracy fell by 1 to 3 points (docs/experiments.md, 1). Uses `most` images at most, in equal batches; their
     order and shifts are random but the same at each call.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_STATISTICS_IMAGES]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
     size = min(_STATISTICS_BATCH, len(order))
     whole = len(order) // size * size
     generator = torch.Generator(images.device).manual_seed(0)
@@ -77,13 +80,16 @@ def weight_bytes(model: nn.Module, packed: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def images_per_second(networks: Sequence[nn.Module], images: Tensor) -> list[float]:
-    """Images per second of each network, in evaluation mode: the median over up to ten batches.
+def images_per_second(
+    networks: Sequence[Callable[[Tensor], object]], images: Tensor, most: int | None = None
+) -> list[float]:
+    """Images per second of each network, in evaluation mode: the median over up to ten batches, of `most` images at
+    most.
 
     The networks take turns at each batch, so that other load on the machine affects all of them.
     """
     times: list[list[float]] = [[] for _ in networks]
-    size = min(_EVALUATION_BATCH[images.device.type], len(images))
+    size = min(most or _EVALUATION_BATCH[images.device.type], len(images))
     for batch in (images[:size], *images.split(size)[:10]):  # the first is a warm-up
         if len(batch) < size:
             break
@@ -113,6 +119,19 @@ def histogram(model: nn.Module, optimizer: Any | None) -> Tensor:
             values = weight / spread_over(grid.max_level, weight, grid.group_size)
         counts += torch.histc(values.float().cpu(), HISTOGRAM_BINS, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT)
     return counts
+
+
+def spread(count: int, most: int) -> Tensor:
+    """At most `most` of the indices 0..count-1, evenly spaced, with the first and the last."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
+
+
+def plain_histograms(histograms: Tensor) -> dict[str, Any]:
+    """Rows of :func:`histogram`, before training and after each point of the curves, as a report has them: `counts` at
+    the `points` 0, 1, ..., of which a long run has some, and the `limit` of weight / level."""
+    points = spread(len(histograms), _HISTOGRAM_POINTS)
+    counts = histograms[points.to(histograms.device)].long().tolist()
+    return {"limit": HISTOGRAM_LIMIT, "points": points.tolist(), "counts": counts}
 
 
 class Stopwatch:

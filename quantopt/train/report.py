@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,13 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
+_NUMBERS = re.compile(r'\[\n([^\[\]{}"]*)\]')  # a list without text: a line end is not inside of text
+
+
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    """Writes strict JSON, atomically. Infinity becomes "inf"; ValueError for NaN."""
+    """Writes strict JSON, atomically, a list of numbers on a line. Infinity becomes "inf"; ValueError for NaN."""
     text = json.dumps(plain(contents), indent=1, allow_nan=False) + "\n"
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     with writing(path):
         atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
 

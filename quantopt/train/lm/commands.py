@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import quantopt
-from quantopt.train import optimizers
+from quantopt.train import board, optimizers
 from quantopt.train.arguments import given
 from quantopt.train.config import resolve_device
 from quantopt.train.directory import (
@@ -36,7 +36,7 @@ def train(arguments: argparse.Namespace) -> int:
     for kind in arguments.export:
         export.check(kind, config)
     check_out(out)
-    with held(out) as hold:
+    with held(out) as hold, board.opened(arguments.tensorboard) as on_checkpoint:
         found = text.load(config.data, config.context, config.validation)
         results = loop.train(
             config,
@@ -46,6 +46,7 @@ def train(arguments: argparse.Namespace) -> int:
             progress=not arguments.quiet,
             minutes=arguments.minutes,
             hold=hold,
+            on_checkpoint=on_checkpoint,
         )
         print(loop.summary(results))
         for kind in dict.fromkeys(arguments.export):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
-from quantopt.train import checkpoint, optimizers
+from quantopt.train import checkpoint, layer_table, optimizers
 from quantopt.train.directory import (
     CHECKPOINT,
     MODEL,
@@ -28,16 +28,20 @@ from quantopt.train.errors import InputError, OutOfTime, TrainingError, writing
 from quantopt.train.lm import model as models
 from quantopt.train.lm.config import Config
 from quantopt.train.lm.text import Text
-from quantopt.train.measure import histogram, tensor_bytes
+from quantopt.train.measure import histogram, plain_histograms, tensor_bytes
 from quantopt.train.report import CURVES_PNG, WEIGHTS_PNG, plot_curves, plot_weights, write_json
+from quantopt.train.series import METRICS_CSV, positions, write_csv
 
-_PARTS = "config step seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms"
+_PARTS = "config step seconds model optimizer scheduler anneal generator rng cuda_rng curves histograms layer_flips"
 KEYS = frozenset(_PARTS.split())
 """What a checkpoint holds."""
 
 EVERY = 50  # steps between two points of the curves; of the training loss their mean
 CURVES = ("loss", "epsilon", "kappa", "reg_strength", "fraction_feasible", "sign_flips")
 """Of a run, lists with a value for every `EVERY` steps, as those of `quantopt train`; None where there is none."""
+
+
+_LAYER_WINDOWS = 32  # on which the projection of each layer alone is measured
 
 
 def describe(config: Config, text: Text) -> dict[str, Any]:
@@ -72,8 +76,9 @@ class Trainer:
         self.curves: dict[str, list[Any]] = {name: [] for name in CURVES}
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.histograms = self._histogram()
-        if self.quantised:
-            self._optimizer.metrics()  # sign flips are counted from here
+        self.layer_flips: layer_table.Flips = {}
+        if self.quantised:  # sign flips are counted from here
+            self.layer_flips = {name: [] for name in layer_table.metrics(self._optimizer)}
 
     @property
     def _optimizer(self) -> Any:
@@ -117,16 +122,20 @@ class Trainer:
             values[name] = float(self._optimizer.param_groups[0][name])
             shown[name] = f"{values[name]:.3g}"
         if self.quantised:
-            metrics = [group for group in self._optimizer.metrics() if group["bits"] != 0]
-            weights = sum(group["numel"] for group in metrics)
-            inside = sum(group["fraction_feasible"] * group["numel"] for group in metrics) / weights
-            flips = int(sum(group["sign_flips"] for group in metrics))
-            values |= {"fraction_feasible": inside, "sign_flips": flips}
-            shown["inside"] = f"{100 * inside:.1f}%"
+            metrics = layer_table.metrics(self._optimizer)
+            values |= layer_table.totals(metrics)
+            for name, row in metrics.items():
+                self.layer_flips[name].append(row["sign_flips"])
+            shown["inside"] = f"{100 * values['fraction_feasible']:.1f}%"
         for curve in CURVES:
             self.curves[curve].append(values.get(curve))
         self.histograms = torch.cat([self.histograms, self._histogram()])
         bar.set_postfix(shown)
+
+    @property
+    def at(self) -> list[int]:
+        """The steps of the points of the curves."""
+        return positions(len(self.curves["loss"]), EVERY, self.config.steps)
 
     def _histogram(self) -> Tensor:
         return histogram(self.model, self._optimizer if self.quantised else None)[None]
@@ -147,6 +156,7 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "curves": self.curves,
             "histograms": self.histograms,
+            "layer_flips": self.layer_flips,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], argument: str, source: object) -> None:
@@ -177,12 +187,15 @@ class Trainer:
             points = -(-step // EVERY)
             checkpoint.check_curves(state["curves"], points, self._has_value, CURVES)
             checkpoint.check_histograms(state["histograms"], self.histograms[:1], points + 1)
+            total = state["curves"]["sign_flips"]
+            flips = layer_table.check_flips(state["layer_flips"], list(self.layer_flips), total)
             checkpoint.check_model(state["model"], self.model.state_dict())
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(dict(state), step)
         self.step, self.seconds = step, state["seconds"]
         self.curves = {name: list(state["curves"][name]) for name in CURVES}
         self.histograms = state["histograms"]
+        self.layer_flips = flips
 
     def _has_value(self, curve: str, point: int) -> bool:
         if curve in ("fraction_feasible", "sign_flips"):
@@ -192,14 +205,17 @@ class Trainer:
     def finish(self) -> tuple[dict[str, Any], nn.Module | None]:
         """(the report, the packed network or None): losses of the validation part, in nats per byte."""
         config, text = self.config, self.text
-        projected = packed_loss = None
+        projected = packed_loss = layers = None
         packed: Any = None
+        speeds: list[float | None] = [None, None]
         running = models.validation_loss(self.model, text, config.context)
         if self.quantised:
             with self._optimizer.quantized():
                 projected = models.validation_loss(self.model, text, config.context)
             packed = quantopt.pack(self.model.eval(), self._optimizer)
             packed_loss = models.validation_loss(packed, text, config.context)
+            layers = self._measure_layers()
+            speeds = [*models.bytes_per_second([self.model, packed], text, config.context)]
         for loss in (running, projected, packed_loss):
             if loss is not None and not math.isfinite(loss):
                 raise TrainingError(f"the validation loss is {loss}: try a smaller --lr")
@@ -212,10 +228,28 @@ class Trainer:
             "loss_packed": packed_loss,
             "bytes_float": tensor_bytes(self.model),
             "bytes_packed": None if packed is None else tensor_bytes(packed),
+            "bytes_per_second_float": speeds[0],  # that the network reads in evaluation, without autocast
+            "bytes_per_second_packed": speeds[1],
+            "curve_every": EVERY,
             "curves": self.curves,
+            "histograms": plain_histograms(self.histograms),
+            "layers": layers,
             "seconds": self.seconds,
         }
         return report, packed
+
+    def _measure_layers(self) -> dict[str, Any]:
+        """What the projection of each layer alone costs, on a sample."""
+        length = self.config.context
+        inputs, _ = self.text.validation_windows(length)
+        sample = f"{min(len(inputs), _LAYER_WINDOWS):,} of {len(inputs):,} validation windows"
+        return layer_table.measure(
+            self._optimizer,
+            self.layer_flips,
+            "loss",
+            sample,
+            lambda: models.validation_loss(self.model, self.text, length, _LAYER_WINDOWS),
+        )
 
 
 PANELS = (
@@ -260,9 +294,11 @@ def train(
     hold: Hold | None = None,
     minutes: float | None = None,
     checkpoint_every: int = 200,
+    on_checkpoint: Callable[[Trainer], None] | None = None,
 ) -> dict[str, Any]:
     """Trains, with a checkpoint in `out` after every `checkpoint_every` steps (a multiple of `EVERY`), and measures.
-    Returns the report, which `out` has as report.json, beside model.safetensors (packed), curves.png and weights.png.
+    Returns the report, which `out` has as report.json, beside model.safetensors (packed), metrics.csv, curves.png and
+    weights.png. on_checkpoint: called after these steps, whether there is an `out` or not.
 
     out, resume, progress, hold, minutes: as `quantopt.train.loop.train`. Raises InputError, TrainingError, OutOfTime.
     """
@@ -284,6 +320,8 @@ def train(
             trainer.train_until(min(config.steps, trainer.step + checkpoint_every), bar)
             if out is not None:
                 write_checkpoint(out, trainer.state_dict(), hold)
+            if on_checkpoint is not None:
+                on_checkpoint(trainer)
             longest = max(longest, time.monotonic() - begun)
     report, packed = trainer.finish()
     if out is not None:
@@ -293,5 +331,6 @@ def train(
             with writing(out / MODEL):
                 quantopt.save(packed, out / MODEL)
         plot(out, config, report, trainer.histograms)
+        write_csv(out / METRICS_CSV, "step", trainer.at, trainer.curves)
         write_json(out / REPORT, report)
     return report

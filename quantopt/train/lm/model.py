@@ -1,5 +1,6 @@
 """The network, of the transformers library: random weights, a token for each byte; its loss, and what it writes."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 from quantopt.train.errors import InputError
 from quantopt.train.lm.config import Config
 from quantopt.train.lm.text import VOCABULARY, Text, batches
+from quantopt.train.measure import images_per_second, spread
 
 _VALIDATION_WINDOWS = 32  # at a time
+_TIMED_WINDOWS = 4
 
 
 def build(config: Config) -> Any:
@@ -66,15 +69,30 @@ def loss(model: Any, inputs: Tensor, targets: Tensor, reduction: str = "mean") -
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, text: Text, length: int) -> float:
-    """Mean over the validation part of `text`, in nats per byte, of `model` in evaluation mode, which it is left in."""
+def validation_loss(model: nn.Module, text: Text, length: int, windows: int | None = None) -> float:
+    """Mean over the validation part of `text` (over `windows` of its windows, evenly spaced), in nats per byte, of
+    `model` in evaluation mode, which it is left in."""
     model.eval()
     device = next(model.parameters()).device
     inputs, targets = text.validation_windows(length)
+    if windows is not None:
+        chosen = spread(len(inputs), windows)
+        inputs, targets = inputs[chosen], targets[chosen]
     total = 0.0
     for some, following in batches(inputs, targets, _VALIDATION_WINDOWS):
         total += float(loss(model, some.to(device), following.to(device), "sum"))
     return total / targets.numel()
+
+
+def bytes_per_second(models: Sequence[Any], text: Text, length: int) -> list[float]:
+    """That each of `models`, on one device, reads of windows of the validation part; they take turns."""
+    inputs = text.validation_windows(length)[0][: 10 * _TIMED_WINDOWS].long().to(models[0].device)
+
+    def reading(model: Any) -> Callable[[Tensor], object]:
+        return lambda windows: model(input_ids=windows, use_cache=False)
+
+    rates = images_per_second([reading(model.eval()) for model in models], inputs, _TIMED_WINDOWS)
+    return [length * rate for rate in rates]
 
 
 def sample(model: Any, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
