@@ -1,15 +1,17 @@
-# make demo | test | bench | docs | lint | sanitize each build the environment first if it is missing or out of date.
+# make demo | test | bench | docs | wheel | lint | sanitize each build the environment first if it is missing or out of date.
 #   PYTHON     the interpreter the environment is made from (python3)
 #   PIP_FLAGS  passed to every pip install, e.g. --index-url
+#   DIST       where `make wheel` puts the wheel (dist)
 PYTHON ?= python3
 PIP_FLAGS ?=
+DIST ?= dist
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CXX_TESTS = $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: env demo test bench docs lint sanitize format clean
+.PHONY: env demo test bench docs wheel lint sanitize format clean
 
 env: $(VENV)/.built
 
@@ -40,6 +42,14 @@ sanitize: $(VENV)/.requirements
 
 docs: $(VENV)/.requirements
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# auditwheel reads off the extension which systems can load it, and tags the wheel; torch's libraries stay torch's.
+wheel: $(VENV)/.requirements
+	rm -rf build/wheel
+	$(PIP) wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" $(PY) -m auditwheel repair \
+	  --exclude 'libtorch*' --exclude 'libc10*' -w $(DIST) build/wheel/*.whl
+	@ls -l $(DIST)
 
 lint: $(VENV)/.requirements
 	$(PY) -m ruff check .

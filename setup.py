@@ -10,8 +10,8 @@ Three kinds of source go into the one shared library:
 
 Environment variables:
 
-- QUANTOPT_CUDA=0|1: leave CUDA out | insist on it. Unset: built when nvcc is found (in CUDA_HOME, on PATH, in
-  /usr/local/cuda).
+- QUANTOPT_CUDA=0|1: leave CUDA out | insist on it. Unset: built for a torch with CUDA when nvcc is found (in CUDA_HOME,
+  on PATH, in /usr/local/cuda).
 - QUANTOPT_CUDA_ARCHS: compute capabilities, e.g. "80;90" (default: those of CUDA_ARCHS that nvcc knows).
 - CXX: the C++ compiler. MAX_JOBS: how many compilers run at once.
 
@@ -22,6 +22,7 @@ the CPU build of torch. The launchers need neither, as they link the CUDA runtim
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -37,14 +38,22 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-try:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    sys.exit(
-        "quantopt is compiled against the torch it will run with, which is not installed here. "
-        "Install torch first, then build without isolation: pip install --no-build-isolation ."
-    )
+
+def import_torch() -> None:
+    """Makes torch importable: where pip builds in an environment of its own, the one of the environment that it
+    installs into, whose interpreter it runs."""
+    if importlib.util.find_spec("torch") is None:
+        sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(
+            "quantopt is compiled against the torch it will run with, which is not installed here. "
+            "Install torch first, then: pip install setuptools wheel ninja && pip install --no-build-isolation ."
+        )
+
+
+import_torch()
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "quantopt/_version.py").read_text())[1]
@@ -149,7 +158,7 @@ def find_nvcc() -> str | None:
     choice = os.environ.get("QUANTOPT_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"quantopt: QUANTOPT_CUDA={choice} is not understood: use 0, 1 or leave it unset")
-    if choice == "0":
+    if choice == "0" or (choice == "" and not torch.version.cuda):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [str(Path(home) / "bin")] if home else []
@@ -380,11 +389,18 @@ class Sanitize(BuildQuantopt):
                 sys.exit(f"quantopt: the sanitizers or the checks of {program} failed (exit status {status})")
 
 
+def requirements() -> list[str]:
+    """What an installation needs: of torch, the minor version that the extension was compiled against."""
+    minor = ".".join(str(torch.__version__).split(".")[:2])
+    return [f"torch=={minor}.*", "numpy>=1.26", "safetensors>=0.4"]
+
+
 os.chdir(ROOT)
 # ninja, when it was installed from its wheel, stands beside the interpreter.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 setup(
+    install_requires=requirements(),
     packages=[*find_packages(include=["quantopt", "quantopt.*"]), "quantopt.kernels"],
     package_dir={"quantopt": "quantopt", "quantopt.kernels": "kernels"},
     package_data={"quantopt": ["py.typed", "recipes/*.toml"]},
@@ -393,6 +409,7 @@ setup(
             "quantopt._C",
             [*sources("csrc"), *sources("csrc/cpu")],
             include_dirs=[str(ROOT / "csrc")],
+            extra_link_args=["-lgcc"],  # conversions of 16-bit floats, which libgcc_s has only where gcc is as new
             # OpenMP's pragmas are compiled in, but its library is not linked: at::parallel_for must use the
             # one that torch brings, as torch.set_num_threads speaks to that one.
             extra_compile_args=[*TORCH_FLAGS, "-fopenmp"],

@@ -46,6 +46,10 @@ else:
         )
 
 
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
 def build_info() -> dict[str, Any]:
     """What the extension was built with; empty if it is not loaded.
 
@@ -56,3 +60,12 @@ def build_info() -> dict[str, Any]:
         return {}
     info: dict[str, Any] = json.loads(torch.ops.quantopt.build_info())
     return info
+
+
+if _minor(_built_for := build_info().get("torch", torch.__version__)) != _minor(torch.__version__):
+    warnings.warn(
+        f"quantopt was compiled for torch {_built_for} and runs with torch {torch.__version__}, whose binary interface "
+        f"may differ: install the wheel for this torch, or {_REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
