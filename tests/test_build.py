@@ -23,7 +23,7 @@ needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_e
 
 
 def test_version_is_in_one_place() -> None:
-    assert importlib.metadata.version("quantopt") == __version__
+    assert importlib.metadata.version("torch-quantopt") == __version__
 
 
 def test_command_is_installed() -> None:
