@@ -99,7 +99,7 @@ def test_network() -> None:
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r"pip install 'quantopt\[lm\]'"):
+    with pytest.raises(InputError, match=r"pip install 'torch-quantopt\[transformers\]'"):
         model.build(lm.Config(device="cpu", **SMALL))
 
 

@@ -215,7 +215,8 @@ def test_without_matplotlib(
     assert main(["report", str(sweep / "askew-0")]) == 2
     error = capsys.readouterr().err
     assert (
-        "error: report: needs matplotlib: pip install 'quantopt[train]' (" in error and error.count("\n") == 1
+        "error: report: needs matplotlib: pip install 'torch-quantopt[train]' (" in error
+        and error.count("\n") == 1
     )
 
 

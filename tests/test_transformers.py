@@ -225,7 +225,7 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, library: str) -> Non
     """It is imported only when asked for, and the error names the extra."""
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, f"quantopt.integrations.{library}", raising=False)
-    with pytest.raises(ImportError, match=rf"needs {library}: pip install 'quantopt\[{library}\]'"):
+    with pytest.raises(ImportError, match=rf"needs {library}: pip install 'torch-quantopt\[{library}\]'"):
         importlib.import_module(f"quantopt.integrations.{library}")
     code = "import sys, quantopt; assert not {'transformers', 'peft', 'accelerate'} & set(sys.modules)"
     if library == "peft":

@@ -1,14 +1,14 @@
 """GGUF files, those of llama.cpp: packed layers as Q1_0, TQ1_0 and TQ2_0, and whole Llama and Qwen3 models.
 
-Needs the ``gguf`` package, and :func:`load` transformers of version 5 besides: pip install 'quantopt[gguf]'.
+Needs the ``gguf`` package, and :func:`load` transformers of version 5 besides: pip install 'torch-quantopt[gguf]'.
 """
+
+from quantopt import extras
 
 try:
     import gguf as _gguf  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f"quantopt.gguf needs the gguf package: pip install 'quantopt[gguf]' ({error})"
-    ) from None
+    raise ImportError(f"quantopt.gguf {extras.missing('gguf', why=error)}") from None
 
 from quantopt.gguf.blocks import BLOCKS, from_blocks, to_blocks
 from quantopt.gguf.container import Field, File, GGUFFileError

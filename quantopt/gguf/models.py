@@ -10,6 +10,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from gguf.tensor_mapping import TensorNameMap
 from torch import Tensor, nn
 
+from quantopt import extras
 from quantopt.gguf import configs, tokens
 from quantopt.gguf.blocks import LEVELS, Scales, exact_blocks
 from quantopt.gguf.configs import ARCHITECTURES
@@ -224,9 +225,7 @@ def _on_meta(file: File, kind: str, settings: dict[str, Any], dtype: torch.dtype
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
-        raise ImportError(
-            f"quantopt.gguf.load needs the transformers library: pip install 'quantopt[gguf]' ({error})"
-        ) from None
+        raise ImportError(f"quantopt.gguf.load {extras.missing('transformers', why=error)}") from None
     try:
         config = AutoConfig.for_model(kind, **settings)
         with torch.device("meta"):

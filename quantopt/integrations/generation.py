@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantopt import extras
 from quantopt.packing import describe, join_layers
 from quantopt.wrappers import unwrapped_model
 
@@ -13,7 +14,7 @@ try:
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 except ImportError as error:
     raise ImportError(
-        f"quantopt.integrations.generation needs transformers: pip install 'quantopt[transformers]' ({error})"
+        f"quantopt.integrations.generation {extras.missing('transformers', why=error)}"
     ) from None
 
 __all__ = ["ATTENTION", "faster", "grouped_attention"]

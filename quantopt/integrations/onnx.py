@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from quantopt import extras
+
 try:
     import onnx
     from onnxscript import opset18 as op
 except ImportError as error:
     raise ImportError(
-        f"quantopt.integrations.onnx needs onnx and onnxscript: pip install 'quantopt[onnx]' ({error})"
+        f"quantopt.integrations.onnx {extras.missing('onnx', 'onnxscript', why=error)}"
     ) from None
 
 from quantopt import _extension

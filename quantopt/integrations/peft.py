@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from quantopt import extras
+
 try:
     from peft import LoraConfig
     from peft.tuners import lora
 except ImportError as error:
-    raise ImportError(
-        f"quantopt.integrations.peft needs peft: pip install 'quantopt[peft]' ({error})"
-    ) from None
+    raise ImportError(f"quantopt.integrations.peft {extras.missing('peft', why=error)}") from None
 
 from quantopt.nn import BinaryLinear
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantopt import extras
+
 try:
     from transformers import PreTrainedModel, TrainerCallback
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -20,7 +22,7 @@ try:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise ImportError(
-        f"quantopt.integrations.transformers needs transformers: pip install 'quantopt[transformers]' ({error})"
+        f"quantopt.integrations.transformers {extras.missing('transformers', why=error)}"
     ) from None
 
 import safetensors

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantopt import extras
 from quantopt.train.directory import check_out
 from quantopt.train.errors import InputError
 from quantopt.train.measure import HISTOGRAM_BINS, HISTOGRAM_LIMIT
@@ -26,9 +27,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError(
-                "--tensorboard", f"needs tensorboard: pip install 'quantopt[tensorboard]' ({error})"
-            ) from None
+            raise InputError("--tensorboard", extras.missing("tensorboard", why=error)) from None
         check_out(Path(directory), "--tensorboard")
         self._open = partial(SummaryWriter, directory, purge_step=0)
         self._writer: Any = None

@@ -30,7 +30,7 @@ from quantopt.train.directory import (
     read_report,
     write_run,
 )
-from quantopt.train.errors import InputError, writing
+from quantopt.train.errors import InputError, require, writing
 from quantopt.train.lm import commands as language_models
 from quantopt.train.optimizers import FLOAT
 from quantopt.train.page import write as write_page
@@ -41,6 +41,7 @@ def train(arguments: argparse.Namespace) -> int:
         hold = on_epoch = None
         with ranks.together():
             recipe, out = _train_arguments(arguments)
+            require("train", "matplotlib")
             if ranks.rank() == 0:
                 check_out(out)
                 hold = stack.enter_context(held(out))
@@ -106,6 +107,7 @@ def _train(
 
 
 def sweep(arguments: argparse.Namespace) -> int:
+    require("sweep", "matplotlib")
     out = Path(arguments.out)
     check_out(out)
     device = resolve_device(arguments.device)

@@ -22,7 +22,6 @@ Decoded data is cached in `$XDG_CACHE_HOME/quantopt` (else `~/.cache/quantopt`).
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -35,8 +34,8 @@ import torch
 from torch import Tensor
 
 from quantopt.files import atomic_write
-from quantopt.train import formats, sources
-from quantopt.train.errors import InputError
+from quantopt.train import environment, formats, sources
+from quantopt.train.errors import InputError, require
 from quantopt.train.formats.folders import describe
 from quantopt.train.formats.parts import Array, Parts
 from quantopt.train.left_out import SHARED, TEST, TRAINING, LeftOut
@@ -170,10 +169,9 @@ def digits() -> Dataset:
 
     The split is stratified and always the same. Grey levels 0..16 become 0..255.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError("--data", f"digits needs scikit-learn ({error}): pip install scikit-learn") from None
+    require("--data: digits", "scikit-learn")
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     labels = np.asarray(bunch.target, dtype=np.int64)
     images = np.rint(np.asarray(bunch.images) * (255 / 16)).astype(np.uint8)[:, None]
@@ -233,7 +231,7 @@ def _cache_directory() -> Path:
 
 def _key(path: Path) -> str:
     """What a cached data set is found by; it changes with the source, the reader and the decoder of images."""
-    state = f"{_CACHE_VERSION}\n{importlib.metadata.version('pillow')}\n{sources.fingerprint(path)}"
+    state = f"{_CACHE_VERSION}\n{environment.version('pillow')}\n{sources.fingerprint(path)}"
     return hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 

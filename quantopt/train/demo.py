@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from quantopt.train import augment, data, report
 from quantopt.train.arguments import add_options, given, nonempty
@@ -18,8 +17,10 @@ from quantopt.train.cli import guarded
 from quantopt.train.config import Config, default_batch_size, resolve_device
 from quantopt.train.directory import check_out, held, write_run
 from quantopt.train.environment import versions
+from quantopt.train.errors import require
 from quantopt.train.loop import Trainer, train
 from quantopt.train.measure import weight_bytes
+from quantopt.train.progress import Bar, bar
 
 OPTIMIZERS = ("sgd", "binaryconnect", "binaryrelax", "proxquant", "askew", "stam")
 
@@ -31,6 +32,7 @@ _SMALL = 1 << 20
 def run(arguments: argparse.Namespace) -> int:
     """Trains with each of `OPTIMIZERS` in turn; writes report.json, curves.png and weights.png in --out, and a folder
     for each run."""
+    require("demo", "matplotlib")
     out = Path(arguments.out)
     check_out(out)
     with held(out):
@@ -54,14 +56,12 @@ def _run(arguments: argparse.Namespace, out: Path) -> int:
     smallest = math.inf
     for name in OPTIMIZERS:
         config = Config(**settings, optimizer=name)
-        with tqdm(total=config.epochs, desc=f"{name:<14}", unit=" epochs", leave=False) as bar:
+        with bar(True, name, total=config.epochs, unit="epochs", leave=False) as shown:
 
-            def advance(trainer: Trainer, bar: "tqdm[Any]" = bar) -> None:
-                bar.set_postfix(
-                    loss=f"{trainer.curves['loss'][-1]:.4f}",
-                    accuracy=f"{trainer.curves['accuracy'][-1]:.2f}%",
-                )
-                bar.update()
+            def advance(trainer: Trainer, shown: Bar = shown) -> None:
+                loss, accuracy = trainer.curves["loss"][-1], trainer.curves["accuracy"][-1]
+                shown.set_postfix({"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.2f}%"})
+                shown.update()
 
             with held(out / name) as hold:
                 result = train(config, dataset, out=out / name, progress=False, on_epoch=advance, hold=hold)

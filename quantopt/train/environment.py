@@ -84,7 +84,7 @@ def describe() -> dict[str, Any]:
             "quantopt": quantopt.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: version(name) for name in _PACKAGES},
         },
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -100,7 +100,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

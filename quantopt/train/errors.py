@@ -2,8 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from quantopt import extras
+
+_MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}  # by the names of their distributions
 
 
 class InputError(ValueError):
@@ -23,6 +28,19 @@ class TrainingError(RuntimeError):
 
 class OutOfTime(Exception):
     """The time given is over; the checkpoint holds everything."""
+
+
+def require(argument: str, *libraries: str) -> None:
+    """Raises InputError, which names `argument`, those of the optional `libraries` that cannot be imported, and their
+    extras."""
+    absent = {}
+    for library in libraries:
+        try:
+            import_module(_MODULES.get(library, library))
+        except ImportError as error:
+            absent[library] = error
+    if absent:
+        raise InputError(argument, extras.missing(*absent, why=next(iter(absent.values()))))
 
 
 OUT_OF_TIME = 3

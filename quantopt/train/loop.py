@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
@@ -33,6 +32,7 @@ from quantopt.train.measure import (
     right,
     tensor_bytes,
 )
+from quantopt.train.progress import Bar, bar
 from quantopt.train.report import plain
 from quantopt.train.series import positions
 
@@ -133,7 +133,7 @@ class Trainer:
         self._loss += loss.detach()
         self._correct += (logits.detach().argmax(1) == labels).sum()
 
-    def train_epoch(self, bar: "tqdm[Any]") -> None:
+    def train_epoch(self, bar: Bar) -> None:
         """One pass over the training images in random order; an incomplete last batch is left out."""
         started = time.perf_counter()
         self.model.train()
@@ -215,7 +215,7 @@ class Trainer:
     def _relaxation(self) -> float:
         return float(self.optimizer.optimizer.param_groups[0][self.optimizer.relaxation or ""])
 
-    def _show(self, bar: "tqdm[Any]", loss: float, accuracy: float, feasible: float | None) -> None:
+    def _show(self, bar: Bar, loss: float, accuracy: float, feasible: float | None) -> None:
         shown = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.2f}%"}
         if self.optimizer.relaxation is not None:
             shown[self.optimizer.relaxation] = f"{self._relaxation():.3g}"
@@ -439,10 +439,10 @@ def train(
     out: a directory, made after the arguments are checked; None writes nothing. The caller keeps others out of it
     (`directory.held`). hold: what that gave; nothing is written to a directory that has taken the place of the one that
     is held. resume: continue from the checkpoint in `out`, if there is one; without, an earlier run in `out` stays
-    until the first checkpoint. progress: a bar per epoch on stderr. on_epoch: called after every epoch. minutes: the
-    run stops after an epoch if the next would end later; at least one epoch is trained. Raises InputError on a bad
-    value or checkpoint and on a file that cannot be written, TrainingError if the loss is not finite, OutOfTime if the
-    minutes are over.
+    until the first checkpoint. progress: a bar per epoch on stderr, or a line where that is no terminal. on_epoch:
+    called after every epoch. minutes: the run stops after an epoch if the next would end later; at least one epoch is
+    trained. Raises InputError on a bad value or checkpoint and on a file that cannot be written, TrainingError if the
+    loss is not finite, OutOfTime if the minutes are over.
 
     Under torchrun all ranks call this, and see `out` where they resume. Rank 0 writes, and returns; the others raise
     `ranks.Left`.
@@ -475,14 +475,11 @@ def train(
                 raise OutOfTime(
                     f"{minutes:g} minutes are over after epoch {trainer.epoch} of {config.epochs}"
                 )
-        with tqdm(
-            total=trainer.steps_per_epoch * trainer.batch_size,
-            desc=f"epoch {trainer.epoch + 1}/{config.epochs}",
-            unit=" images",
-            mininterval=0.5,
-            disable=not progress,
-        ) as bar:
-            trainer.train_epoch(bar)
+        images = trainer.steps_per_epoch * trainer.batch_size
+        with bar(
+            progress, f"epoch {trainer.epoch + 1}/{config.epochs}", total=images, unit="images"
+        ) as shown:
+            trainer.train_epoch(shown)
         trainer.test()
         with ranks.together():
             if out is not None and ranks.rank() == 0:

@@ -5,8 +5,9 @@ import re
 import textwrap
 from typing import Any, NamedTuple
 
+from quantopt.extras import DISTRIBUTION
+
 _COLUMNS = 100
-_DISTRIBUTIONS = ("torch-quantopt", "quantopt")  # names that the package is installed by
 _WHAT = {
     "fused_step": "optimizer steps",
     "binary_linear": "packed linear layers",
@@ -41,29 +42,27 @@ def speed(row: dict[str, Any], facts: dict[str, Any]) -> Speed:
 def extras() -> dict[str, dict[str, list[str]]]:
     """The extras that the installed package names, with those of their packages that are "installed" and "missing"; {}
     where the package runs from a source tree that is not installed."""
-    for distribution in _DISTRIBUTIONS:
-        try:
-            lines = importlib.metadata.requires(distribution) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        needed: dict[str, list[str]] = {}
-        for line in lines:
-            name, extra = (
-                re.match(r"[\w.-]+(\[[\w.,-]+\])?", line),
-                re.search(r"extra == ['\"]([\w.-]+)", line),
-            )
-            if name and extra:
-                needed.setdefault(extra[1], []).append(name[0])
-        return {extra: _found(_resolved(extra, needed, distribution)) for extra in sorted(needed)}
-    return {}
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    needed: dict[str, list[str]] = {}
+    for line in lines:
+        name, extra = (
+            re.match(r"[\w.-]+(\[[\w.,-]+\])?", line),
+            re.search(r"extra == ['\"]([\w.-]+)", line),
+        )
+        if name and extra:
+            needed.setdefault(extra[1], []).append(name[0])
+    return {extra: _found(_resolved(extra, needed)) for extra in sorted(needed)}
 
 
-def _resolved(extra: str, needed: dict[str, list[str]], distribution: str) -> list[str]:
+def _resolved(extra: str, needed: dict[str, list[str]]) -> list[str]:
     """The packages of an extra, with those of the extras that it names."""
     packages = []
     for package in needed.get(extra, []):
-        other = package.removeprefix(f"{distribution}[").removesuffix("]")
-        packages += [package] if other == package else _resolved(other, needed, distribution)
+        other = package.removeprefix(f"{DISTRIBUTION}[").removesuffix("]")
+        packages += [package] if other == package else _resolved(other, needed)
     return packages
 
 
@@ -135,4 +134,4 @@ def _add_extras(lines: list[str], found: dict[str, dict[str, list[str]]]) -> Non
     ]
     _add(lines, "extras", ", ".join(there) or "none")
     if absent:
-        _add(lines, "not installed", f"{', '.join(absent)}: pip install 'quantopt[NAME]'")
+        _add(lines, "not installed", f"{', '.join(absent)}: pip install '{DISTRIBUTION}[NAME]'")

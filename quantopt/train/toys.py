@@ -16,7 +16,7 @@ import torch
 from quantopt.train import environment, report, stationarity, toy_problems
 from quantopt.train.cli import guarded
 from quantopt.train.directory import check_out
-from quantopt.train.errors import writing
+from quantopt.train.errors import require, writing
 from quantopt.train.toy_problems import Trained
 
 TOYS_JSON = "toys.json"
@@ -25,6 +25,7 @@ LOGISTIC_PNG, MOONS_PNG, STATIONARITY_PNG = "logistic.png", "moons.png", "statio
 
 def run(out: Path, settings: toy_problems.Settings, stationary: stationarity.Settings) -> None:
     """Solves all of them, prints their tables, and writes toys.json and the figures to ``out``."""
+    require("toys", "matplotlib", "scikit-learn")
     check_out(out)
     torch.set_num_threads(1)
     with writing(out):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from quantopt import extras
 from quantopt.train.formats.parts import Array, Gathered, Parts
 from quantopt.train.left_out import ALPHA, EMPTY, FRAMES, NO_CLASS, NO_DATA, NO_IMAGE, ROTATION
 from quantopt.train.sources import DataError
@@ -64,8 +65,10 @@ class Images:
 
     def _read(self, name: str, data: bytes) -> Array | None:
         """The pixels [C, H, W] of an image, None for a file that is not one by its contents and its name."""
-        from PIL import Image, UnidentifiedImageError
-
+        try:
+            from PIL import Image, UnidentifiedImageError
+        except ImportError as error:
+            raise DataError(f"{name} {extras.missing('pillow', why=error)}") from None
         endings = _endings()
         left_out = self._gathered.left_out
         try:
@@ -165,9 +168,11 @@ def _formats() -> list[str]:
 
 @functools.cache
 def _endings() -> set[str]:
-    """How the names of image files end."""
-    from PIL import Image
-
+    """How the names of image files end. Empty without Pillow: no file is taken for an image then."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return set()
     readable = [*_formats(), "EPS"]
     return {ending for ending, name in Image.registered_extensions().items() if name in readable}
 

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from quantopt.train import sources
 from quantopt.train.formats import cifar, folders, idx
 from quantopt.train.formats.parts import Gathered, Parts
 from quantopt.train.left_out import ARCHIVE, LeftOut
+from quantopt.train.progress import bar
 from quantopt.train.sources import DataError
 
 
@@ -15,12 +14,10 @@ def read(path: Path, left_out: LeftOut, progress: bool) -> Parts:
     """The images of `path`; what is not read is added to `left_out`. Raises DataError, which names the member."""
     gathered = Gathered(left_out)
     files, batches, images = idx.Files(gathered), cifar.Batches(gathered), folders.Images(gathered)
-    with tqdm(
-        desc=f"decoding {path.name}", unit=" files", disable=not progress, leave=False, delay=0.5
-    ) as bar:
+    with bar(progress, f"decoding {path.name}", unit="files", leave=False, delay=0.5) as shown:
         for member in sources.members(path, left_out):
             name = member.name
-            bar.update()
+            shown.update()
             if member.stream is None:
                 images.add_folder(name)
                 continue

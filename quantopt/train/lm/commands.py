@@ -22,7 +22,7 @@ from quantopt.train.directory import (
     held,
     read_checkpoint,
 )
-from quantopt.train.errors import InputError, writing
+from quantopt.train.errors import InputError, require, writing
 from quantopt.train.lm import config as lm
 from quantopt.train.lm import export, loop, model, text
 from quantopt.train.lm.loop import KEYS as KEYS
@@ -35,6 +35,7 @@ def train(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or Path("runs") / f"lm-{Path(arguments.recipe).stem}")
     for kind in arguments.export:
         export.check(kind, config)
+    require("lm", "matplotlib", "transformers")
     check_out(out)
     with held(out) as hold, board.opened(arguments.tensorboard) as on_checkpoint:
         found = text.load(config.data, config.context, config.validation)

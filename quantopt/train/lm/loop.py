@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import quantopt
 from quantopt.backends import BackendError
@@ -29,6 +28,7 @@ from quantopt.train.lm import model as models
 from quantopt.train.lm.config import Config
 from quantopt.train.lm.text import Text
 from quantopt.train.measure import histogram, plain_histograms, tensor_bytes
+from quantopt.train.progress import Bar, bar
 from quantopt.train.report import CURVES_PNG, WEIGHTS_PNG, plot_curves, plot_weights, write_json
 from quantopt.train.series import METRICS_CSV, positions, write_csv
 
@@ -88,7 +88,7 @@ class Trainer:
     def quantised(self) -> bool:
         return optimizers.has_levels(self.config.optimizer, self.config.bits)
 
-    def train_until(self, step: int, bar: "tqdm[Any]") -> None:
+    def train_until(self, step: int, bar: Bar) -> None:
         """Steps until `step` of them are done. Raises TrainingError where the loss is not finite."""
         started = time.perf_counter()
         config = self.config
@@ -110,7 +110,7 @@ class Trainer:
             raise TrainingError(f"the weights became infinite by step {self.step}: try a smaller --lr")
         self.seconds += time.perf_counter() - started
 
-    def _record(self, bar: "tqdm[Any]") -> None:
+    def _record(self, bar: Bar) -> None:
         """Appends a point to each curve, and a histogram of the weights."""
         loss = float(self._loss) / ((self.step - 1) % EVERY + 1)
         self._loss.zero_()
@@ -310,14 +310,12 @@ def train(
     if out is not None:
         prepare(out, hold)
     longest = 0.0
-    with tqdm(
-        total=config.steps, initial=trainer.step, unit=" steps", mininterval=0.5, disable=not progress
-    ) as bar:
+    with bar(progress, "", total=config.steps, done=trainer.step, unit="steps") as shown:
         while trainer.step < config.steps:
             begun = time.monotonic()
             if longest and minutes is not None and begun + longest > started + 60 * minutes:
                 raise OutOfTime(f"{minutes:g} minutes are over after step {trainer.step} of {config.steps}")
-            trainer.train_until(min(config.steps, trainer.step + checkpoint_every), bar)
+            trainer.train_until(min(config.steps, trainer.step + checkpoint_every), shown)
             if out is not None:
                 write_checkpoint(out, trainer.state_dict(), hold)
             if on_checkpoint is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantopt.train.errors import InputError
+from quantopt.train.errors import InputError, require
 from quantopt.train.lm.config import Config
 from quantopt.train.lm.text import VOCABULARY, Text, batches
 from quantopt.train.measure import images_per_second, spread
@@ -22,12 +22,9 @@ def build(config: Config) -> Any:
     not tied, no dropout. Random weights of torch's generator.
 
     Raises InputError without transformers, or for a width that the heads do not divide into even parts."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            "lm", f"needs the transformers library: pip install 'quantopt[lm]' ({error})"
-        ) from None
+    require("lm", "transformers")
+    import transformers
+
     width, heads = config.width, config.heads
     turned = 2 if config.architecture == "llama" else 8  # GPT-NeoX turns pairs of a quarter of a head
     if width % (turned * heads):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from quantopt.files import atomic_write
 from quantopt.train.directory import PAGE
-from quantopt.train.errors import InputError, writing
-from quantopt.train.page import runs
+from quantopt.train.errors import InputError, require, writing
+from quantopt.train.page import html, runs
 
 
 def write(directories: Sequence[Path], out: Path | None = None) -> Path:
@@ -29,15 +29,11 @@ def write(directories: Sequence[Path], out: Path | None = None) -> Path:
         out = directories[0] / PAGE if len(directories) == 1 else Path(PAGE)
     if out.is_dir():
         raise InputError("--out", f"{out} is a directory; give the name of a file")
-    try:
-        from quantopt.train.page import html
-
-        written = html.page(
-            runs.in_series([run for _, run in found]),
-            datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
-        )
-    except ImportError as error:
-        raise InputError("report", f"needs matplotlib: pip install 'quantopt[train]' ({error})") from None
+    require("report", "matplotlib")
+    written = html.page(
+        runs.in_series([run for _, run in found]),
+        datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+    )
     with writing(out):
         atomic_write(out, lambda file: file.write_text(written, encoding="utf-8", errors="backslashreplace"))
     return out
