@@ -409,7 +409,9 @@ setup(
             "quantopt._C",
             [*sources("csrc"), *sources("csrc/cpu")],
             include_dirs=[str(ROOT / "csrc")],
-            extra_link_args=["-lgcc"],  # conversions of 16-bit floats, which libgcc_s has only where gcc is as new
+            extra_link_args=[
+                "-lgcc"
+            ],  # conversions of 16-bit floats, which libgcc_s has only where gcc is as new
             # OpenMP's pragmas are compiled in, but its library is not linked: at::parallel_for must use the
             # one that torch brings, as torch.set_num_threads speaks to that one.
             extra_compile_args=[*TORCH_FLAGS, "-fopenmp"],

@@ -32,7 +32,7 @@ _SMALL = 1 << 20
 def run(arguments: argparse.Namespace) -> int:
     """Trains with each of `OPTIMIZERS` in turn; writes report.json, curves.png and weights.png in --out, and a folder
     for each run."""
-    require("demo", "matplotlib")
+    require("demo", "matplotlib", *(["scikit-learn"] if arguments.data == "digits" else []))
     out = Path(arguments.out)
     check_out(out)
     with held(out):
