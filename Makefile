@@ -45,7 +45,7 @@ docs: $(VENV)/.requirements
 
 # auditwheel reads off the extension which systems can load it, and tags the wheel; torch's libraries stay torch's.
 wheel: $(VENV)/.requirements
-	rm -rf build/wheel
+	rm -rf build/wheel build/lib* build/bdist*
 	$(PIP) wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" $(PY) -m auditwheel repair \
 	  --exclude 'libtorch*' --exclude 'libc10*' -w $(DIST) build/wheel/*.whl

@@ -13,6 +13,7 @@ Environment variables:
 - QUANTOPT_CUDA=0|1: leave CUDA out | insist on it. Unset: built for a torch with CUDA when nvcc is found (in CUDA_HOME,
   on PATH, in /usr/local/cuda).
 - QUANTOPT_CUDA_ARCHS: compute capabilities, e.g. "80;90" (default: those of CUDA_ARCHS that nvcc knows).
+- QUANTOPT_DISABLE_EXTENSION=1: compile nothing; the package then runs in pure PyTorch.
 - CXX: the C++ compiler. MAX_JOBS: how many compilers run at once.
 
 torch's CUDAExtension is not used: it insists on the toolkit that torch was built with, and is switched off in
@@ -20,7 +21,6 @@ the CPU build of torch. The launchers need neither, as they link the CUDA runtim
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -56,6 +56,7 @@ import torch  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
+PURE = os.environ.get("QUANTOPT_DISABLE_EXTENSION", "0") not in ("", "0")
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "quantopt/_version.py").read_text())[1]
 
 # Instruction set -> flags. Each contains the ones before it, but avx512 does not contain avxvnni.
@@ -268,6 +269,8 @@ class BuildQuantopt(BuildExtension):
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One build at a time in this tree."""
+        import fcntl
+
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         with open(Path(self.build_temp) / ".lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -392,7 +395,7 @@ class Sanitize(BuildQuantopt):
 def requirements() -> list[str]:
     """What an installation needs: of torch, the minor version that the extension was compiled against."""
     minor = ".".join(str(torch.__version__).split(".")[:2])
-    return [f"torch=={minor}.*", "numpy>=1.26", "safetensors>=0.4"]
+    return ["torch>=2.11" if PURE else f"torch=={minor}.*", "numpy>=1.26", "safetensors>=0.4"]
 
 
 os.chdir(ROOT)
@@ -404,7 +407,9 @@ setup(
     packages=[*find_packages(include=["quantopt", "quantopt.*"]), "quantopt.kernels"],
     package_dir={"quantopt": "quantopt", "quantopt.kernels": "kernels"},
     package_data={"quantopt": ["py.typed", "recipes/*.toml"]},
-    ext_modules=[
+    ext_modules=[]
+    if PURE
+    else [
         CppExtension(
             "quantopt._C",
             [*sources("csrc"), *sources("csrc/cpu")],

@@ -20,12 +20,12 @@ from quantopt._version import __version__
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ("torch", "numpy", "safetensors")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+needs_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+needs_extension = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 needs_tools = pytest.mark.skipif(
-    _extension.error is not None
-    or not (ROOT / "setup.py").exists()
-    or not all(shutil.which(tool, path=PATH) for tool in ("make", "g++", "patchelf"))
+    not all(shutil.which(tool, path=PATH) for tool in ("make", "g++", "patchelf"))
     or not all(map(importlib.util.find_spec, ("auditwheel", "pip", "wheel"))),
-    reason="needs the source tree, the extension, make, g++, auditwheel and patchelf",
+    reason="needs make, g++, auditwheel and patchelf",
 )
 
 
@@ -46,9 +46,7 @@ def link_with_requirements(name: str, site: Path, done: set[str]) -> None:
             link_with_requirements(requirement.name, site, done)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
+def make_wheel(folder: Path) -> Path:
     # -o: the environment is the one that runs the tests, whatever the age of its list of requirements
     command = ["make", "-s", "-o", ".venv/.requirements", "wheel", f"DIST={folder}", f"PY={sys.executable}"]
     result = subprocess.run(
@@ -59,10 +57,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def install_alone(wheel: Path, home: Path) -> Path:
     """The interpreter of an environment with torch, numpy and safetensors, into which the wheel was installed."""
-    home = tmp_path_factory.mktemp("clean")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
     python = home / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
@@ -76,18 +72,18 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@needs_tree
+@needs_extension
 @needs_tools
-def test_what_the_wheel_says(wheel: Path) -> None:
+def test_the_wheel_works_alone(tmp_path: Path) -> None:
+    """Trains, packs, saves and loads, with three packages and no compiler. One test: two makes in one tree collide."""
+    wheel = make_wheel(tmp_path / "dist")
     assert wheel.name.startswith(f"torch_quantopt-{__version__}-")
     if sys.platform == "linux":
         assert re.search(r"-manylinux_2_\d+_", wheel.name)
     if not _extension.build_info()["nvcc"]:
-        assert wheel.stat().st_size < 8 << 20
-
-
-@needs_tools
-def test_the_wheel_works_alone(clean: Path, tmp_path: Path) -> None:
-    """Trains, packs, saves and loads, with three packages and no compiler."""
+        assert wheel.stat().st_size < 8_000_000
+    clean = install_alone(wheel, tmp_path / "clean")
     code = """
 import importlib.metadata, sys
 import torch
@@ -125,7 +121,7 @@ with torch.inference_mode(), opt.quantized():
     assert version.stdout.decode().strip() == f"quantopt {__version__}"
 
 
-@needs_tools
+@needs_extension
 def test_another_torch_is_a_warning() -> None:
     code = "import torch; torch.__version__ = '9.8.7'; import quantopt"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -135,3 +131,29 @@ def test_another_torch_is_a_warning() -> None:
         rf"RuntimeWarning: .*compiled for torch {built} and runs with torch 9\.8\.7", result.stderr
     )
     assert "install the wheel for this torch" in result.stderr
+
+
+def run_setup(before: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """`setup.py --version` where nothing but setuptools is importable, as where pip builds in isolation."""
+    for name in ("setuptools", "_distutils_hack", "pkg_resources"):
+        if spec := importlib.util.find_spec(name):
+            (tmp_path / name).symlink_to(Path(str(spec.origin)).parent)
+    code = f"import runpy, sys, sysconfig; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+    environment = {"PATH": PATH, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-S", "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_tree
+def test_a_build_in_isolation_finds_torch_where_it_installs(tmp_path: Path) -> None:
+    place = Path(str(torch.__file__)).parent.parent
+    result = run_setup(f"sysconfig.get_path = lambda name: {str(place)!r}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == __version__
+
+
+@needs_tree
+def test_a_build_without_torch_says_the_command_that_works(tmp_path: Path) -> None:
+    result = run_setup(f"sysconfig.get_path = lambda name: {str(tmp_path)!r}", tmp_path)
+    assert result.returncode == 1
+    assert "Install torch first" in result.stderr and "pip install --no-build-isolation ." in result.stderr

@@ -19,15 +19,6 @@ namespace quantopt {
 enum class Base { kSgd, kAdam, kGiven };
 inline constexpr const char* kBaseNames[] = {"sgd", "adam", "given"};
 
-struct PlainDirection {  // given, and SGD without momentum: no state
-  static constexpr bool kMomentum = false;
-  static constexpr bool kExpAvgSq = false;
-  template <class F>
-  QUANTOPT_HOST_DEVICE F operator()(F g, F&, F&) const {
-    return g;
-  }
-};
-
 struct MomentumDirection {
   static constexpr bool kMomentum = true;
   static constexpr bool kExpAvgSq = false;
