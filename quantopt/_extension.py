@@ -1,7 +1,7 @@
 """Loads the compiled extension, which registers the operators of `torch.ops.quantopt`.
 
-The package also works without it (in pure PyTorch, up to 100 times slower), so a failure to load is a RuntimeWarning,
-not an error: `error` is None when the extension is loaded, else one line that says why it is not.
+The package also works without it (in pure PyTorch, its step 80 to 250 times slower), so a failure to load is a
+RuntimeWarning, not an error: `error` is None when the extension is loaded, else one line that says why it is not.
 """
 
 import importlib
@@ -39,8 +39,8 @@ else:
         error = f"quantopt._C does not load with torch {torch.__version__} ({exc}); {_REBUILD}"
     if error is not None:
         warnings.warn(
-            f"quantopt runs in pure PyTorch, up to 100 times slower: {error}. If that is what you want, set "
-            "QUANTOPT_DISABLE_EXTENSION=1",
+            f"quantopt runs in pure PyTorch, its step 80 to 250 times slower: {error}. If that is what you want, "
+            "set QUANTOPT_DISABLE_EXTENSION=1",
             RuntimeWarning,
             stacklevel=2,
         )

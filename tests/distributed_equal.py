@@ -264,7 +264,7 @@ def checkpoints_on_disk_keep_the_dtype_of_second_moments_that_the_optimizer_has(
 @case
 def the_code_of_the_page_runs() -> None:
     page = Path(__file__).parent.parent / "docs" / "distributed.md"
-    blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
     before = Path.cwd()
     with shared_folder() as folder, mock.patch.object(dist, "init_process_group"):
