@@ -29,6 +29,8 @@ _KEYS = {
 }
 """Fields of `Run`, with their keys in the report of an image network and of a language model."""
 
+_POSITIVE = ("bytes_float", "bytes_packed", "speed_float", "speed_packed")
+_MOST = 1e30  # of a number's magnitude: more than any run measures, and such that sums and axes stay finite
 _EVERY = 50  # steps between two points of a language model's curves, where its report does not say
 
 
@@ -189,7 +191,10 @@ def _run(directory: Path, contents: Mapping[str, Any], is_finished: bool) -> Run
     every = contents.get("curve_every", _EVERY) if is_language else 1
     checkpoint.check_number(every, "curve_every", 1, 2**63, kind=int)
     found = contents if is_finished else {}
-    numbers = {field: _number(found, keys[is_language]) for field, keys in _KEYS.items()}
+    numbers = {
+        field: _number(found, keys[is_language], is_positive=field in _POSITIVE)
+        for field, keys in _KEYS.items()
+    }
     is_quantised = has_levels(config["optimizer"], config.get("bits"))
     histograms, layers = _histograms(contents.get("histograms")), _layers(contents.get("layers"))
     name = directory.name or directory.resolve().name or str(directory)
@@ -244,12 +249,19 @@ def _is_number(value: Any) -> bool:
 def _finite(value: Any, name: str) -> float:
     if not _is_number(value):
         raise ValueError(f"{name} is {shown(value)}, not a number")
+    if abs(value) > _MOST:
+        raise ValueError(f"{name} is {shown(value)}, more than {_MOST:g} in magnitude")
     return float(value)
 
 
-def _number(contents: Mapping[str, Any], key: str) -> float | None:
+def _number(contents: Mapping[str, Any], key: str, *, is_positive: bool) -> float | None:
     value = contents.get(key)
-    return None if value is None else _finite(value, key)
+    if value is None:
+        return None
+    number = _finite(value, key)
+    if is_positive and number <= 0:
+        raise ValueError(f"{key} is {shown(value)}, not positive")
+    return number
 
 
 def _curve(name: Any, values: Any) -> list[float | None]:
