@@ -62,7 +62,7 @@ def page(runs: Sequence[Run], date: str) -> str:
     parts.append(
         f"<footer>Page by quantopt {text(quantopt.__version__)}. Runs {made or 'of unknown origin'}.</footer>"
     )
-    return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
+    return figures.numbered("\n".join([*parts, "</main>\n</body>\n</html>\n"]))
 
 
 def _kind(runs: Sequence[Run]) -> list[str]:

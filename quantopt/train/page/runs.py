@@ -4,7 +4,7 @@ too."""
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Histograms:
 class Run:
     """A run as its directory has it."""
 
+    directory: Path
     name: str
     series: str
     """Runs of one series differ by their seeds."""
@@ -105,11 +106,11 @@ class Run:
 
 
 def find(directory: Path) -> list[Run]:
-    """The run in a directory, or those in its subdirectories (of a sweep, a demo, or any). Raises InputError, naming
-    DIR, if there is none or one cannot be read."""
+    """The run in a directory, or those in its subdirectories (of a sweep, a demo, or any), one that has a link beside
+    it once. Raises InputError, naming DIR, if there is none or one cannot be read."""
     if not directory.is_dir():
         raise InputError("DIR", f"{directory} is not a directory")
-    places = [directory] if _holds_run(directory) else sorted(filter(_holds_run, _inside(directory)))
+    places = [directory] if _holds_run(directory) else _once(filter(_holds_run, _inside(directory)))
     if not places:
         raise InputError(
             "DIR", f"{directory} holds no run: neither it nor a directory in it has {REPORT} or {CHECKPOINT}"
@@ -138,6 +139,12 @@ def _inside(directory: Path) -> list[Path]:
         return [path for path in directory.iterdir() if path.is_dir()]
     except OSError as error:
         raise InputError("DIR", f"{directory} cannot be read: {error.strerror or error}") from None
+
+
+def _once(places: Iterable[Path]) -> list[Path]:
+    """Sorted; of a directory and links to it the directory."""
+    links_first = sorted(places, key=lambda place: not place.is_symlink())
+    return sorted({place.resolve(): place for place in links_first}.values())
 
 
 def _holds_run(directory: Path) -> bool:
@@ -199,6 +206,7 @@ def _run(directory: Path, contents: Mapping[str, Any], is_finished: bool) -> Run
     histograms, layers = _histograms(contents.get("histograms")), _layers(contents.get("layers"))
     name = directory.name or directory.resolve().name or str(directory)
     return Run(
+        directory=directory,
         name=name,
         series=_series(name, config),
         is_language=is_language,
