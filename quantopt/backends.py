@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantopt import _extension
+from quantopt import _extension, extras
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -184,7 +184,7 @@ def _refusal(backend: str, device: str, dtype: torch.dtype, interpret: str, capa
         return f"no kernel for {dtype}; the reference runs it"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install triton"
+            return f"it {extras.missing('triton', why=ImportError('it is not installed'))}"
         if device != "cuda" and interpret != "1":
             return f"Triton runs on CUDA tensors, not {device} (or in its interpreter: TRITON_INTERPRET=1)"
     else:

@@ -1,5 +1,6 @@
 """Atomic writing of files, and the checksum by which damage is seen."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -14,7 +15,11 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
     A reader, or a process that is killed at any moment, finds the old contents or the new ones, never a part of them.
+    A link to a file is replaced, and its target stays. Raises OSError, before it calls `write`, where `path` is a
+    device, a pipe or a socket, or a link to one.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # of a directory, the renaming says it
+        raise OSError(errno.EINVAL, "it is not a regular file; give the name of one", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch(exist_ok=False)  # fails rather than follow a link, and takes the usual permissions

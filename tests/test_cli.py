@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, exit status 2 and the argument's name for every bad input."""
 
 import errno
+import importlib.metadata
 import json
 import math
 import os
@@ -218,6 +219,35 @@ def test_env_names_what_an_extra_lacks(monkeypatch):
         "all": {"installed": ["tqdm"], "missing": ["nowhere-to-be-found"]},
         "train": {"installed": ["tqdm"], "missing": []},
     }
+
+
+def test_env_knows_the_versions_that_an_extra_takes(monkeypatch):
+    """As far as the packaging library is there to compare them."""
+    requires = [
+        'torch-quantopt[old]; extra == "all"',
+        'torch<2,>=1; extra == "old"',
+        'numpy>=1; extra == "old"',
+    ]
+    monkeypatch.setattr(screen.importlib.metadata, "requires", {"torch-quantopt": requires}.__getitem__)
+    found = {"installed": ["numpy"], "missing": [f"torch<2,>=1, not {importlib.metadata.version('torch')}"]}
+    assert screen.extras() == {"all": found, "old": found}
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert screen.extras()["old"] == {"installed": ["torch", "numpy"], "missing": []}
+
+
+@pytest.mark.parametrize(
+    ("built", "forced", "why"),
+    [
+        (["portable"], None, "built without AVX2: rebuild on x86-64"),
+        (["portable"], "portable", "built without AVX2: rebuild on x86-64"),
+        (["portable", "avx2"], None, "the fast ones need a processor with AVX2"),
+        (["portable", "avx2"], "portable", "QUANTOPT_CPU_ISA asks for it"),
+    ],
+)
+def test_env_says_why_it_is_slow(built, forced, why):
+    facts = {"extension": {"isas": built}, "isa": {"active": "portable", "forced": forced}}
+    said = screen.speed({"backend": "cpu", "device": "cpu"}, facts)
+    assert said.word == "correct, not fast" and said.why.startswith(why)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -217,3 +217,10 @@ def test_versions() -> None:
     version = quantopt.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_command_has_a_row() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "cli.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    (commands,) = [action.choices for action in cli._parser()._actions if action.dest == "command"]
+    assert sorted(named) == sorted(commands or ())

@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from quantopt import extras
+from quantopt import backends, extras
 from quantopt.train import progress
 from training_data import write_patterns
 
@@ -163,6 +164,31 @@ def test_each_library_is_in_its_extra() -> None:
     for library, extra in extras.EXTRAS.items():
         packages = PROJECT["optional-dependencies"][extra]
         assert library in [re.match(r"[\w-]+", package)[0] for package in packages]  # type: ignore[index]
+
+
+def test_one_bound_for_each_library() -> None:
+    """Extras that need the library of another name that extra."""
+    bounds: dict[str, set[str]] = {}
+    for packages in PROJECT["optional-dependencies"].values():
+        for package in packages:
+            bounds.setdefault(re.split(r"[^\w-]", package)[0], set()).add(package)
+    assert all(len(bounds[library]) == 1 for library in extras.EXTRAS)
+
+
+def test_the_extra_of_whole_gguf_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    from quantopt.gguf import models
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    line = r"quantopt\.gguf\.load needs transformers: pip install 'torch-quantopt\[gguf\]' \("
+    with pytest.raises(ImportError, match=line):
+        models._on_meta(None, "llama", {}, torch.float32)  # type: ignore[arg-type]
+
+
+def test_the_extra_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    refusal = backends._refusal("triton", "cuda", torch.float32, "0", 0)
+    assert refusal == "it needs triton: pip install 'torch-quantopt[triton]' (it is not installed)"
 
 
 # ---- progress ------------------------------------------------------------------------------------------------------

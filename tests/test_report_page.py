@@ -3,6 +3,7 @@
 import functools
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantopt.files import atomic_write
 from quantopt.train import layer_table, loop, page
 from quantopt.train.cli import main
 from quantopt.train.directory import Result, write_run
@@ -146,8 +148,25 @@ def test_several_directories(
     other = write(tmp_path / "more" / "askew-2", report)
     written = page.write([sweep / "askew-0", other]).read_text(encoding="utf-8")
     assert "seeds)" not in written and ">askew-2</li>" in written
-    with pytest.raises(InputError, match="DIR: a directory is given twice"):
-        page.write([sweep, sweep / "askew-0" / ".."])
+    for twice in (sweep / "askew-0" / "..", sweep / "askew-1"):
+        with pytest.raises(
+            InputError, match=r"DIR: the run in .*askew-[01] is given twice \(as .*: give it once"
+        ):
+            page.write([sweep, twice])
+
+
+def test_runs_of_equal_contents(images: tuple[Path, Result], tmp_path: Path) -> None:
+    """Their figures are equal, and all ids of the page differ. A link to a run is not another run."""
+    report = json.loads((images[0] / "report.json").read_text()) | {"bytes_float": None}
+    for name in ("url(#one", "two"):
+        write(tmp_path / name, report)
+    (tmp_path / "latest").symlink_to("two")
+    written = written_now(tmp_path)
+    ids = re.findall(r'\bid="([^"]*)"', written)
+    assert len(ids) == len(set(ids)) > 50
+    named = re.findall(r'(?<=href="#)[^"]+|(?<=clip-path="url\(#)[^)]+', written)
+    assert named and set(named) <= set(ids)
+    assert 'aria-label="url(#one"' in written and "latest" not in written
 
 
 def text(value: object) -> str:
@@ -186,6 +205,24 @@ def test_a_run_that_is_not_finished(images: tuple[Path, Result], tmp_path: Path)
         ({"histograms": {"limit": 2.5, "points": [0], "counts": [[-1]]}}, "negative numbers"),
         ({"layers": {"sample": "", "none": 1, "all": 1, "rows": [{}]}}, "it lacks 'shape'"),
         ({"accuracy_packed": True}, "accuracy_packed is True, not a number"),
+        (
+            {"images_per_second_float": 0, "images_per_second_packed": 0},
+            "images_per_second_float is 0, not positive",
+        ),
+        ({"bytes_float": 0}, "bytes_float is 0, not positive"),
+        (
+            {"curves": {"sign_flips": [1e308]}},
+            "a value of 'sign_flips' is 1e+308, more than 1e+30 in magnitude",
+        ),
+        ({"curves": {"sign_flips": [10**400]}}, "cannot be shown"),
+        (
+            {"histograms": {"limit": 1e308, "points": [0], "counts": [[1]]}},
+            "the limit of histograms is 1e+308, more",
+        ),
+        (
+            {"histograms": {"limit": 2.5, "points": [0], "counts": [[1e308]]}},
+            "a count of histograms is 1e+308, more",
+        ),
     ],
 )
 def test_a_report_that_cannot_be_shown(
@@ -206,6 +243,27 @@ def test_directories_without_runs(tmp_path: Path) -> None:
         page.write([tmp_path])
     with pytest.raises(InputError, match=r"DIR: .*nothing is not a directory"):
         page.write([tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_pipe_is_not_replaced(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_link: bool
+) -> None:
+    """Nor is a device; a link to a file is, and its target stays."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    out = tmp_path / ("link" if is_link else "pipe")
+    assert main(["report", str(sweep / "stam-0"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: --out: {out} cannot be written: it is not a regular file; give" in error
+    assert (
+        (tmp_path / "pipe").is_fifo() and out.is_symlink() == is_link and len(list(tmp_path.iterdir())) == 2
+    )
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("file")
+    atomic_write(tmp_path / "link", lambda file: file.write_text("new"))
+    assert ((tmp_path / "link").read_text(), (tmp_path / "file").read_text()) == ("new", "mine")
 
 
 def test_without_matplotlib(

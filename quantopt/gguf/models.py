@@ -225,7 +225,9 @@ def _on_meta(file: File, kind: str, settings: dict[str, Any], dtype: torch.dtype
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
-        raise ImportError(f"quantopt.gguf.load {extras.missing('transformers', why=error)}") from None
+        raise ImportError(
+            f"quantopt.gguf.load {extras.missing('transformers', why=error, extra='gguf')}"
+        ) from None
     try:
         config = AutoConfig.for_model(kind, **settings)
         with torch.device("meta"):

@@ -34,31 +34,32 @@ def speed(row: dict[str, Any], facts: dict[str, Any]) -> Speed:
         return Speed("not here", "cpu kernels", f"{facts['isa'].get('error')}: unset QUANTOPT_CPU_ISA")
     if isa != "portable":
         return Speed("fast", f"cpu kernels, {isa}", "")
-    forced = facts["isa"]["forced"]
-    why = "QUANTOPT_CPU_ISA asks for it: unset it" if forced else "the fast ones need a processor with AVX2"
+    if facts["extension"]["isas"] == ["portable"]:
+        why = "built without AVX2: rebuild on x86-64 with a compiler that knows -march=x86-64-v3"
+    elif facts["isa"]["forced"]:
+        why = "QUANTOPT_CPU_ISA asks for it: unset it"
+    else:
+        why = "the fast ones need a processor with AVX2"
     return Speed("correct, not fast", "cpu kernels, portable", why)
 
 
 def extras() -> dict[str, dict[str, list[str]]]:
-    """The extras that the installed package names, with those of their packages that are "installed" and "missing"; {}
-    where the package runs from a source tree that is not installed."""
+    """The extras that the installed package names, with those of their packages that are "installed" and "missing", of
+    another version than the extra asks for with both versions; {} where the package runs from a source tree that is
+    not installed."""
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return {}
     needed: dict[str, list[str]] = {}
     for line in lines:
-        name, extra = (
-            re.match(r"[\w.-]+(\[[\w.,-]+\])?", line),
-            re.search(r"extra == ['\"]([\w.-]+)", line),
-        )
-        if name and extra:
-            needed.setdefault(extra[1], []).append(name[0])
+        if extra := re.search(r"extra == ['\"]([\w.-]+)", line):
+            needed.setdefault(extra[1], []).append(line.partition(";")[0].strip())
     return {extra: _found(_resolved(extra, needed)) for extra in sorted(needed)}
 
 
 def _resolved(extra: str, needed: dict[str, list[str]]) -> list[str]:
-    """The packages of an extra, with those of the extras that it names."""
+    """The requirements of an extra, with those of the extras that it names."""
     packages = []
     for package in needed.get(extra, []):
         other = package.removeprefix(f"{DISTRIBUTION}[").removesuffix("]")
@@ -66,15 +67,29 @@ def _resolved(extra: str, needed: dict[str, list[str]]) -> list[str]:
     return packages
 
 
-def _found(packages: list[str]) -> dict[str, list[str]]:
+def _found(requirements: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"installed": [], "missing": []}
-    for package in packages:
+    for requirement in requirements:
+        package = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         try:
-            importlib.metadata.version(package)
-            found["installed"].append(package)
+            version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found["missing"].append(package)
+            continue
+        if _allows(requirement, version):
+            found["installed"].append(package)
+        else:
+            found["missing"].append(f"{requirement}, not {version}")
     return found
+
+
+def _allows(requirement: str, version: str) -> bool:
+    """Whether a requirement takes a version; without the packaging library it takes all."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return True
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
 
 
 def text(facts: dict[str, Any]) -> str:

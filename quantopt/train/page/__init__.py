@@ -19,10 +19,17 @@ def write(directories: Sequence[Path], out: Path | None = None) -> Path:
     """Writes the page of the runs in `directories`: of each the run in it, or those in its subdirectories (a sweep).
 
     out: the file; None: report.html in the directory, of several directories in the working directory. Returns it.
-    Raises InputError if a directory holds no run, one cannot be read, or the file cannot be written."""
+    Raises InputError if a directory holds no run, one cannot be read or is given twice, or the file cannot be
+    written."""
     found = [(place, run) for place in directories for run in runs.find(place)]
-    if len({place.resolve() for place in directories}) < len(directories):
-        raise InputError("DIR", "a directory is given twice")
+    seen: dict[Path, Path] = {}
+    for _, run in found:
+        resolved = run.directory.resolve()
+        if resolved in seen:
+            raise InputError(
+                "DIR", f"the run in {run.directory} is given twice (as {seen[resolved]}): give it once"
+            )
+        seen[resolved] = run.directory
     if len({run.name for _, run in found}) < len(found):  # their paths tell them apart
         found = [(place, _with_path(place, run)) for place, run in found]
     if out is None:

@@ -1,9 +1,9 @@
 """The figures of a page: SVG as text, to stand inside HTML. They hold numbers, and no name that a user chose."""
 
 import io
+import itertools
 import math
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -250,18 +250,27 @@ def _svg(draw: Any) -> str:
     return _inline(text.getvalue())
 
 
+_FIGURE = re.compile(r'(<svg class="plot"[^>]*>)(.*?)(?=</svg>)', re.DOTALL)
 _IDS = re.compile(r'(\bid="|url\(#|href="#)')
 
 
+def numbered(page: str) -> str:
+    """A page of which each figure has its number in its ids, so that no two are equal."""
+    number = itertools.count(1)
+
+    def rename(figure: re.Match[str]) -> str:
+        return figure[1] + _IDS.sub(rf"\1f{next(number)}-", figure[2])
+
+    return _FIGURE.sub(rename, page)
+
+
 def _inline(svg: str) -> str:
-    """The element alone, as HTML has it: no namespaces and metadata, the colours and the font of the page, names that
-    no other figure of the page has."""
-    name = f"f{zlib.crc32(svg.encode()):08x}-"
+    """The element alone, as HTML has it: no namespaces and metadata, the colours and the font of the page. Its ids
+    await `numbered`."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg class="plot" \1 role="img">', svg, count=1)
     svg = svg.replace("xlink:href", "href")
-    svg = _IDS.sub(rf"\1{name}", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = svg.replace(_INK, "var(--ink)").replace(_LINE, "var(--line)").replace("#000000", "var(--ink)")
     return re.sub(r"\n\s*", "\n", svg).strip()

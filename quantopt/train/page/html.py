@@ -62,7 +62,7 @@ def page(runs: Sequence[Run], date: str) -> str:
     parts.append(
         f"<footer>Page by quantopt {text(quantopt.__version__)}. Runs {made or 'of unknown origin'}.</footer>"
     )
-    return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
+    return figures.numbered("\n".join([*parts, "</main>\n</body>\n</html>\n"]))
 
 
 def _kind(runs: Sequence[Run]) -> list[str]:
@@ -358,11 +358,11 @@ def _table_of_layers(run: Run, layers: Layers) -> str:
 def _sizes(runs: Sequence[Run]) -> list[str]:
     word = "bytes" if runs[0].is_language else "images"
     packed = [run for run in runs if run.bytes_packed]
-    widest = max(run.bytes_float or 0 for run in packed)
-    fastest = max([run.speed_packed or 0 for run in packed] + [run.speed_float or 0 for run in packed])
+    widest = max(size or 0 for run in packed for size in (run.bytes_float, run.bytes_packed))
+    fastest = max(speed or 0 for run in packed for speed in (run.speed_float, run.speed_packed))
 
     def bar(value: float | None, most: float, form: str) -> _Cell:
-        if value is None:
+        if value is None:  # those that are there are positive
             return _Cell("–")
         return _Cell(f'{form}<span class="bar" style="width: {max(100 * value / most, 1):.1f}%"></span>')
 

@@ -4,7 +4,7 @@ too."""
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ _KEYS = {
 }
 """Fields of `Run`, with their keys in the report of an image network and of a language model."""
 
+_POSITIVE = ("bytes_float", "bytes_packed", "speed_float", "speed_packed")
+_MOST = 1e30  # of a number's magnitude: more than any run measures, and such that sums and axes stay finite
 _EVERY = 50  # steps between two points of a language model's curves, where its report does not say
 
 
@@ -70,6 +72,7 @@ class Histograms:
 class Run:
     """A run as its directory has it."""
 
+    directory: Path
     name: str
     series: str
     """Runs of one series differ by their seeds."""
@@ -103,11 +106,11 @@ class Run:
 
 
 def find(directory: Path) -> list[Run]:
-    """The run in a directory, or those in its subdirectories (of a sweep, a demo, or any). Raises InputError, naming
-    DIR, if there is none or one cannot be read."""
+    """The run in a directory, or those in its subdirectories (of a sweep, a demo, or any), one that has a link beside
+    it once. Raises InputError, naming DIR, if there is none or one cannot be read."""
     if not directory.is_dir():
         raise InputError("DIR", f"{directory} is not a directory")
-    places = [directory] if _holds_run(directory) else sorted(filter(_holds_run, _inside(directory)))
+    places = [directory] if _holds_run(directory) else _once(filter(_holds_run, _inside(directory)))
     if not places:
         raise InputError(
             "DIR", f"{directory} holds no run: neither it nor a directory in it has {REPORT} or {CHECKPOINT}"
@@ -136,6 +139,12 @@ def _inside(directory: Path) -> list[Path]:
         return [path for path in directory.iterdir() if path.is_dir()]
     except OSError as error:
         raise InputError("DIR", f"{directory} cannot be read: {error.strerror or error}") from None
+
+
+def _once(places: Iterable[Path]) -> list[Path]:
+    """Sorted; of a directory and links to it the directory."""
+    links_first = sorted(places, key=lambda place: not place.is_symlink())
+    return sorted({place.resolve(): place for place in links_first}.values())
 
 
 def _holds_run(directory: Path) -> bool:
@@ -189,11 +198,15 @@ def _run(directory: Path, contents: Mapping[str, Any], is_finished: bool) -> Run
     every = contents.get("curve_every", _EVERY) if is_language else 1
     checkpoint.check_number(every, "curve_every", 1, 2**63, kind=int)
     found = contents if is_finished else {}
-    numbers = {field: _number(found, keys[is_language]) for field, keys in _KEYS.items()}
+    numbers = {
+        field: _number(found, keys[is_language], is_positive=field in _POSITIVE)
+        for field, keys in _KEYS.items()
+    }
     is_quantised = has_levels(config["optimizer"], config.get("bits"))
     histograms, layers = _histograms(contents.get("histograms")), _layers(contents.get("layers"))
     name = directory.name or directory.resolve().name or str(directory)
     return Run(
+        directory=directory,
         name=name,
         series=_series(name, config),
         is_language=is_language,
@@ -244,12 +257,19 @@ def _is_number(value: Any) -> bool:
 def _finite(value: Any, name: str) -> float:
     if not _is_number(value):
         raise ValueError(f"{name} is {shown(value)}, not a number")
+    if abs(value) > _MOST:
+        raise ValueError(f"{name} is {shown(value)}, more than {_MOST:g} in magnitude")
     return float(value)
 
 
-def _number(contents: Mapping[str, Any], key: str) -> float | None:
+def _number(contents: Mapping[str, Any], key: str, *, is_positive: bool) -> float | None:
     value = contents.get(key)
-    return None if value is None else _finite(value, key)
+    if value is None:
+        return None
+    number = _finite(value, key)
+    if is_positive and number <= 0:
+        raise ValueError(f"{key} is {shown(value)}, not positive")
+    return number
 
 
 def _curve(name: Any, values: Any) -> list[float | None]:
