@@ -87,11 +87,12 @@ def round_to_bfloat16(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """No autocast: products keep the type that they are given. On devices without it, nothing."""
+    """No autocast: products keep the type that they are given. On devices without it, nothing; torch.compile of torch
+    2.11 cannot trace the question."""
     device = x.device.type
     return (
         torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
+        if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
         else contextlib.nullcontext()
     )
 
