@@ -53,6 +53,14 @@ def import_torch() -> None:
 
 import_torch()
 import torch  # noqa: E402
+
+OLDEST = (2, 11)
+MINOR = tuple(int(part) for part in str(torch.__version__).split(".")[:2])
+if MINOR < OLDEST:
+    sys.exit(
+        f"quantopt needs torch {OLDEST[0]}.{OLDEST[1]} or later, here is {torch.__version__}: install a later one first"
+    )
+
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -93,8 +101,8 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 KERNEL_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wextra", *QUIET, *FLOAT_FLAGS]
 TORCH_FLAGS = ["-O2", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
 
-# Kernel file -> further flags. Objects of products that allocate hold nothing for exceptions: the linker may keep any
-# one definition of that.
+# Kernel file -> further flags. Without exceptions objects hold no definitions of what handles them, of which the linker
+# may keep any one; and the step compiles faster.
 TUNING = {"binary_linear": ["-fno-exceptions"], "step": ["-fno-exceptions"]}
 # For `python setup.py sanitize`. null and unreachable cost compile time and are caught as crashes; calls in
 # place of inline checks halve it.
@@ -394,8 +402,8 @@ class Sanitize(BuildQuantopt):
 
 def requirements() -> list[str]:
     """What an installation needs: of torch, the minor version that the extension was compiled against."""
-    minor = ".".join(str(torch.__version__).split(".")[:2])
-    return ["torch>=2.11" if PURE else f"torch=={minor}.*", "numpy>=1.26", "safetensors>=0.4"]
+    needed = "torch>={}.{}".format(*OLDEST) if PURE else "torch=={}.{}.*".format(*MINOR)
+    return [needed, "numpy>=1.26", "safetensors>=0.4"]
 
 
 os.chdir(ROOT)

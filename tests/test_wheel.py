@@ -157,3 +157,12 @@ def test_a_build_without_torch_says_the_command_that_works(tmp_path: Path) -> No
     result = run_setup(f"sysconfig.get_path = lambda name: {str(tmp_path)!r}", tmp_path)
     assert result.returncode == 1
     assert "Install torch first" in result.stderr and "pip install --no-build-isolation ." in result.stderr
+
+
+@needs_tree
+def test_a_torch_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.10.0+cpu'\n")
+    result = run_setup(f"sysconfig.get_path = lambda name: {str(tmp_path)!r}", tmp_path)
+    assert result.returncode == 1
+    assert "quantopt needs torch 2.11 or later, here is 2.10.0+cpu" in result.stderr

@@ -20,7 +20,6 @@ enum class Base { kSgd, kAdam, kGiven };
 inline constexpr const char* kBaseNames[] = {"sgd", "adam", "given"};
 
 struct MomentumDirection {
-  static constexpr bool kMomentum = true;
   static constexpr bool kExpAvgSq = false;
 
   float beta;
@@ -35,7 +34,6 @@ struct MomentumDirection {
 };
 
 struct AdamDirection {
-  static constexpr bool kMomentum = true;
   static constexpr bool kExpAvgSq = true;
 
   float beta1, beta2, one_minus_beta1, one_minus_beta2;
