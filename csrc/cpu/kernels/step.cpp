@@ -45,20 +45,39 @@ void write_from_float(Dtype dtype, const float* from, void* to, int64_t at, int6
   }
 }
 
-// The second moments of at most kStage elements from `at`, as float32: those of the segment itself, or
-// `wide`, in which bfloat16 is widened.
-QUANTOPT_INLINE float* read_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n,
-                                       float* wide) {
-  if (o.exp_avg_sq_dtype == Dtype::kFloat32) return static_cast<float*>(s.exp_avg_sq) + at;
-  widen<BFloat16>(s.exp_avg_sq, at, wide, n);
-  return wide;
+constexpr int64_t kRandomBlock = 128;  // elements whose random bits are made together; a multiple of 8 kWidth
+
+// Sixteen random bits for each of kRandomBlock elements from `first`, a multiple of 8. Little endian: the low
+// half of a word comes first.
+inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
+  constexpr int kQuarter = kWidth / 4;
+  VecBits lane{};
+  for (uint32_t k = 0; k < kWidth; ++k)
+    lane[k] = kQuarter * (k % 4) + k / 4;  // so that 4x4 transposes give order
+  const auto start = static_cast<uint64_t>(first / 8);
+  for (int64_t b = 0; b < kRandomBlock / 8; b += kWidth) {
+    const uint64_t block = start + static_cast<uint64_t>(b);
+    const VecBits low = lane + static_cast<uint32_t>(block);
+    const auto high = static_cast<uint32_t>(block >> 32);
+    VecBits words[4];
+    if (static_cast<uint32_t>(block) <= UINT32_MAX - kWidth) {
+      philox(key, low, high, words);
+    } else {
+      const auto carry =
+          (VecBits)(low < static_cast<uint32_t>(block));  // all ones, -1, where the low word wraps
+      philox(key, low, high - carry, words);
+    }
+    transpose_quads(words);
+    std::memcpy(out + 8 * b, words, sizeof(words));
+  }
 }
 
-void round_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n, const float* wide) {
-  PhiloxKey key = o.state_key;
-  key.tensor = s.index + kStateTensor;
-  key.step = static_cast<uint32_t>(s.step);
-  BFloat16* const to = static_cast<BFloat16*>(s.exp_avg_sq) + at;
+// Rounds elements [at, at + n) of a tensor of bfloat16, which stand in `wide`, stochastically.
+void round_randomly(PhiloxKey key, uint32_t tensor, int64_t step, const float* wide, void* target, int64_t at,
+                    int64_t n) {
+  key.tensor = tensor;
+  key.step = static_cast<uint32_t>(step);
+  BFloat16* const to = static_cast<BFloat16*>(target) + at;
   uint16_t halves[kRandomBlock];
   for (int64_t i = 0; i < n;) {
     const int64_t lead = (at + i) % 8, end = std::min(n, i + kRandomBlock - lead);
@@ -77,17 +96,21 @@ void round_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, in
   }
 }
 
-// Rounds `wide` stochastically into the segment, where that is bfloat16.
-QUANTOPT_INLINE void write_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n,
-                                      const float* wide) {
-  if (o.exp_avg_sq_dtype != Dtype::kFloat32) round_exp_avg_sq(o, s, at, n, wide);
+// The second moments of at most kStage elements from `at`, as float32: those of the segment itself, or
+// `wide`, in which bfloat16 is widened.
+QUANTOPT_INLINE float* read_exp_avg_sq(const StepContext& o, const StepSegment& s, int64_t at, int64_t n,
+                                       float* wide) {
+  if (o.exp_avg_sq_dtype == Dtype::kFloat32) return static_cast<float*>(s.exp_avg_sq) + at;
+  widen<BFloat16>(s.exp_avg_sq, at, wide, n);
+  return wide;
 }
 
 // float16, or bfloat16 momentum of float weights: everything that is not float is converted to float arrays
 // that stay in the first cache. The float kernel then does the work. Weights and latents that stay as they
 // are, are stepped there too, of all types.
 struct Stage {
-  alignas(64) float param[kStage];
+  static constexpr int64_t kMost = 2 * kStage;
+  alignas(64) float param[kMost];
   alignas(64) float grad[kStage];
   alignas(64) float momentum[kStage];
   alignas(64) float latent[kStage];
@@ -156,18 +179,18 @@ constexpr Kinds kKinds{Direction::kExpAvgSq, R::kLatent, R::kReadsWeight};
 // is compiled once.
 struct ChunkStep {
   template <class P>
-  using Function = void(const void* step, const Span<P>& chunk, int64_t begin, int64_t end, const Writing&,
+  using Function = void(const void* step, const Span<P>& chunk, int64_t begin, int64_t end, bool stream,
                         bool prefetch);
   const void* step;
   Function<float>* floats;
   Function<BFloat16>* bfloat16;
 
-  // Step(chunk, begin, end, writing, prefetch), which has to outlive this. OfFloats: it is not called for
+  // Step(chunk, begin, end, stream, prefetch), which has to outlive this. OfFloats: it is not called for
   // others.
   template <bool OfFloats, class Step>
   static ChunkStep of(const Step& step) {
-    const auto call = [](const void* s, const auto& chunk, int64_t a, int64_t b, const Writing& w, bool p) {
-      (*static_cast<const Step*>(s))(chunk, a, b, w, p);
+    const auto call = [](const void* s, const auto& chunk, int64_t a, int64_t b, bool stream, bool prefetch) {
+      (*static_cast<const Step*>(s))(chunk, a, b, stream, prefetch);
     };
     if constexpr (OfFloats) {
       return {&step, call, nullptr};
@@ -180,32 +203,37 @@ struct ChunkStep {
 // Calls step for the elements [begin, end) in chunks: all at once where they are stepped where they are, else
 // at most kStage; next(begin) is where a chunk of so many may end.
 void in_chunks(const StepContext& o, const StepSegment& s, const Kinds& kinds, int64_t begin, int64_t end,
-               int64_t (*next)(const StepSegment&, int64_t), const ChunkStep& step) {
+               int64_t (*next)(const StepSegment&, int64_t, int64_t), const ChunkStep& step) {
   const bool floats = all_float(o, s);
   const bool staged = o.frozen || (!floats && o.param_dtype != Dtype::kBFloat16);
-  const bool at_once = !staged && (!kinds.exp_avg_sq || o.exp_avg_sq_dtype == Dtype::kFloat32);
+  const bool wide_v = kinds.exp_avg_sq && o.exp_avg_sq_dtype != Dtype::kFloat32;
+  // bfloat16 that is rounded at random: the chunk is stepped as master weights are, and rounded after it.
+  const bool rounds = o.stochastic_rounding && !staged && s.latent == nullptr;
+  const bool at_once = !staged && !rounds && !wide_v;
+  const int64_t most = staged || wide_v ? kStage : Stage::kMost;
   Stage stage;
   alignas(64) float wide[kStage];
   for (int64_t stop; begin < end; begin = stop) {
-    stop = at_once ? end : std::min(end, next(s, begin));
+    stop = at_once ? end : std::min(end, next(s, begin, most));
     const int64_t n = stop - begin;
     float* const v = kinds.exp_avg_sq ? read_exp_avg_sq(o, s, begin, n, wide) : nullptr;
     if (staged) {
       const auto span = fill_stage(o, s, v, stage, begin, n, kinds.latent, kinds.reads_weight);
-      step.floats(step.step, span, begin, stop, Writing{}, false);
+      step.floats(step.step, span, begin, stop, false, false);
       if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, begin, n);
       if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, begin, n);
     } else if (floats) {
-      step.floats(step.step, float_span(s, v, begin), begin, stop, Writing{o.stream}, o.prefetch);
+      step.floats(step.step, float_span(s, v, begin), begin, stop, o.stream, o.prefetch);
     } else {
-      PhiloxKey key = o.key;
-      key.tensor = s.index;
-      key.step = static_cast<uint32_t>(s.step);
-      const bool stochastic = o.stochastic_rounding && s.latent == nullptr;
-      const Writing writing{o.stream, stochastic ? &key : nullptr};
-      step.bfloat16(step.step, bfloat16_span(o, s, v, begin), begin, stop, writing, o.prefetch);
+      auto span = bfloat16_span(o, s, v, begin);
+      if (rounds) {
+        widen<BFloat16>(s.param, begin, stage.param, n);
+        span.latent = stage.param;
+      }
+      step.bfloat16(step.step, span, begin, stop, o.stream && !rounds, o.prefetch);
+      if (rounds) round_randomly(o.key, s.index, s.step, stage.param, s.param, begin, n);
     }
-    if (kinds.exp_avg_sq) write_exp_avg_sq(o, s, begin, n, wide);
+    if (wide_v) round_randomly(o.state_key, s.index + kStateTensor, s.step, wide, s.exp_avg_sq, begin, n);
   }
 }
 
@@ -224,14 +252,17 @@ float latent_limit(const StepContext& o, const StepSegment& s, int64_t bound) {
   return static_cast<float>(o.hyper.bound) * s.latent_bound[bound];
 }
 
+// Tensors of one scale are many: their spans need no division.
+QUANTOPT_INLINE int64_t quotient(int64_t x, int64_t by) { return x < by ? 0 : x / by; }
+
 // Calls visit(begin, end, levels) for every run of elements that share a scale and, with a latent, a bound.
 template <bool Quantised, bool Latent, class Visit>
 QUANTOPT_INLINE void for_each_span(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                                    const Visit& visit) {
   if constexpr (!Quantised) return visit(begin, end, SpanLevels{});
   while (begin < end) {
-    const int64_t row = begin / s.row;
-    const int64_t group = (begin - row * s.row) / s.group;
+    const int64_t row = quotient(begin, s.row);
+    const int64_t group = quotient(begin - row * s.row, s.group);
     const int64_t at = row * s.scales_per_row + group;
     int64_t stop = std::min({end, row * s.row + (group + 1) * s.group, (row + 1) * s.row});
     SpanLevels levels = levels_before(o, s, at);
@@ -269,13 +300,12 @@ template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_chunk(const StepContext& o, const StepSegment& s,
                                                    const typename Row::Constants& constants,
                                                    const Span<P>& chunk, int64_t begin, int64_t end,
-                                                   const Direction& direction, const Writing& writing,
+                                                   const Direction& direction, bool stream,
                                                    bool prefetch) {
   for_each_span<Row::kQuantised, R::kLatent>(
       o, s, begin, end, [&](int64_t a, int64_t b, const auto& levels) __attribute__((always_inline)) {
         const R rule = Row::template object<R>(constants, levels);
-        step_span(from_element(chunk, a - begin), b - a, o.gradient_factor, direction, rule, writing,
-                  prefetch, a);
+        step_span(from_element(chunk, a - begin), b - a, o.gradient_factor, direction, rule, stream, prefetch);
       });
 }
 
@@ -283,7 +313,7 @@ template <class Row, class R, class Direction>
 void step_elements(const StepContext& o, const StepSegment& s, int64_t begin, int64_t end,
                    const Direction& direction) {
   const auto& constants = constants_of<Row>(o);
-  const auto next = [](const StepSegment&, int64_t at) { return at + kStage; };
+  const auto next = [](const StepSegment&, int64_t at, int64_t most) { return at + most; };
   const auto step = [&](const auto& chunk, int64_t a, int64_t b, const auto&... how) {
     step_chunk<Row, R>(o, s, constants, chunk, a, b, direction, how...);
   };
@@ -365,8 +395,8 @@ template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& o, const StepSegment& s,
                                                              const typename Row::Constants& constants,
                                                              const Span<P>& chunk, int64_t begin, int64_t end,
-                                                             const Direction& direction,
-                                                             const Writing& writing, bool prefetch) {
+                                                             const Direction& direction, bool stream,
+                                                             bool prefetch) {
   const auto step = [&](auto count, int64_t a, int64_t n, int64_t at) __attribute__((always_inline)) {
     constexpr int64_t kGroups = decltype(count)::value;
     SpanLevels levels[kGroups];
@@ -383,7 +413,7 @@ __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& 
       return Row::template object<R>(constants, levels[k]);
     };
     step_kept_groups<kGroups>(from_element(chunk, a - begin), n, o.gradient_factor, direction, before,
-                              make_rule, writing.stream, prefetch, s.scale + at);
+                              make_rule, stream, prefetch, s.scale + at);
   };
   for_each_group(s, begin, end,
                  [&](int64_t a, int64_t groups, int64_t n, int64_t at) __attribute__((always_inline)) {
@@ -397,8 +427,8 @@ void step_groups_of_elements(const StepContext& o, const StepSegment& s, int64_t
                              const Direction& direction) {
   if (s.group <= kKept && (s.latent_bound == nullptr || s.bound_row == 0 || s.bound_row >= s.row)) {
     const auto& constants = constants_of<Row>(o);
-    const auto next = [](const StepSegment& of, int64_t at) {
-      return std::min((at / of.row + 1) * of.row, at + kStage / of.group * of.group);
+    const auto next = [](const StepSegment& of, int64_t at, int64_t most) {
+      return std::min((at / of.row + 1) * of.row, at + most / of.group * of.group);
     };
     const auto step = [&](const auto& chunk, int64_t a, int64_t b, const auto&... how) {
       step_groups_of_chunk<Row, R>(o, s, constants, chunk, a, b, direction, how...);

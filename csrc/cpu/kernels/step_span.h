@@ -19,32 +19,6 @@ constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
 constexpr int64_t kKept = kStage;      // of groups whose directions are kept until their scales are known
 constexpr int64_t kAtOnce = 8;         // groups whose sums are carried side by side
-constexpr int64_t kRandomBlock = 128;  // elements whose random bits are made together; a multiple of 8 kWidth
-
-// Sixteen random bits for each of kRandomBlock elements from `first`, a multiple of 8. Little endian: the low
-// half of a word comes first.
-inline void random_halves(const PhiloxKey& key, int64_t first, uint16_t* out) {
-  constexpr int kQuarter = kWidth / 4;
-  VecBits lane{};
-  for (uint32_t k = 0; k < kWidth; ++k)
-    lane[k] = kQuarter * (k % 4) + k / 4;  // so that 4x4 transposes give order
-  const auto start = static_cast<uint64_t>(first / 8);
-  for (int64_t b = 0; b < kRandomBlock / 8; b += kWidth) {
-    const uint64_t block = start + static_cast<uint64_t>(b);
-    const VecBits low = lane + static_cast<uint32_t>(block);
-    const auto high = static_cast<uint32_t>(block >> 32);
-    VecBits words[4];
-    if (static_cast<uint32_t>(block) <= UINT32_MAX - kWidth) {
-      philox(key, low, high, words);
-    } else {
-      const auto carry =
-          (VecBits)(low < static_cast<uint32_t>(block));  // all ones, -1, where the low word wraps
-      philox(key, low, high - carry, words);
-    }
-    transpose_quads(words);
-    std::memcpy(out + 8 * b, words, sizeof(words));
-  }
-}
 
 // ---- one span: elements that share a scale
 
@@ -84,12 +58,6 @@ struct Span {
   std::conditional_t<std::is_same_v<P, float>, float*, Momentum> momentum;
   float* exp_avg_sq;
   float* latent;  // of the rule, or master weights of bfloat16; else null
-};
-
-// How the weights of a span are written.
-struct Writing {
-  bool stream = false;             // past the caches, where they are not read
-  const PhiloxKey* key = nullptr;  // rounded stochastically
 };
 
 // Of one pair of vectors of elements from i: what the rule steps, and the direction, whose state is written
@@ -149,29 +117,25 @@ QUANTOPT_INLINE Stepped stepped(const R& rule, const Moved& x) {
   }
 }
 
+// stream: past the caches, where the weights are not read.
 template <class P, class R>
-QUANTOPT_INLINE void store_weights(const Span<P>& s, int64_t i, const Stepped& y, const Writing& writing,
-                                   const uint16_t* random = nullptr) {
+QUANTOPT_INLINE void store_weights(const Span<P>& s, int64_t i, const Stepped& y, bool stream) {
   const bool master = has_master<P, R>(s);
   if (R::kLatent || master) store_pair(s.latent + i, y.next);
-  const Pair weight = y.weight;
-  if constexpr (!std::is_same_v<P, float> && !R::kLatent) {
-    if (random != nullptr) return store_line(s.param + i, rounded_stochastically(weight, random + i));
-  }
   if constexpr (R::kLatent ? !R::kReadsWeight : !std::is_same_v<P, float>) {
-    if (writing.stream && (R::kLatent || master)) return stream_pair(s.param + i, weight);
+    if (stream && (R::kLatent || master)) return stream_pair(s.param + i, y.weight);
   }
-  store_pair(s.param + i, weight);
+  store_pair(s.param + i, y.weight);
 }
 
 // The whole of the fused step.
 template <class P, class Direction, class R>
 QUANTOPT_INLINE void step_pair(const Span<P>& s, int64_t i, float factor, const Direction& direction,
-                               const R& rule, const Writing& writing, const uint16_t* random = nullptr) {
+                               const R& rule, bool stream) {
   const Moved x = load_moved(s, i, factor, direction, rule);
   const Stepped y = stepped(rule, x);
   store_state(s, i, direction, x);
-  store_weights<P, R>(s, i, y, writing, random);
+  store_weights<P, R>(s, i, y, stream);
 }
 
 // The last elements of a span, fewer than a pair, in a copy that zeros fill up. Not inlined: the same code
@@ -270,50 +234,39 @@ QUANTOPT_INLINE Span<P> from_element(const Span<P>& s, int64_t at) {
   return part;
 }
 
-// Steps the first n elements of a span; `first` is the number of its first element in its tensor. The rule of
-// a pair stands here once, for whole blocks, what is left and random rounding alike: each copy more is
-// compiled for every rule, base and type.
+// x, which the compiler reads where this stands: a constant of a loop that it takes out of the loops around it
+// too has to be stored beside their calls, and is read in every round of the inner one.
+template <class T>
+QUANTOPT_INLINE const T& read_here(const T& x) {
+  const T* p = &x;
+  asm("" : "+r"(p));
+  return *p;
+}
+
+// Steps the first n elements of a span. The rule of a pair stands here once, for whole blocks and what is
+// left alike: each copy more is compiled for every rule, base and type.
 template <class P, class Direction, class R>
-QUANTOPT_INLINE void step_span(const Span<P>& span_in, int64_t n, float factor, const Direction& direction_in,
-                               const R& rule_in, const Writing& writing, bool prefetch, int64_t first) {
-  constexpr bool kRounds = !std::is_same_v<P, float> && !R::kLatent;
-  const Span<P> span = span_in;  // local copies, so that the compiler keeps the constants in registers
-  const Direction direction = direction_in;
-  const R rule = rule_in;
-  const bool stream = writing.stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
-  uint16_t halves[kRounds ? kRandomBlock : 1], last[kPair];
+QUANTOPT_INLINE void step_span(const Span<P>& span, int64_t n, float factor, const Direction& direction_in,
+                               const R& rule_in, bool stream, bool prefetch) {
+  const int64_t left = n % kPair, whole = n - left;
   Rest<P> rest;
-  for (int64_t begin = 0; begin < n;) {
-    int64_t end = n;
-    const uint16_t* random = nullptr;
-    if (prefetch) {
-      end = std::min(n, begin + kBlock);
-      prefetch_span<kBlock, P, Direction, R>(span, begin);
-    }
-    if (kRounds && writing.key != nullptr) {
-      const int64_t lead = (first + begin) % 8;
-      end = std::min(n, begin + kRandomBlock - lead);
-      random_halves(*writing.key, first + begin - lead, halves);
-      random = halves + lead - begin;
-    }
-    const int64_t left = (end - begin) % kPair;
-    Span<P> now = span;
-    Writing how{stream};
-    for (int64_t i = begin, stop = end - left;; i = 0, stop = kPair) {
+  Span<P> now = span;
+  stream = stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  for (int64_t stop = whole;; stop = kPair) {
+    const Direction direction = read_here(direction_in);
+    const R rule = read_here(rule_in);
+    for (int64_t i = 0; i < stop;) {
+      const int64_t end = prefetch ? std::min(stop, i + kBlock) : stop;
+      if (prefetch) prefetch_span<kBlock, P, Direction, R>(now, i);
 #pragma GCC unroll 1
-      for (; i < stop; i += kPair) step_pair(now, i, factor, direction, rule, how, random);
-      if (left == 0 || now.param != span.param) break;
-      rest.read(span, stop, left);
-      now = rest.span;
-      how.stream = false;
-      if (random != nullptr) {
-        std::memcpy(last, random + stop, static_cast<size_t>(left) * sizeof(*last));
-        random = last;
-      }
+      for (; i < end; i += kPair) step_pair(now, i, factor, direction, rule, stream);
     }
-    if (left != 0) rest.write(span, end - left, left);
-    begin = end;
+    if (left == 0 || now.param != span.param) break;
+    rest.read(span, whole, left);
+    now = rest.span;
+    stream = false;
   }
+  if (left != 0) rest.write(span, whole, left);
 }
 
 // Sum of magnitudes in an order that depends on their number alone: 16 lanes, lane k of elements k, k + 16
@@ -404,11 +357,11 @@ QUANTOPT_INLINE Pair move_pair(const Span<P>& s, int64_t i, float factor, const 
 // The rule of a pair of a group, with its direction from `d`.
 template <class P, class R>
 QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, const float* d,
-                                 const Writing& writing) {
+                                 bool stream) {
   Moved x{};
   load_weights<P, R>(s, i, x);
   x.d = load_pair(d);
-  store_weights<P, R>(s, i, stepped(rule, x), writing);
+  store_weights<P, R>(s, i, stepped(rule, x), stream);
 }
 
 // Steps one group, or kAtOnce, of `n` elements that follow each other, at most kKept together, whose scales
@@ -422,7 +375,7 @@ QUANTOPT_INLINE void step_kept_groups(const Span<P>& span_in, int64_t n, float f
   static_assert(R::kLatent && kKept <= MagnitudeSum::kCarry && kKept % kPair == 0);
   const Span<P> span = span_in;  // local copies, as in step_span
   const Direction direction = direction_in;
-  Writing writing{stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0};
+  stream = stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   alignas(64) float d[kKept];
   MagnitudeSum sums[Groups];
   if constexpr (Groups > 1) {
@@ -441,7 +394,7 @@ QUANTOPT_INLINE void step_kept_groups(const Span<P>& span_in, int64_t n, float f
     for (int64_t k = 0; k < Groups; ++k) {
       const R rule = make_rule(k, scales[k]);
 #pragma GCC unroll 1
-      for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, writing);
+      for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, stream);
     }
   } else {
     // What is left of the group goes through the same loops, in a copy.
@@ -469,11 +422,11 @@ QUANTOPT_INLINE void step_kept_groups(const Span<P>& span_in, int64_t n, float f
     const float* from = d;
     for (int64_t stop = whole;; stop = kPair) {
 #pragma GCC unroll 1
-      for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, from + i, writing);
+      for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, from + i, stream);
       if (left == 0 || now.param == rest.span.param) break;
       now = rest.span;
       from += whole;
-      writing.stream = false;
+      stream = false;
     }
     if (left != 0) rest.write(span, whole, left);
   }
