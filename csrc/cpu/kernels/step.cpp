@@ -300,12 +300,14 @@ template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_chunk(const StepContext& o, const StepSegment& s,
                                                    const typename Row::Constants& constants,
                                                    const Span<P>& chunk, int64_t begin, int64_t end,
-                                                   const Direction& direction, bool stream,
-                                                   bool prefetch) {
+                                                   const Direction& direction, bool stream, bool prefetch) {
   for_each_span<Row::kQuantised, R::kLatent>(
       o, s, begin, end, [&](int64_t a, int64_t b, const auto& levels) __attribute__((always_inline)) {
-        const R rule = Row::template object<R>(constants, levels);
-        step_span(from_element(chunk, a - begin), b - a, o.gradient_factor, direction, rule, stream, prefetch);
+        const auto make_rule = [&](const auto& c) __attribute__((always_inline)) {
+          return Row::template object<R>(c, levels);
+        };
+        step_span(from_element(chunk, a - begin), b - a, o.gradient_factor, direction, constants, make_rule,
+                  stream, prefetch);
       });
 }
 
@@ -368,58 +370,98 @@ double magnitude_of_piece_of(const StepContext& o, const StepSegment& s, int64_t
   return total;
 }
 
-// Calls visit(begin, groups, elements of each, index of the first scale) for the groups of [begin, end),
-// which are whole ones: kAtOnce of them at a time, as long as a row has so many that are not cut off, else
-// one.
-template <class Visit>
-QUANTOPT_INLINE void for_each_group(const StepSegment& s, int64_t begin, int64_t end, const Visit& visit) {
-  const int64_t row = begin / s.row;
-  const int64_t many = s.group % kPair == 0 && s.group * kAtOnce <= kKept ? kAtOnce * s.group : s.row + 1;
-  int64_t at = row * s.scales_per_row + (begin - row * s.row) / s.group;
-  int64_t row_end = (row + 1) * s.row;
-  while (begin < end) {
-    const int64_t there = std::min(end, row_end);
-    while (begin < there) {
-      const int64_t groups = begin + many <= there ? kAtOnce : 1;
-      const int64_t n = std::min(s.group, there - begin);
-      visit(begin, groups, n, at);
-      begin += groups * n;
-      at += groups;
-    }
-    row_end += s.row;
-  }
-}
+// Groups of one row that follow each other, of `length` elements each.
+struct Groups {
+  int64_t begin;  // element
+  int64_t count;  // 0: no more
+  int64_t length, scale;
+  bool short_pairs;  // whole pairs, together at most kBlock elements
+};
 
-// Groups [begin, end) of at most kKept elements, of which `chunk` has all; instantiated as step_chunk.
+// The groups of [begin, end), which are whole ones. Of whole pairs, so many together as kBlock has room for,
+// and at most kAtOnce; others, and those of which it has room for one, alone.
+class GroupsOf {
+ public:
+  GroupsOf(const StepSegment& s, int64_t begin, int64_t end)
+      : group_(s.group), row_(s.row), begin_(begin), end_(end) {
+    const int64_t row = begin / s.row;
+    at_ = row * s.scales_per_row + (begin - row * s.row) / s.group;
+    row_end_ = std::min(end, (row + 1) * s.row);
+    most_ = s.group % kPair == 0 ? std::min(kBlock / s.group, kAtOnce) : 0;
+  }
+  Groups next() {
+    if (begin_ == row_end_) row_end_ = std::min(end_, row_end_ + row_);
+    if (begin_ == end_) return {};
+    const int64_t left = row_end_ - begin_;
+    Groups groups{begin_, 1, std::min(group_, left), at_, most_ > 1 && left >= group_};
+    if (groups.short_pairs) groups.count = left >= most_ * group_ ? most_ : left / group_;
+    begin_ += groups.count * groups.length;
+    at_ += groups.count;
+    return groups;
+  }
+
+ private:
+  int64_t group_, row_, begin_, end_, at_, row_end_, most_;
+};
+
+// Groups [begin, end) of at most kKept elements, of which `chunk` has all; instantiated as step_chunk. The
+// second half of short groups comes after the first half of the next, so that it need not wait for its
+// scales.
 template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& o, const StepSegment& s,
-                                                             const typename Row::Constants& constants,
+                                                             const typename Row::Constants& constants_in,
                                                              const Span<P>& chunk, int64_t begin, int64_t end,
-                                                             const Direction& direction, bool stream,
+                                                             const Direction& direction_in, bool stream,
                                                              bool prefetch) {
-  const auto step = [&](auto count, int64_t a, int64_t n, int64_t at) __attribute__((always_inline)) {
-    constexpr int64_t kGroups = decltype(count)::value;
-    SpanLevels levels[kGroups];
-    R before[kGroups];
-#pragma GCC unroll 1
-    for (int64_t k = 0; k < kGroups; ++k) {
-      levels[k] = levels_before(o, s, at + k);
-      if (s.latent_bound != nullptr)
-        levels[k].latent_limit = latent_limit(o, s, s.bound_row == 0 ? at + k : a / s.bound_row);
-      before[k] = Row::template object<R>(constants, levels[k]);
-    }
-    const auto make_rule = [&](int64_t k, float scale) {
-      levels[k].grid = make_grid(scale, o.level_factor, o.levels);
-      return Row::template object<R>(constants, levels[k]);
-    };
-    step_kept_groups<kGroups>(from_element(chunk, a - begin), n, o.gradient_factor, direction, before,
-                              make_rule, stream, prefetch, s.scale + at);
+  const auto constants = constants_in;
+  const Direction direction = direction_in;
+  alignas(64) float kept[2][kBlock], kept_of_one[kKept];
+  float means[2][kAtOnce];
+  const auto rule_of = [&](const Groups& groups, int64_t k, float scale) __attribute__((always_inline)) {
+    SpanLevels levels = levels_before(o, s, groups.scale + k);
+    levels.grid = make_grid(scale, o.level_factor, o.levels);
+    if (s.latent_bound != nullptr)
+      levels.latent_limit =
+          latent_limit(o, s, s.bound_row == 0 ? groups.scale + k : groups.begin / s.bound_row);
+    return Row::template object<R>(constants, levels);
   };
-  for_each_group(s, begin, end,
-                 [&](int64_t a, int64_t groups, int64_t n, int64_t at) __attribute__((always_inline)) {
-                   groups == 1 ? step(std::integral_constant<int64_t, 1>{}, a, n, at)
-                               : step(std::integral_constant<int64_t, kAtOnce>{}, a, n, at);
-                 });
+  const auto span_of = [&](const Groups& groups) __attribute__((always_inline)) {
+    return from_element(chunk, groups.begin - begin);
+  };
+  const auto past = [&](const Span<P>& span) {
+    return stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  };
+  GroupsOf walk(s, begin, end);
+  Groups half{};  // whose second half is to come
+  for (int slot = 0;; slot ^= 1) {
+    const Groups now = walk.next();
+    if (now.short_pairs) {
+      const auto make_rule = [&](int64_t k) __attribute__((always_inline)) {
+        return rule_of(now, k, s.scale[now.scale + k]);
+      };
+      move_groups(span_of(now), now.count, now.length, o.gradient_factor, direction, make_rule, prefetch,
+                  kept[slot], means[slot]);
+    }
+    if (half.short_pairs) {
+      const auto make_rule = [&](int64_t k) __attribute__((always_inline)) {
+        const float scale = means[slot ^ 1][k];
+        const auto rule = rule_of(half, k, scale);
+        s.scale[half.scale + k] = scale;
+        return rule;
+      };
+      const Span<P> span = span_of(half);
+      finish_groups(span, half.count, half.length, make_rule, past(span), kept[slot ^ 1]);
+    }
+    if (now.count == 0) break;
+    if (!now.short_pairs) {
+      const auto make_rule = [&](float scale)
+                                 __attribute__((always_inline)) { return rule_of(now, 0, scale); };
+      const Span<P> span = span_of(now);
+      s.scale[now.scale] = step_group(span, now.length, o.gradient_factor, direction, make_rule, past(span),
+                                      prefetch, s.scale[now.scale], kept_of_one);
+    }
+    half = now;
+  }
 }
 
 template <class Row, class R, class Direction>
@@ -435,14 +477,16 @@ void step_groups_of_elements(const StepContext& o, const StepSegment& s, int64_t
     };
     return in_chunks(o, s, kKinds<Direction, R>, begin, end, next, ChunkStep::of<kExactAlone<R>>(step));
   }
-  for_each_group(s, begin, end, [&](int64_t a, int64_t groups, int64_t n, int64_t at) {
-    for (int64_t k = 0; k < groups; ++k, a += n, ++at) {
-      const double sum = magnitude_of_elements<Row, R>(o, s, a, a + n, direction);
-      s.next_scale[at] = static_cast<float>(sum / static_cast<double>(n));
-      step_elements<Row, R>(o, s, a, a + n, direction);
+  GroupsOf walk(s, begin, end);
+  for (Groups now = walk.next(); now.count != 0; now = walk.next()) {
+    for (int64_t k = 0, a = now.begin; k < now.count; ++k, a += now.length) {
+      const int64_t at = now.scale + k, b = a + now.length;
+      const double sum = magnitude_of_elements<Row, R>(o, s, a, b, direction);
+      s.next_scale[at] = static_cast<float>(sum / static_cast<double>(now.length));
+      step_elements<Row, R>(o, s, a, b, direction);
       s.scale[at] = s.next_scale[at];
     }
-  });
+  }
 }
 
 template <bool Binary>

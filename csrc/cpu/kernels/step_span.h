@@ -18,7 +18,7 @@ constexpr int64_t kBlock = 128;        // elements between two rounds of prefetc
 constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
 constexpr int64_t kKept = kStage;      // of groups whose directions are kept until their scales are known
-constexpr int64_t kAtOnce = 8;         // groups whose sums are carried side by side
+constexpr int64_t kAtOnce = 4;         // groups whose sums are carried side by side, at most
 
 // ---- one span: elements that share a scale
 
@@ -234,8 +234,8 @@ QUANTOPT_INLINE Span<P> from_element(const Span<P>& s, int64_t at) {
   return part;
 }
 
-// x, which the compiler reads where this stands: a constant of a loop that it takes out of the loops around it
-// too has to be stored beside their calls, and is read in every round of the inner one.
+// x, which the compiler reads where this stands: a constant of a loop that it takes out of the loops around
+// it too has to be stored beside their calls, and is read in every round of the inner one.
 template <class T>
 QUANTOPT_INLINE const T& read_here(const T& x) {
   const T* p = &x;
@@ -243,18 +243,20 @@ QUANTOPT_INLINE const T& read_here(const T& x) {
   return *p;
 }
 
-// Steps the first n elements of a span. The rule of a pair stands here once, for whole blocks and what is
-// left alike: each copy more is compiled for every rule, base and type.
-template <class P, class Direction, class R>
+// Steps the first n elements of a span by make_rule(constants). The rule of a pair stands here once, for whole
+// blocks and what is left alike: each copy more is compiled for every rule, base and type.
+template <class P, class Direction, class Constants, class MakeRule>
 QUANTOPT_INLINE void step_span(const Span<P>& span, int64_t n, float factor, const Direction& direction_in,
-                               const R& rule_in, bool stream, bool prefetch) {
+                               const Constants& constants, const MakeRule& make_rule, bool stream,
+                               bool prefetch) {
+  using R = decltype(make_rule(constants));
   const int64_t left = n % kPair, whole = n - left;
   Rest<P> rest;
   Span<P> now = span;
   stream = stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   for (int64_t stop = whole;; stop = kPair) {
     const Direction direction = read_here(direction_in);
-    const R rule = read_here(rule_in);
+    const R rule = make_rule(read_here(constants));
     for (int64_t i = 0; i < stop;) {
       const int64_t end = prefetch ? std::min(stop, i + kBlock) : stop;
       if (prefetch) prefetch_span<kBlock, P, Direction, R>(now, i);
@@ -300,19 +302,27 @@ class MagnitudeSum {
     }
     return total;
   }
-  // The means of groups of n elements, whose additions do not wait for each other.
-  template <int64_t Groups>
-  static __attribute__((noinline)) void means(const MagnitudeSum (&sums)[Groups], int64_t n, float* out) {
-    double totals[Groups] = {};
+  // The means of kAtOnce groups of n elements, side by side, as the additions to one wait for each other.
+  static __attribute__((noinline)) void means(const MagnitudeSum (&sums)[kAtOnce], int64_t n, float* out) {
+    static_assert(kAtOnce == 4);
+    DoubleQuad totals{};
     for (int64_t part = 0; part < kSums; ++part) {
+      VecBits quads[kAtOnce];
+      for (int64_t k = 0; k < kAtOnce; ++k) quads[k] = (VecBits)sums[k].lanes_[part];
+      transpose_quads(quads);
       for (int lane = 0; lane < kWidth; ++lane) {
-        for (int64_t k = 0; k < Groups; ++k) totals[k] += sums[k].lanes_[part][lane];
+        FloatQuad of_groups;
+        std::memcpy(&of_groups, reinterpret_cast<const char*>(&quads[lane % 4]) + lane / 4 * 16, 16);
+        totals += __builtin_convertvector(of_groups, DoubleQuad);
       }
     }
-    for (int64_t k = 0; k < Groups; ++k) out[k] = static_cast<float>(totals[k] / static_cast<double>(n));
+    const FloatQuad quotients = __builtin_convertvector(totals / static_cast<double>(n), FloatQuad);
+    std::memcpy(out, &quotients, sizeof(quotients));
   }
 
  private:
+  typedef float FloatQuad __attribute__((vector_size(16)));
+  typedef double DoubleQuad __attribute__((vector_size(32)));
   static constexpr int64_t kSums = 16 / kWidth, kPairs = kSums > 1 ? kSums / 2 : 1;
   Vec lanes_[kSums] = {};
 };
@@ -356,80 +366,91 @@ QUANTOPT_INLINE Pair move_pair(const Span<P>& s, int64_t i, float factor, const 
 
 // The rule of a pair of a group, with its direction from `d`.
 template <class P, class R>
-QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, const float* d,
-                                 bool stream) {
+QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, const float* d, bool stream) {
   Moved x{};
   load_weights<P, R>(s, i, x);
   x.d = load_pair(d);
   store_weights<P, R>(s, i, stepped(rule, x), stream);
 }
 
-// Steps one group, or kAtOnce, of `n` elements that follow each other, at most kKept together, whose scales
-// follow them, while they are in the first cache: the base and the sums of |point|, which give the scales,
-// then the rule. kAtOnce groups are whole pairs. before: the rule of each with its levels before the step;
-// make_rule(k, scale): that of group k with those after it. Writes their scales.
-template <int64_t Groups, class P, class Direction, class R, class MakeRule>
-QUANTOPT_INLINE void step_kept_groups(const Span<P>& span_in, int64_t n, float factor,
-                                      const Direction& direction_in, const R* before,
-                                      const MakeRule& make_rule, bool stream, bool prefetch, float* scales) {
-  static_assert(R::kLatent && kKept <= MagnitudeSum::kCarry && kKept % kPair == 0);
-  const Span<P> span = span_in;  // local copies, as in step_span
-  const Direction direction = direction_in;
-  stream = stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
-  alignas(64) float d[kKept];
-  MagnitudeSum sums[Groups];
-  if constexpr (Groups > 1) {
+// Groups that follow each other, of n elements each, whose scales follow them, step in two halves while they
+// are in the first cache: the base and the means of |point|, which become the scales, then the rule. Between
+// them the directions stand in `d`.
+
+// First half of `count` groups, at most kAtOnce, of whole pairs. make_rule(k): the rule of group k with the
+// scale before the step.
+template <class P, class Direction, class MakeRule>
+QUANTOPT_INLINE void move_groups(const Span<P>& span, int64_t count, int64_t n, float factor,
+                                 const Direction& direction, const MakeRule& make_rule, bool prefetch,
+                                 float* d, float* means) {
+  using R = decltype(make_rule(0));
+  MagnitudeSum sums[kAtOnce];
 #pragma GCC unroll 1
-    for (int64_t k = 0; k < Groups; ++k) {
-      const R rule = before[k];
+  for (int64_t k = 0; k < count; ++k) {
+    const R rule = make_rule(k);
+    MagnitudeSum sum;
 #pragma GCC unroll 1
-      for (int64_t i = 0; i < n; i += kPair) {
-        const int64_t at = k * n + i;
-        if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at);
-        sums[k].add(move_pair(span, at, factor, direction, rule, d + at), i);
-      }
+    for (int64_t i = 0; i < n; i += kPair) {
+      const int64_t at = k * n + i;
+      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at);
+      sum.add(move_pair(span, at, factor, direction, rule, d + at), i);
     }
-    MagnitudeSum::means(sums, n, scales);
+    sums[k] = sum;
+  }
+  MagnitudeSum::means(sums, n, means);
+}
+
+// Second half. make_rule(k): the rule of group k with the scale that it has now.
+template <class P, class MakeRule>
+QUANTOPT_INLINE void finish_groups(const Span<P>& span, int64_t count, int64_t n, const MakeRule& make_rule,
+                                   bool stream, const float* d) {
 #pragma GCC unroll 1
-    for (int64_t k = 0; k < Groups; ++k) {
-      const R rule = make_rule(k, scales[k]);
+  for (int64_t k = 0; k < count; ++k) {
+    const auto rule = make_rule(k);
 #pragma GCC unroll 1
-      for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, stream);
-    }
-  } else {
-    // What is left of the group goes through the same loops, in a copy.
-    const int64_t left = n % kPair, whole = n - left;
-    Rest<P> rest;
-    {
-      const R rule = *before;
-      Span<P> now = span;
-      int64_t done = 0, count = kPair;
-      for (int64_t stop = whole;; stop = kPair) {
-#pragma GCC unroll 1
-        for (int64_t i = 0; i < stop; i += kPair, done += kPair) {
-          if (prefetch) prefetch_span<kPair, P, Direction, R>(now, i);
-          sums->add_some(move_pair(now, i, factor, direction, rule, d + done), done, count);
-        }
-        if (left == 0 || count == left) break;
-        rest.read(span, whole, left);
-        now = rest.span;
-        count = left;
-      }
-    }
-    MagnitudeSum::means(sums, n, scales);
-    const R rule = make_rule(0, *scales);
+    for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, stream);
+  }
+}
+
+// Both halves of one group of any length. What is left of it goes through the same loops, in a copy.
+// make_rule(scale): its rule with that scale after the step. Returns the scale.
+template <class P, class Direction, class MakeRule>
+QUANTOPT_INLINE float step_group(const Span<P>& span, int64_t n, float factor, const Direction& direction,
+                                 const MakeRule& make_rule, bool stream, bool prefetch, float scale,
+                                 float* d) {
+  using R = decltype(make_rule(scale));
+  const int64_t left = n % kPair, whole = n - left;
+  Rest<P> rest;
+  MagnitudeSum sum;
+  {
+    const R rule = make_rule(scale);
     Span<P> now = span;
-    const float* from = d;
+    int64_t done = 0, count = kPair;
     for (int64_t stop = whole;; stop = kPair) {
 #pragma GCC unroll 1
-      for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, from + i, stream);
-      if (left == 0 || now.param == rest.span.param) break;
+      for (int64_t i = 0; i < stop; i += kPair, done += kPair) {
+        if (prefetch) prefetch_span<kPair, P, Direction, R>(now, i);
+        sum.add_some(move_pair(now, i, factor, direction, rule, d + done), done, count);
+      }
+      if (left == 0 || count == left) break;
+      rest.read(span, whole, left);
       now = rest.span;
-      from += whole;
-      stream = false;
+      count = left;
     }
-    if (left != 0) rest.write(span, whole, left);
   }
+  scale = static_cast<float>(sum.carried(0.0) / static_cast<double>(n));
+  const R rule = make_rule(scale);
+  Span<P> now = span;
+  for (int64_t stop = whole;; stop = kPair) {
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, d + i, stream);
+    if (left == 0 || now.param == rest.span.param) break;
+    now = rest.span;
+    d += whole;
+    stream = false;
+  }
+  if (left != 0) rest.write(span, whole, left);
+  return scale;
 }
 
 }  // namespace
