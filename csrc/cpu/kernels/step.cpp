@@ -109,7 +109,7 @@ QUANTOPT_INLINE float* read_exp_avg_sq(const StepContext& o, const StepSegment& 
 // that stay in the first cache. The float kernel then does the work. Weights and latents that stay as they
 // are, are stepped there too, of all types.
 struct Stage {
-  static constexpr int64_t kMost = 2 * kStage;
+  static constexpr int64_t kMost = 2 * kStage;  // where the weights alone are converted
   alignas(64) float param[kMost];
   alignas(64) float grad[kStage];
   alignas(64) float momentum[kStage];
@@ -179,19 +179,18 @@ constexpr Kinds kKinds{Direction::kExpAvgSq, R::kLatent, R::kReadsWeight};
 // is compiled once.
 struct ChunkStep {
   template <class P>
-  using Function = void(const void* step, const Span<P>& chunk, int64_t begin, int64_t end, bool stream,
+  using Function = void(const void* step, const Span<P>& chunk, int64_t begin, int64_t end, Writing writing,
                         bool prefetch);
   const void* step;
   Function<float>* floats;
   Function<BFloat16>* bfloat16;
 
-  // Step(chunk, begin, end, stream, prefetch), which has to outlive this. OfFloats: it is not called for
+  // Step(chunk, begin, end, writing, prefetch), which has to outlive this. OfFloats: it is not called for
   // others.
   template <bool OfFloats, class Step>
   static ChunkStep of(const Step& step) {
-    const auto call = [](const void* s, const auto& chunk, int64_t a, int64_t b, bool stream, bool prefetch) {
-      (*static_cast<const Step*>(s))(chunk, a, b, stream, prefetch);
-    };
+    const auto call = [](const void* s, const auto& chunk, int64_t a, int64_t b, Writing writing,
+                         bool prefetch) { (*static_cast<const Step*>(s))(chunk, a, b, writing, prefetch); };
     if constexpr (OfFloats) {
       return {&step, call, nullptr};
     } else {
@@ -201,7 +200,7 @@ struct ChunkStep {
 };
 
 // Calls step for the elements [begin, end) in chunks: all at once where they are stepped where they are, else
-// at most kStage; next(begin) is where a chunk of so many may end.
+// at most kStage, or Stage::kMost; next(begin, most) is where a chunk of so many may end.
 void in_chunks(const StepContext& o, const StepSegment& s, const Kinds& kinds, int64_t begin, int64_t end,
                int64_t (*next)(const StepSegment&, int64_t, int64_t), const ChunkStep& step) {
   const bool floats = all_float(o, s);
@@ -210,6 +209,7 @@ void in_chunks(const StepContext& o, const StepSegment& s, const Kinds& kinds, i
   // bfloat16 that is rounded at random: the chunk is stepped as master weights are, and rounded after it.
   const bool rounds = o.stochastic_rounding && !staged && s.latent == nullptr;
   const bool at_once = !staged && !rounds && !wide_v;
+  const Writing writing = o.stream ? Writing::kStreamed : Writing::kStored;
   const int64_t most = staged || wide_v ? kStage : Stage::kMost;
   Stage stage;
   alignas(64) float wide[kStage];
@@ -219,18 +219,18 @@ void in_chunks(const StepContext& o, const StepSegment& s, const Kinds& kinds, i
     float* const v = kinds.exp_avg_sq ? read_exp_avg_sq(o, s, begin, n, wide) : nullptr;
     if (staged) {
       const auto span = fill_stage(o, s, v, stage, begin, n, kinds.latent, kinds.reads_weight);
-      step.floats(step.step, span, begin, stop, false, false);
+      step.floats(step.step, span, begin, stop, Writing::kStored, false);
       if (s.momentum != nullptr) write_from_float(o.momentum_dtype, stage.momentum, s.momentum, begin, n);
       if (!o.frozen) write_from_float(o.param_dtype, span.param, s.param, begin, n);
     } else if (floats) {
-      step.floats(step.step, float_span(s, v, begin), begin, stop, o.stream, o.prefetch);
+      step.floats(step.step, float_span(s, v, begin), begin, stop, writing, o.prefetch);
     } else {
       auto span = bfloat16_span(o, s, v, begin);
       if (rounds) {
         widen<BFloat16>(s.param, begin, stage.param, n);
         span.latent = stage.param;
       }
-      step.bfloat16(step.step, span, begin, stop, o.stream && !rounds, o.prefetch);
+      step.bfloat16(step.step, span, begin, stop, rounds ? Writing::kNot : writing, o.prefetch);
       if (rounds) round_randomly(o.key, s.index, s.step, stage.param, s.param, begin, n);
     }
     if (wide_v) round_randomly(o.state_key, s.index + kStateTensor, s.step, wide, s.exp_avg_sq, begin, n);
@@ -300,14 +300,15 @@ template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_chunk(const StepContext& o, const StepSegment& s,
                                                    const typename Row::Constants& constants,
                                                    const Span<P>& chunk, int64_t begin, int64_t end,
-                                                   const Direction& direction, bool stream, bool prefetch) {
+                                                   const Direction& direction, Writing writing,
+                                                   bool prefetch) {
   for_each_span<Row::kQuantised, R::kLatent>(
       o, s, begin, end, [&](int64_t a, int64_t b, const auto& levels) __attribute__((always_inline)) {
         const auto make_rule = [&](const auto& c) __attribute__((always_inline)) {
           return Row::template object<R>(c, levels);
         };
         step_span(from_element(chunk, a - begin), b - a, o.gradient_factor, direction, constants, make_rule,
-                  stream, prefetch);
+                  writing, prefetch);
       });
 }
 
@@ -375,11 +376,11 @@ struct Groups {
   int64_t begin;  // element
   int64_t count;  // 0: no more
   int64_t length, scale;
-  bool short_pairs;  // whole pairs, together at most kBlock elements
+  bool short_pairs;  // whole pairs, at most kShort elements each
 };
 
-// The groups of [begin, end), which are whole ones. Of whole pairs, so many together as kBlock has room for,
-// and at most kAtOnce; others, and those of which it has room for one, alone.
+// The groups of [begin, end), which are whole ones: short ones of whole pairs kAtOnce together, as long as a
+// row has so many, others alone.
 class GroupsOf {
  public:
   GroupsOf(const StepSegment& s, int64_t begin, int64_t end)
@@ -387,21 +388,22 @@ class GroupsOf {
     const int64_t row = begin / s.row;
     at_ = row * s.scales_per_row + (begin - row * s.row) / s.group;
     row_end_ = std::min(end, (row + 1) * s.row);
-    most_ = s.group % kPair == 0 ? std::min(kBlock / s.group, kAtOnce) : 0;
+    short_ = s.group % kPair == 0 && s.group <= kShort;
   }
   Groups next() {
     if (begin_ == row_end_) row_end_ = std::min(end_, row_end_ + row_);
     if (begin_ == end_) return {};
     const int64_t left = row_end_ - begin_;
-    Groups groups{begin_, 1, std::min(group_, left), at_, most_ > 1 && left >= group_};
-    if (groups.short_pairs) groups.count = left >= most_ * group_ ? most_ : left / group_;
+    Groups groups{begin_, 1, std::min(group_, left), at_, short_ && left >= group_};
+    if (groups.short_pairs) groups.count = left >= kAtOnce * group_ ? kAtOnce : left / group_;
     begin_ += groups.count * groups.length;
     at_ += groups.count;
     return groups;
   }
 
  private:
-  int64_t group_, row_, begin_, end_, at_, row_end_, most_;
+  int64_t group_, row_, begin_, end_, at_, row_end_;
+  bool short_;
 };
 
 // Groups [begin, end) of at most kKept elements, of which `chunk` has all; instantiated as step_chunk. The
@@ -411,11 +413,11 @@ template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& o, const StepSegment& s,
                                                              const typename Row::Constants& constants_in,
                                                              const Span<P>& chunk, int64_t begin, int64_t end,
-                                                             const Direction& direction_in, bool stream,
+                                                             const Direction& direction_in, Writing writing,
                                                              bool prefetch) {
   const auto constants = constants_in;
   const Direction direction = direction_in;
-  alignas(64) float kept[2][kBlock], kept_of_one[kKept];
+  alignas(64) float kept[2][kAtOnce * kShort], kept_of_one[kKept];
   float means[2][kAtOnce];
   const auto rule_of = [&](const Groups& groups, int64_t k, float scale) __attribute__((always_inline)) {
     SpanLevels levels = levels_before(o, s, groups.scale + k);
@@ -427,9 +429,6 @@ __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& 
   };
   const auto span_of = [&](const Groups& groups) __attribute__((always_inline)) {
     return from_element(chunk, groups.begin - begin);
-  };
-  const auto past = [&](const Span<P>& span) {
-    return stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
   };
   GroupsOf walk(s, begin, end);
   Groups half{};  // whose second half is to come
@@ -450,15 +449,17 @@ __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& 
         return rule;
       };
       const Span<P> span = span_of(half);
-      finish_groups(span, half.count, half.length, make_rule, past(span), kept[slot ^ 1]);
+      finish_groups(span, half.count, half.length, make_rule, where_aligned(writing, span.param),
+                    kept[slot ^ 1]);
     }
     if (now.count == 0) break;
     if (!now.short_pairs) {
       const auto make_rule = [&](float scale)
                                  __attribute__((always_inline)) { return rule_of(now, 0, scale); };
       const Span<P> span = span_of(now);
-      s.scale[now.scale] = step_group(span, now.length, o.gradient_factor, direction, make_rule, past(span),
-                                      prefetch, s.scale[now.scale], kept_of_one);
+      s.scale[now.scale] =
+          step_group(span, now.length, o.gradient_factor, direction, make_rule,
+                     where_aligned(writing, span.param), prefetch, s.scale[now.scale], kept_of_one);
     }
     half = now;
   }

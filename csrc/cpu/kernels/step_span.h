@@ -18,7 +18,8 @@ constexpr int64_t kBlock = 128;        // elements between two rounds of prefetc
 constexpr int64_t kAheadBytes = 2048;  // distance of a prefetch
 constexpr int64_t kStage = 512;        // elements converted at a time for 16-bit types; a multiple of kBlock
 constexpr int64_t kKept = kStage;      // of groups whose directions are kept until their scales are known
-constexpr int64_t kAtOnce = 4;         // groups whose sums are carried side by side, at most
+constexpr int64_t kShort = 64;         // elements of groups whose sums are carried side by side
+constexpr int64_t kAtOnce = 4;         // so many of them, at most
 
 // ---- one span: elements that share a scale
 
@@ -59,6 +60,18 @@ struct Span {
   float* exp_avg_sq;
   float* latent;  // of the rule, or master weights of bfloat16; else null
 };
+
+// How the weights of a span are written.
+enum class Writing : uint8_t {
+  kStored,
+  kStreamed,  // past the caches, where they are not read
+  kNot,       // beside master weights
+};
+template <class P>
+QUANTOPT_INLINE Writing where_aligned(Writing writing, const P* param) {
+  const bool aligned = reinterpret_cast<uintptr_t>(param) % sizeof(Vec) == 0;
+  return writing == Writing::kStreamed && !aligned ? Writing::kStored : writing;
+}
 
 // Of one pair of vectors of elements from i: what the rule steps, and the direction, whose state is written
 // by store_state().
@@ -117,13 +130,13 @@ QUANTOPT_INLINE Stepped stepped(const R& rule, const Moved& x) {
   }
 }
 
-// stream: past the caches, where the weights are not read.
 template <class P, class R>
-QUANTOPT_INLINE void store_weights(const Span<P>& s, int64_t i, const Stepped& y, bool stream) {
+QUANTOPT_INLINE void store_weights(const Span<P>& s, int64_t i, const Stepped& y, Writing writing) {
   const bool master = has_master<P, R>(s);
   if (R::kLatent || master) store_pair(s.latent + i, y.next);
   if constexpr (R::kLatent ? !R::kReadsWeight : !std::is_same_v<P, float>) {
-    if (stream && (R::kLatent || master)) return stream_pair(s.param + i, y.weight);
+    if (writing == Writing::kStreamed && (R::kLatent || master)) return stream_pair(s.param + i, y.weight);
+    if (!R::kLatent && writing == Writing::kNot) return;
   }
   store_pair(s.param + i, y.weight);
 }
@@ -131,11 +144,11 @@ QUANTOPT_INLINE void store_weights(const Span<P>& s, int64_t i, const Stepped& y
 // The whole of the fused step.
 template <class P, class Direction, class R>
 QUANTOPT_INLINE void step_pair(const Span<P>& s, int64_t i, float factor, const Direction& direction,
-                               const R& rule, bool stream) {
+                               const R& rule, Writing writing) {
   const Moved x = load_moved(s, i, factor, direction, rule);
   const Stepped y = stepped(rule, x);
   store_state(s, i, direction, x);
-  store_weights<P, R>(s, i, y, stream);
+  store_weights<P, R>(s, i, y, writing);
 }
 
 // The last elements of a span, fewer than a pair, in a copy that zeros fill up. Not inlined: the same code
@@ -243,17 +256,17 @@ QUANTOPT_INLINE const T& read_here(const T& x) {
   return *p;
 }
 
-// Steps the first n elements of a span by make_rule(constants). The rule of a pair stands here once, for whole
-// blocks and what is left alike: each copy more is compiled for every rule, base and type.
+// Steps the first n elements of a span by make_rule(constants). The rule of a pair stands here once, for
+// whole blocks and what is left alike: each copy more is compiled for every rule, base and type.
 template <class P, class Direction, class Constants, class MakeRule>
 QUANTOPT_INLINE void step_span(const Span<P>& span, int64_t n, float factor, const Direction& direction_in,
-                               const Constants& constants, const MakeRule& make_rule, bool stream,
+                               const Constants& constants, const MakeRule& make_rule, Writing writing,
                                bool prefetch) {
   using R = decltype(make_rule(constants));
   const int64_t left = n % kPair, whole = n - left;
   Rest<P> rest;
   Span<P> now = span;
-  stream = stream && reinterpret_cast<uintptr_t>(span.param) % sizeof(Vec) == 0;
+  writing = where_aligned(writing, span.param);
   for (int64_t stop = whole;; stop = kPair) {
     const Direction direction = read_here(direction_in);
     const R rule = make_rule(read_here(constants));
@@ -261,12 +274,12 @@ QUANTOPT_INLINE void step_span(const Span<P>& span, int64_t n, float factor, con
       const int64_t end = prefetch ? std::min(stop, i + kBlock) : stop;
       if (prefetch) prefetch_span<kBlock, P, Direction, R>(now, i);
 #pragma GCC unroll 1
-      for (; i < end; i += kPair) step_pair(now, i, factor, direction, rule, stream);
+      for (; i < end; i += kPair) step_pair(now, i, factor, direction, rule, writing);
     }
     if (left == 0 || now.param != span.param) break;
     rest.read(span, whole, left);
     now = rest.span;
-    stream = false;
+    if (writing == Writing::kStreamed) writing = Writing::kStored;
   }
   if (left != 0) rest.write(span, whole, left);
 }
@@ -366,11 +379,12 @@ QUANTOPT_INLINE Pair move_pair(const Span<P>& s, int64_t i, float factor, const 
 
 // The rule of a pair of a group, with its direction from `d`.
 template <class P, class R>
-QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, const float* d, bool stream) {
+QUANTOPT_INLINE void finish_pair(const Span<P>& s, int64_t i, const R& rule, const float* d,
+                                 Writing writing) {
   Moved x{};
   load_weights<P, R>(s, i, x);
   x.d = load_pair(d);
-  store_weights<P, R>(s, i, stepped(rule, x), stream);
+  store_weights<P, R>(s, i, stepped(rule, x), writing);
 }
 
 // Groups that follow each other, of n elements each, whose scales follow them, step in two halves while they
@@ -403,12 +417,12 @@ QUANTOPT_INLINE void move_groups(const Span<P>& span, int64_t count, int64_t n, 
 // Second half. make_rule(k): the rule of group k with the scale that it has now.
 template <class P, class MakeRule>
 QUANTOPT_INLINE void finish_groups(const Span<P>& span, int64_t count, int64_t n, const MakeRule& make_rule,
-                                   bool stream, const float* d) {
+                                   Writing writing, const float* d) {
 #pragma GCC unroll 1
   for (int64_t k = 0; k < count; ++k) {
     const auto rule = make_rule(k);
 #pragma GCC unroll 1
-    for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, stream);
+    for (int64_t at = k * n; at < (k + 1) * n; at += kPair) finish_pair(span, at, rule, d + at, writing);
   }
 }
 
@@ -416,7 +430,7 @@ QUANTOPT_INLINE void finish_groups(const Span<P>& span, int64_t count, int64_t n
 // make_rule(scale): its rule with that scale after the step. Returns the scale.
 template <class P, class Direction, class MakeRule>
 QUANTOPT_INLINE float step_group(const Span<P>& span, int64_t n, float factor, const Direction& direction,
-                                 const MakeRule& make_rule, bool stream, bool prefetch, float scale,
+                                 const MakeRule& make_rule, Writing writing, bool prefetch, float scale,
                                  float* d) {
   using R = decltype(make_rule(scale));
   const int64_t left = n % kPair, whole = n - left;
@@ -443,11 +457,11 @@ QUANTOPT_INLINE float step_group(const Span<P>& span, int64_t n, float factor, c
   Span<P> now = span;
   for (int64_t stop = whole;; stop = kPair) {
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, d + i, stream);
+    for (int64_t i = 0; i < stop; i += kPair) finish_pair(now, i, rule, d + i, writing);
     if (left == 0 || now.param == rest.span.param) break;
     now = rest.span;
     d += whole;
-    stream = false;
+    if (writing == Writing::kStreamed) writing = Writing::kStored;
   }
   if (left != 0) rest.write(span, whole, left);
   return scale;
