@@ -210,9 +210,13 @@ class _Initial:
                 key: self.over_groups(value) for key, value in (bounds | {"scale": present["scale"]}).items()
             }
         for key, value in bounds.items():  # of the first weights, which are gone
-            if value.dim() == 2:
-                per_channel = value.mean(dim=1)
-                bounds[key] = self.over_groups(per_channel) if self.moves_in_groups else per_channel
+            if value.dim() == 2:  # gathered: torch 2.15 gives the means of uneven shards to all ranks
+                per_channel = gathered(value).mean(dim=1)
+                bounds[key] = (
+                    self.over_groups(per_channel)
+                    if self.moves_in_groups
+                    else shard_like(per_channel, self.w, self.name)
+                )
         latent = gathered(present.get("latent", self.w)).to(self.facts.dtype)
         scale = self.mean_magnitude(latent)
         self.check_shards(scale)
