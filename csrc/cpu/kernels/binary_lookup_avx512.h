@@ -49,7 +49,18 @@ inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_
 // and runs out of registers. Two lookups followed by their two additions leave all four vector units busy
 // (Zen 4); alternating them costs a fifth, as the additions are then given to the units that lookups need.
 #define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
+#define QUANTOPT_KEEP_POINTER(p) asm volatile("" : "+r"(p))
 #define QUANTOPT_KEEP_BOTH(a, b) asm volatile("" : "+v"(a), "+v"(b))
+
+// Where the words of NR tiles begin, each in a register: gcc would compute one from another beside each load.
+template <int NR>
+inline __attribute__((always_inline)) void tile_pointers(const uint16_t* w, int64_t pitch,
+                                                         const uint16_t* (&tiles)[NR]) {
+  QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
+    tiles[r] = w + r * pitch * kTileRows;
+    QUANTOPT_KEEP_POINTER(tiles[r]);
+  }
+}
 
 // 32-bit sum += a.low * b.low + a.high * b.high of the 16-bit halves
 inline __attribute__((always_inline)) __m512i add_products(__m512i sum, __m512i a, __m512i b) {
@@ -175,12 +186,12 @@ inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   return {all, (_mm512_reduce_add_epi32(sizes) + all) / 2};
 }
 
-// Brings weights that are read soon into the second-level cache: those from memory arrive three times as fast
-// (M = 1, Zen 4). With more rows of x they are read more than once anyway.
+// Brings weights that are read soon into the first-level cache, line after line in the order of memory: tiles
+// are read side by side, a chunk of words apart, which the processor foresees less well (AMD Zen 5).
 template <int MR>
-inline __attribute__((always_inline)) void prefetch(const uint16_t* w) {
-  constexpr int64_t kAhead = 128 * kTileRows;  // 8 KB
-  if constexpr (MR == 1) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T1);
+inline __attribute__((always_inline)) void prefetch(const uint16_t* line) {
+  constexpr int64_t kAhead = (MR == 1 ? 128 : 64) * kTileRows;  // 8 or 4 KB
+  _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
 }
 
 // total[r MR + i] += factor[r] * (lookups of `words` words of tile r in the tables of row i, all segments).
@@ -194,15 +205,16 @@ __attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int
     QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) even[i][r] = odd[i][r] = _mm512_setzero_ps();
   }
   for (const auto* last = segment + segments; segment < last; ++segment) {
-    const uint16_t* w = segment->w;
+    const uint16_t* w[NR];
+    tile_pointers<NR>(segment->w, pitch, w);
     const float* at[MR];
     QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) at[i] = segment->tables[i];
-    for (int64_t k = 0; k < words; ++k, w += kTileRows) {
+    for (int64_t k = 0; k < words; ++k) {
       __m512i v[NR];
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        v[r] = _mm512_loadu_si512(w + r * pitch * kTileRows);
+        v[r] = _mm512_loadu_si512(w[r] + k * kTileRows);
         QUANTOPT_KEEP(v[r]);
-        prefetch<MR>(w + r * pitch * kTileRows);
+        prefetch<MR>(segment->w + (k * NR + r) * kTileRows);
       }
       QUANTOPT_UNROLL for (unsigned j = 0; j < 4; ++j) {
         __m512i low[NR], high[NR];
@@ -280,23 +292,31 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
     }
   }
   for (const auto* last = segment + segments; segment < last; ++segment) {
-    const uint16_t* w = segment->w;
+    const uint16_t* w[NR];
+    tile_pointers<NR>(segment->w, pitch, w);
     const int16_t* at[MR];
     QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) at[i] = segment->tables[i];
     int64_t offset = 0, left = words;
+    const uint16_t* line = segment->w;
     __m512i v[NR], next[NR], index[NR];
     const auto load = [&](int64_t word, __m512i* to) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
-        to[r] = _mm512_loadu_si512(w + (r * pitch + word) * kTileRows);
+        to[r] = _mm512_loadu_si512(w[r] + word * kTileRows);
         QUANTOPT_KEEP(to[r]);
-        prefetch<MR>(w + (r * pitch + word) * kTileRows);
+        prefetch<MR>(line + (word * NR + r) * kTileRows);
       }
     };
     const auto group = [&](int i, auto make) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) index[r] = make(r);
       lookup<MR, NR>(index, at, offset + 64 * i, acc);
     };
-    for (; left >= kUnitWords; left -= kUnitWords, w += kUnitWords * kTileRows, offset += 8 * 64) {
+    const auto advance = [&](int64_t unit, int64_t entries) __attribute__((always_inline)) {
+      QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) w[r] += unit * kTileRows;
+      line += unit * NR * kTileRows;
+      left -= unit;
+      offset += entries;
+    };
+    for (; left >= kUnitWords; advance(kUnitWords, integer_entries(kUnitWords))) {
       load(0, v);
       lookup<MR, NR>(v, at, offset, acc);
       group(1, [&](int r) { return _mm512_srli_epi16(v[r], 6); });
@@ -309,7 +329,7 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
       group(6, [&](int r) { return _mm512_srli_epi16(v[r], 4); });
       group(7, [&](int r) { return _mm512_srli_epi16(v[r], 10); });
     }
-    for (; left > 0; --left, w += kTileRows, offset += 3 * 64) {
+    for (; left > 0; advance(1, integer_entries(1))) {
       load(0, v);
       lookup<MR, NR>(v, at, offset, acc);
       group(1, [&](int r) { return _mm512_srli_epi16(v[r], 6); });
