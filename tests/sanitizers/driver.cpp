@@ -501,7 +501,8 @@ struct StepCase {
   Dtype param, momentum;
   int levels;
   bool has_momentum, master, stochastic, grouped, latent_bound;
-  int64_t rows, row;
+  int64_t rows, row, group;
+  bool stream, frozen;
 };
 
 int64_t width_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
@@ -535,7 +536,8 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   o.param_dtype = v.param;
   o.momentum_dtype = v.momentum;
   o.exp_avg_sq_dtype = v.levels == 2 ? Dtype::kFloat32 : Dtype::kBFloat16;
-  o.hyper = {0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.1, 0.25, 2.0, 3.0, 0.01, 0.05};
+  o.stream = v.stream;
+  o.hyper = {v.frozen ? 0.0 : 0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.1, 0.25, 2.0, 3.0, 0.01, 0.05};
   o.levels = v.levels;
   o.level_factor = max_level_factor(v.levels);
   o.has_momentum = v.has_momentum;
@@ -550,7 +552,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   StepSegment s{};
   s.numel = v.rows * v.row;
   s.row = v.row;
-  s.group = v.grouped ? 100 : v.row;
+  s.group = v.grouped ? v.group : v.row;
   s.scales_per_row = (v.row + s.group - 1) / s.group;
   s.step = 3.0;
   s.index = 5;
@@ -570,7 +572,7 @@ StepResult run_step(const Kernels& kernels, const StepCase& v) {
   }
   if (v.master || facts.latent) s.latent = static_cast<float*>(take(Dtype::kFloat32, s.numel, 1.0f));
   Array<float> scale(v.rows * s.scales_per_row, 0.5f), next(scale.size(), 0.4f),
-      latent_bound(v.rows * 2, 0.7f);
+      latent_bound(v.rows * (v.stream ? 1 : 2), 0.7f);
   if (facts.quantised) {
     s.scale = scale.data();
     s.next_scale = facts.dynamic_scale ? next.data() : scale.data();
@@ -625,11 +627,18 @@ void check_steps(const Kernels& kernels) {
                        grouped,
                        false,
                        1 + variant,
-                       0};
+                       0,
+                       0,
+                       false,
+                       false};
             v.master = !facts.latent && param != Dtype::kFloat32 && variant % 3 == 1;
             v.stochastic = !facts.latent && !v.master && param == Dtype::kBFloat16 && variant % 3 == 2;
-            for (int64_t row : {1, 15, 131, 600}) {
+            // Groups of 32 and 64 are whole pairs, and cut off at the end of a row.
+            for (int64_t row : {1, 15, 131, 600, 170, 452, 1100}) {
               v.row = row;
+              v.group = row == 452 ? 64 : row == 170 || row == 1100 ? 32 : 100;
+              v.stream = row == 452 || row == 1100;
+              v.frozen = row == 15 && variant % 2 == 1;
               v.latent_bound = v.rule == Rule::kAlternating && variant % 3 != 0 && row % 2 == 0;
               const StepResult expected = run_step(kBuilt[0], v), result = run_step(kernels, v);
               const std::string name = std::string("step rule=") + facts.name +

@@ -186,12 +186,21 @@ inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   return {all, (_mm512_reduce_add_epi32(sizes) + all) / 2};
 }
 
-// Brings weights that are read soon into the first-level cache, line after line in the order of memory: tiles
-// are read side by side, a chunk of words apart, which the processor foresees less well (AMD Zen 5).
-template <int MR>
-inline __attribute__((always_inline)) void prefetch(const uint16_t* line) {
-  constexpr int64_t kAhead = (MR == 1 ? 128 : 64) * kTileRows;  // 8 or 4 KB
-  _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
+// Brings weights that are read soon into the first-level cache: a line for each of NR tiles, of words that
+// follow `w` by 8 or 4 KB. Whole chunks (`line`: where the next lines are counted from) go in the order of
+// memory, which the processor foresees better than tiles side by side (AMD Zen 5); else `line` is null.
+template <int MR, int NR>
+inline __attribute__((always_inline)) void prefetch(const uint16_t* const (&w)[NR], const uint16_t* line,
+                                                    int64_t word) {
+  constexpr int64_t kAhead = (MR == 1 ? 128 : 64) * kTileRows;
+  const auto fetch = [](const uint16_t* p) __attribute__((always_inline)) {
+    _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
+  };
+  if (line != nullptr) {
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) fetch(line + (word * NR + r) * kTileRows);
+  } else {
+    QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) fetch(w[r] + word * kTileRows);
+  }
 }
 
 // total[r MR + i] += factor[r] * (lookups of `words` words of tile r in the tables of row i, all segments).
@@ -214,8 +223,8 @@ __attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
         v[r] = _mm512_loadu_si512(w[r] + k * kTileRows);
         QUANTOPT_KEEP(v[r]);
-        prefetch<MR>(segment->w + (k * NR + r) * kTileRows);
       }
+      prefetch<MR>(w, words == pitch ? segment->w : nullptr, k);
       QUANTOPT_UNROLL for (unsigned j = 0; j < 4; ++j) {
         __m512i low[NR], high[NR];
         QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
@@ -297,14 +306,14 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
     const int16_t* at[MR];
     QUANTOPT_UNROLL for (int i = 0; i < MR; ++i) at[i] = segment->tables[i];
     int64_t offset = 0, left = words;
-    const uint16_t* line = segment->w;
+    const uint16_t* line = words == pitch ? segment->w : nullptr;
     __m512i v[NR], next[NR], index[NR];
     const auto load = [&](int64_t word, __m512i* to) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
         to[r] = _mm512_loadu_si512(w[r] + word * kTileRows);
         QUANTOPT_KEEP(to[r]);
-        prefetch<MR>(line + (word * NR + r) * kTileRows);
       }
+      prefetch<MR>(w, line, word);
     };
     const auto group = [&](int i, auto make) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) index[r] = make(r);
@@ -312,7 +321,7 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
     };
     const auto advance = [&](int64_t unit, int64_t entries) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) w[r] += unit * kTileRows;
-      line += unit * NR * kTileRows;
+      if (line != nullptr) line += unit * NR * kTileRows;
       left -= unit;
       offset += entries;
     };

@@ -406,8 +406,8 @@ class GroupsOf {
   bool short_;
 };
 
-// Groups [begin, end) of at most kKept elements, of which `chunk` has all; instantiated as step_chunk. The
-// second half of short groups comes after the first half of the next, so that it need not wait for its
+// Groups [begin, end) of at most kKept elements each, of which `chunk` has all; instantiated as step_chunk.
+// The second half of short groups comes after the first half of the next, so that it need not wait for its
 // scales.
 template <class Row, class R, class P, class Direction>
 __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& o, const StepSegment& s,
@@ -417,6 +417,7 @@ __attribute__((noinline, noclone)) void step_groups_of_chunk(const StepContext& 
                                                              bool prefetch) {
   const auto constants = constants_in;
   const Direction direction = direction_in;
+  static_assert(kKept % kPair == 0 && kKept <= MagnitudeSum::kCarry && kShort <= kKept);
   alignas(64) float kept[2][kAtOnce * kShort], kept_of_one[kKept];
   float means[2][kAtOnce];
   const auto rule_of = [&](const Groups& groups, int64_t k, float scale) __attribute__((always_inline)) {

@@ -58,14 +58,14 @@ struct Span {
   const P* grad;
   std::conditional_t<std::is_same_v<P, float>, float*, Momentum> momentum;
   float* exp_avg_sq;
-  float* latent;  // of the rule, or master weights of bfloat16; else null
+  float* latent;  // of the rule; of bfloat16 master weights, or a chunk that is rounded after it; else null
 };
 
 // How the weights of a span are written.
 enum class Writing : uint8_t {
   kStored,
   kStreamed,  // past the caches, where they are not read
-  kNot,       // beside master weights
+  kNot,       // where a chunk stands in for master weights, and is rounded after the step
 };
 template <class P>
 QUANTOPT_INLINE Writing where_aligned(Writing writing, const P* param) {
@@ -216,8 +216,9 @@ QUANTOPT_INLINE void prefetch_from(const T* p) {
 
 // What is read of `Count` elements.
 template <int64_t Count, class P, class Direction, class R>
-QUANTOPT_INLINE void prefetch_span(const Span<P>& span, int64_t at) {
-  const bool master = !R::kLatent && span.latent != nullptr;
+QUANTOPT_INLINE void prefetch_span(const Span<P>& span, int64_t at, Writing writing) {
+  // Beside weights that are not written the latent is a chunk of them, in the first cache.
+  const bool master = has_master<P, R>(span) && writing != Writing::kNot;
   if (R::kLatent ? R::kReadsWeight : !master) prefetch_from<Count>(span.param + at);
   if (R::kLatent || master) prefetch_from<Count>(span.latent + at);
   prefetch_from<Count>(span.grad + at);
@@ -247,8 +248,8 @@ QUANTOPT_INLINE Span<P> from_element(const Span<P>& s, int64_t at) {
   return part;
 }
 
-// x, which the compiler reads where this stands: a constant of a loop that it takes out of the loops around
-// it too has to be stored beside their calls, and is read in every round of the inner one.
+// Reads x here. Otherwise gcc takes a constant out of the outer loops as well, stores it before their calls,
+// and loads it again in each round.
 template <class T>
 QUANTOPT_INLINE const T& read_here(const T& x) {
   const T* p = &x;
@@ -272,13 +273,14 @@ QUANTOPT_INLINE void step_span(const Span<P>& span, int64_t n, float factor, con
     const R rule = make_rule(read_here(constants));
     for (int64_t i = 0; i < stop;) {
       const int64_t end = prefetch ? std::min(stop, i + kBlock) : stop;
-      if (prefetch) prefetch_span<kBlock, P, Direction, R>(now, i);
+      if (prefetch) prefetch_span<kBlock, P, Direction, R>(now, i, writing);
 #pragma GCC unroll 1
       for (; i < end; i += kPair) step_pair(now, i, factor, direction, rule, writing);
     }
     if (left == 0 || now.param != span.param) break;
     rest.read(span, whole, left);
     now = rest.span;
+    prefetch = false;
     if (writing == Writing::kStreamed) writing = Writing::kStored;
   }
   if (left != 0) rest.write(span, whole, left);
@@ -406,7 +408,7 @@ QUANTOPT_INLINE void move_groups(const Span<P>& span, int64_t count, int64_t n, 
 #pragma GCC unroll 1
     for (int64_t i = 0; i < n; i += kPair) {
       const int64_t at = k * n + i;
-      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at);
+      if (prefetch) prefetch_span<kPair, P, Direction, R>(span, at, Writing::kStored);
       sum.add(move_pair(span, at, factor, direction, rule, d + at), i);
     }
     sums[k] = sum;
@@ -443,13 +445,14 @@ QUANTOPT_INLINE float step_group(const Span<P>& span, int64_t n, float factor, c
     for (int64_t stop = whole;; stop = kPair) {
 #pragma GCC unroll 1
       for (int64_t i = 0; i < stop; i += kPair, done += kPair) {
-        if (prefetch) prefetch_span<kPair, P, Direction, R>(now, i);
+        if (prefetch) prefetch_span<kPair, P, Direction, R>(now, i, writing);
         sum.add_some(move_pair(now, i, factor, direction, rule, d + done), done, count);
       }
       if (left == 0 || count == left) break;
       rest.read(span, whole, left);
       now = rest.span;
       count = left;
+      prefetch = false;
     }
   }
   scale = static_cast<float>(sum.carried(0.0) / static_cast<double>(n));
