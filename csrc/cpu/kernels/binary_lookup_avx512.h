@@ -186,13 +186,13 @@ inline WholeSums make_tables(const int8_t* q, int64_t width, int16_t* tables) {
   return {all, (_mm512_reduce_add_epi32(sizes) + all) / 2};
 }
 
-// Brings weights that are read soon into the first-level cache: a line for each of NR tiles, of words that
-// follow `w` by 8 or 4 KB. Whole chunks (`line`: where the next lines are counted from) go in the order of
-// memory, which the processor foresees better than tiles side by side (AMD Zen 5); else `line` is null.
-template <int MR, int NR>
+// Brings weights that are read soon into the first-level cache: a line for each of NR tiles, 8 KB on. Whole
+// chunks (`line`: where the next lines are counted from) go in the order of memory, which the processor
+// foresees better than tiles side by side (AMD Zen 5); else `line` is null.
+template <int NR>
 inline __attribute__((always_inline)) void prefetch(const uint16_t* const (&w)[NR], const uint16_t* line,
                                                     int64_t word) {
-  constexpr int64_t kAhead = (MR == 1 ? 128 : 64) * kTileRows;
+  constexpr int64_t kAhead = 128 * kTileRows;
   const auto fetch = [](const uint16_t* p) __attribute__((always_inline)) {
     _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
   };
@@ -224,7 +224,7 @@ __attribute__((noinline)) void float_span(const Segment<float, MR>* segment, int
         v[r] = _mm512_loadu_si512(w[r] + k * kTileRows);
         QUANTOPT_KEEP(v[r]);
       }
-      prefetch<MR>(w, words == pitch ? segment->w : nullptr, k);
+      prefetch(w, words == pitch ? segment->w : nullptr, k);
       QUANTOPT_UNROLL for (unsigned j = 0; j < 4; ++j) {
         __m512i low[NR], high[NR];
         QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
@@ -313,7 +313,7 @@ __attribute__((noinline)) void integer_span(const Segment<int16_t, MR>* segment,
         to[r] = _mm512_loadu_si512(w[r] + word * kTileRows);
         QUANTOPT_KEEP(to[r]);
       }
-      prefetch<MR>(w, line, word);
+      prefetch(w, line, word);
     };
     const auto group = [&](int i, auto make) __attribute__((always_inline)) {
       QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) index[r] = make(r);
