@@ -1,6 +1,6 @@
 """Loads the compiled extension, which registers the operators of `torch.ops.quantopt`.
 
-The package also works without it (in pure PyTorch, its step 80 to 250 times slower), so a failure to load is a
+The package also works without it (in pure PyTorch, its step 80 to 180 times slower), so a failure to load is a
 RuntimeWarning, not an error: `error` is None when the extension is loaded, else one line that says why it is not.
 """
 
@@ -39,7 +39,7 @@ else:
         error = f"quantopt._C does not load with torch {torch.__version__} ({exc}); {_REBUILD}"
     if error is not None:
         warnings.warn(
-            f"quantopt runs in pure PyTorch, its step 80 to 250 times slower: {error}. If that is what you want, "
+            f"quantopt runs in pure PyTorch, its step 80 to 180 times slower: {error}. If that is what you want, "
             "set QUANTOPT_DISABLE_EXTENSION=1",
             RuntimeWarning,
             stacklevel=2,

@@ -49,7 +49,6 @@ inline void clear(IntegerPair& total) { total.even = total.odd = _mm512_setzero_
 // and runs out of registers. Two lookups followed by their two additions leave all four vector units busy
 // (Zen 4); alternating them costs a fifth, as the additions are then given to the units that lookups need.
 #define QUANTOPT_KEEP(register) asm volatile("" : "+v"(register))
-#define QUANTOPT_KEEP_POINTER(p) asm volatile("" : "+r"(p))
 #define QUANTOPT_KEEP_BOTH(a, b) asm volatile("" : "+v"(a), "+v"(b))
 
 // Where the words of NR tiles begin, each in a register: gcc would compute one from another beside each load.
@@ -58,7 +57,7 @@ inline __attribute__((always_inline)) void tile_pointers(const uint16_t* w, int6
                                                          const uint16_t* (&tiles)[NR]) {
   QUANTOPT_UNROLL for (int r = 0; r < NR; ++r) {
     tiles[r] = w + r * pitch * kTileRows;
-    QUANTOPT_KEEP_POINTER(tiles[r]);
+    asm volatile("" : "+r"(tiles[r]));
   }
 }
 
